@@ -1,0 +1,1 @@
+"""What server, clients and simulation share: settings, faces, models, metrics, the wire and tracking."""

@@ -1,0 +1,310 @@
+"""Run settings: a TOML file and flags -> frozen typed objects -> JSON on the wire -> back, losslessly.
+
+Every default and every allowed range stands here and nowhere else. All problems of a file are reported together.
+"""
+
+import dataclasses
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError, unknown_name
+
+STRATEGIES = ("fedavg", "fedprox")
+BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn")
+HEADS = ("softmax", "cosface", "arcface")
+ALIGNMENTS = ("landmarks", "box", "resize")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def setting(
+    default: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    word: str = "",
+) -> Any:  # noqa: ANN401 - dataclasses.field is typed the same way
+    """A settings field: its default, its range (low <= x <= high, x > above), its choices, or a word for 'decide'."""
+    return dataclasses.field(
+        default=default, metadata={"low": low, "high": high, "above": above, "choices": choices, "word": word}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """[run]: where the run lives and what makes it repeatable."""
+
+    seed: int = setting(1, low=0)
+    out: str = setting("runs")
+    log_level: str = setting("info", choices=LOG_LEVELS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """[data]: which pictures are used, how they are aligned, how they are split."""
+
+    image_size: int = setting(112, low=32, high=512)  # px, width and height
+    alignment: str = setting("landmarks", choices=ALIGNMENTS)
+    box_margin: float = setting(0.0, low=0.0, high=1.0)  # fraction of the box's longer side added around it
+    min_pictures_per_person: int = setting(2, low=1)
+    max_people: int | str = setting("all", low=2, word="all")  # the first so many by hash
+    max_quarantined_fraction: float = setting(0.05, low=0.0, high=1.0)
+    fraction_val_pictures: float = setting(0.1, above=0.0, high=0.5)  # of each training person's pictures
+    fraction_test_pictures: float = setting(0.1, above=0.0, high=0.5)
+    fraction_val_people: float = setting(0.12, above=0.0, high=0.5)  # where no official split names them
+    fraction_test_people: float = setting(0.2, above=0.0, high=0.5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """[augmentation]: random changes of training pictures, on the training device."""
+
+    flip: float = setting(0.5, low=0.0, high=1.0)  # probability
+    crop: float = setting(0.1, low=0.0, high=0.5)  # largest shift and zoom, as a fraction of the side
+    rotation_rad: float = setting(0.0, low=0.0, high=0.8)  # largest turn
+    colour: float = setting(0.2, low=0.0, high=1.0)  # largest relative change of brightness, contrast, saturation
+    erase: float = setting(0.0, low=0.0, high=1.0)  # probability of blanking one random rectangle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """[model]: backbone (picture -> embedding) and head (embedding -> logits)."""
+
+    backbone: str = setting("resnet18", choices=BACKBONES)
+    embedding_size: int = setting(512, low=8, high=4096)
+    head: str = setting("cosface", choices=HEADS)
+    head_scale: float = setting(30.0, above=0.0)
+    head_margin: float = setting(0.35, low=0.0, high=1.5)  # cosface: cosine; arcface: radians; softmax: none
+    dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
+    pretrained: str = setting("none")  # none | imagenet | a .safetensors file
+    normalisation: str = setting("shared", choices=("shared", "private"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """[training]: the optimiser and its schedule, which runs over the whole federation."""
+
+    optimiser: str = setting("sgd", choices=("sgd", "adamw"))
+    lr: float = setting(0.05, above=0.0)
+    momentum: float = setting(0.9, low=0.0, high=0.999)  # sgd only
+    weight_decay: float = setting(5e-4, low=0.0)
+    batch_size: int = setting(32, low=2)
+    epochs: int | str = setting("auto", low=1, word="auto")  # local training; auto: rounds x local_epochs
+    warmup_fraction: float = setting(0.1, low=0.0, high=0.9)  # of all steps
+    label_smoothing: float = setting(0.0, low=0.0, high=0.9)
+    clip_norm: float = setting(5.0, above=0.0)  # of the whole gradient
+    device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
+    memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
+    threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FederationSettings:
+    """[federation]: the rounds and how their replies become one model."""
+
+    strategy: str = setting("fedavg", choices=STRATEGIES)
+    rounds: int = setting(10, low=1)
+    local_epochs: int = setting(2, low=1)
+    proximal_mu: float = setting(0.01, low=0.0)  # fedprox only
+    min_clients: int = setting(2, low=1)
+    join_timeout_s: float = setting(300.0, above=0.0)
+    round_timeout_s: float = setting(3600.0, above=0.0)
+    test_every_rounds: int = setting(1, low=1)  # how often the test curve gets a point; never used for a choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """[tracking]: MLflow. The local record in the run's folder is always written."""
+
+    enabled: bool = setting(default=True)
+    uri: str = setting("sqlite:///mlflow.db")
+    experiment_prefix: str = setting("facial_recognition")
+    plots: str = setting("all", choices=("all", "final", "none"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All run settings. They belong to the server; site settings never stand here."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def total_epochs(self) -> int:
+        """How often each picture is processed in the whole federation, and in local training by default."""
+        return self.federation.rounds * self.federation.local_epochs
+
+    @property
+    def local_training_epochs(self) -> int:
+        """Epochs of `facefed train local`: training.epochs, or the federation's total."""
+        epochs = self.training.epochs
+        return epochs if isinstance(epochs, int) else self.total_epochs
+
+
+def _section_types() -> dict[str, type]:
+    hints = typing.get_type_hints(Settings)
+    return {f.name: hints[f.name] for f in dataclasses.fields(Settings)}
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str | bool) else str(value)
+
+
+def _fits_type(value: object, kind: object, word: str) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind is int:
+        return isinstance(value, int)
+    if kind is float:
+        return isinstance(value, int | float)
+    if kind is str:
+        return isinstance(value, str)
+    return isinstance(value, int) or value == word
+
+
+def _wanted(kind: object, word: str) -> str:
+    names: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(kind, f'a whole number or "{word}"')
+
+
+def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) -> str | None:
+    """What is wrong with one value, or None."""
+    if not _fits_type(value, kind, meta["word"]):
+        return f"{name} = {_shown(value)} has the wrong type; write {_wanted(kind, meta['word'])}."
+    if isinstance(value, str):
+        if meta["choices"] and value not in meta["choices"]:
+            return unknown_name(name, value, meta["choices"])
+        return None if value.strip() else f"{name} is empty; write a value or leave the line out."
+    number = float(typing.cast(float, value))
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    if not math.isfinite(number):
+        return f"{name} = {value} is not finite; write an ordinary number."
+    if above is not None and number <= above:
+        return f"{name} = {value} must be greater than {above:g}."
+    if low is not None and number < low:
+        return f"{name} = {value} must be at least {low:g}."
+    if high is not None and number > high:
+        return f"{name} = {value} must be at most {high:g}."
+    return None
+
+
+def _read_section(section: str, kind: type, raw: object, problems: list[str]) -> Any:  # noqa: ANN401
+    if not isinstance(raw, Mapping):
+        problems.append(f"{section} = {_shown(raw)} must be a table: write [{section}] and its settings below it.")
+        return kind()
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = f"{section}.{key}"
+        if key not in fields:
+            problems.append(unknown_name("setting", name, [f"{section}.{known}" for known in fields]))
+            continue
+        problem = _problem(name, value, hints[key], fields[key].metadata)
+        if problem:
+            problems.append(problem)
+        else:
+            values[key] = float(value) if hints[key] is float else value
+    return kind(**values)
+
+
+def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Settings:
+    """Typed settings from nested plain values; missing ones take their defaults.
+
+    Raises ConfigError with every problem found, each prefixed by `source`.
+    """
+    sections = _section_types()
+    problems = [unknown_name("section", name, sections) for name in raw if name not in sections]
+    values = {name: _read_section(name, kind, raw.get(name, {}), problems) for name, kind in sections.items()}
+    if problems:
+        raise ConfigError([f"{source}: {problem}" for problem in problems])
+    return Settings(**values)
+
+
+def find_config(name: str) -> Path:
+    """The TOML file meant by `--config`: a path, or NAME for configs/NAME.toml (here, then beside the program).
+
+    Raises ConfigError naming the configurations that exist.
+    """
+    given = Path(name).expanduser()
+    if given.suffix:
+        candidates = [given, *([] if given.is_absolute() else [Path(__file__).parent.parent / given])]
+    else:
+        candidates = [folder / "configs" / f"{name}.toml" for folder in (Path.cwd(), Path(__file__).parent.parent)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.toml"))
+    raise ConfigError([f"--config {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."])
+
+
+def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None = None) -> Settings:
+    """Settings from a TOML file (None: all defaults) with flags laid over it.
+
+    overrides: (section, key) -> value.  Raises ConfigError with all problems at once.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    for (section, key), value in (overrides or {}).items():
+        table = raw.setdefault(section, {})
+        if isinstance(table, dict):
+            table[key] = value
+    return from_mapping(raw, source=str(path) if path else "settings")
+
+
+def to_mapping(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Nested plain values of every setting: {section: {key: value}}."""
+    return dataclasses.asdict(settings)
+
+
+def to_json(settings: Settings) -> str:
+    """The settings as one line of JSON, as they travel in Flower's run config and in each message."""
+    return json.dumps(to_mapping(settings), sort_keys=True)
+
+
+def from_json(text: str) -> Settings:
+    """The inverse of `to_json`: from_json(to_json(s)) == s.  Raises ConfigError."""
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise ConfigError([f"settings: not valid JSON: {error}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(["settings: the JSON text must hold an object"])
+    return from_mapping(raw)
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved settings as a TOML file that `load` reads back."""
+    lines = []
+    for section, values in to_mapping(settings).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def with_value(settings: Settings, section: str, key: str, value: object) -> Settings:
+    """A copy of the settings with one value changed and checked."""
+    raw = to_mapping(settings)
+    raw[section][key] = value
+    return from_mapping(raw)

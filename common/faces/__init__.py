@@ -1,0 +1,1 @@
+"""From an official data set layout on disk to augmented batches of aligned faces."""

@@ -1,0 +1,1 @@
+"""Closed-set and open-set scores from counts and histograms that merge."""

@@ -1,0 +1,1 @@
+"""The record of a run: a local spool first, MLflow from it."""
