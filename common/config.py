@@ -189,7 +189,7 @@ def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) ->
         if meta["choices"] and value not in meta["choices"]:
             return unknown_name(name, value, meta["choices"])
         return None if value.strip() else f"{name} is empty; write a value or leave the line out."
-    number = float(typing.cast(float, value))
+    number = float(typing.cast("float", value))
     low, high, above = meta["low"], meta["high"], meta["above"]
     if not math.isfinite(number):
         return f"{name} = {value} is not finite; write an ordinary number."
@@ -249,7 +249,9 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.toml"))
-    raise ConfigError([f"--config {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."])
+    raise ConfigError(
+        [f"--config {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."]
+    )
 
 
 def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None = None) -> Settings:
@@ -283,7 +285,7 @@ def to_json(settings: Settings) -> str:
 
 
 def from_json(text: str) -> Settings:
-    """The inverse of `to_json`: from_json(to_json(s)) == s.  Raises ConfigError."""
+    """Settings from the JSON of `to_json`, equal to what went in.  Raises ConfigError."""
     try:
         raw = json.loads(text)
     except ValueError as error:

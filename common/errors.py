@@ -1,15 +1,15 @@
 """The error tree of FaceFed; every program turns it into one line and an exit code.
 
-    FaceFedError                 exit 1   the work failed
-      InterruptedRun             exit 130 stopped by Ctrl-C or SIGTERM
-      TrainingFailed                      a non-finite loss, ...
-      NotEnoughClients                    too few clients joined or answered in time
-      ReplyRefused                        one client's reply may not touch the model
-      UserError                  exit 2   the input is wrong; the line says what to do
-        ConfigError                       settings: all problems at once
-        DataError                         a face data set on disk
-        CheckpointError                   a checkpoint or pack that does not fit
-        TrackingError                     a tracking address that cannot be used
+FaceFedError                 exit 1   the work failed
+  InterruptedRun             exit 130 stopped by Ctrl-C or SIGTERM
+  TrainingFailed                      a non-finite loss, ...
+  NotEnoughClients                    too few clients joined or answered in time
+  ReplyRefused                        one client's reply may not touch the model
+  UserError                  exit 2   the input is wrong; the line says what to do
+    ConfigError                       settings: all problems at once
+    DataError                         a face data set on disk
+    CheckpointError                   a checkpoint or pack that does not fit
+    TrackingError                     a tracking address that cannot be used
 """
 
 import difflib

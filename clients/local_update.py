@@ -1,0 +1,218 @@
+"""One client's part of a round: evaluate what was received, train, and answer with the change and sums.
+
+Pure of Flower: arrays and settings in, a `Reply` out. The ClientApp and (later) a resident trainer both call it.
+"""
+
+import dataclasses
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.private_state import load_private, prune, save_private
+from common import config
+from common.config import Settings
+from common.errors import ReplyRefused
+from common.evaluation import EvaluationSums, evaluate
+from common.faces.pack import FacePack, open_pack
+from common.faces.splits import Split
+from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
+from common.parameters import Manifest, flatten, load_shared, manifest_of
+from common.precision import resolve_compute, threads_for
+from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs
+from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """What belongs to the client and never comes from the server."""
+
+    name: str
+    dataset: str
+    data_dir: Path
+    device: str
+    state_dir: Path
+    cache_dir: Path
+    pack_workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """A site's pack and model for one run, ready to work."""
+
+    site: SiteSettings
+    settings: Settings
+    pack: FacePack
+    recogniser: Recogniser
+    manifest: Manifest
+    private: tuple[str, ...]
+
+    def state_folder(self, run_id: str) -> Path:
+        """Where this run's private state lies."""
+        return self.site.state_dir / "private" / run_id
+
+
+def open_workplace(site: SiteSettings, settings: Settings) -> Workplace:
+    """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit."""
+    pack = open_pack(site.dataset, site.data_dir, settings.data, site.cache_dir, workers=site.pack_workers)
+    recogniser = build_recogniser(
+        settings.model,
+        num_people=pack.num_classes,
+        image_size=settings.data.image_size,
+        backbone_seed=stream_seed(settings.run.seed, "backbone"),
+        head_seed=stream_seed(settings.run.seed, site.name, "head"),
+    )
+    state = recogniser.state_dict()
+    names = shared_names(recogniser, settings.model.normalisation)
+    return Workplace(
+        site=site,
+        settings=settings,
+        pack=pack,
+        recogniser=recogniser,
+        manifest=manifest_of({name: state[name] for name in names}),
+        private=private_names(recogniser, settings.model.normalisation),
+    )
+
+
+def val_people_digest(pack: FacePack) -> str:
+    """A digest of the validation people's pictures: equal for equal validation sets."""
+    digest = hashlib.sha256(pack.key.encode())
+    digest.update(pack.indices(Split.VAL_PEOPLE).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def join(workplace: Workplace) -> Site:
+    """What this client tells of itself."""
+    pack, site = workplace.pack, workplace.site
+    device = resolve_device(site.device)
+    compute = resolve_compute(
+        workplace.settings,
+        device=device,
+        threads=threads_for(workplace.settings, 1),
+        cache_dir=site.cache_dir,
+    )
+    return Site(
+        name=site.name,
+        dataset=site.dataset,
+        num_people=len(np.unique(pack.person)),
+        num_pictures=len(pack.person),
+        num_training_people=pack.num_classes,
+        num_training_pictures=len(pack.indices(Split.TRAIN)),
+        num_quarantined=len(pack.quarantined),
+        val_people=val_people_digest(pack),
+        machine=machine_digest(),
+        cores=num_cores(),
+        device=device.split(":")[0],
+        precision=compute.precision,
+        memory_format=compute.memory_format,
+    )
+
+
+def split_sums(sums: EvaluationSums) -> SplitSums:
+    """Evaluation sums in the form in which they travel."""
+    closed = dataclasses.asdict(sums.closed)
+    return SplitSums(closed={name: closed[name] for name in CLOSED_FIELDS}, pairs=sums.pairs)
+
+
+def _receive(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Compute:
+    if shared is None or task.manifest != workplace.manifest.digest:
+        raise ReplyRefused(
+            f"the server's model (manifest {task.manifest[:12]}) is not this client's"
+            f" ({workplace.manifest.digest[:12]}); use equal versions and model settings."
+        )
+    load_shared(workplace.recogniser, shared, workplace.manifest)
+    return Compute(
+        device=resolve_device(workplace.site.device),
+        precision=task.precision,
+        memory_format=task.memory_format,
+        threads=task.threads,
+    )
+
+
+def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, SplitSums]:
+    return {
+        split: split_sums(evaluate(workplace.recogniser, workplace.pack, split, compute))
+        for split in task.splits.split()
+    }
+
+
+def _train_fields(sums: TrainSums, train_s: float, evaluate_s: float) -> dict[str, float]:
+    return {
+        "num_pictures": sums.num_pictures,
+        "num_steps": sums.num_steps,
+        "correct": sums.correct,
+        "loss_sum": sums.loss_sum,
+        "gradient_norm_sum": sums.gradient_norm_sum,
+        "seconds": train_s,
+        "evaluate_seconds": evaluate_s,
+    }
+
+
+def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
+    """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
+
+    Raises TrainingFailed, ReplyRefused or CheckpointError.
+    """
+    settings, recogniser = workplace.settings, workplace.recogniser
+    federation = settings.federation
+    compute = _receive(workplace, task, shared)
+    compute.place(recogniser)
+    optimiser = make_optimiser(recogniser, settings.training)
+    folder = workplace.state_folder(task.run_id)
+    if load_private(folder, task.server_round - 1, recogniser, optimiser, workplace.private) < 0:
+        save_private(folder, 0, recogniser, optimiser, workplace.private)  # so that a repeated round starts here too
+
+    started = time.perf_counter()
+    evaluations = _evaluate(workplace, task, compute)
+    evaluated = time.perf_counter()
+    named = dict(recogniser.named_parameters())
+    shared_parameters = [named[e.name] for e in workplace.manifest.entries if e.name in named]
+    use_penalty = federation.strategy == "fedprox" and federation.proximal_mu > 0.0
+    first = (task.server_round - 1) * federation.local_epochs
+    sums = train_epochs(
+        recogniser,
+        optimiser,
+        workplace.pack,
+        settings=settings,
+        compute=compute,
+        epochs=range(first, first + federation.local_epochs),
+        total_epochs=settings.total_epochs,
+        stream_name=workplace.site.name,
+        penalty=proximal(shared_parameters, federation.proximal_mu) if use_penalty else None,
+    )
+    trained = time.perf_counter()
+
+    save_private(folder, task.server_round, recogniser, optimiser, workplace.private)
+    prune(folder, {0, task.best_round, task.server_round - 1, task.server_round})
+    change = flatten(recogniser.state_dict(), workplace.manifest) - shared
+    return Reply(
+        server_round=task.server_round,
+        manifest=workplace.manifest.digest,
+        num_examples=len(workplace.pack.indices(Split.TRAIN)),
+        train=_train_fields(sums, trained - evaluated, evaluated - started),
+        evaluations=evaluations,
+        change=change,
+    )
+
+
+def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
+    """Evaluate the model of round `task.server_round` with the private state that round left here."""
+    compute = _receive(workplace, task, shared)
+    load_private(workplace.state_folder(task.run_id), task.server_round, workplace.recogniser, None, workplace.private)
+    return Reply(
+        server_round=task.server_round,
+        manifest=workplace.manifest.digest,
+        num_examples=len(workplace.pack.indices(Split.TRAIN)),
+        train={},
+        evaluations=_evaluate(workplace, task, compute),
+        change=None,
+    )
+
+
+def read_settings(task: Task) -> Settings:
+    """The run settings of a task.  Raises ConfigError, for example for a setting of a newer version."""
+    return config.from_json(task.settings)

@@ -1,0 +1,48 @@
+"""What happens in a run, as JSON lines in its folder: written by the ServerApp, shown by whoever started it.
+
+One mechanism serves both engines: the ServerApp may be a thread of this process or a process of its own.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends one line for each event, readable at once by another process."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the run's folder, which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / EVENTS_FILE
+
+    def emit(self, kind: str, **values: object) -> None:
+        """kind: joined | waiting | refused | round | scored | warning | finished | failed; values: plain JSON."""
+        line = json.dumps({"kind": kind, "time": time.time(), **values})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class EventReader:
+    """Reads the events that were added since the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the run's folder; it need not exist yet."""
+        self._path = folder / EVENTS_FILE
+        self._offset = 0
+
+    def new_events(self) -> Iterator[dict[str, Any]]:
+        """The whole lines that are new; a line still being written is left for the next look."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                yield json.loads(line)

@@ -1,0 +1,116 @@
+"""Named tensors <-> one flat float32 buffer with a manifest that both ends check.
+
+Flower's transfer cost follows the number of objects, not their bytes, so a model travels as one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import CheckpointError
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of the buffer: its name, shape and first element (`offset`, in elements)."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What lies where in the buffer; all tensors are float32."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the whole buffer."""
+        return self.entries[-1].offset + self.entries[-1].size if self.entries else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole buffer."""
+        return self.size * FLOAT32_BYTES
+
+    def to_json(self) -> str:
+        """One line of JSON: names, shapes, dtypes and offsets."""
+        rows = [{"name": e.name, "shape": e.shape, "dtype": "float32", "offset": e.offset} for e in self.entries]
+        return json.dumps(rows, separators=(",", ":"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest in hexadecimal; equal digests mean equal layouts."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def manifest_of(state: Mapping[str, Tensor]) -> Manifest:
+    """The manifest of float32 tensors in the mapping's order.  Raises ValueError for another dtype."""
+    entries, offset = [], 0
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}, only float32 tensors are shared")
+        entry = Entry(name=name, shape=tuple(tensor.shape), offset=offset)
+        entries.append(entry)
+        offset += entry.size
+    return Manifest(tuple(entries))
+
+
+def flatten(state: Mapping[str, Tensor], manifest: Manifest) -> NDArray[np.float32]:
+    """Copy the named tensors into one buffer.
+
+    state: tensors of any device, at least the manifest's names.  Returns [manifest.size] float32.
+    Raises CheckpointError naming the first tensor that is missing or of another shape.
+    """
+    buffer = np.empty(manifest.size, dtype=np.float32)
+    for entry in manifest.entries:
+        tensor = state.get(entry.name)
+        if tensor is None or tuple(tensor.shape) != entry.shape:
+            seen = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise CheckpointError(f"{entry.name} is {seen}; the model needs it with shape {entry.shape}.")
+        part = torch.from_numpy(buffer[entry.offset : entry.offset + entry.size])
+        part.copy_(tensor.detach().reshape(-1))
+    return buffer
+
+
+def views(buffer: NDArray[np.float32], manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of a buffer as views of it (nothing is copied).
+
+    buffer: [manifest.size] float32.  Raises CheckpointError for another length or dtype.
+    """
+    if buffer.dtype != np.float32 or buffer.shape != (manifest.size,):
+        raise CheckpointError(
+            f"a buffer of {buffer.dtype} {buffer.shape} is not this model's, which has float32 ({manifest.size},)."
+        )
+    flat = torch.from_numpy(buffer)
+    return {e.name: flat[e.offset : e.offset + e.size].view(e.shape) for e in manifest.entries}
+
+
+def load_shared(module: torch.nn.Module, buffer: NDArray[np.float32], manifest: Manifest) -> None:
+    """Copy a buffer into the module's tensors of the manifest's names; all others stay as they are."""
+    state: dict[str, Any] = module.state_dict()
+    with torch.no_grad():
+        for name, tensor in views(buffer, manifest).items():
+            state[name].copy_(tensor)
+
+
+def buffer_sha256(buffer: NDArray[np.float32]) -> str:
+    """SHA-256 of the buffer's little-endian bytes in hexadecimal: the identity of a global model."""
+    return hashlib.sha256(np.ascontiguousarray(buffer, dtype="<f4").tobytes()).hexdigest()

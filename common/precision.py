@@ -1,0 +1,102 @@
+"""`auto` precision, memory format and threads -> what a short measured trial finds fastest on this machine.
+
+The result is kept per machine, torch version, model and size, so that every client of one machine, and the next run
+on it, uses the same.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from common.checkpoints import read_json, write_json
+from common.config import Settings
+from common.errors import CheckpointError
+from common.models.recogniser import Recogniser, build_recogniser
+from common.runtime import machine_digest, num_cores
+from common.training import Compute, make_optimiser
+
+TRIAL_BATCH = 16
+TRIAL_PEOPLE = 64
+TRIAL_STEPS = 2
+CANDIDATES = (("float32", "contiguous"), ("float32", "channels_last"), ("bfloat16", "channels_last"))
+
+
+def threads_for(settings: Settings, num_clients_here: int) -> int:
+    """CPU threads of each client when so many share this machine: the cores divided, at least one."""
+    threads = settings.training.threads
+    return threads if isinstance(threads, int) else max(1, num_cores() // max(1, num_clients_here))
+
+
+def _candidates(settings: Settings, device: str) -> list[tuple[str, str]]:
+    wanted = (settings.training.precision, settings.training.memory_format)
+    fits = [c for c in CANDIDATES if all(want in ("auto", have) for want, have in zip(wanted, c, strict=True))]
+    if device.startswith("mps"):  # autocast to bfloat16 is not complete there
+        fits = [c for c in fits if c[0] == "float32"] or [CANDIDATES[0]]
+    return fits or [(wanted[0], wanted[1])]
+
+
+def _seconds_per_step(recogniser: Recogniser, settings: Settings, compute: Compute) -> float:
+    compute.place(recogniser)
+    recogniser.train()
+    optimiser = make_optimiser(recogniser, settings.training)
+    side = settings.data.image_size
+    pictures = torch.rand(TRIAL_BATCH, 3, side, side, device=compute.device) * 2 - 1
+    labels = torch.arange(TRIAL_BATCH, device=compute.device) % TRIAL_PEOPLE
+    best = float("inf")
+    for _ in range(1 + TRIAL_STEPS):  # the first warms up; its time never is the smallest
+        start = time.perf_counter()
+        with compute.autocast():
+            loss = recogniser(compute.laid_out(pictures), labels).float().logsumexp(1).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        loss.item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure(settings: Settings, candidates: list[tuple[str, str]], *, device: str, threads: int) -> dict[str, float]:
+    """Seconds of one training step for each candidate, as {"bfloat16/channels_last": 0.2, ...}."""
+    seconds = {}
+    with torch.random.fork_rng():
+        for precision, memory_format in candidates:
+            recogniser = build_recogniser(
+                settings.model,
+                num_people=TRIAL_PEOPLE,
+                image_size=settings.data.image_size,
+                backbone_seed=0,
+                head_seed=0,
+            )
+            compute = Compute(device=device, precision=precision, memory_format=memory_format, threads=threads)
+            seconds[f"{precision}/{memory_format}"] = _seconds_per_step(recogniser, settings, compute)
+    return seconds
+
+
+def _trial_key(settings: Settings, device: str, threads: int) -> str:
+    model, data = settings.model, settings.data
+    return "/".join(
+        str(part)
+        for part in (
+            machine_digest(), torch.__version__, device, threads, model.backbone, model.embedding_size,
+            data.image_size, settings.training.precision, settings.training.memory_format,
+        )
+    )  # fmt: skip
+
+
+def resolve_compute(settings: Settings, *, device: str, threads: int, cache_dir: Path) -> Compute:
+    """The precision and memory format to use: as set, or for `auto` the fastest of a trial of a few seconds."""
+    candidates = _candidates(settings, device)
+    precision, memory_format = candidates[0]
+    if len(candidates) > 1:
+        path = cache_dir / "trials.json"
+        try:
+            known = read_json(path)
+        except CheckpointError:
+            known = {}
+        key = _trial_key(settings, device, threads)
+        if key not in known:
+            known[key] = measure(settings, candidates, device=device, threads=threads)
+            write_json(path, known)
+        precision, memory_format = min(known[key], key=known[key].get).split("/")
+    return Compute(device=device, precision=precision, memory_format=memory_format, threads=threads)

@@ -1,0 +1,84 @@
+"""Decisions about the machine, each made here only: silence, device, threads, random streams, who we are.
+
+Torch is imported inside the functions that need it, so that `--help` stays quick.
+"""
+
+import hashlib
+import os
+import platform
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Read by the libraries when they are imported and by every child process; MLflow takes the word "true" only.
+SILENCE: Mapping[str, str] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# What keeps a run from waiting minutes for a tracking server that is away; a user's own value wins.
+PATIENCE: Mapping[str, str] = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+
+
+def go_silent() -> None:
+    """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them."""
+    os.environ.update(SILENCE)
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+
+
+def num_cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_digest() -> str:
+    """Twelve hexadecimal digits that are equal for two clients on one machine and say nothing else about it."""
+    return hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
+
+
+def stream_seed(*parts: str | int) -> int:
+    """A seed in [0, 2**63) of the random stream with this name; different names give independent streams."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def random_stream(*parts: str | int) -> "torch.Generator":
+    """A CPU generator for the stream named by `parts`, for example (seed, "celeba", "epoch", 3)."""
+    import torch
+
+    return torch.Generator().manual_seed(stream_seed(*parts))
+
+
+def resolve_device(name: str) -> str:
+    """`auto` -> cuda, mps or cpu, whichever is here first.  Raises UserError for a device that is not here."""
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if present[device])
+    kind = name.split(":")[0]
+    if not present.get(kind, False):
+        here = ", ".join(device for device, is_here in present.items() if is_here)
+        raise UserError(f"--device {name} is not on this machine; here: {here}.")
+    return name
+
+
+def use_threads(num_threads: int) -> None:
+    """Let torch use so many CPU threads in this process; equal counts are needed for equal bits."""
+    import torch
+
+    torch.set_num_threads(num_threads)

@@ -1,0 +1,192 @@
+"""What crosses the wire: every record name and key of a message, in both directions, stands in this file.
+
+    join      -> task settings                      <- who the client is and what it holds (counts)
+    train     -> task settings, shared parameters   <- their change, num-examples, sums, histograms
+    evaluate  -> task settings, shared parameters   <- sums, histograms
+
+Heads, embeddings and pictures have no place in any of them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from common.errors import ReplyRefused
+from common.metrics.verification import NUM_BINS
+
+MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
+TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
+SHARED, CHANGE, PAIRS = "shared", "change", "{split}-pairs"
+CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
+CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
+TRAIN_FIELDS = ("num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "seconds", "evaluate_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the server asks of a client, beside the shared parameters."""
+
+    kind: str  # join | train | evaluate
+    run_id: str
+    server_round: int  # the round whose training is asked for; evaluate: the round whose model this is
+    settings: str  # the run settings as JSON
+    manifest: str = ""  # digest of the shared parameters' layout
+    splits: str = ""  # which splits to evaluate the received model on, for example "val test"
+    best_round: int = 0  # the client keeps its private state of this round
+    precision: str = ""
+    memory_format: str = ""
+    threads: int = 1
+    last: bool = False  # nothing follows: the run is over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a client tells of itself when it joins: names and counts."""
+
+    name: str
+    dataset: str
+    num_people: int
+    num_pictures: int
+    num_training_people: int
+    num_training_pictures: int
+    num_quarantined: int
+    val_people: str  # digest of the validation people, to compare champions on the same people only
+    machine: str  # equal for clients on one machine, so that they share its cores
+    cores: int
+    device: str
+    precision: str
+    memory_format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSums:
+    """One evaluation as it travels: closed-set sums by name and the [2, 8192] int64 histogram of pairs."""
+
+    closed: Mapping[str, float]
+    pairs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A client's answer to a train or evaluate task."""
+
+    server_round: int
+    manifest: str
+    num_examples: int
+    train: Mapping[str, float]  # TRAIN_FIELDS; empty after evaluate
+    evaluations: Mapping[str, SplitSums]  # by split
+    change: NDArray[np.float32] | None  # flat; None after evaluate
+
+
+def _task_record(task: Task) -> ConfigRecord:
+    return ConfigRecord(dataclasses.asdict(task))
+
+
+def task_message(task: Task, shared: NDArray[np.float32] | None, *, node_id: int, ttl_s: float) -> Message:
+    """The message of one task to one node; `shared` is the flat global model, or None for join."""
+    content = RecordDict({TASK: _task_record(task)})
+    if shared is not None:
+        content[ARRAYS] = ArrayRecord({SHARED: Array(shared)})
+    return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=str(task.server_round))
+
+
+def read_task(message: Message) -> tuple[Task, NDArray[np.float32] | None]:
+    """The inverse of `task_message` at the client.  Raises ReplyRefused for a message that is none of ours."""
+    try:
+        fields: dict[str, Any] = dict(message.content[TASK])
+        task = Task(**fields)
+        arrays = message.content.get(ARRAYS)
+        return task, None if arrays is None else _array(arrays, SHARED)
+    except (KeyError, TypeError) as error:
+        raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
+
+
+def _array(record: Any, name: str) -> Any:  # noqa: ANN401 - records are typed loosely by Flower
+    return record[name].numpy()
+
+
+def site_content(site: Site) -> RecordDict:
+    """The content of the answer to join."""
+    return RecordDict({SITE: ConfigRecord(dataclasses.asdict(site))})
+
+
+def read_site(message: Message) -> Site:
+    """The inverse of `site_content` at the server.  Raises ReplyRefused."""
+    try:
+        return Site(**dict(message.content[SITE]))
+    except (KeyError, TypeError) as error:
+        raise ReplyRefused(f"the answer to join is malformed ({error}); use equal versions of FaceFed.") from None
+
+
+def reply_content(reply: Reply) -> RecordDict:
+    """The content of the answer to train or evaluate: at most four arrays and one record of numbers."""
+    sums: dict[str, Any] = {"num-examples": reply.num_examples, "server-round": reply.server_round}
+    sums |= {f"train-{name}": value for name, value in reply.train.items()}
+    arrays = {}
+    for split, values in reply.evaluations.items():
+        sums |= {f"{split}-{name}": value for name, value in values.closed.items()}
+        arrays[PAIRS.format(split=split)] = Array(values.pairs)
+    if reply.change is not None:
+        arrays[CHANGE] = Array(reply.change)
+    content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: ArrayRecord(arrays)})
+    content[TASK] = ConfigRecord({"manifest": reply.manifest})
+    return content
+
+
+def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums:  # noqa: ANN401
+    pairs = _array(arrays, PAIRS.format(split=split))
+    if pairs.dtype != np.int64 or pairs.shape != (2, NUM_BINS) or bool((pairs < 0).any()):
+        raise ReplyRefused(f"the {split} histogram is {pairs.dtype} {pairs.shape}, not counts int64 (2, {NUM_BINS})")
+    closed = {name: sums[f"{split}-{name}"] for name in CLOSED_FIELDS}
+    return SplitSums(closed=closed, pairs=pairs)
+
+
+def read_reply(message: Message, splits: str) -> Reply:
+    """The inverse of `reply_content` at the server, for the splits that were asked for.
+
+    Raises ReplyRefused with the reason when a record, a key or an array is missing or malformed, or when the client
+    answered with an error.
+    """
+    if message.has_error():
+        raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
+    try:
+        sums, arrays = message.content[SUMS], message.content[ARRAYS]
+        return Reply(
+            server_round=int(sums["server-round"]),
+            manifest=str(message.content[TASK]["manifest"]),
+            num_examples=sums["num-examples"],
+            train={name: float(sums[f"train-{name}"]) for name in TRAIN_FIELDS if f"train-{name}" in sums},
+            evaluations={split: _read_split(split, sums, arrays) for split in splits.split()},
+            change=_array(arrays, CHANGE) if CHANGE in arrays else None,
+        )
+    except (KeyError, TypeError, ValueError, EOFError) as error:
+        raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
+
+
+def error_message(reason: str, request: Message) -> Message:
+    """A client's refusal or failure, as one line."""
+    return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=request)
+
+
+def describe(content: RecordDict) -> list[dict[str, Any]]:
+    """Every array and number of a message's content, for the egress ledger: name, shape, dtype, bytes, data."""
+    rows: list[dict[str, Any]] = []
+    for record_name, record in content.items():
+        for key, value in record.items():
+            name = f"{record_name}.{key}"
+            if isinstance(value, Array):
+                array = value.numpy()
+                rows.append(
+                    {"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "data": array.tobytes()}
+                )
+            else:
+                rows.append(
+                    {"name": name, "shape": [], "dtype": type(value).__name__, "data": json.dumps(value).encode()}
+                )
+    return rows

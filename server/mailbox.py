@@ -1,0 +1,72 @@
+"""The few things the round loop needs from Flower's Grid, so that tests can stand in for it."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.errors import InterruptedRun
+
+T = TypeVar("T")
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.25
+
+
+class Mailbox(Protocol):
+    """Nodes, and messages to and from them."""
+
+    def node_ids(self) -> list[int]:
+        """The nodes that are connected now."""
+        ...
+
+    def send(self, messages: Iterable[Message]) -> list[str]:
+        """Send, and return an id for each message, "" where it could not be sent."""
+        ...
+
+    def receive(self, message_id: str) -> Message | None:
+        """The reply to that message, or None while there is none."""
+        ...
+
+
+class GridMailbox:
+    """A Mailbox over Flower's Grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        """grid: as the ServerApp got it."""
+        self._grid = grid
+
+    def node_ids(self) -> list[int]:
+        """The nodes that are connected now."""
+        return sorted(self._grid.get_node_ids())
+
+    def send(self, messages: Iterable[Message]) -> list[str]:
+        """Push all messages at once: equal arrays then travel to the SuperLink once."""
+        return [message_id or "" for message_id in self._grid.push_messages(list(messages))]
+
+    def receive(self, message_id: str) -> Message | None:
+        """Pull one reply only, so that the others wait in the SuperLink's store and not in our memory."""
+        return next(iter(self._grid.pull_messages([message_id])), None)
+
+
+class Patience:
+    """Waits with growing pauses until something happens, a deadline passes, or the run is stopped."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        """stopped: asked at each look; True raises InterruptedRun."""
+        self._stopped = stopped
+
+    def until(self, look: Callable[[], T | None], deadline: float) -> T | None:
+        """The first result of `look` that is not None, or None at the deadline (a time.monotonic() value).
+
+        Looks at least once.  Raises InterruptedRun.
+        """
+        pause = FIRST_PAUSE_S
+        while True:
+            if self._stopped():
+                raise InterruptedRun("stopped by the user")
+            seen = look()
+            if seen is not None or time.monotonic() >= deadline:
+                return seen
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(pause * 1.5, LONGEST_PAUSE_S)

@@ -1,0 +1,137 @@
+"""Who takes part: asks each node that appears for its name, and waits for enough of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+
+from common import wire
+from common.config import FederationSettings
+from common.errors import NotEnoughClients, ReplyRefused, UserError
+from common.events import EventLog
+from common.wire import Site, Task
+from server.mailbox import Mailbox, Patience
+
+SAY_WAITING_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client that takes part."""
+
+    node_id: int
+    site: Site
+
+
+class Roster:
+    """The members by name, kept up to date as nodes come and go."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        federation: FederationSettings,
+        *,
+        task: Task,
+        events: EventLog,
+        patience: Patience,
+        all_nodes_are_here: Callable[[], bool],
+    ) -> None:
+        """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation)."""
+        self._mailbox, self._federation, self._task = mailbox, federation, task
+        self._events, self._patience = events, patience
+        self._all_nodes_are_here = all_nodes_are_here
+        self._asked: dict[int, str] = {}  # node -> message id, no answer yet
+        self._refused: dict[int, str] = {}  # node -> reason
+        self._members: dict[str, Member] = {}
+
+    def gather(self) -> dict[str, Member]:
+        """The members, in order of their names, as soon as there are `min_clients`; at once if there are.
+
+        Raises NotEnoughClients at the join deadline, saying who is here and how many are missing; UserError when two
+        clients claim one name.
+        """
+        started = time.monotonic()
+        said = [started]
+
+        def look() -> bool | None:
+            self._refresh()
+            if len(self._members) >= self._federation.min_clients and not self._still_answering():
+                return True
+            self._check_hope()
+            if time.monotonic() - said[0] >= SAY_WAITING_EVERY_S:
+                said[0] = time.monotonic()
+                self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
+            return None
+
+        if self._patience.until(look, started + self._federation.join_timeout_s) is None:
+            if len(self._members) >= self._federation.min_clients:
+                return self._sorted()
+            raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
+        return self._sorted()
+
+    def _sorted(self) -> dict[str, Member]:
+        return dict(sorted(self._members.items()))
+
+    def _still_answering(self) -> bool:
+        # In a simulation every node is known from the start, so a run begins with all of them.
+        return self._all_nodes_are_here() and bool(self._asked)
+
+    def _who(self) -> Mapping[str, object]:
+        return {"here": sorted(self._members), "wanted": self._federation.min_clients}
+
+    def _missing_line(self, when: str) -> str:
+        here = ", ".join(sorted(self._members)) or "none"
+        reasons = "".join(f" Refused: {reason}." for reason in self._refused.values())
+        missing = self._federation.min_clients - len(self._members)
+        return (
+            f"{len(self._members)} of {self._federation.min_clients} clients joined {when} (here: {here}; missing:"
+            f" {missing} more). Start each with: flower-client --dataset ... --data-dir ... --server ...{reasons}"
+        )
+
+    def _check_hope(self) -> None:
+        if self._all_nodes_are_here() and not self._asked and self._refused:
+            raise NotEnoughClients(self._missing_line("and nobody else can come"))
+
+    def _refresh(self) -> None:
+        online = set(self._mailbox.node_ids())
+        self._members = {name: m for name, m in self._members.items() if m.node_id in online}
+        self._asked = {node: message for node, message in self._asked.items() if node in online}
+        known = {m.node_id for m in self._members.values()} | self._asked.keys() | self._refused.keys()
+        new = sorted(online - known)
+        if new:
+            messages = [self._ask(node) for node in new]
+            sent = zip(new, self._mailbox.send(messages), strict=True)
+            self._asked |= {node: message_id for node, message_id in sent if message_id}
+        for node, message_id in list(self._asked.items()):
+            reply = self._mailbox.receive(message_id)
+            if reply is not None:
+                del self._asked[node]
+                self._admit(node, reply)
+
+    def _ask(self, node_id: int) -> Message:
+        return wire.task_message(self._task, None, node_id=node_id, ttl_s=self._federation.join_timeout_s + 60.0)
+
+    def _admit(self, node_id: int, reply: Message) -> None:
+        try:
+            if reply.has_error():
+                raise ReplyRefused(reply.error.reason or "the client failed")
+            site = wire.read_site(reply)
+        except ReplyRefused as error:
+            self._refused[node_id] = str(error)
+            self._events.emit("refused", client="", reason=str(error))
+            return
+        if site.name in self._members:
+            raise UserError(
+                f"two clients claim the name {site.name!r} (a {self._members[site.name].site.dataset} and a"
+                f" {site.dataset} data set); start one of them with another --name."
+            )
+        self._members[site.name] = Member(node_id=node_id, site=site)
+        self._events.emit(
+            "joined",
+            client=site.name,
+            people=site.num_training_people,
+            pictures=site.num_training_pictures,
+            device=site.device,
+            **self._who(),
+        )

@@ -1,0 +1,75 @@
+"""The server's view of the scores: sums of all clients merged, then turned into ratios, never the other way round."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import DataError
+from common.evaluation import EvaluationSums
+from common.metrics.classification import ClosedSetSums
+from common.metrics.verification import open_set_scores
+from common.wire import Reply, SplitSums
+
+INTEGER_SUMS = ("num_examples", "correct", "num_classes")
+
+
+def evaluation_sums(sums: SplitSums) -> EvaluationSums:
+    """The sums of one reply in the form of `common.evaluation`."""
+    values: dict[str, Any] = {k: int(v) if k in INTEGER_SUMS else float(v) for k, v in sums.closed.items()}
+    return EvaluationSums(closed=ClosedSetSums(**values), pairs=sums.pairs)
+
+
+def pooled(replies: Mapping[str, EvaluationSums]) -> EvaluationSums:
+    """All clients' sums added: pairs within each client's people, summed."""
+    first, *others = replies.values()
+    total = first
+    for sums in others:
+        total = total + sums
+    return total
+
+
+def closed_scores(sums: EvaluationSums) -> dict[str, float]:
+    """accuracy, loss, precision, recall, f1; empty when no picture was left for the closed set."""
+    return sums.closed.scores() if sums.closed.num_examples > 0 else {}
+
+
+def open_scores(sums: EvaluationSums) -> dict[str, float]:
+    """roc_auc, eer, tar_at_far_*; empty when there are no genuine or no impostor pairs."""
+    try:
+        return open_set_scores(sums.pairs)
+    except DataError:
+        return {}
+
+
+def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
+    """The round's metrics by the names that the tracking shows: round_test_auc, round_val_auc, ..."""
+    closed, open_set = closed_scores(sums), open_scores(sums)
+    shown = {"loss": closed.get("loss"), "acc": closed.get("accuracy")}
+    shown |= {"auc": open_set.get("roc_auc"), "eer": open_set.get("eer")}
+    return {f"round_{split}_{name}": value for name, value in shown.items() if value is not None}
+
+
+def client_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
+    """One client's metrics: test_accuracy, test_precision, ..., test_roc_auc, test_eer, test_tar_at_far_1e-3."""
+    return {f"{split}_{name}": value for name, value in (closed_scores(sums) | open_scores(sums)).items()}
+
+
+def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
+    """train_loss, train_acc, gradient_norm, images_per_second from a reply's (or merged) training sums."""
+    pictures, steps = max(train["num_pictures"], 1.0), max(train["num_steps"], 1.0)
+    return {
+        "train_loss": train["loss_sum"] / pictures,
+        "train_acc": train["correct"] / pictures,
+        "gradient_norm": train["gradient_norm_sum"] / steps,
+        "images_per_second": train["num_pictures"] / max(train["seconds"], 1e-9),
+        "train_seconds": train["seconds"],
+        "evaluate_seconds": train["evaluate_seconds"],
+    }
+
+
+def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:
+    """The clients' training sums, added."""
+    total: dict[str, float] = {}
+    for reply in replies.values():
+        for name, value in reply.train.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
