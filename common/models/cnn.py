@@ -1,0 +1,34 @@
+"""A small convolutional trunk for machines without a GPU: four blocks of convolution, normalisation, ReLU and pool."""
+
+from typing import Final
+
+from torch import Tensor, nn
+
+_CHANNELS: Final = (32, 64, 128, 256)
+NUM_FEATURES: Final = _CHANNELS[-1]
+
+
+class CnnTrunk(nn.Module):
+    """[B, 3, H, W] -> [B, 256, H / 16, W / 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = zip((3, *_CHANNELS), _CHANNELS, strict=False)
+        self.blocks = nn.Sequential(*(_block(num_in, num_out) for num_in, num_out in sizes))
+        for module in self.modules():  # He initialisation (arXiv:1502.01852), as in torchvision's trunks
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """pictures: [B, 3, H, W] float.  Returns the last feature map."""
+        features: Tensor = self.blocks(pictures)
+        return features
+
+
+def _block(num_in: int, num_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(num_in, num_out, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(num_out),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )

@@ -1,0 +1,106 @@
+"""Loads given weights into a backbone: ImageNet's through torchvision, or a .safetensors file of the user's.
+
+A loaded tensor is never initialised again: this runs after the backbone is built, and nothing runs after it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.errors import CheckpointError, ConfigError
+from common.models.backbone import Backbone
+
+_IMAGENET: Final = {
+    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V2",
+}
+_CLASSIFIERS: Final = ("fc.", "classifier.")  # ImageNet's last layer, in torchvision's names
+_COUNTER: Final = "num_batches_tracked"
+_NUM_SHOWN: Final = 5
+
+
+def load_pretrained(backbone: Backbone, *, name: str, pretrained: str) -> None:
+    """Overwrite the backbone's tensors, in place, with given ones.
+
+    name: the backbone's name in the settings.  pretrained: "none", "imagenet", or the path of a .safetensors file.
+
+    A file holds either a whole backbone under this project's names (with or without "backbone." before them;
+    "head.*" is ignored) or a trunk under torchvision's names (its classifier is ignored). Of both, every tensor has to
+    be there in the right shape; only counters of batches may be missing. ImageNet's weights and a trunk leave the
+    linear layer and the closing normalisation as they are.
+    ImageNet's trunks were trained on pictures scaled by mean and deviation, not to [-1, 1]; the first batch
+    normalisation absorbs the difference while training.
+
+    Raises ConfigError when the weights cannot be had, CheckpointError when they do not fit.
+    """
+    if pretrained == "none":
+        return
+    if pretrained == "imagenet":
+        _load(backbone.trunk, _without_classifier(_imagenet_weights(name)), source=f"imagenet weights of {name}")
+        return
+    tensors = _read(Path(pretrained).expanduser())
+    tensors = {key.removeprefix("backbone."): value for key, value in tensors.items() if not key.startswith("head.")}
+    if any(key.startswith("trunk.") for key in tensors):
+        _load(backbone, tensors, source=pretrained)
+    else:
+        _load(backbone.trunk, _without_classifier(tensors), source=pretrained)
+
+
+def _imagenet_weights(name: str) -> Mapping[str, Tensor]:
+    if name not in _IMAGENET:
+        raise ConfigError(
+            [f'model.pretrained = "imagenet" has no weights for {name}; choose {", ".join(_IMAGENET)}, or "none".']
+        )
+    weights = torchvision.models.get_weight(_IMAGENET[name])
+    try:
+        tensors: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network or no space; a download that fails its checksum
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            [
+                f'model.pretrained = "imagenet": the weights of {name} cannot be downloaded ({reason}); go online, '
+                'or give the path of a .safetensors file with them, or "none".'
+            ]
+        ) from None
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            [f'model.pretrained = "{path}" is unknown; write "none", "imagenet", or the path of a .safetensors file.']
+        )
+    if not path.is_file():
+        raise ConfigError([f'model.pretrained = "{path}": no such file; give the path of a .safetensors file.'])
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable .safetensors file ({error}); write or copy it again.") from None
+
+
+def _without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if not key.startswith(_CLASSIFIERS)}
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    wanted = module.state_dict()
+    problems = []
+    for name, tensor in wanted.items():
+        if name not in tensors:
+            if not name.endswith(_COUNTER):
+                problems.append(f"{name} {list(tensor.shape)} is missing")
+        elif tensors[name].shape != tensor.shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, the model has {list(tensor.shape)}")
+    problems += [f"{name} {list(tensors[name].shape)} is not in the model" for name in tensors if name not in wanted]
+    if problems:
+        more = f"; and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
+        raise CheckpointError(
+            f"{source}: does not fit model.backbone and model.embedding_size: {'; '.join(problems[:_NUM_SHOWN])}{more}."
+        )
+    module.load_state_dict(dict(tensors), strict=False)  # strict is done above, counters apart
