@@ -1,0 +1,200 @@
+"""Turns entries of a spool into calls of MLflow, so that sending any of them twice changes nothing.
+
+The one place (with `registry`) that knows MLflow's API.  `Delivery.send` raises whatever MLflow raises when the server
+cannot take an entry now; an entry that no server would ever take is skipped with a warning and stays in the spool.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.tracking.address import sqlite_path
+from common.tracking.spool import Sent
+
+METRICS_PER_CALL = 1000  # MLflow's own limits
+NAMES_PER_CALL = 100
+RUN_KEY_TAG = "facefed.run_key"
+NONFINITE_TAG = "nonfinite_metrics"
+_REFUSED_FOR_GOOD = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+_log = logging.getLogger("facefed.tracking")
+
+
+def quieten() -> None:
+    """Import MLflow and keep its and its database library's reports off the terminal."""
+    import mlflow  # noqa: F401 - 2 to 5 s, only where something is tracked
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+
+
+class Delivery:
+    """One spool's way to one MLflow server or database."""
+
+    def __init__(self, uri: str, folder: Path, sent: Sent) -> None:
+        """uri: resolved.  folder: the run's folder.  sent: what the server has; its run ids are filled in here."""
+        from mlflow import MlflowClient
+
+        self._uri = uri
+        self._folder = folder
+        self._sent = sent
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def send(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Send entries in their order; neighbouring metrics of one run travel together."""
+        for (run, is_event), group in itertools.groupby(entries, key=lambda e: (e["run"], "event" in e)):
+            if is_event:
+                for entry in group:
+                    self._send_event(run, entry)
+            else:
+                self._send_metrics(run, list(group))
+
+    def _send_event(self, run: str, entry: Mapping[str, Any]) -> None:
+        kind = entry["event"]
+        if kind == "start":
+            self._start(run, entry)
+        elif kind == "params":
+            self._send_params(run, entry["values"])
+        elif kind == "tags":
+            self._send_tags(run, entry["values"])
+        elif kind == "artifact":
+            self._send_artifact(run, entry["file"], entry["name"])
+        elif kind == "finish":
+            self._client.set_terminated(self._run_id(run), status=entry["status"], end_time=entry["time_ms"])
+        else:
+            _log.warning("Tracking: the spool's event %r is unknown here and is not sent.", kind)
+
+    def _run_id(self, run: str) -> str:
+        return self._sent.run_ids[run]
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _start(self, run: str, entry: Mapping[str, Any]) -> None:
+        """Create the run, or open it again; a run that was deleted on the server is made anew, with all its record."""
+        known = self._sent.run_ids.get(run)
+        if not known:
+            self._sent.run_ids[run] = self._find_or_create(run, entry)
+        elif self._is_active(known):
+            self._client.update_run(known, status="RUNNING")
+        else:
+            del self._sent.run_ids[run]
+            self._sent.offset = 0
+            raise RuntimeError(f"run {known} is gone from there; a new one gets the whole record")
+        self._send_tags(run, entry["tags"])
+        self._send_params(run, entry["params"])
+
+    def _find_or_create(self, run: str, entry: Mapping[str, Any]) -> str:
+        key = f"{self._sent.run_key}/{run}"
+        experiment = self._experiment_id(entry["experiment"])
+        found = self._client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        tags = {RUN_KEY_TAG: key}
+        if run:
+            tags["mlflow.parentRunId"] = self._run_id("")
+        made = self._client.create_run(experiment, start_time=entry["time_ms"], tags=tags, run_name=entry["name"])
+        return str(made.info.run_id)
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            database = sqlite_path(self._uri)
+            # Without this a database's artifacts would land in whatever folder the program was started from.
+            location = (database.parent / "mlruns" / name).as_uri() if database else None
+            with contextlib.suppress(MlflowException):  # another process may make it at the same moment
+                return str(self._client.create_experiment(name, artifact_location=location))
+            found = self._client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage != "active":
+            raise RuntimeError(f"experiment {name!r} cannot be made or was deleted (mlflow experiments restore)")
+        return str(found.experiment_id)
+
+    def _is_active(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def _send_metrics(self, run: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        marked = sorted({e["key"] for e in entries if not math.isfinite(e["value"])})
+        # MLflow would turn an infinity into 1.8e308 without a word: it stays in the spool, and the run says so.
+        metrics = [Metric(e["key"], e["value"], e["time_ms"], e["step"]) for e in entries if not math.isinf(e["value"])]
+        self._log_batch(run, "metrics", metrics, METRICS_PER_CALL)
+        before = self._sent.nonfinite.get(run, [])
+        if set(marked) - set(before):
+            self._sent.nonfinite[run] = sorted({*before, *marked})
+            self._send_tags(run, {NONFINITE_TAG: ", ".join(self._sent.nonfinite[run])})
+
+    def _send_params(self, run: str, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        self._log_batch(run, "params", [Param(k, v) for k, v in values.items()], NAMES_PER_CALL)
+
+    def _send_tags(self, run: str, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._log_batch(run, "tags", [RunTag(k, v) for k, v in values.items()], NAMES_PER_CALL)
+
+    def _log_batch(self, run: str, kind: str, items: Sequence[Any], most: int) -> None:
+        """Send items of one kind; where MLflow refuses a batch for good, only the item at fault is left out."""
+        run_id = self._run_id(run)
+        for part in _parts(items, most):
+            if self._accepted(run_id, kind, part):
+                continue
+            for item in part:
+                if len(part) > 1 and self._accepted(run_id, kind, [item]):
+                    continue
+                _log.warning("Tracking: MLflow takes no %s %r (kept in the spool).", kind.removesuffix("s"), item.key)
+
+    def _accepted(self, run_id: str, kind: str, items: Sequence[Any]) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            # The default would queue the batch and lose it when the server is away.
+            self._client.log_batch(run_id, **{kind: items}, synchronous=True)
+        except MlflowException as error:
+            if error.error_code not in _REFUSED_FOR_GOOD or not self._is_active(run_id):
+                raise
+            return False
+        return True
+
+    def _send_artifact(self, run: str, file: str, name: str) -> None:
+        """file: path below the run's folder.  name: path among the run's artifacts."""
+        path = self._folder / file
+        if not path.is_file():
+            _log.warning("Tracking: %s is gone and cannot be sent as %s.", path, name)
+            return
+        target = PurePosixPath(name)
+        parent = None if str(target.parent) == "." else str(target.parent)
+        with _named(path, target.name) as source:
+            self._client.log_artifact(self._run_id(run), str(source), parent)
+
+
+def _parts(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
+
+
+@contextlib.contextmanager
+def _named(path: Path, name: str) -> Iterator[Path]:
+    """The file under the name it shall have among the artifacts."""
+    if path.name == name:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copyfile(path, Path(folder) / name))

@@ -1,0 +1,181 @@
+"""The local record of a run: every metric and event is a line of `spool.jsonl` before anything is sent anywhere.
+
+A line is JSON with "time_ms" (wall clock), "run" ("" for the run itself, else the name of a nested run), and either
+"key", "value", "step" (a metric) or "event" and its fields.  JSON has no NaN: non-finite values are the texts "nan",
+"inf", "-inf", which `float()` reads back.  `spool.sent.json` says how many bytes of it the tracking server has.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SPOOL_NAME = "spool.jsonl"
+SENT_NAME = "spool.sent.json"
+SYNC_INTERVAL_S = 1.0
+
+_log = logging.getLogger("facefed.tracking")
+
+
+def metric_line(run: str, key: str, value: float, step: int, time_ms: int) -> bytes:
+    """One metric as a line of the spool."""
+    shown: float | str = value if math.isfinite(value) else str(value)
+    return _line({"time_ms": time_ms, "run": run, "key": key, "value": shown, "step": step})
+
+
+def event_line(run: str, event: str, time_ms: int, fields: Mapping[str, object]) -> bytes:
+    """One event ("start", "params", "tags", "artifact", "finish", ...) as a line of the spool."""
+    return _line({"time_ms": time_ms, "run": run, "event": event, **fields})
+
+
+def _line(entry: Mapping[str, object]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def now_ms() -> int:
+    """Wall-clock time in milliseconds, as MLflow counts it."""
+    return time.time_ns() // 1_000_000
+
+
+class Spool:
+    """Appends lines to RUN/spool.jsonl; a line is with the operating system at once, on the disk within a second."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the run's folder; made where it is missing.  An earlier spool in it is continued."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / SPOOL_NAME
+        self._file = self.path.open("a+b", buffering=0)
+        self._size = self.path.stat().st_size
+        self._lock = threading.Lock()
+        self._torn = self._ends_torn()
+        self._failed = False
+        self._dirty = threading.Event()
+        self._closed = threading.Event()
+        self._syncer = threading.Thread(target=self._sync_each_second, name="spool-sync", daemon=True)
+        self._syncer.start()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def append(self, lines: bytes) -> None:
+        """Write whole lines.  A disk that is full is reported once and does not raise: training is worth more."""
+        with self._lock:
+            if self._closed.is_set():
+                raise RuntimeError(f"{self.path} is closed: the run has finished")
+            try:
+                self._write(b"\n" + lines if self._torn else lines)
+            except OSError as error:
+                self._torn = True
+                if not self._failed:
+                    self._failed = True
+                    _log.warning("%s cannot be written (%s); metrics are lost until there is room.", self.path, error)
+        self._dirty.set()
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            written = self._file.write(data)
+            self._size += written
+            data = data[written:]
+        self._torn = False
+
+    def _ends_torn(self) -> bool:
+        """Whether the last line was cut short, as kill -9 or a full disk leaves it."""
+        if self._size == 0:
+            return False
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) != b"\n"
+
+    def _sync_each_second(self) -> None:
+        while not self._closed.wait(SYNC_INTERVAL_S):
+            if self._dirty.is_set():
+                self._dirty.clear()
+                self._sync()
+
+    def _sync(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # reported by the next append
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Bring everything to the disk and stop."""
+        self._closed.set()
+        self._syncer.join()
+        with self._lock:
+            self._sync()
+            self._file.close()
+
+
+def read_lines(path: Path, offset: int, most: int) -> tuple[list[dict[str, Any]], int, int]:
+    """At most `most` whole entries from byte `offset` on: (entries, offset behind them, number of corrupt lines)."""
+    entries: list[dict[str, Any]] = []
+    corrupt = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        while len(entries) < most:
+            line = file.readline()
+            if not line.endswith(b"\n"):  # being written, or torn: not ours yet
+                break
+            offset += len(line)
+            entry = _parsed(line)
+            if entry is not None:
+                entries.append(entry)
+            elif line.strip():
+                corrupt += 1
+    return entries, offset, corrupt
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+        if "event" not in entry:
+            entry["value"] = float(entry["value"])
+            entry["step"] = int(entry["step"])
+        entry["time_ms"] = int(entry["time_ms"])
+        return entry if isinstance(entry["run"], str) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclasses.dataclass
+class Sent:
+    """What a tracking server already has of one spool."""
+
+    uri: str = ""  # without password; another server gets everything from the start
+    offset: int = 0  # bytes of the spool
+    run_key: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was cut off
+    run_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # name in the spool -> MLflow's run id
+    nonfinite: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name in the spool -> metric names
+
+    def forget(self) -> None:
+        """Start from the spool's first line again."""
+        self.offset = 0
+        self.run_ids = {}
+        self.nonfinite = {}
+
+
+def load_sent(folder: Path, uri: str) -> Sent:
+    """What the server at `uri` (as shown, without password) has of the spool in `folder`; nothing where unknown."""
+    try:
+        sent = Sent(**json.loads((folder / SENT_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Sent(uri=uri)
+    if sent.uri != uri:
+        sent.uri = uri
+        sent.forget()
+    return sent
+
+
+def save_sent(folder: Path, sent: Sent) -> None:
+    """Replace the note atomically; losing it costs a repeated sending, which adds nothing."""
+    part = folder / f"{SENT_NAME}.part"
+    part.write_text(json.dumps(dataclasses.asdict(sent)), encoding="utf-8")
+    part.replace(folder / SENT_NAME)
