@@ -47,13 +47,17 @@ class Delivery:
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def send(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Send entries in their order; neighbouring metrics of one run travel together."""
-        for (run, is_event), group in itertools.groupby(entries, key=lambda e: (e["run"], "event" in e)):
+        """Send entries in their order; the metrics between two events travel together, one call for each run."""
+        for is_event, group in itertools.groupby(entries, key=lambda entry: "event" in entry):
             if is_event:
                 for entry in group:
-                    self._send_event(run, entry)
-            else:
-                self._send_metrics(run, list(group))
+                    self._send_event(entry["run"], entry)
+                continue
+            by_run: dict[str, list[Mapping[str, Any]]] = {}
+            for entry in group:
+                by_run.setdefault(entry["run"], []).append(entry)
+            for run, metrics in by_run.items():
+                self._send_metrics(run, metrics)
 
     def _send_event(self, run: str, entry: Mapping[str, Any]) -> None:
         kind = entry["event"]

@@ -1,0 +1,160 @@
+"""The sending thread against servers that are away, frozen or slow: nothing lost, little said, nobody waits."""
+
+import logging
+import threading
+import time
+
+import pytest
+
+from common.tracking import sender as sender_module
+from common.tracking.sender import Sender
+from common.tracking.spool import Sent, Spool, load_sent, metric_line
+
+URI = "http://me:secret@server:5000"
+
+
+class FakeServer:
+    """Takes entries, or raises while it is down, or hangs while it is frozen."""
+
+    def __init__(self):
+        self.steps = []
+        self.attempts = 0
+        self.down = False
+        self.thaw = threading.Event()
+        self.thaw.set()
+
+    def connect(self):
+        if self.down:
+            self.attempts += 1
+            raise ConnectionError(f"{URI} refused\nand more lines")
+        return self.send
+
+    def send(self, entries):
+        self.attempts += 1
+        self.thaw.wait()
+        if self.down:
+            raise ConnectionError(f"{URI} refused\nand more lines")
+        self.steps += [entry["step"] for entry in entries]
+
+
+@pytest.fixture
+def server():
+    made = FakeServer()
+    yield made
+    made.thaw.set()
+
+
+@pytest.fixture
+def started(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(sender_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(sender_module, "RETRY_FIRST_S", 0.02)
+    spool = Spool(tmp_path)
+    sender = Sender(spool, Sent(uri=URI), server.connect, URI)
+    sender.start()
+    yield spool, sender
+    server.thaw.set()
+    sender.close(5.0)
+    spool.close()
+
+
+def _log(spool, sender, steps):
+    for step in steps:
+        spool.append(metric_line("", "a", 1.0, step, 1))
+        sender.wake()
+
+
+def test_everything_arrives_once_and_in_order(started, server):
+    spool, sender = started
+    _log(spool, sender, range(5000))
+    assert sender.flush(10.0)
+    assert server.steps == list(range(5000))
+    assert sender.unsent_bytes == 0
+
+
+def test_a_server_that_is_down_gets_the_rest_later_with_two_lines_of_log(started, server, caplog):
+    spool, sender = started
+    with caplog.at_level(logging.INFO, logger="facefed.tracking"):
+        server.down = True
+        _log(spool, sender, range(10))
+        deadline = time.monotonic() + 10.0
+        while server.attempts < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.attempts >= 4
+        server.down = False
+        assert sender.flush(10.0)
+    assert server.steps == list(range(10))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "refused" in caplog.messages[0]
+    assert "again" in caplog.messages[1]
+    assert "secret" not in caplog.text
+    assert "more lines" not in caplog.text
+
+
+def test_flush_gives_up_soon_when_the_server_is_down(started, server):
+    spool, sender = started
+    server.down = True
+    _log(spool, sender, range(3))
+    begun = time.monotonic()
+    assert not sender.flush(30.0)
+    assert time.monotonic() - begun < 5.0
+
+
+def test_closing_waits_no_longer_than_it_may_for_a_frozen_server(started, server):
+    spool, sender = started
+    server.thaw.clear()
+    _log(spool, sender, range(3))
+    begun = time.monotonic()
+    assert not sender.close(0.3)
+    assert 0.2 < time.monotonic() - begun < 2.0
+    assert sender.unsent_bytes > 0
+
+
+def test_a_log_call_stays_quick_while_the_server_is_frozen(started, server):
+    spool, sender = started
+    server.thaw.clear()
+    costs = []
+    for step in range(1000):
+        begun = time.perf_counter()
+        _log(spool, sender, [step])
+        costs.append(time.perf_counter() - begun)
+    assert sorted(costs)[990] < 1e-3  # the 99th percentile
+    server.thaw.set()
+    assert sender.flush(10.0)
+    assert server.steps == list(range(1000))
+
+
+def test_closing_tries_a_last_time_during_a_long_wait(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(sender_module, "RETRY_FIRST_S", 60.0)
+    spool = Spool(tmp_path)
+    sender = Sender(spool, Sent(uri=URI), server.connect, URI)
+    server.down = True
+    sender.start()
+    _log(spool, sender, range(3))
+    deadline = time.monotonic() + 10.0
+    while not server.attempts and time.monotonic() < deadline:
+        time.sleep(0.01)
+    server.down = False
+    assert sender.close(10.0)
+    assert server.steps == [0, 1, 2]
+    spool.close()
+
+
+def test_a_second_process_goes_on_where_the_first_stopped(tmp_path, server):
+    for steps in (range(3), range(3, 6)):
+        spool = Spool(tmp_path)
+        sender = Sender(spool, load_sent(tmp_path, "http://a"), server.connect, "http://a")
+        sender.start()
+        _log(spool, sender, steps)
+        assert sender.close(10.0)
+        spool.close()
+    assert server.steps == list(range(6))
+
+
+def test_corrupt_lines_are_reported_and_passed(started, server, caplog):
+    spool, sender = started
+    with caplog.at_level(logging.WARNING, logger="facefed.tracking"):
+        spool.append(b"nonsense\n")
+        _log(spool, sender, [1])
+        assert sender.flush(10.0)
+    assert server.steps == [1]
+    assert "1 corrupt" in caplog.text
