@@ -1,0 +1,227 @@
+"""Decode and align once: a data set on disk -> a memory-mapped array that every epoch reads at memory speed."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import DataSettings
+from common.errors import CheckpointError, DataError
+from common.faces import pack_store
+from common.faces.decode import Recipe
+from common.faces.index import FaceIndex, take
+from common.faces.scan import check_quarantine, plan, scan, without_duplicates
+from common.faces.sources import read_index
+from common.faces.splits import Split, assign_splits
+
+Progress = Callable[[int, int], None]
+_CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
+logger = logging.getLogger("facefed.faces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacePack:
+    """The aligned pictures of one data set, ready for training.
+
+    pictures: uint8 RGB [N, S, S, 3], memory-mapped and read-only; quarantined pictures and unused people are left out.
+    person: [N] int64, index into people (all people of the data set).  split: [N] int8 `Split` codes; UNUSED is rare:
+    people that fell below the limits through quarantine.  key: SHA-256 hex of index and settings.
+    quarantined: (path, reason), sorted by path.
+    """
+
+    pictures: NDArray[np.uint8]
+    person: NDArray[np.int64]
+    people: tuple[str, ...]
+    split: NDArray[np.int8]
+    key: str
+    quarantined: tuple[tuple[str, str], ...]
+    dataset: str
+
+    def __len__(self) -> int:
+        """Number of pictures N."""
+        return len(self.person)
+
+    @property
+    def image_size(self) -> int:
+        """Width and height of the pictures in px."""
+        return int(self.pictures.shape[1])
+
+    @functools.cached_property
+    def training_people(self) -> NDArray[np.int64]:
+        """The people with TRAIN pictures, ascending; label k is training_people[k].  [K] int64."""
+        return np.unique(self.person[self.split == Split.TRAIN])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of training people K."""
+        return len(self.training_people)
+
+    @functools.cached_property
+    def training_labels(self) -> NDArray[np.int64]:
+        """Labels 0..K-1 of the closed set's pictures (TRAIN, VAL_PICTURES, TEST_PICTURES), -1 elsewhere.  [N] int64."""
+        label = np.full(len(self.people), -1, dtype=np.int64)
+        label[self.training_people] = np.arange(self.num_classes)
+        return np.where(np.isin(self.split, _CLOSED_SET), label[self.person], -1)
+
+    def indices(self, split: Split) -> NDArray[np.int64]:
+        """Which pictures serve `split`, ascending.  [M] int64."""
+        return np.flatnonzero(self.split == split)
+
+
+def open_pack(
+    dataset: str,
+    root: Path,
+    data: DataSettings,
+    cache_dir: Path,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+) -> FacePack:
+    """The pack of a data set: found in cache_dir/KEY, or made there by `workers` processes (1: in this one).
+
+    progress: called with (pictures done, pictures in all) while packing.  The key covers paths, people, landmarks,
+    boxes, splits, sizes and times of the pictures, and the settings, so a change of any of them packs anew.
+    Raises DataError: as read_index and assign_splits; too many quarantined pictures; no space; a cache folder that
+    cannot be written. Raises CheckpointError when cache_dir/KEY holds a pack of another key.
+    """
+    index = read_index(dataset, root)
+    split = assign_splits(index, data)
+    rows = np.flatnonzero(split != Split.UNUSED)
+    index, split = take(index, rows), split[rows]
+    recipe, points = plan(index, data)
+    stamps = _stamps(index)
+    missing = [(index.paths[i], "missing") for i in np.flatnonzero(stamps[:, 0] < 0).tolist()]
+    check_quarantine(index, missing, len(index), data.max_quarantined_fraction)
+    key = _key(index, split, stamps, recipe, data)
+    pack = _load_whole(cache_dir / key)
+    if pack is None:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with pack_store.locked(cache_dir, key):
+                pack = _load_whole(cache_dir / key)
+                if pack is None:
+                    _write(index, split, recipe, points, data, cache_dir / key, workers=workers, progress=progress)
+        except OSError as error:
+            raise DataError(f"{cache_dir}: cannot be written: {error.strerror}; choose another cache folder.") from None
+        pack = pack or load_pack(cache_dir / key)
+    check_quarantine(index, pack.quarantined, len(index), data.max_quarantined_fraction)
+    return pack
+
+
+def load_pack(folder: Path, key: str | None = None) -> FacePack:
+    """A pack by its folder, which is named after its key.
+
+    key: what the caller wants; None: the folder's name.  Raises CheckpointError when the folder holds no pack, one that
+    is cut short or altered, or one of another key.
+    """
+    manifest = pack_store.read_manifest(folder, key or folder.name)
+    return FacePack(
+        pictures=np.load(folder / pack_store.PICTURES, mmap_mode="r", allow_pickle=False),
+        person=np.load(folder / pack_store.PERSON, allow_pickle=False),
+        people=tuple(manifest["people"]),
+        split=np.load(folder / pack_store.SPLIT, allow_pickle=False),
+        key=manifest["key"],
+        quarantined=tuple((path, reason) for path, reason in manifest["quarantined"]),
+        dataset=manifest["dataset"],
+    )
+
+
+def _load_whole(folder: Path) -> FacePack | None:
+    """The pack in `folder`, or None when there is none or it is damaged and was removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        return load_pack(folder)
+    except pack_store.ForeignPack:
+        raise
+    except CheckpointError as error:
+        logger.warning("%s Packing again.", error)
+        shutil.rmtree(folder)
+        return None
+
+
+def _stamps(index: FaceIndex) -> NDArray[np.int64]:
+    """Size in bytes and modification time in ns of each picture, [N, 2] int64; -1 where it is missing."""
+    stamps = np.full((len(index), 2), -1, dtype=np.int64)
+    prefix = f"{index.root}{os.sep}"
+    for row, path in enumerate(index.paths):
+        try:
+            about = os.stat(prefix + path)  # noqa: PTH116 - a Path for each of 3 million pictures takes seconds
+        except OSError:
+            continue
+        stamps[row] = (about.st_size if stat.S_ISREG(about.st_mode) else 0, about.st_mtime_ns)
+    return stamps
+
+
+def _key(
+    index: FaceIndex, split: NDArray[np.int8], stamps: NDArray[np.int64], recipe: Recipe, data: DataSettings
+) -> str:
+    """SHA-256 hex over all that decides the pack's content; each part goes in with its length."""
+    settings = dataclasses.asdict(data) | dataclasses.asdict(recipe)
+    del settings["max_quarantined_fraction"]  # checked whenever a pack is opened
+    if recipe.alignment != "box":
+        del settings["box_margin"]
+    arrays = [index.person, index.landmarks, index.boxes, split, stamps]
+    parts = [
+        json.dumps([pack_store.FORMAT, index.dataset, settings], sort_keys=True).encode(),
+        "\n".join(index.people).encode("utf-8", "surrogateescape"),
+        "\n".join(index.paths).encode("utf-8", "surrogateescape"),
+        *(b"" if array is None else np.ascontiguousarray(array).tobytes() for array in arrays),
+    ]
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "big"))
+        total.update(part)
+    return total.hexdigest()
+
+
+def _write(
+    index: FaceIndex,
+    split: NDArray[np.int8],
+    recipe: Recipe,
+    points: NDArray[np.float32] | None,
+    data: DataSettings,
+    folder: Path,
+    *,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Decode everything into a new pack at `folder`."""
+    size = recipe.image_size
+    need_bytes = len(index) * (size * size * 3 + 64) + 2**16
+    with pack_store.new_folder(folder.parent, folder.name, need_bytes) as temporary:
+        reasons: list[str] = []
+        digests: list[bytes] = []
+        path = temporary / pack_store.PICTURES
+        results = scan(index, recipe, points, workers=workers, progress=progress)
+        with path.open("wb") as file, contextlib.closing(results):
+            pack_store.write_header(file, len(index), size)
+            for done in results:
+                file.write(done.pictures.tobytes())
+                reasons += done.reasons
+                digests += done.digests
+        written = np.array([not reason for reason in reasons])
+        reasons = without_duplicates(index, split, reasons, digests)
+        kept = np.array([not reason for reason in reasons])
+        quarantined = [(index.paths[i], reasons[i]) for i in np.flatnonzero(~kept).tolist()]
+        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
+        if not kept.all():
+            # a picture less may leave a person without a training picture: decide again, on what is left
+            index = take(index, np.flatnonzero(kept))
+            split = assign_splits(index, data)
+            pack_store.keep_rows(path, kept[written], size)
+        np.save(temporary / pack_store.PERSON, index.person, allow_pickle=False)
+        np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
+        about = {"key": folder.name, "dataset": index.dataset, "people": index.people, "quarantined": quarantined}
+        pack_store.write_manifest(temporary, about)

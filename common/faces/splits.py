@@ -1,0 +1,152 @@
+"""Which picture serves what, decided by hashes: never by random state, the order of files, or other data sets.
+
+Closed set: each training person's pictures go to TRAIN, VAL_PICTURES and TEST_PICTURES. Open set: VAL_PEOPLE and
+TEST_PEOPLE are people never trained on, by the official split where there is one, else by hash.
+"""
+
+import enum
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import DataSettings
+from common.errors import DataError
+from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, OFFICIAL_VALIDATION, FaceIndex
+
+MIN_PEOPLE = 2  # in training and in each open set: one person alone gives neither a choice nor an impostor pair
+MIN_OPEN_PICTURES = 2  # of a person in an open set: a single picture gives no genuine pair
+MIN_GIVING_PICTURES = 3  # fewer stay whole in training: with three, one can be left in each of the closed parts
+
+
+class Split(enum.IntEnum):
+    """What a picture is for."""
+
+    TRAIN = 0
+    VAL_PICTURES = 1
+    TEST_PICTURES = 2
+    VAL_PEOPLE = 3
+    TEST_PEOPLE = 4
+    UNUSED = 5
+
+
+def assign_splits(index: FaceIndex, data: DataSettings) -> NDArray[np.int8]:
+    """The Split code of each picture, [N] int8.
+
+    People with fewer than data.min_pictures_per_person pictures are UNUSED, as are open-set people with a single
+    picture; of the rest data.max_people are kept by hash, shared out over training, validation and test as these stand.
+    A person whom the official lists put in two parts belongs whole to the stricter one (test, then validation).
+    Raises DataError when fewer than two people are left in training, validation or test.
+    """
+    count = np.bincount(index.person, minlength=len(index.people))
+    part = _people_parts(index, count, data)
+    _require_people(index, part, data)
+    if isinstance(data.max_people, int):
+        _keep_some(part, _hashes(f"{index.dataset}/keep", index.people), data.max_people)
+        _require_people(index, part, data)
+    codes = part[index.person]
+    _split_pictures(codes, index, data)
+    return codes
+
+
+def _hashes(salt: str, names: Iterable[str]) -> NDArray[np.uint64]:
+    """The first 8 bytes of SHA-256 of `salt/name`."""
+    start = hashlib.sha256(f"{salt}/".encode())
+    digests = []
+    for name in names:
+        one = start.copy()
+        one.update(name.encode("utf-8", "surrogateescape"))
+        digests.append(one.digest()[:8])
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def _people_parts(index: FaceIndex, count: NDArray[np.int64], data: DataSettings) -> NDArray[np.int8]:
+    """Each person's part: TRAIN, VAL_PEOPLE, TEST_PEOPLE or UNUSED.  count: [P] pictures of each person."""
+    official = np.full(len(index.people), -1, dtype=np.int8)
+    np.maximum.at(official, index.person, index.official_split)  # test over validation over training over none
+    part = np.full(len(index.people), Split.TRAIN, dtype=np.int8)
+    part[official == OFFICIAL_VALIDATION] = Split.VAL_PEOPLE
+    part[official == OFFICIAL_TEST] = Split.TEST_PEOPLE
+    part[(count < MIN_OPEN_PICTURES) & (official > OFFICIAL_TRAIN)] = Split.UNUSED
+    part[count < max(data.min_pictures_per_person, 1)] = Split.UNUSED
+    order = np.argsort(_hashes(f"{index.dataset}/people", index.people), kind="stable")
+    free = order[(part[order] == Split.TRAIN) & (count[order] >= MIN_OPEN_PICTURES)]
+    total = len(free)
+    for code, known, fraction in (
+        (Split.TEST_PEOPLE, OFFICIAL_TEST, data.fraction_test_people),
+        (Split.VAL_PEOPLE, OFFICIAL_VALIDATION, data.fraction_val_people),
+    ):
+        if not (official == known).any():
+            number = max(MIN_PEOPLE, round(fraction * total))
+            part[free[:number]] = code
+            free = free[number:]
+    return part
+
+
+def _require_people(index: FaceIndex, part: NDArray[np.int8], data: DataSettings) -> None:
+    """Raise DataError when a part that needs people has fewer than two."""
+    for code, what in (
+        (Split.TRAIN, "training"),
+        (Split.TEST_PEOPLE, "the test on unseen people"),
+        (Split.VAL_PEOPLE, "the validation on unseen people"),
+    ):
+        left = int((part == code).sum())
+        if left < MIN_PEOPLE:
+            raise DataError(
+                f"{index.root}: {left} of {len(index.people)} people left for {what}, and {MIN_PEOPLE} are needed; "
+                f"add people or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
+                f"data.max_people = {data.max_people}."
+            )
+
+
+def _keep_some(part: NDArray[np.int8], hashes: NDArray[np.uint64], max_people: int) -> None:
+    """Leave at most max_people people in use, each part keeping its share and, as far as that goes, at least two."""
+    used = part != Split.UNUSED
+    if int(used.sum()) <= max_people:
+        return
+    codes = (Split.TRAIN, Split.TEST_PEOPLE, Split.VAL_PEOPLE)
+    sizes = {code: int((part == code).sum()) for code in codes}
+    quota = dict.fromkeys(codes, 0)
+    for _ in range(max_people):
+        # the part that is furthest behind its share; below two, no share is worth anything
+        behind = {
+            code: (min(quota[code], MIN_PEOPLE), quota[code] / sizes[code])
+            for code in codes
+            if quota[code] < sizes[code]
+        }
+        quota[min(behind, key=lambda code: behind[code])] += 1
+    for code in codes:
+        rows = np.flatnonzero(part == code)
+        part[rows[np.argsort(hashes[rows], kind="stable")[quota[code] :]]] = Split.UNUSED
+
+
+def _split_pictures(codes: NDArray[np.int8], index: FaceIndex, data: DataSettings) -> None:
+    """Move some of each training person's pictures to VAL_PICTURES and TEST_PICTURES, in place.
+
+    Whole pictures cannot honour a fraction for each person, so the rounding is carried from person to person, in the
+    order of their hashes: over the set the fraction holds to one picture. At least one stays in TRAIN.
+    """
+    rows = np.flatnonzero(codes == Split.TRAIN)
+    hashes = _hashes(f"{index.dataset}/pictures", (index.paths[i] for i in rows.tolist()))
+    rows = rows[np.lexsort((hashes, index.person[rows]))]
+    people, starts, counts = np.unique(index.person[rows], return_index=True, return_counts=True)
+    giving = np.where(counts >= MIN_GIVING_PICTURES, counts, 0)
+    order = np.argsort(_hashes(f"{index.dataset}/rounding", (index.people[i] for i in people.tolist())), kind="stable")
+    num_val = _carried(giving, order, data.fraction_val_pictures)
+    num_test = _carried(giving, order[::-1], data.fraction_test_pictures)
+    num_test = np.minimum(num_test, np.maximum(counts - 1, 0))
+    num_val = np.minimum(num_val, np.maximum(counts - 1 - num_test, 0))
+    place = np.arange(len(rows)) - np.repeat(starts, counts)
+    test = place < np.repeat(num_test, counts)
+    val = ~test & (place < np.repeat(num_test + num_val, counts))
+    codes[rows[test]] = Split.TEST_PICTURES
+    codes[rows[val]] = Split.VAL_PICTURES
+
+
+def _carried(counts: NDArray[np.int64], order: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
+    """The fraction of each count in whole numbers; rounding is carried along `order`, so the sum is right to one."""
+    up_to = np.floor(np.cumsum(counts[order]) * fraction + 0.5).astype(np.int64)
+    parts = np.zeros(len(counts), dtype=np.int64)
+    parts[order] = np.diff(up_to, prepend=0)
+    return parts
