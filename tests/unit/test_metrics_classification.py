@@ -1,0 +1,54 @@
+"""Closed-set sums by hand, and that they merge."""
+
+import numpy as np
+import pytest
+
+from common.errors import DataError
+from common.metrics.classification import ClosedSetSums, closed_set_sums
+
+
+def test_by_hand() -> None:
+    # class 0: 1 of 2 predicted right, 1 of 2 found; class 1: 1 of 2, 1 of 1; class 3 never predicted; class 2 nowhere;
+    # class 5 predicted once, wrongly.
+    labels, predicted = np.array([0, 0, 1, 3, 3]), np.array([0, 1, 1, 0, 5])
+    sums = closed_set_sums(predicted, labels, 2.5)
+    assert (sums.num_examples, sums.correct, sums.loss_sum, sums.num_classes) == (5, 2, 2.5, 4)
+    assert sums.precision_sum == pytest.approx(0.5 + 0.5)
+    assert sums.recall_sum == pytest.approx(0.5 + 1.0)
+    assert sums.f1_sum == pytest.approx(0.5 + 2 / 3)
+    assert sums.scores() == {
+        "accuracy": pytest.approx(0.4),
+        "loss": pytest.approx(0.5),
+        "precision": pytest.approx(0.25),
+        "recall": pytest.approx(0.375),
+        "f1": pytest.approx((0.5 + 2 / 3) / 4),
+    }
+
+
+def test_sums_add_field_by_field() -> None:
+    one = ClosedSetSums(
+        num_examples=1, correct=2, loss_sum=3.0, num_classes=4, precision_sum=5.0, recall_sum=6.0, f1_sum=7.0
+    )
+    assert one + one == ClosedSetSums(
+        num_examples=2, correct=4, loss_sum=6.0, num_classes=8, precision_sum=10.0, recall_sum=12.0, f1_sum=14.0
+    )
+
+
+def test_fields_are_plain_numbers() -> None:
+    sums = closed_set_sums(np.array([0, 1]), np.array([0, 1]), np.float32(1.0))
+    kinds = {name: type(value) for name, value in vars(sums).items()}
+    whole = {"num_examples", "correct", "num_classes"}
+    assert kinds == {name: int if name in whole else float for name in kinds}
+
+
+def test_no_pictures_are_an_error_and_not_zero() -> None:
+    empty = closed_set_sums(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 0.0)
+    with pytest.raises(DataError, match="no pictures"):
+        empty.scores()
+    one = closed_set_sums(np.array([1]), np.array([1]), 0.5)
+    assert (one + empty).scores() == one.scores()
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="must be of one length"):
+        closed_set_sums(np.array([1, 2]), np.array([1]), 0.0)
