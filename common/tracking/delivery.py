@@ -10,11 +10,13 @@ import logging
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.tracking.address import sqlite_path
+from common.tracking.address import shown_uri, sqlite_path
+from common.tracking.sender import StartOver
 from common.tracking.spool import Sent
 
 METRICS_PER_CALL = 1000  # MLflow's own limits
@@ -29,6 +31,9 @@ _log = logging.getLogger("facefed.tracking")
 def quieten() -> None:
     """Import MLflow and keep its and its database library's reports off the terminal."""
     import mlflow  # noqa: F401 - 2 to 5 s, only where something is tracked
+
+    # MLflow 3.17's tables under SQLAlchemy 2.1.  A filter, since catch_warnings is not safe in the sending thread.
+    warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -89,7 +94,7 @@ class Delivery:
         else:
             del self._sent.run_ids[run]
             self._sent.offset = 0
-            raise RuntimeError(f"run {known} is gone from there; a new one gets the whole record")
+            raise StartOver(f"run {known} is gone from {shown_uri(self._uri)}")
         self._send_tags(run, entry["tags"])
         self._send_params(run, entry["params"])
 

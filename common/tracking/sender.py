@@ -19,6 +19,10 @@ _log = logging.getLogger("facefed.tracking")
 Send = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
+class StartOver(Exception):
+    """What was sent is gone from the server; everything has to be sent again."""
+
+
 class Sender:
     """Sends what the spool holds beyond `sent.offset`; never raises and never blocks the caller of `wake`."""
 
@@ -116,7 +120,11 @@ class Sender:
             _log.warning("Tracking: %d corrupt lines of %s are skipped.", corrupt, self._spool.path)
         if offset == self._sent.offset:
             return False
-        send(entries)
+        try:
+            send(entries)
+        except StartOver as reason:
+            _log.warning("Tracking: %s; a new run gets the whole record.", reason)
+            return True
         self._sent.offset = offset
         save_sent(self._spool.path.parent, self._sent)
         return True
