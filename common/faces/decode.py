@@ -127,7 +127,8 @@ def decode_aligned(payload: bytes, affine: NDArray[np.float64] | None, image_siz
                 affine = centre_map(*upright_size, image_size)
             scale = math.hypot(affine[0, 0], affine[1, 0])
             shrunk = _draft(picture, scale)
-            upright = _rgb(ImageOps.exif_transpose(picture))
+            ImageOps.exif_transpose(picture, in_place=True)
+            upright = _rgb(picture)
     return _warp(upright, _in_shrunk(affine, shrunk), image_size)
 
 
@@ -146,12 +147,12 @@ def _draft(picture: Image.Image, scale: float) -> int:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """Any mode -> RGB; 16-bit grey keeps its high byte, transparency is laid over black's place by dropping it."""
+    """Any mode -> RGB; 16-bit grey keeps its high byte, transparency is dropped."""
     if picture.mode.startswith("I"):
         return Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "P":
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _in_shrunk(affine: NDArray[np.float64], factor: int) -> NDArray[np.float64]:

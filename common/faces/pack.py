@@ -21,7 +21,7 @@ from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.decode import Recipe
 from common.faces.index import FaceIndex, take
-from common.faces.scan import check_quarantine, plan, scan, without_duplicates
+from common.faces.scan import check_quarantine, plan, scan, settle
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
 
@@ -212,16 +212,11 @@ def _write(
                 reasons += done.reasons
                 digests += done.digests
         written = np.array([not reason for reason in reasons])
-        reasons = without_duplicates(index, split, reasons, digests)
-        kept = np.array([not reason for reason in reasons])
-        quarantined = [(index.paths[i], reasons[i]) for i in np.flatnonzero(~kept).tolist()]
-        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
-        if not kept.all():
-            # a picture less may leave a person without a training picture: decide again, on what is left
-            index = take(index, np.flatnonzero(kept))
-            split = assign_splits(index, data)
-            pack_store.keep_rows(path, kept[written], size)
-        np.save(temporary / pack_store.PERSON, index.person, allow_pickle=False)
-        np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
-        about = {"key": folder.name, "dataset": index.dataset, "people": index.people, "quarantined": quarantined}
-        pack_store.write_manifest(temporary, about)
+        settled = settle(index, split, reasons, digests, data)
+        check_quarantine(index, settled.quarantined, len(index), data.max_quarantined_fraction)
+        if settled.quarantined:
+            pack_store.keep_rows(path, settled.kept[written], size)
+        np.save(temporary / pack_store.PERSON, settled.index.person, allow_pickle=False)
+        np.save(temporary / pack_store.SPLIT, settled.split, allow_pickle=False)
+        about = {"key": folder.name, "dataset": index.dataset, "people": index.people}
+        pack_store.write_manifest(temporary, {**about, "quarantined": settled.quarantined})

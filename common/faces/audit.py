@@ -1,0 +1,226 @@
+"""What a data set really holds: people and pictures of each split, what cannot be used, what occurs twice."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import DataSettings
+from common.faces.index import OFFICIAL_NONE, FaceIndex, take
+from common.faces.scan import plan, scan, settle
+from common.faces.sources import read_index
+from common.faces.splits import Split, assign_splits
+
+_BINS = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))  # pictures of a person, both ends included
+_SHOWN = 10  # lines of one kind on the terminal; the JSON has all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Pictures whose files are equal byte for byte, with the person and the split of each."""
+
+    paths: tuple[str, ...]
+    people: tuple[str, ...]
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """The findings on one data set.
+
+    num_people, num_pictures: what the layout names.  people, pictures: counts by split, as a pack would have them.
+    pictures_per_person: min, median, max over all people named; histogram: (range, people).  quarantined: (path,
+    reason).  people_in_two_splits: those whom the official lists put in more than one part.  copies: exact duplicates.
+    names and hashes (path -> SHA-256 hex) are what `audit_overlap` compares; they are not printed.
+    """
+
+    dataset: str
+    root: str
+    num_people: int
+    num_pictures: int
+    people: dict[str, int]
+    pictures: dict[str, int]
+    pictures_per_person: dict[str, float]
+    histogram: tuple[tuple[str, int], ...]
+    quarantined: tuple[tuple[str, str], ...]
+    max_quarantined_fraction: float
+    people_in_two_splits: tuple[str, ...]
+    copies: tuple[Copies, ...]
+    names: tuple[str, ...] = field(repr=False)
+    hashes: dict[str, str] = field(repr=False)
+
+    @property
+    def fraction_quarantined(self) -> float:
+        """Quarantined pictures as a fraction of those that the settings use."""
+        used = len(self.quarantined) + sum(self.pictures.values()) - self.pictures["unused"]
+        return len(self.quarantined) / max(used, 1)
+
+    @property
+    def copies_across_splits(self) -> tuple[Copies, ...]:
+        """The exact duplicates that stand in more than one split."""
+        return tuple(copies for copies in self.copies if len(set(copies.splits)) > 1)
+
+    def to_json(self) -> str:
+        """All findings as JSON, one object."""
+        hidden = ("names", "hashes", "copies")
+        plain: dict[str, Any] = {key: value for key, value in vars(self).items() if key not in hidden}
+        plain["fraction_quarantined"] = self.fraction_quarantined
+        plain["quarantined"] = [{"path": path, "reason": reason} for path, reason in self.quarantined]
+        plain["copies"] = [vars(copies) for copies in self.copies]
+        return json.dumps(plain, indent=2, sort_keys=True)
+
+    def lines(self) -> list[str]:
+        """The findings for a terminal; long lists are cut."""
+        spread = self.pictures_per_person
+        kinds = Counter(reason.split(":")[0] for _, reason in self.quarantined)
+        across = self.copies_across_splits
+        return [
+            f"{self.dataset} in {self.root}: {self.num_people} people, {self.num_pictures} pictures",
+            f"  {'split':<14}{'people':>8}{'pictures':>10}",
+            *(f"  {name:<14}{self.people[name]:>8}{self.pictures[name]:>10}" for name in self.pictures),
+            f"  pictures a person: min {spread['min']:g}, median {spread['median']:g}, max {spread['max']:g}",
+            "  people by number of pictures: " + ", ".join(f"{label}: {number}" for label, number in self.histogram),
+            f"  quarantined: {len(self.quarantined)} ({self.fraction_quarantined:.2%} of the pictures in use; "
+            f"{self.max_quarantined_fraction:.2%} allowed)"
+            + "".join(f"; {kind} {n}" for kind, n in sorted(kinds.items())),
+            *_cut(f"    {path}: {reason}" for path, reason in self.quarantined),
+            f"  people in two official parts: {len(self.people_in_two_splits)}",
+            *_cut(f"    {name}" for name in self.people_in_two_splits),
+            f"  exact duplicates: {len(self.copies)} groups, {len(across)} of them across splits",
+            *_cut(f"    {', '.join(group.paths)} ({', '.join(group.splits)})" for group in (*across, *self._within())),
+        ]
+
+    def _within(self) -> tuple[Copies, ...]:
+        return tuple(copies for copies in self.copies if len(set(copies.splits)) == 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapReport:
+    """What occurs in two data sets: people of one name, and pictures of equal bytes as (data set, path) pairs."""
+
+    people: tuple[tuple[str, str, str], ...]  # name, data set, data set
+    pictures: tuple[tuple[str, str, str, str], ...]  # data set, path, data set, path
+
+    def to_json(self) -> str:
+        """All findings as JSON, one object."""
+        return json.dumps(vars(self), indent=2, sort_keys=True)
+
+    def lines(self) -> list[str]:
+        """The findings for a terminal; long lists are cut."""
+        return [
+            f"people of one name in two data sets: {len(self.people)}",
+            *_cut(f"  {name} ({first} and {second})" for name, first, second in self.people),
+            f"equal pictures in two data sets: {len(self.pictures)}",
+            *_cut(f"  {a}: {path_a} = {b}: {path_b}" for a, path_a, b, path_b in self.pictures),
+        ]
+
+
+def audit(
+    dataset: str,
+    root: Path,
+    data: DataSettings,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> AuditReport:
+    """Read every picture in use, as packing does, and report; nothing is written, and no quarantine is too large.
+
+    progress: called with (pictures done, pictures in all).  Raises DataError as read_index and assign_splits.
+    """
+    named = read_index(dataset, root)
+    first = assign_splits(named, data)
+    rows = np.flatnonzero(first != Split.UNUSED)
+    index, split = take(named, rows), first[rows]
+    recipe, points = plan(index, data)
+    reasons: list[str] = []
+    digests: list[bytes] = []
+    for done in scan(index, recipe, points, workers=workers, progress=progress):
+        reasons += done.reasons
+        digests += done.digests
+    settled = settle(index, split, reasons, digests, data)
+    count = np.bincount(named.person, minlength=len(named.people))
+    unused = len(named) - len(index)
+    codes = [(code, code.name.lower()) for code in Split]
+    pictures = {name: int((settled.split == code).sum()) for code, name in codes}
+    return AuditReport(
+        dataset=dataset,
+        root=str(root),
+        num_people=len(named.people),
+        num_pictures=len(named),
+        people={name: len(np.unique(settled.index.person[settled.split == code])) for code, name in codes}
+        | {"unused": len(named.people) - len(np.unique(settled.index.person[settled.split != Split.UNUSED]))},
+        pictures=pictures | {"unused": pictures["unused"] + unused},
+        pictures_per_person={"min": int(count.min()), "median": float(np.median(count)), "max": int(count.max())},
+        histogram=_histogram(count),
+        quarantined=settled.quarantined,
+        max_quarantined_fraction=data.max_quarantined_fraction,
+        people_in_two_splits=_in_two_parts(named),
+        copies=_copies(index, split, digests),
+        names=named.names or tuple(f"{dataset} {person}" for person in named.people),
+        hashes={path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest},
+    )
+
+
+def audit_overlap(reports: Sequence[AuditReport]) -> OverlapReport:
+    """People and pictures that occur in two of the data sets.
+
+    Names are compared without regard to case, blanks and underscores; where a data set has only numbers for its people
+    (CelebA), they are compared with the same data set only. Pictures are compared byte for byte.
+    """
+    people: list[tuple[str, str, str]] = []
+    pictures: list[tuple[str, str, str, str]] = []
+    for place, one in enumerate(reports):
+        own_names = {_plain(name): name for name in one.names}
+        own_hashes = {value: path for path, value in one.hashes.items()}
+        for other in reports[place + 1 :]:
+            a, b = (one.dataset, other.dataset) if one.dataset != other.dataset else (one.root, other.root)
+            shared = sorted({_plain(name) for name in other.names} & own_names.keys())
+            people += [(own_names[name], a, b) for name in shared]
+            pictures += [(a, own_hashes[v], b, path) for path, v in other.hashes.items() if v in own_hashes]
+    return OverlapReport(people=tuple(people), pictures=tuple(pictures))
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()
+
+
+def _cut(lines: Iterable[str]) -> list[str]:
+    every = list(lines)
+    return every if len(every) <= _SHOWN else [*every[:_SHOWN], f"    ... and {len(every) - _SHOWN} more"]
+
+
+def _histogram(count: NDArray[np.int64]) -> tuple[tuple[str, int], ...]:
+    found = []
+    for low, high in _BINS:
+        label = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
+        found.append((label, int(((count >= low) & (count <= (high or count.max()))).sum())))
+    return tuple(found)
+
+
+def _in_two_parts(index: FaceIndex) -> tuple[str, ...]:
+    parts = np.unique(np.stack([index.person, index.official_split.astype(np.int64)]), axis=1)
+    parts = parts[:, parts[1] != OFFICIAL_NONE]
+    people, number = np.unique(parts[0], return_counts=True)
+    return tuple(index.people[i] for i in people[number > 1].tolist())
+
+
+def _copies(index: FaceIndex, split: NDArray[np.int8], digests: Sequence[bytes]) -> tuple[Copies, ...]:
+    """Groups of equal files, by the splits they would have if all were used."""
+    rows_of: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        if digest:
+            rows_of.setdefault(digest, []).append(row)
+    return tuple(
+        Copies(
+            paths=tuple(index.paths[row] for row in rows),
+            people=tuple(index.people[index.person[row]] for row in rows),
+            splits=tuple(Split(int(split[row])).name.lower() for row in rows),
+        )
+        for rows in rows_of.values()
+        if len(rows) > 1
+    )
