@@ -8,15 +8,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.egress import record_egress
-from clients.local_update import SiteSettings, Workplace, evaluate_global, join, open_workplace, read_settings, train
+from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
+from clients.site import SiteSettings
 from common import wire
 from common.errors import FaceFedError
+from common.events import LAST_TASK_FILE
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
 
 FindSite = Callable[[Context], SiteSettings]
-LAST_TASK_FILE = "last-task"  # tells `flower-client --once` that the run is over
 
 # One per process: a Ray actor answers many messages, and the pack and the model's memory serve all of them.
 _workplaces: dict[tuple[str, str, str], Workplace] = {}
@@ -59,7 +60,7 @@ def handle(site: SiteSettings, message: Message) -> Message:
     try:
         task, content = _answer(site, message)
     except FaceFedError as error:
-        log.error("%s: %s", site.name, error)
+        log.warning("%s: %s", site.name, error)
         return wire.error_message(f"{site.name}: {error}", message)
     record_egress(site.state_dir / "egress", site.name, task, content)
     if task.last:

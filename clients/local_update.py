@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.private_state import load_private, prune, save_private
+from clients.site import SiteSettings
 from common import config
 from common.config import Settings
 from common.errors import ReplyRefused
@@ -25,19 +26,6 @@ from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs
 from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteSettings:
-    """What belongs to the client and never comes from the server."""
-
-    name: str
-    dataset: str
-    data_dir: Path
-    device: str
-    state_dir: Path
-    cache_dir: Path
-    pack_workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +80,7 @@ def join(workplace: Workplace) -> Site:
     compute = resolve_compute(
         workplace.settings,
         device=device,
-        threads=threads_for(workplace.settings, 1),
+        threads=threads_for(workplace.settings, 1, num_cores()),
         cache_dir=site.cache_dir,
     )
     return Site(

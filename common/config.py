@@ -310,3 +310,9 @@ def with_value(settings: Settings, section: str, key: str, value: object) -> Set
     raw = to_mapping(settings)
     raw[section][key] = value
     return from_mapping(raw)
+
+
+def takes_number(section: str, key: str) -> bool:
+    """Whether a setting whose default is a text (such as "auto") may also be a whole number."""
+    kind = _section_types().get(section)
+    return kind is not None and typing.get_type_hints(kind).get(key) == int | str

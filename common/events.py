@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
+STOP_FILE = "stop"  # its presence asks the ServerApp to end the run
+LAST_TASK_FILE = "last-task"  # in a client's state folder: the run whose last task was answered
+OUTCOME_FILE = "outcome.json"  # {"exit_code": 0, "line": ""}, written when the run is over
 
 
 class EventLog:

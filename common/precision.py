@@ -13,7 +13,7 @@ from common.checkpoints import read_json, write_json
 from common.config import Settings
 from common.errors import CheckpointError
 from common.models.recogniser import Recogniser, build_recogniser
-from common.runtime import machine_digest, num_cores
+from common.runtime import machine_digest
 from common.training import Compute, make_optimiser
 
 TRIAL_BATCH = 16
@@ -22,10 +22,10 @@ TRIAL_STEPS = 2
 CANDIDATES = (("float32", "contiguous"), ("float32", "channels_last"), ("bfloat16", "channels_last"))
 
 
-def threads_for(settings: Settings, num_clients_here: int) -> int:
-    """CPU threads of each client when so many share this machine: the cores divided, at least one."""
+def threads_for(settings: Settings, num_clients_there: int, cores: int) -> int:
+    """CPU threads of each client when so many share a machine's cores: as set, or the cores divided, at least one."""
     threads = settings.training.threads
-    return threads if isinstance(threads, int) else max(1, num_cores() // max(1, num_clients_here))
+    return threads if isinstance(threads, int) else max(1, cores // max(1, num_clients_there))
 
 
 def _candidates(settings: Settings, device: str) -> list[tuple[str, str]]:

@@ -88,11 +88,16 @@ def _task_record(task: Task) -> ConfigRecord:
     return ConfigRecord(dataclasses.asdict(task))
 
 
-def task_message(task: Task, shared: NDArray[np.float32] | None, *, node_id: int, ttl_s: float) -> Message:
-    """The message of one task to one node; `shared` is the flat global model, or None for join."""
+def pack_shared(shared: NDArray[np.float32]) -> ArrayRecord:
+    """The flat global model as a record; made once, it serves the messages to all clients."""
+    return ArrayRecord({SHARED: Array(shared)})
+
+
+def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s: float) -> Message:
+    """The message of one task to one node; `shared` is from `pack_shared`, or None for join."""
     content = RecordDict({TASK: _task_record(task)})
     if shared is not None:
-        content[ARRAYS] = ArrayRecord({SHARED: Array(shared)})
+        content[ARRAYS] = shared
     return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=str(task.server_round))
 
 
@@ -117,7 +122,9 @@ def site_content(site: Site) -> RecordDict:
 
 
 def read_site(message: Message) -> Site:
-    """The inverse of `site_content` at the server.  Raises ReplyRefused."""
+    """The inverse of `site_content` at the server.  Raises ReplyRefused, also for a client's error reply."""
+    if message.has_error():
+        raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
     try:
         return Site(**dict(message.content[SITE]))
     except (KeyError, TypeError) as error:

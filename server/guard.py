@@ -44,3 +44,12 @@ def _check_sums(reply: Reply) -> None:
     for name, value in values.items():
         if not np.isfinite(value) or value < 0.0:
             raise ReplyRefused(f"{name} is {value}; sums are finite and not negative")
+
+
+def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest) -> None:
+    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
+    if reply.server_round != server_round or reply.manifest != manifest.digest:
+        raise ReplyRefused(
+            f"the reply is of round {reply.server_round} or of another model, not of round {server_round}"
+        )
+    _check_sums(reply)

@@ -44,6 +44,7 @@ class Roster:
         self._asked: dict[int, str] = {}  # node -> message id, no answer yet
         self._refused: dict[int, str] = {}  # node -> reason
         self._members: dict[str, Member] = {}
+        self._complete = False  # afterwards a name that comes again is a client that was restarted
 
     def gather(self) -> dict[str, Member]:
         """The members, in order of their names, as soon as there are `min_clients`; at once if there are.
@@ -64,10 +65,14 @@ class Roster:
                 self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
             return None
 
-        if self._patience.until(look, started + self._federation.join_timeout_s) is None:
-            if len(self._members) >= self._federation.min_clients:
-                return self._sorted()
+        found = self._patience.until(look, started + self._federation.join_timeout_s)
+        if found is None and len(self._members) < self._federation.min_clients:
             raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
+        self._complete = True
+        return self._sorted()
+
+    def members(self) -> dict[str, Member]:
+        """The members as last seen, in order of their names."""
         return self._sorted()
 
     def _sorted(self) -> dict[str, Member]:
@@ -114,14 +119,12 @@ class Roster:
 
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
-            if reply.has_error():
-                raise ReplyRefused(reply.error.reason or "the client failed")
             site = wire.read_site(reply)
         except ReplyRefused as error:
             self._refused[node_id] = str(error)
             self._events.emit("refused", client="", reason=str(error))
             return
-        if site.name in self._members:
+        if site.name in self._members and not self._complete:
             raise UserError(
                 f"two clients claim the name {site.name!r} (a {self._members[site.name].site.dataset} and a"
                 f" {site.dataset} data set); start one of them with another --name."

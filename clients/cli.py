@@ -1,0 +1,103 @@
+"""`flower-client`: one site, one data set, from its check at the door to the end of the last run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config import LOG_LEVELS
+from common.console import counts, run_program, set_up_logging, stopping_on_signals
+from common.errors import UserError
+from common.processes import is_loopback, parse_address
+from common.runtime import go_silent, num_cores
+
+DATASETS = ("celeba", "vggface2", "folder")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `flower-client`."""
+    program = argparse.ArgumentParser(
+        prog="flower-client",
+        description="Take part in federations with the pictures of one folder, which never leave it.",
+    )
+    program.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(DATASETS))
+    program.add_argument("--data-dir", metavar="DIR", help="the data set's folder (default: data/NAME)")
+    program.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT", help="where flower-server listens")
+    program.add_argument("--name", metavar="NAME", help="unique in the federation (default: the data set)")
+    program.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    program.add_argument("--state-dir", metavar="DIR", help="what stays here (default: .facefed/clients/NAME)")
+    program.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
+    program.add_argument(
+        "--connect-timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="exit 2 if the server was never reached by then",
+    )
+    program.add_argument("--once", action="store_true", help="end after one run")
+    program.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow plain text to another machine: anyone on the way can read and alter it",
+    )
+    program.add_argument("--log-level", default="info", metavar="LEVEL", help=", ".join(LOG_LEVELS))
+    return program
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _check(arguments: argparse.Namespace) -> tuple[str, int]:
+    if arguments.log_level not in LOG_LEVELS:
+        raise UserError(f"--log-level {arguments.log_level}: choose {', '.join(LOG_LEVELS)}.")
+    if not arguments.connect_timeout > 0:
+        raise UserError(f"--connect-timeout {arguments.connect_timeout:g} must be greater than 0.")
+    host, port = parse_address(arguments.server, "--server")
+    if not (is_loopback(host) or arguments.insecure):
+        raise UserError(
+            f"--server {host}:{port} is another machine and the connection would be plain text: anyone on the way"
+            " could read and alter models. Give --insecure if you accept that."
+        )
+    return host, port
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    host, port = _check(arguments)
+    set_up_logging(arguments.log_level)
+    from clients.launch import ClientOptions, Launch
+    from clients.site import SiteSettings
+    from common.faces.sources import read_index
+    from common.runtime import resolve_device
+
+    name = arguments.name or arguments.dataset
+    data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
+    index = read_index(arguments.dataset, data_dir)
+    device = resolve_device(arguments.device)
+    _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} in {data_dir}, {device}")
+    site = SiteSettings(
+        name=name,
+        dataset=arguments.dataset,
+        data_dir=data_dir,
+        device=device,
+        state_dir=Path(arguments.state_dir or f".facefed/clients/{name}").expanduser().resolve(),
+        cache_dir=Path(arguments.cache_dir).expanduser().resolve(),
+        pack_workers=num_cores(),
+    )
+    options = ClientOptions(host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once)
+    launch = Launch(site, options, _say)
+    with stopping_on_signals(launch.request_stop):
+        launch.run()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`flower-client`: returns the exit code."""
+    go_silent()
+    arguments = parser().parse_args(argv)
+    return run_program("flower-client", lambda: _serve(arguments), sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

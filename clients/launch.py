@@ -1,0 +1,174 @@
+"""`flower-client`: keeps one SuperNode running for a site, across runs and server restarts, until told to stop."""
+
+import fcntl
+import json
+import logging
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from clients.site import SiteSettings
+from common.errors import InterruptedRun, UserError
+from common.events import LAST_TASK_FILE
+from common.processes import can_connect, child_environment, free_port, start, stop
+
+log = logging.getLogger("facefed.client")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+LOG_KEPT_BYTES = 10_000_000
+ROUND = re.compile(r"\[RUN (\d+), ROUND (\d+)\]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """Which server, and for how long to try."""
+
+    host: str
+    port: int
+    connect_timeout_s: float
+    once: bool  # end after the first run
+
+
+class Launch:
+    """One site's SuperNode and its restarts."""
+
+    def __init__(self, site: SiteSettings, options: ClientOptions, say: Callable[[str], object]) -> None:
+        """say: shows one line to the user."""
+        self._site, self._options, self._say = site, options, say
+        self._stop = threading.Event()
+        self._round = ""
+        self._answered_last = False
+
+    def request_stop(self) -> None:
+        """Ask to end; safe in a signal handler."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Serve until stopped, or with `once` until a run is over.
+
+        Raises UserError when the server was never reached within the connect timeout or the state folder is in use;
+        InterruptedRun when stopped.
+        """
+        self._site.state_dir.mkdir(parents=True, exist_ok=True)
+        with (self._site.state_dir / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"--state-dir {self._site.state_dir} is in use by another flower-client; give each its own --name."
+                ) from None
+            self._last_task().unlink(missing_ok=True)
+            self._wait_for_server(self._options.connect_timeout_s)
+            self._serve()
+
+    def _last_task(self) -> Path:
+        return self._site.state_dir / LAST_TASK_FILE
+
+    def _wait_for_server(self, timeout_s: float) -> None:
+        """Wait with back-off until something listens at the server's address.  Raises UserError, InterruptedRun."""
+        host, port = self._options.host, self._options.port
+        started, pause, said = time.monotonic(), FIRST_PAUSE_S, False
+        while not can_connect(host, port):
+            waited = time.monotonic() - started
+            if waited >= timeout_s:
+                raise UserError(
+                    f"no server at {host}:{port} within {timeout_s:g} s (--connect-timeout);"
+                    " start flower-server there, or check the address."
+                )
+            if not said:
+                self._say(f"no server at {host}:{port} yet; trying again")
+                said = True
+            if self._stop.wait(min(pause, timeout_s - waited)):
+                raise InterruptedRun("stopped by the user")
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    def _serve(self) -> None:
+        pause = FIRST_PAUSE_S
+        while True:
+            started = time.monotonic()
+            if self._one_supernode():
+                return
+            # A SuperNode ends when its server goes; the next server does not know it, so it starts afresh.
+            pause = FIRST_PAUSE_S if time.monotonic() - started > LONGEST_PAUSE_S else min(pause * 2, LONGEST_PAUSE_S)
+            if self._stop.wait(pause):
+                raise InterruptedRun("stopped by the user")
+            self._wait_for_server(float("inf"))
+
+    def _one_supernode(self) -> bool:
+        """Run one SuperNode until it ends or its server goes; True when a run is over and one was asked for."""
+        state = self._site.state_dir
+        process = start(self._command(), environment=child_environment(state / "flwr"), output=subprocess.PIPE)
+        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        reader.start()
+        try:
+            return self._until_over(process)
+        finally:
+            stop(process)
+            reader.join(timeout=5)
+
+    def _until_over(self, process: subprocess.Popen[bytes]) -> bool:
+        misses = 0
+        while process.poll() is None:
+            if self._stop.wait(0.5):
+                raise InterruptedRun("stopped by the user")
+            if self._options.once and self._answered_last:
+                return True
+            # Flower's SuperNode retries for ever against a new server that does not know it.
+            misses = 0 if can_connect(self._options.host, self._options.port) else misses + 1
+            if misses >= 3:
+                self._say(f"lost the server at {self._options.host}:{self._options.port}; waiting for it to come back")
+                return self._options.once and self._answered_last
+        return self._options.once and self._answered_last
+
+    def _command(self) -> list[str]:
+        site = self._site
+        node_config = {
+            "name": site.name,
+            "dataset": site.dataset,
+            "data-dir": str(site.data_dir),
+            "device": site.device,
+            "state-dir": str(site.state_dir),
+            "cache-dir": str(site.cache_dir),
+        }
+        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+        return [
+            "flower-supernode",
+            "--insecure",
+            "--superlink",
+            f"{self._options.host}:{self._options.port}",
+            "--port",
+            str(free_port()),
+            "--node-config",
+            f"{pairs} pack-workers={site.pack_workers}",
+        ]
+
+    def _read(self, output: IO[bytes]) -> None:
+        """Keep the SuperNode's log, and say its few interesting lines in our words."""
+        path = self._site.state_dir / "supernode.log"
+        if path.exists() and path.stat().st_size > LOG_KEPT_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        with path.open("ab") as kept:
+            for raw in output:
+                kept.write(raw)
+                kept.flush()
+                self._notice(raw.decode(errors="replace"))
+
+    def _notice(self, line: str) -> None:
+        found = ROUND.search(line)
+        if found:
+            self._round = found.group(2)
+        if "SuperNode ID:" in line:
+            self._say(f"connected to {self._options.host}:{self._options.port}")
+        elif "Receiving: train" in line:
+            self._say(f"round {self._round}: training")
+        elif "Receiving: evaluate" in line:
+            self._say(f"model of round {self._round}: evaluating")
+        elif "Sent successfully" in line and self._last_task().exists():
+            self._say("the run is over")
+            self._answered_last = True
+            self._last_task().unlink(missing_ok=True)

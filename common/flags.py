@@ -1,0 +1,115 @@
+"""The command line's run settings: each flag, its alias and the setting that it overrides, as one table.
+
+Only the standard library is imported, so that `--help` answers at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import config
+from common.config import Settings
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag that overrides one setting."""
+
+    names: tuple[str, ...]
+    section: str
+    key: str
+    metavar: str
+    help: str
+
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(
+        names=("--strategy", "--method"), section="federation", key="strategy", metavar="NAME", help="fedavg or fedprox"
+    ),
+    Flag(names=("--rounds",), section="federation", key="rounds", metavar="N", help="rounds of the federation"),
+    Flag(names=("--local-epochs",), section="federation", key="local_epochs", metavar="N", help="epochs in each round"),
+    Flag(
+        names=("--proximal-mu",),
+        section="federation",
+        key="proximal_mu",
+        metavar="MU",
+        help="fedprox: pull to the received model",
+    ),
+    Flag(
+        names=("--model",),
+        section="model",
+        key="backbone",
+        metavar="NAME",
+        help="resnet18, resnet50, mobilenet_v2 or cnn",
+    ),
+    Flag(names=("--head",), section="model", key="head", metavar="NAME", help="softmax, cosface or arcface"),
+    Flag(names=("--lr",), section="training", key="lr", metavar="RATE", help="highest learning rate"),
+    Flag(names=("--batch-size",), section="training", key="batch_size", metavar="N", help="pictures in a batch"),
+    Flag(names=("--epochs",), section="training", key="epochs", metavar="N", help="epochs of local training"),
+    Flag(names=("--seed",), section="run", key="seed", metavar="N", help="seed of every random stream"),
+    Flag(
+        names=("--tracking-uri", "--mlflow-uri", "--mlflow_uri"),
+        section="tracking",
+        key="uri",
+        metavar="URI",
+        help="MLflow: sqlite:///FILE or http://HOST:PORT",
+    ),
+    Flag(names=("--out",), section="run", key="out", metavar="DIR", help="where runs are kept (default: runs)"),
+    Flag(names=("--log-level",), section="run", key="log_level", metavar="LEVEL", help="debug, info, warning or error"),
+)
+
+
+def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """Add --config, all run-setting flags but those in `without`, --no-mlflow and --set."""
+    group = parser.add_argument_group("run settings (they override the configuration)")
+    group.add_argument("--config", metavar="NAME|FILE", help="a TOML file, or NAME for configs/NAME.toml")
+    for flag in FLAGS:
+        if flag.names[0] not in without:
+            group.add_argument(*flag.names, dest=f"{flag.section}.{flag.key}", metavar=flag.metavar, help=flag.help)
+    group.add_argument(
+        "--no-mlflow", "--mlflow-disabled", "--mlflow_disabled", action="store_true", help="keep the local record only"
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override any other setting; repeatable"
+    )
+
+
+def _value_of(name: str, text: str) -> object:
+    """The text as the setting's type; a text that does not fit is left for `config.load` to refuse by name."""
+    section, _, key = name.partition(".")
+    default = config.to_mapping(Settings()).get(section, {}).get(key)
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    kinds: tuple[type, ...] = (float,) if isinstance(default, float) else (int,)
+    if isinstance(default, str) and not config.takes_number(section, key):
+        return text
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_run_settings(arguments: argparse.Namespace, *, default_config: str | None = None) -> Settings:
+    """Settings of the configuration with the command line's flags laid over it.  Raises ConfigError."""
+    name = arguments.config or default_config
+    if name == "default":
+        name = default_config
+    path: Path | None = config.find_config(name) if name else None
+    overrides: dict[tuple[str, str], object] = {}
+    for dotted, text in vars(arguments).items():
+        section, dot, key = dotted.partition(".")
+        if dot and text is not None:
+            overrides[(section, key)] = _value_of(dotted, text)
+    for item in arguments.set:
+        dotted, equals, text = item.partition("=")
+        section, dot, key = dotted.partition(".")
+        if not (equals and dot):
+            raise ConfigError([f"--set {item}: write SECTION.KEY=VALUE, for example --set data.image_size=64."])
+        overrides[(section, key)] = _value_of(dotted, text)
+    if arguments.no_mlflow:
+        overrides[("tracking", "enabled")] = False
+    return config.load(path, overrides)

@@ -1,0 +1,115 @@
+"""Child processes that end with us: Flower's own programs, started by name from our environment."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from common.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+STOP_GRACE_S = 10.0
+
+
+def child_environment(flwr_home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment for Flower's programs: its own home, and our environment's bin folder first on PATH."""
+    here = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(flwr_home),
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: the kernel ends it when our process ends, even by kill -9 (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start(
+    command: Sequence[str], *, environment: Mapping[str, str], output: IO[bytes] | int
+) -> subprocess.Popen[bytes]:
+    """Start a program in a process group of its own, which ends when we end."""
+    return subprocess.Popen(
+        list(command),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+
+
+def stop(process: subprocess.Popen[bytes], grace_s: float = STOP_GRACE_S) -> None:
+    """End a program and everything in its process group: SIGTERM, then SIGKILL after the grace."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=grace_s)
+    deadline = time.monotonic() + grace_s
+    while _group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def parse_address(text: str, option: str) -> tuple[str, int]:
+    """HOST:PORT -> (host, port).  Raises UserError."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"{option} {text}: write HOST:PORT with a port from 1 to 65535, for example 127.0.0.1:8000.")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on that host name."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def require_free_port(host: str, port: int, option: str) -> None:
+    """Raises UserError when something listens on that port already, or the address is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"{option} {host}:{port} cannot be used ({error.strerror}); stop what listens there or choose another port."
+            ) from None
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def can_connect(host: str, port: int, timeout_s: float = 2.0) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""Ready configurations, found by name: `--config demo` means configs/demo.toml."""

@@ -1,0 +1,167 @@
+"""The ServerApp: from run settings to a trained, recorded and registered global model."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common import config
+from common.checkpoints import write_json
+from common.config import Settings
+from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
+from common.events import OUTCOME_FILE, STOP_FILE, EventLog
+from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names
+from common.parameters import Manifest, flatten, load_shared, manifest_of
+from common.runtime import stream_seed
+from common.tracking.registry import register_model
+from common.tracking.run import TrackedRun
+from common.wire import Task
+from server.checkpointing import RunCheckpoints
+from server.history import History
+from server.mailbox import GridMailbox, Mailbox, Patience
+from server.record import Record
+from server.roster import Roster
+from server.rounds import Federation, Outcome
+from server.run_folder import new_run_folder
+from server.runs import begin_tracking
+
+log = logging.getLogger("facefed.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What differs between the engines."""
+
+    run_folder: Path
+    stopped: Callable[[], bool]  # asked often; True ends the run
+    all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
+    git_commit: str
+
+
+def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
+    """The recogniser whose shared parameters are round 0's, and their manifest. Its head is never used."""
+    recogniser = build_recogniser(
+        settings.model,
+        num_people=2,
+        image_size=settings.data.image_size,
+        backbone_seed=stream_seed(settings.run.seed, "backbone"),
+        head_seed=0,
+    )
+    state = recogniser.state_dict()
+    # With private normalisation these are fewer names, by the same rule as at the clients.
+    names = shared_names(recogniser, settings.model.normalisation)
+    return recogniser, manifest_of({name: state[name] for name in names})
+
+
+def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> list[str]:
+    """Register the best, then the last, global model; returns what was registered, for the summary."""
+    settings = federation.settings
+    if settings.model.normalisation == "private":
+        return ["none: with private normalisation there is no single global model"]
+    if not settings.tracking.enabled:
+        return []
+    name = f"{settings.model.backbone}_federated_{settings.federation.strategy}"
+    recogniser, manifest = initial_model(settings)
+    val_people = "+".join(member.site.val_people for member in federation.roster.members().values())
+    done = []
+    for role, step in (("last", outcome.last_round), ("best", outcome.history.best_round)):
+        load_shared(recogniser, federation.checkpoints.load(step), manifest)
+        version = register_model(
+            tracked,
+            EmbeddingModel(recogniser.backbone).eval(),
+            name=name,
+            image_size=settings.data.image_size,
+            step=step,
+            role=role,
+            val_auc=outcome.history.at(step).metrics.get("round_val_auc", float("nan")),
+            val_people=val_people,
+            metrics=outcome.history.at(step).metrics,
+        )
+        if version is not None:
+            done.append(f"models:/{name}/{version} ({role}, round {step})")
+    return done
+
+
+def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -> None:
+    """Run the federation into the run's folder; always leaves RUN/outcome.json with the exit code and its line."""
+    folder = surroundings.run_folder
+    events = EventLog(folder)
+    tracked: TrackedRun | None = None
+    status, exit_code, line = "FAILED", EXIT_FAILED, ""
+    try:
+        tracked = begin_tracking(settings, folder, surroundings.git_commit)
+        summary = _federate(settings, mailbox, surroundings, tracked, events)
+        status, exit_code = "FINISHED", EXIT_DONE
+        events.emit("finished", **summary)
+    except FaceFedError as error:
+        exit_code, line = error.exit_code, str(error)
+        status = "KILLED" if isinstance(error, InterruptedRun) else "FAILED"
+    except Exception as error:
+        line = f"the server failed: {type(error).__name__}: {error}"
+        log.exception("the round loop failed")
+    finally:
+        if tracked is not None:
+            tracked.finish(status)
+        if line:
+            events.emit("failed", line=line, exit_code=exit_code)
+        write_json(folder / OUTCOME_FILE, {"exit_code": exit_code, "line": line})
+
+
+def _federate(
+    settings: Settings, mailbox: Mailbox, surroundings: Surroundings, tracked: TrackedRun, events: EventLog
+) -> dict[str, object]:
+    recogniser, manifest = initial_model(settings)
+    patience = Patience(surroundings.stopped)
+    run_id = surroundings.run_folder.name
+    federation = Federation(
+        settings=settings,
+        run_id=run_id,
+        manifest=manifest,
+        model=flatten(recogniser.state_dict(), manifest),
+        mailbox=mailbox,
+        roster=Roster(
+            mailbox,
+            settings.federation,
+            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(settings)),
+            events=events,
+            patience=patience,
+            all_nodes_are_here=surroundings.all_nodes_are_here,
+        ),
+        patience=patience,
+        checkpoints=RunCheckpoints(surroundings.run_folder / "checkpoints", manifest),
+        record=Record(tracked, events, settings),
+        history=History(),
+    )
+    del recogniser
+    outcome = federation.run()
+    summary: dict[str, object] = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
+    events.emit("saving")
+    summary["registered"] = _register(tracked, federation, outcome)
+    return summary
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry for a deployment: settings and the run's folder come in the run config."""
+    torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
+    text = str(context.run_config.get("settings", ""))
+    settings = config.from_json(text) if text else Settings()
+    given = str(context.run_config.get("run-folder", ""))
+    folder = Path(given) if given else new_run_folder(settings)
+    federate(
+        settings,
+        GridMailbox(grid),
+        Surroundings(
+            run_folder=folder,
+            stopped=(folder / STOP_FILE).exists,
+            all_nodes_are_here=lambda: False,
+            git_commit=str(context.run_config.get("git-commit", "")) or "unknown",
+        ),
+    )

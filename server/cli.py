@@ -1,0 +1,96 @@
+"""`flower-server`: one federated run over real client processes, from start to exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import config
+from common.config import Settings
+from common.console import (
+    Follower,
+    RunView,
+    run_program,
+    set_up_logging,
+    stopping_on_signals,
+    summary_lines,
+    tracking_line,
+)
+from common.errors import UserError
+from common.events import EventReader
+from common.flags import add_run_settings, read_run_settings
+from common.processes import is_loopback, parse_address
+from common.runtime import go_silent
+
+DEFAULT_CONFIG = "celeba_vggface2_fedavg"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `flower-server`."""
+    program = argparse.ArgumentParser(
+        prog="flower-server", description="Run one federation: wait for clients, train, record, end with the run."
+    )
+    group = program.add_argument_group("this server")
+    group.add_argument("--address", default="127.0.0.1:8000", metavar="HOST:PORT", help="where clients connect")
+    group.add_argument("--min-clients", type=int, metavar="N", help="clients to wait for, and replies a round needs")
+    group.add_argument("--join-timeout", type=float, metavar="S", help="seconds to wait for them")
+    group.add_argument("--database", metavar="FILE", help="keep Flower's state in this file instead of in memory")
+    group.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow plain text outside this machine: anyone on the way can read and alter it",
+    )
+    add_run_settings(program, without=("--epochs",))
+    return program
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    for key, value in (("min_clients", arguments.min_clients), ("join_timeout_s", arguments.join_timeout)):
+        if value is not None:
+            settings = config.with_value(settings, "federation", key, value)
+    return settings
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    host, port = parse_address(arguments.address, "--address")
+    if not (is_loopback(host) or arguments.insecure):
+        raise UserError(
+            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the way could"
+            " read and alter models, and anyone could submit code. Use 127.0.0.1, or give --insecure if you accept that."
+        )
+    set_up_logging(settings.run.log_level)
+    from common.tracking.settings import with_absolute_uri
+    from server.launch import Launch, ServerOptions
+    from server.run_folder import new_run_folder
+
+    settings = with_absolute_uri(settings, Path.cwd())
+    run_folder = new_run_folder(settings)
+    database = Path(arguments.database).expanduser().resolve() if arguments.database else None
+    launch = Launch(settings, ServerOptions(host=host, port=port, database=database), run_folder)
+    sys.stdout.write(f"server at {host}:{port}; waiting for {settings.federation.min_clients} clients\n")
+    sys.stdout.flush()
+    with (
+        stopping_on_signals(launch.request_stop),
+        RunView(sys.stdout) as view,
+        Follower(EventReader(run_folder), view) as follower,
+    ):
+        outcome = launch.run()
+    if outcome["exit_code"] == 0:
+        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
+        sys.stdout.write("\n".join(lines) + "\n")
+    else:
+        sys.stderr.write(f"flower-server: {outcome['line']}\n")
+    return int(outcome["exit_code"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`flower-server`: returns the exit code."""
+    go_silent()
+    arguments = parser().parse_args(argv)
+    return run_program("flower-server", lambda: _serve(arguments), sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What is known of each round's global model, and which round is the best so far."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from common.evaluation import EvaluationSums
+from server.scores import open_scores, pooled, round_metrics
+
+
+@dataclass
+class RoundRecord:
+    """Round `step`: the figures of its training and of the model after it (round 0: the initial model)."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    sums: dict[str, dict[str, EvaluationSums]] = field(default_factory=dict)  # split -> client -> sums
+
+
+@dataclass
+class History:
+    """All rounds, and the choice among them: by pooled validation AUC, never by test."""
+
+    rounds: dict[int, RoundRecord] = field(default_factory=dict)
+    best_round: int = 0
+    best_val_auc: float = float("-inf")
+
+    def at(self, step: int) -> RoundRecord:
+        """The record of a round, made when it is first asked for."""
+        return self.rounds.setdefault(step, RoundRecord(step))
+
+    def score(self, step: int, split: str, by_client: Mapping[str, EvaluationSums]) -> dict[str, float]:
+        """Keep the sums of the model of round `step`; returns its pooled metrics (round_val_auc, ...).
+
+        An equal validation AUC leaves the earlier round the best. Round 0 is never the best: it is untrained.
+        """
+        record = self.at(step)
+        record.sums[split] = dict(by_client)
+        total = pooled(by_client)
+        metrics = round_metrics(split, total)
+        record.metrics |= metrics
+        val_auc = open_scores(total).get("roc_auc", 0.0)
+        if split == "val" and step > 0 and val_auc > self.best_val_auc:
+            self.best_round, self.best_val_auc = step, val_auc
+        return metrics
+
+    def tested(self, step: int) -> bool:
+        """Whether the model of that round was scored on the test split."""
+        return "test" in self.at(step).sums
+
+    def pooled_test(self, step: int) -> EvaluationSums:
+        """The test sums of that round's model over all clients."""
+        return pooled(self.at(step).sums["test"])
+
+    def rows(self) -> list[dict[str, float]]:
+        """One flat row for each round in order, with its "step"."""
+        return [{"step": float(step), **self.rounds[step].metrics} for step in sorted(self.rounds)]
+
+    def client_rows(self) -> dict[str, list[dict[str, float]]]:
+        """For each client, one row for each round in which it has a figure."""
+        names = sorted({name for record in self.rounds.values() for name in record.clients})
+        return {
+            name: [
+                {"step": float(step), **self.rounds[step].clients[name]}
+                for step in sorted(self.rounds)
+                if name in self.rounds[step].clients
+            ]
+            for name in names
+        }

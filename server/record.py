@@ -1,0 +1,158 @@
+"""The record of a federation as it happens: events for whoever watches, metrics and pictures for the tracking."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.config import Settings
+from common.evaluation import EvaluationSums
+from common.events import EventLog
+from common.metrics.verification import roc_auc, roc_curve
+from common.plots import curves, verification
+from common.tracking.run import TrackedRun
+from common.wire import Reply
+from server.history import History
+from server.roster import Member
+from server.scores import client_metrics, closed_scores, merged_train, open_scores, train_metrics
+
+
+class Record:
+    """Everything that a run tells: one call for each thing that happens."""
+
+    def __init__(self, tracked: TrackedRun, events: EventLog, settings: Settings) -> None:
+        """tracked: the run, begun.  events: where whoever watches reads."""
+        self._tracked, self._events, self._settings = tracked, events, settings
+        self._children: dict[str, TrackedRun] = {}
+        self._refusals: dict[int, dict[str, str]] = {}
+
+    def members(self, members: Mapping[str, Member]) -> None:
+        """Begin a nested run for each client that is new."""
+        new = [(name, member) for name, member in members.items() if name not in self._children]
+        if new:
+            self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
+        for name, member in new:
+            site = member.site
+            tags = {"mode": "federated_client", "dataset": site.dataset, "device": site.device}
+            child = self._tracked.child(name, tags)
+            child.log_params(
+                {
+                    "client": name,
+                    "dataset": site.dataset,
+                    "num_training_people": site.num_training_people,
+                    "num_training_pictures": site.num_training_pictures,
+                    "num_pictures": site.num_pictures,
+                    "num_quarantined": site.num_quarantined,
+                    "precision": site.precision,
+                    "memory_format": site.memory_format,
+                    "threads_or_cores": site.cores,
+                }
+            )
+            self._children[name] = child
+
+    def refused(self, server_round: int, client: str, reason: str) -> None:
+        """A client's reply was left out: named and counted."""
+        refusals = self._refusals.setdefault(server_round, {})
+        refusals[client] = reason
+        total = sum(len(of_round) for of_round in self._refusals.values())
+        self._tracked.log_metrics({"refused_replies": float(total)}, step=server_round)
+        self._tracked.set_tags({f"refused.round_{server_round}.{client}": reason[:400]})
+        self._events.emit("refused", client=client, round=server_round, reason=reason)
+
+    def reasons(self, server_round: int) -> Mapping[str, str]:
+        """Why replies of that round were left out, by client."""
+        return self._refusals.get(server_round, {})
+
+    @property
+    def num_refused(self) -> int:
+        """How many replies were left out in the whole run."""
+        return sum(len(of_round) for of_round in self._refusals.values())
+
+    def scored(self, history: History, step: int, split: str, by_client: Mapping[str, EvaluationSums]) -> None:
+        """The model of round `step` was scored: keep, log, tell."""
+        metrics = history.score(step, split, by_client)
+        if metrics:
+            self._tracked.log_metrics(metrics, step=step)
+        for name, sums in by_client.items():
+            figures = client_metrics(split, sums)
+            history.at(step).clients.setdefault(name, {}).update(figures)
+            if figures:
+                self._children[name].log_metrics(figures, step=step)
+        self._events.emit("scored", round=step, split=split, best_round=history.best_round, **metrics)
+
+    def trained(
+        self, history: History, server_round: int, replies: Mapping[str, Reply], costs: Mapping[str, float]
+    ) -> None:
+        """A round is whole: its training figures, seconds and bytes."""
+        train = train_metrics(merged_train(replies))
+        record = history.at(server_round)
+        record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **costs}
+        self._tracked.log_metrics(record.metrics, step=server_round)
+        for name, reply in replies.items():
+            figures = train_metrics(reply.train)
+            record.clients.setdefault(name, {}).update(figures)
+            self._children[name].log_metrics(figures, step=server_round)
+        self._events.emit(
+            "round",
+            round=server_round,
+            rounds=self._settings.federation.rounds,
+            clients=len(replies),
+            seconds=costs["round_seconds"],
+            train_loss=train["train_loss"],
+        )
+        if self._settings.tracking.plots == "all":
+            self._draw_curves(history)
+
+    def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
+        """The last pictures and the summary, which is also RUN/metrics.json."""
+        if self._settings.tracking.plots != "none":
+            self._draw_curves(history)
+            self._draw_verification(history)
+        best = history.best_round
+        summary = {
+            "rounds": last_round,
+            "best_round": best,
+            "model_sha256": sha256,
+            "refused_replies": self.num_refused,
+            "refusals": self._refusals,
+            "untrained": self._test_scores(history, 0),
+            "best": self._test_scores(history, best),
+            "last": self._test_scores(history, last_round),
+            "best_val_auc": history.best_val_auc,
+            "clients": {
+                name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
+            },
+            "rounds_table": history.rows(),
+        }
+        final = {f"test_{name}": value for name, value in summary["best"].items()}
+        for name, figures in summary["clients"].items():
+            final |= {f"{name}_{key}": value for key, value in figures.items()}
+        self._tracked.log_metrics(final | {"best_round": float(best), "best_val_auc": history.best_val_auc}, step=best)
+        self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
+        self._tracked.log_dict(summary, "metrics.json")
+        return summary
+
+    def _test_scores(self, history: History, step: int) -> dict[str, float]:
+        if not history.tested(step):
+            return {}
+        sums = history.pooled_test(step)
+        return closed_scores(sums) | open_scores(sums)
+
+    def _draw_curves(self, history: History) -> None:
+        self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
+        self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
+
+    def _draw_verification(self, history: History) -> None:
+        shown: dict[str, tuple[Any, Any, float]] = {}
+        steps: Sequence[tuple[str, int]] = (
+            ("untrained", 0),
+            (self._settings.federation.strategy, history.best_round),
+        )
+        for label, step in steps:
+            if history.tested(step) and open_scores(history.pooled_test(step)):
+                pairs = history.pooled_test(step).pairs
+                shown[label] = (*roc_curve(pairs), roc_auc(pairs))
+        if shown:
+            self._tracked.log_figure(verification.roc(shown), "plots/roc.png")
+        best = history.best_round
+        if history.tested(best) and open_scores(history.pooled_test(best)):
+            figure = verification.score_histograms(history.pooled_test(best).pairs)
+            self._tracked.log_figure(figure, "plots/score_histograms.png")

@@ -1,0 +1,209 @@
+"""The loop: gather, send one message to each client, add the replies in order, keep the best, evaluate at the end."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import config, wire
+from common.config import Settings
+from common.errors import NotEnoughClients, ReplyRefused
+from common.parameters import Manifest
+from common.precision import threads_for
+from common.wire import Reply, Task
+from server.aggregate import WeightedChange
+from server.checkpointing import RunCheckpoints
+from server.guard import check_evaluation_reply, check_train_reply
+from server.history import History
+from server.mailbox import Mailbox, Patience
+from server.record import Record
+from server.roster import Member, Roster
+from server.scores import evaluation_sums
+from server.strategies import STRATEGIES
+
+Buffer = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a federation ended."""
+
+    history: History
+    last_round: int
+    sha256: str  # of the last global model
+
+
+@dataclass(kw_only=True)
+class Federation:
+    """One run's federation: what it needs, and its state as it goes."""
+
+    settings: Settings
+    run_id: str
+    manifest: Manifest
+    model: Buffer  # the global model, changed in place
+    mailbox: Mailbox
+    roster: Roster
+    patience: Patience
+    checkpoints: RunCheckpoints
+    record: Record
+    history: History = field(default_factory=History)
+
+    def run(self) -> Outcome:
+        """All rounds and the final evaluation.
+
+        Raises NotEnoughClients, InterruptedRun; the checkpoint of the last whole round is on disk then.
+        """
+        rounds = self.settings.federation.rounds
+        sha256 = self.checkpoints.save(0, self.model, self.history)
+        for server_round in range(1, rounds + 1):
+            sha256 = self._round(server_round)
+        self._evaluate_at_end(rounds)
+        self.checkpoints.save(rounds, self.model, self.history)
+        return Outcome(history=self.history, last_round=rounds, sha256=sha256)
+
+    def _round(self, server_round: int) -> str:
+        """One round; returns the SHA-256 of the new global model."""
+        started = time.monotonic()
+        members = self.roster.gather()
+        self.record.members(members)
+        splits = self._splits_to_score(server_round - 1)
+        tasks = self._tasks("train", server_round, members, splits)
+        gathered = time.monotonic()
+        change = WeightedChange(self.manifest.size)
+        replies = self._exchange(tasks, members, change)
+        self._require_enough(replies, members, server_round)
+        exchanged = time.monotonic()
+        self._score(server_round - 1, replies, splits)
+        strategy = STRATEGIES[self.settings.federation.strategy]
+        self.model = strategy.apply(self.model, change.mean())
+        applied = time.monotonic()
+        sha256 = self.checkpoints.save(server_round, self.model, self.history)
+        seconds = {
+            "round_seconds": time.monotonic() - started,
+            "wait_seconds": gathered - started,
+            "exchange_seconds": exchanged - gathered,
+            "aggregate_seconds": applied - exchanged,
+            "checkpoint_seconds": time.monotonic() - applied,
+        }
+        self.record.trained(self.history, server_round, replies, seconds | self._bytes(len(tasks), replies))
+        return sha256
+
+    def _splits_to_score(self, step: int) -> str:
+        return "val test" if step % self.settings.federation.test_every_rounds == 0 else "val"
+
+    def _tasks(self, kind: str, step: int, members: Mapping[str, Member], splits: str) -> dict[str, Task]:
+        """The task of each member by name; clients of one machine get equal precision and divided cores."""
+        settings_json = config.to_json(self.settings)
+        first_on: dict[tuple[str, str], Member] = {}
+        for member in members.values():
+            first_on.setdefault((member.site.machine, member.site.device), member)
+        num_on = {
+            m.site.machine: sum(o.site.machine == m.site.machine for o in members.values()) for m in members.values()
+        }
+        tasks = {}
+        for name, member in members.items():
+            model_of_kind = first_on[(member.site.machine, member.site.device)].site
+            tasks[name] = Task(
+                kind=kind,
+                run_id=self.run_id,
+                server_round=step,
+                settings=settings_json,
+                manifest=self.manifest.digest,
+                splits=splits,
+                best_round=self.history.best_round,
+                precision=model_of_kind.precision,
+                memory_format=model_of_kind.memory_format,
+                threads=threads_for(self.settings, num_on[member.site.machine], member.site.cores),
+            )
+        return tasks
+
+    def _exchange(
+        self, tasks: Mapping[str, Task], members: Mapping[str, Member], change: WeightedChange | None
+    ) -> dict[str, Reply]:
+        """Send every task and take the replies in the fixed order of names; a bad or missing one is left out.
+
+        With `change`, replies are checked as those of training and added to it at once, and their buffers dropped.
+        """
+        timeout_s = self.settings.federation.round_timeout_s
+        deadline = time.monotonic() + timeout_s
+        names = list(tasks)
+        shared = wire.pack_shared(self.model)
+        messages = [
+            wire.task_message(tasks[name], shared, node_id=members[name].node_id, ttl_s=timeout_s) for name in names
+        ]
+        sent = dict(zip(names, self.mailbox.send(messages), strict=True))
+        del messages, shared  # the SuperLink has them now
+        replies = {}
+        for name in names:
+            try:
+                replies[name] = self._receive(sent[name], tasks[name], members[name], change, deadline)
+            except ReplyRefused as refusal:
+                self.record.refused(tasks[name].server_round, name, str(refusal))
+        return replies
+
+    def _receive(
+        self, message_id: str, task: Task, member: Member, change: WeightedChange | None, deadline: float
+    ) -> Reply:
+        if not message_id:
+            raise ReplyRefused("the task could not be sent; the client is not connected")
+        message = self.patience.until(lambda: self.mailbox.receive(message_id), deadline)
+        if message is None:
+            raise ReplyRefused(f"no answer within {self.settings.federation.round_timeout_s:g} s")
+        reply = wire.read_reply(message, task.splits)
+        if change is None:
+            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest)
+            return reply
+        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
+        if reply.change is not None:
+            change.add(reply.change, reply.num_examples)
+        return dataclasses.replace(reply, change=None)
+
+    def _require_enough(self, replies: Mapping[str, Reply], members: Mapping[str, Member], server_round: int) -> None:
+        wanted = self.settings.federation.min_clients
+        if len(replies) < wanted:
+            reasons = self.record.reasons(server_round)
+            raise NotEnoughClients(
+                f"round {server_round}: {len(replies)} of {len(members)} clients gave a usable reply, {wanted}"
+                f" are needed ({'; '.join(f'{name}: {reason}' for name, reason in reasons.items())})."
+                f" The model of round {server_round - 1} is kept in {self.checkpoints.path(server_round - 1)}."
+            )
+
+    def _bytes(self, num_sent: int, replies: Mapping[str, Reply]) -> dict[str, float]:
+        return {
+            "bytes_down": float(num_sent * self.manifest.num_bytes),
+            "bytes_up": float(
+                sum(
+                    self.manifest.num_bytes + sum(sums.pairs.nbytes for sums in reply.evaluations.values())
+                    for reply in replies.values()
+                )
+            ),
+        }
+
+    def _score(self, step: int, replies: Mapping[str, Reply], splits: str) -> None:
+        for split in splits.split():
+            by_client = {name: evaluation_sums(reply.evaluations[split]) for name, reply in replies.items()}
+            self.record.scored(self.history, step, split, by_client)
+
+    def _evaluate(self, step: int, splits: str, *, last: bool) -> None:
+        members = self.roster.gather()
+        tasks = {
+            name: dataclasses.replace(task, last=last)
+            for name, task in self._tasks("evaluate", step, members, splits).items()
+        }
+        replies = self._exchange(tasks, members, None)
+        self._require_enough(replies, members, step)
+        self._score(step, replies, splits)
+
+    def _evaluate_at_end(self, rounds: int) -> None:
+        """Score the last model; then the best one on test, unless the curve has that point already."""
+        every_round_is_tested = self.settings.federation.test_every_rounds == 1
+        self._evaluate(rounds, "val test", last=every_round_is_tested)
+        if every_round_is_tested:
+            return
+        last_model = self.model
+        self.model = self.checkpoints.load(self.history.best_round)
+        self._evaluate(self.history.best_round, "val test", last=True)
+        self.model = last_model

@@ -1,0 +1,62 @@
+"""What `flower-simulation` and `facefed train` do between their flags and the work."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from common import config
+from common.checkpoints import read_json
+from common.config import Settings
+from common.console import Follower, RunView, summary_lines, tracking_line
+from common.errors import UserError
+from common.events import OUTCOME_FILE, EventReader
+from common.tracking.settings import with_absolute_uri
+from server.run_folder import new_run_folder
+from simulation.sites import ClientOption, pack_at_the_door, parse_clients, site_of
+
+
+def federate_here(
+    settings: Settings, clients: Sequence[str], *, device: str, cache_dir: Path, out: TextIO, err: TextIO
+) -> int:
+    """`flower-simulation`: check and pack every client's data, then federate them under Ray."""
+    options = parse_clients(clients)
+    settings = with_absolute_uri(settings, Path.cwd())
+    settings = config.with_value(settings, "federation", "min_clients", len(options))
+    state = Path(settings.run.out).expanduser() / "clients"
+    sites = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
+    for site in sites:
+        pack_at_the_door(site, settings, out)
+    run_folder = new_run_folder(settings)
+    from simulation.run import simulate
+
+    with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
+        exit_code = simulate(settings, sites, run_folder)
+    if exit_code == 0:
+        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
+        out.write("\n".join(lines) + "\n")
+    else:
+        err.write(f"flower-simulation: {read_json(run_folder / OUTCOME_FILE)['line']}\n")
+    return exit_code
+
+
+def train_local(
+    settings: Settings, options: Sequence[ClientOption], *, device: str, cache_dir: Path, out: TextIO
+) -> int:
+    """`facefed train local`: one holder alone."""
+    if len(options) != 1:
+        raise UserError(f"train local trains one holder, {len(options)} were named; give one --client NAME.")
+    settings = with_absolute_uri(settings, Path.cwd())
+    state = Path(settings.run.out).expanduser() / "clients"
+    site = site_of(options[0], device=device, cache_dir=cache_dir, state_dir=state)
+    pack = pack_at_the_door(site, settings, out)
+    from simulation.baselines import run_local
+
+    summary = run_local(settings, site, pack, out)
+    out.write(
+        f"\ntest AUC on people never seen: untrained {summary.untrained_auc:.3f} -> local {summary.test_auc:.3f}\n"
+    )
+    out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
+    if summary.registered:
+        out.write(f"registered: {summary.registered}\n")
+    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
+    return 0

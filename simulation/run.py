@@ -1,0 +1,119 @@
+"""The federation under Ray on one machine: the same ServerApp and ClientApp, in one command.
+
+Flower's public `run_simulation` warns that it is deprecated; the engine behind it does not. docs/adr says why it is
+used, and a test pins it.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation.run_simulation import _run_simulation
+from flwr.supercore.telemetry import EventType
+
+from clients.app import build_client_app
+from clients.site import SiteSettings
+from common.checkpoints import read_json
+from common.config import Settings
+from common.console import stopping_on_signals
+from common.errors import EXIT_FAILED, CheckpointError
+from common.events import OUTCOME_FILE
+from common.runtime import num_cores
+from common.version import git_commit
+from server.app import Surroundings, federate
+from server.mailbox import GridMailbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one virtual client takes of the machine."""
+
+    num_cpus: int
+    num_gpus: float
+
+
+def resources_of_client(num_clients: int, *, num_gpus: int) -> Resources:
+    """The machine divided among the clients: at least one core each, fractions of a GPU where there is one."""
+    at_once = max(1, min(num_clients, num_cores()))
+    return Resources(
+        num_cpus=max(1, num_cores() // at_once), num_gpus=round(num_gpus / at_once, 3) if num_gpus else 0.0
+    )
+
+
+def _start_ray(num_gpus: int) -> None:
+    """Our own `ray.init`, so that a failure to start is an exception here and not a hang inside the engine."""
+    ray.init(
+        num_cpus=num_cores(),
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _server_app(settings: Settings, run_folder: Path, num_clients: int, stop: threading.Event) -> ServerApp:
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, _: Context) -> None:
+        mailbox = GridMailbox(grid)
+        federate(
+            settings,
+            mailbox,
+            Surroundings(
+                run_folder=run_folder,
+                stopped=stop.is_set,
+                all_nodes_are_here=lambda: len(mailbox.node_ids()) >= num_clients,
+                git_commit=git_commit(),
+            ),
+        )
+
+    return server_app
+
+
+def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources) -> None:
+    table = tuple(sites)
+
+    def find_site(context: Context) -> SiteSettings:
+        return table[int(context.node_config["partition-id"])]
+
+    config: dict[str, Any] = {"client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}}
+    _run_simulation(
+        num_supernodes=len(table),
+        client_app=build_client_app(find_site),
+        server_app=server_app,
+        backend_config=config,
+        exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+    )
+
+
+def simulate(settings: Settings, sites: Sequence[SiteSettings], run_folder: Path) -> int:
+    """Run the whole federation; returns the exit code. RUN/outcome.json holds the line to show when it is not 0."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would repeat every client's error with a traceback
+    num_gpus = 0 if all(site.device == "cpu" for site in sites) else _num_gpus()
+    stop = threading.Event()
+    _start_ray(num_gpus)
+    try:
+        with stopping_on_signals(stop.set):
+            resources = resources_of_client(len(sites), num_gpus=num_gpus)
+            _run_engine(_server_app(settings, run_folder, len(sites), stop), sites, resources)
+    finally:
+        ray.shutdown()
+    try:
+        return int(read_json(run_folder / OUTCOME_FILE)["exit_code"])
+    except CheckpointError:
+        return EXIT_FAILED
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,101 @@
+"""`--client NAME=DIR` and `--data-dir` -> site settings whose data were checked and packed at the door."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from clients.site import SiteSettings
+from common.config import Settings
+from common.console import PackProgress, counts
+from common.errors import UserError, unknown_name
+from common.faces.pack import FacePack, open_pack
+from common.faces.sources import DATASETS
+from common.runtime import num_cores, resolve_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOption:
+    """One `--client`: a name, which data set it holds, and where."""
+
+    name: str
+    dataset: str
+    data_dir: Path
+
+
+def parse_client(text: str) -> ClientOption:
+    """NAME=DIR (the name is the data set's) or NAME:DATASET=DIR.  Raises UserError."""
+    label, equals, folder = text.partition("=")
+    name, colon, dataset = label.partition(":")
+    if not (equals and name and folder):
+        raise UserError(f"--client {text}: write NAME=DIR or NAME:DATASET=DIR, for example celeba=data/celeba.")
+    dataset = dataset if colon else name
+    if dataset not in DATASETS:
+        raise UserError(
+            unknown_name(f"--client {text}: the data set", dataset, DATASETS)
+            + (" With a name of your own write NAME:DATASET=DIR." if not colon else "")
+        )
+    return ClientOption(name=name, dataset=dataset, data_dir=Path(folder).expanduser())
+
+
+def parse_clients(texts: Sequence[str]) -> list[ClientOption]:
+    """All `--client` options in order of their names.  Raises UserError for none, or for a name that comes twice."""
+    if not texts:
+        raise UserError("no clients: give at least one --client NAME=DIR, for example --client celeba=data/celeba.")
+    options = [parse_client(text) for text in texts]
+    names = [option.name for option in options]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two clients claim the name {twice[0]!r}; name one of them NAME:DATASET=DIR.")
+    return sorted(options, key=lambda option: option.name)
+
+
+def site_of(option: ClientOption, *, device: str, cache_dir: Path, state_dir: Path) -> SiteSettings:
+    """The site settings of a client on this machine, folders absolute (Ray's workers run elsewhere)."""
+    return SiteSettings(
+        name=option.name,
+        dataset=option.dataset,
+        data_dir=option.data_dir.resolve(),
+        device=resolve_device(device),
+        state_dir=state_dir.resolve() / option.name,
+        cache_dir=cache_dir.resolve(),
+        pack_workers=num_cores(),
+    )
+
+
+def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> FacePack:
+    """Check and pack a site's pictures before anything starts, and say in one line what it holds."""
+    progress = PackProgress(f"packing {site.name}", out)
+    try:
+        pack = open_pack(
+            site.dataset, site.data_dir, settings.data, site.cache_dir, workers=site.pack_workers, progress=progress
+        )
+    finally:
+        progress.close()
+    held = counts({"people": len(set(pack.person.tolist())), "pictures": len(pack.person)})
+    out.write(f"{site.name}: {held} ({pack.num_classes:,} people to train on), {site.device}\n")
+    if pack.quarantined:
+        out.write(f"{site.name}: {len(pack.quarantined):,} pictures left out; facefed data audit lists them\n")
+    out.flush()
+    return pack
+
+
+def data_options(clients: Sequence[str], data_dirs: Sequence[str]) -> list[ClientOption]:
+    """`--client NAME` with `--data-dir`: NAME=DIR for several, a plain DIR for one, else data/NAME.
+
+    A `--client NAME=DIR` carries its folder itself.  Raises UserError.
+    """
+    named = dict(text.split("=", 1) for text in data_dirs if "=" in text)
+    plain = [text for text in data_dirs if "=" not in text]
+    names = list(clients) or sorted(named)
+    if len(plain) > 1 or (plain and len(names) != 1):
+        raise UserError(f"--data-dir {plain[0]}: with {len(names)} clients write --data-dir NAME=DIR for each.")
+    texts = []
+    for text in names:
+        name = text.partition(":")[0]
+        folder = plain[0] if plain else named.pop(name, f"data/{name}")
+        texts.append(text if "=" in text else f"{text}={folder}")
+    unknown = sorted(set(named) - {text.partition("=")[0].partition(":")[0] for text in texts})
+    if unknown:
+        raise UserError(f"--data-dir {unknown[0]}=...: there is no --client {unknown[0]}.")
+    return parse_clients(texts)
