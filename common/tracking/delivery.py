@@ -35,8 +35,10 @@ def quieten() -> None:
     # MLflow 3.17's tables under SQLAlchemy 2.1.  A filter, since catch_warnings is not safe in the sending thread.
     warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated", DeprecationWarning)
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    # Its model classes, when the first model is logged.
+    warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
+    for chatty in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 class Delivery:

@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from common.tracking.delivery import quieten
 from common.tracking.run import TrackedRun
+from common.tracking.sender import short_reason
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +57,9 @@ def register_model(
         if role == "best":
             _crown(run, name, version, val_auc=val_auc, val_people=val_people)
     except Exception as error:  # a registry that fails must not cost the run; the checkpoint is there
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        _log.warning("Tracking: model %s (%s) is not registered: %s; its checkpoint is kept.", name, role, reason)
+        _log.warning(
+            "Tracking: model %s (%s) is not registered (%s); its checkpoint is kept.", name, role, short_reason(error)
+        )
         return None
     finally:
         model.train(training)
@@ -67,6 +70,7 @@ def _log_model(
     run: TrackedRun, model: "torch.nn.Module", *, image_size: int, step: int, tags: Mapping[str, str]
 ) -> str:
     """Export and upload the model; returns the id of MLflow's logged model."""
+    quieten()
     import mlflow.pytorch
     from mlflow.models import Model
 

@@ -132,10 +132,19 @@ class Sender:
     def _report_failure(self, error: Exception) -> None:
         self._failures += 1
         if self._failures == 1:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             _log.warning(
                 "Tracking: %s cannot be used now (%s). Training goes on; everything is kept in %s and sent later.",
                 shown_uri(self._uri),
-                reason.replace(self._uri, shown_uri(self._uri)),
+                short_reason(error).replace(self._uri, shown_uri(self._uri)),
                 self._spool.path,
             )
+
+
+def short_reason(error: BaseException) -> str:
+    """One line of an exception: of its innermost operating system error ("Connection refused"), else its own."""
+    innermost = error
+    cause: BaseException | None = error
+    while cause is not None:
+        innermost = cause if isinstance(cause, OSError) else innermost
+        cause = cause.__cause__ or cause.__context__
+    return (str(innermost).splitlines() or [type(innermost).__name__])[0][:300]

@@ -1,0 +1,224 @@
+"""Registered models: loadable by a Python that cannot import FaceFed, for any batch size; the champion is guarded."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common.config import TrackingSettings
+from common.tracking.address import quiet_environment, resolve_uri
+from common.tracking.registry import register_model
+from common.tracking.run import open_run
+
+NAME = "cnn_federated_fedavg"
+SIZE = 16
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
+
+# Runs with `python -I` in an empty folder.  It compares nothing itself: it has no model of ours to compare with.
+STRANGER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("common", "server", "clients", "simulation"):
+            raise ModuleNotFoundError(f"no {name} here")
+sys.meta_path.insert(0, Blocker())
+try:
+    import common
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the blocker does not block")
+import mlflow, numpy, torch
+uri, pictures, out, *model_uris = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+mlflow.set_registry_uri(uri)
+x = torch.from_numpy(numpy.load(pictures))
+found = {}
+for number, model_uri in enumerate(model_uris):
+    model = mlflow.pytorch.load_model(model_uri)
+    with torch.no_grad():
+        found |= {f"{number}/{n}": model(x[:n]).numpy() for n in (1, 2, 7)}
+numpy.savez(out, **found)
+"""
+
+
+class SmallEmbedder(torch.nn.Module):
+    """A class that only this file has; batch norm and dropout differ between training and evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.drop = torch.nn.Dropout(0.5)
+        self.out = torch.nn.Linear(8, 4)
+
+    def forward(self, pictures):
+        x = torch.relu(self.norm(self.conv(pictures))).mean(dim=(2, 3))
+        return F.normalize(self.out(self.drop(x)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quiet_environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return resolve_uri("sqlite:///mlflow.db", tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture(scope="module")
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture
+def run(uri, tmp_path):
+    opened = open_run(
+        TrackingSettings(), uri=uri, folder=tmp_path / "run", experiment="fed", run_name="n", tags={}, params={}
+    )
+    yield opened
+    opened.finish("FINISHED")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = SmallEmbedder()
+    with torch.no_grad():
+        made.norm.running_mean.uniform_(-1.0, 1.0)
+        made.norm.running_var.uniform_(0.5, 2.0)
+    return made.train()
+
+
+def _ours(caplog):
+    return [record for record in caplog.records if not record.name.startswith("torch")]
+
+
+def _register(run, model, **changes):
+    given = {
+        "name": NAME, "image_size": SIZE, "step": 3, "role": "best", "val_auc": 0.8, "val_people": "p1",
+        "metrics": {"test_roc_auc": 0.75, "test_eer": float("nan")},
+    }  # fmt: skip
+    return register_model(run, model, **{**given, **changes})
+
+
+def _stranger(uri, model_uris, folder, pictures):
+    np.save(folder / "pictures.npy", pictures)
+    (folder / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, uri, folder / "pictures.npy", folder / "out.npz", *model_uris],
+        cwd=folder / "empty",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "out.npz")
+
+
+def test_a_python_without_facefed_loads_and_runs_it(uri, client, run, model, tmp_path):
+    run.log_metrics({"round_val_auc": 0.8}, step=3)
+    assert _register(run, model, role="last") == "1"
+    assert _register(run, model) == "2"
+    assert model.training  # left as it was found
+    pictures = np.random.default_rng(5).uniform(-1.0, 1.0, (7, 3, SIZE, SIZE)).astype(np.float32)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(pictures)).numpy()
+    embeddings = _stranger(uri, [f"models:/{NAME}/1", f"models:/{NAME}@champion"], tmp_path, pictures)
+    for number, count in itertools.product((0, 1), (1, 2, 7)):
+        found = embeddings[f"{number}/{count}"]
+        np.testing.assert_allclose(found, expected[:count], atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
+    version = client.get_model_version(NAME, "2")
+    assert version.tags == {"role": "best", "step": "3", "val_roc_auc": "0.8", "val_people": "p1"}
+    assert version.run_id == run.mlflow_run_id
+
+
+def test_what_is_stored_with_it(client, run, model, tmp_path):
+    version = _register(run, model, name="stored")
+    logged = client.search_logged_models(
+        [client.get_run(run.mlflow_run_id).info.experiment_id],
+        filter_string=f"source_run_id = '{run.mlflow_run_id}'",
+    )
+    assert len(logged) == 1
+    assert logged[0].status == "READY"
+    metrics = {(metric.key, metric.value, metric.step) for metric in logged[0].metrics}
+    assert ("test_roc_auc", 0.75, 3) in metrics
+    import mlflow
+
+    local = tmp_path / "local"
+    mlflow.artifacts.download_artifacts(f"models:/stored/{version}", dst_path=str(local), tracking_uri=run.uri)
+    example = json.loads((local / "input_example.json").read_text())
+    values = np.asarray(example if isinstance(example, list) else next(iter(example.values())))
+    assert values.shape == (2, 3, SIZE, SIZE)
+    # Noise in [-1, 1], uniform: mean 0, standard deviation 1/sqrt(3) = 0.577, neighbours unrelated (faces: about 0.9).
+    assert abs(values.std() - 3**-0.5) < 0.05
+    assert abs(np.corrcoef(values[..., :-1].ravel(), values[..., 1:].ravel())[0, 1]) < 0.1
+    requirements = (local / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.split('+')[0]}" in requirements
+    assert not any("facefed" in line for line in requirements)
+    assert not list(local.rglob("*.pkl"))
+    assert not list(local.rglob("*.pth"))
+    about = (local / "MLmodel").read_text()
+    assert "float32" in about
+    assert "[-1, 3, 16, 16]" in about
+
+
+def test_the_champion_moves_only_for_a_better_auc_on_the_same_people(client, run, model):
+    name = "guarded"
+
+    def champion():
+        version = client.get_registered_model(name).aliases.get("champion")
+        return None if version is None else str(version)
+
+    assert _register(run, model, name=name, role="last", val_auc=0.99) == "1"
+    assert champion() is None  # only a best model is a candidate
+    assert _register(run, model, name=name, val_auc=float("nan")) == "2"
+    assert champion() is None
+    for auc, people, expected in (
+        (0.80, "p1", "3"),  # the first
+        (0.79, "p1", "3"),  # worse
+        (0.80, "p1", "3"),  # equal is not higher
+        (0.90, "p2", "3"),  # other people: not comparable
+        (0.81, "p1", "7"),  # better
+    ):
+        _register(run, model, name=name, val_auc=auc, val_people=people)
+        assert champion() == expected, (auc, people)
+
+
+def test_a_model_that_cannot_be_exported_costs_one_warning(run, caplog):
+    class Odd(torch.nn.Module):
+        def forward(self, pictures):
+            return pictures.flatten(1) if float(pictures.sum()) > 0 else pictures.flatten(1) * 2
+
+    assert _register(run, Odd(), name="odd") is None
+    assert [record.levelname for record in _ours(caplog)] == ["WARNING"]
+    assert "model odd (best) is not registered" in caplog.text
+
+
+def test_an_unknown_role_is_refused(run, model):
+    with pytest.raises(ValueError, match="role"):
+        _register(run, model, role="middle")
+
+
+def test_a_server_that_is_away_costs_one_warning(model, tmp_path, caplog):
+    run = open_run(
+        TrackingSettings(), uri="http://127.0.0.1:9", folder=tmp_path, experiment="e", run_name="n", tags={}, params={}
+    )
+    assert _register(run, model) is None
+    server, about_model = [record.getMessage() for record in _ours(caplog)]
+    assert server.startswith("Tracking: http://127.0.0.1:9 cannot be used now ([Errno 111] Connection refused)")
+    assert "is not registered" in about_model
+    run.finish("FINISHED")
