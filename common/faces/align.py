@@ -34,7 +34,8 @@ def similarity(source: NDArray[np.floating], target: NDArray[np.floating]) -> Fl
     centred = z - z_mean[..., None]
     spread = (np.abs(centred) ** 2).sum(axis=-1)
     spread = np.where(spread > 0.0, spread, np.nan)
-    a = (np.conj(centred) * (w - w_mean[..., None])).sum(axis=-1) / spread
+    with np.errstate(invalid="ignore"):
+        a = (np.conj(centred) * (w - w_mean[..., None])).sum(axis=-1) / spread
     b = w_mean - a * z_mean
     rows = [np.stack([a.real, -a.imag, b.real], axis=-1), np.stack([a.imag, a.real, b.imag], axis=-1)]
     return np.stack(rows, axis=-2)

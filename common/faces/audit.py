@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import DataSettings
+from common.errors import DataError
 from common.faces.index import OFFICIAL_NONE, FaceIndex, take
-from common.faces.scan import plan, scan, settle
+from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
 
@@ -36,7 +37,8 @@ class AuditReport:
     num_people, num_pictures: what the layout names.  people, pictures: counts by split, as a pack would have them.
     pictures_per_person: min, median, max over all people named; histogram: (range, people).  quarantined: (path,
     reason).  people_in_two_splits: those whom the official lists put in more than one part.  copies: exact duplicates.
-    names and hashes (path -> SHA-256 hex) are what `audit_overlap` compares; they are not printed.
+    problem: why it cannot be packed with these settings, "" where it can.  names and hashes (path -> SHA-256 hex) are
+    what `audit_overlap` compares; they are not printed.
     """
 
     dataset: str
@@ -51,6 +53,7 @@ class AuditReport:
     max_quarantined_fraction: float
     people_in_two_splits: tuple[str, ...]
     copies: tuple[Copies, ...]
+    problem: str
     names: tuple[str, ...] = field(repr=False)
     hashes: dict[str, str] = field(repr=False)
 
@@ -93,6 +96,7 @@ class AuditReport:
             *_cut(f"    {name}" for name in self.people_in_two_splits),
             f"  exact duplicates: {len(self.copies)} groups, {len(across)} of them across splits",
             *_cut(f"    {', '.join(group.paths)} ({', '.join(group.splits)})" for group in (*across, *self._within())),
+            *([f"  cannot be used: {self.problem}"] if self.problem else []),
         ]
 
     def _within(self) -> tuple[Copies, ...]:
@@ -128,41 +132,55 @@ def audit(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
-    """Read every picture in use, as packing does, and report; nothing is written, and no quarantine is too large.
+    """Read every picture in use, as packing does, and report; nothing is written.
 
-    progress: called with (pictures done, pictures in all).  Raises DataError as read_index and assign_splits.
+    What would stop packing (too many quarantined, too few people) is reported as the `problem`, not raised.
+
+    progress: called with (pictures done, pictures in all).  Raises DataError as read_index, and where the alignment
+    needs a file that is not there.
     """
     named = read_index(dataset, root)
-    first = assign_splits(named, data)
-    rows = np.flatnonzero(first != Split.UNUSED)
-    index, split = take(named, rows), first[rows]
+    split, problem = _splits(named, data)
+    rows = np.arange(len(named)) if problem else np.flatnonzero(split != Split.UNUSED)
+    index, split = take(named, rows), split[rows]
     recipe, points = plan(index, data)
     reasons: list[str] = []
     digests: list[bytes] = []
     for done in scan(index, recipe, points, workers=workers, progress=progress):
         reasons += done.reasons
         digests += done.digests
-    settled = settle(index, split, reasons, digests, data)
-    count = np.bincount(named.person, minlength=len(named.people))
+    copies = _copies(index, split, digests)
+    hashes = {path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest}
+    kept, quarantined = quarantine(index, with_duplicates(index, split, reasons, digests))
+    try:
+        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
+    except DataError as error:
+        problem = problem or str(error)
     unused = len(named) - len(index)
+    if quarantined:
+        index = take(index, np.flatnonzero(kept))
+        split, fewer = _splits(index, data)
+        problem = problem or fewer
+    count = np.bincount(named.person, minlength=len(named.people))
     codes = [(code, code.name.lower()) for code in Split]
-    pictures = {name: int((settled.split == code).sum()) for code, name in codes}
+    pictures = {name: int((split == code).sum()) for code, name in codes}
     return AuditReport(
         dataset=dataset,
         root=str(root),
         num_people=len(named.people),
         num_pictures=len(named),
-        people={name: len(np.unique(settled.index.person[settled.split == code])) for code, name in codes}
-        | {"unused": len(named.people) - len(np.unique(settled.index.person[settled.split != Split.UNUSED]))},
+        people={name: len(np.unique(index.person[split == code])) for code, name in codes}
+        | {"unused": len(named.people) - len(np.unique(index.person[split != Split.UNUSED]))},
         pictures=pictures | {"unused": pictures["unused"] + unused},
         pictures_per_person={"min": int(count.min()), "median": float(np.median(count)), "max": int(count.max())},
         histogram=_histogram(count),
-        quarantined=settled.quarantined,
+        quarantined=quarantined,
         max_quarantined_fraction=data.max_quarantined_fraction,
         people_in_two_splits=_in_two_parts(named),
-        copies=_copies(index, split, digests),
+        copies=copies,
         names=named.names or tuple(f"{dataset} {person}" for person in named.people),
-        hashes={path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest},
+        hashes=hashes,
+        problem=problem,
     )
 
 
@@ -183,6 +201,14 @@ def audit_overlap(reports: Sequence[AuditReport]) -> OverlapReport:
             people += [(own_names[name], a, b) for name in shared]
             pictures += [(a, own_hashes[v], b, path) for path, v in other.hashes.items() if v in own_hashes]
     return OverlapReport(people=tuple(people), pictures=tuple(pictures))
+
+
+def _splits(index: FaceIndex, data: DataSettings) -> tuple[NDArray[np.int8], str]:
+    """The splits, or all UNUSED and the reason why there are none."""
+    try:
+        return assign_splits(index, data), ""
+    except DataError as error:
+        return np.full(len(index), Split.UNUSED, dtype=np.int8), str(error)
 
 
 def _plain(name: str) -> str:

@@ -21,7 +21,7 @@ from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.decode import Recipe
 from common.faces.index import FaceIndex, take
-from common.faces.scan import check_quarantine, plan, scan, settle
+from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
 
@@ -111,6 +111,7 @@ def open_pack(
             with pack_store.locked(cache_dir, key):
                 pack = _load_whole(cache_dir / key)
                 if pack is None:
+                    shutil.rmtree(cache_dir / key, ignore_errors=True)  # damaged; nobody else removes it meanwhile
                     _write(index, split, recipe, points, data, cache_dir / key, workers=workers, progress=progress)
         except OSError as error:
             raise DataError(f"{cache_dir}: cannot be written: {error.strerror}; choose another cache folder.") from None
@@ -138,16 +139,15 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
 
 
 def _load_whole(folder: Path) -> FacePack | None:
-    """The pack in `folder`, or None when there is none or it is damaged and was removed."""
-    if not folder.is_dir():
+    """The pack in `folder`, or None when there is none or it is damaged."""
+    if not folder.exists():
         return None
     try:
         return load_pack(folder)
     except pack_store.ForeignPack:
         raise
     except CheckpointError as error:
-        logger.warning("%s Packing again.", error)
-        shutil.rmtree(folder)
+        logger.warning("%s", error)
         return None
 
 
@@ -212,11 +212,14 @@ def _write(
                 reasons += done.reasons
                 digests += done.digests
         written = np.array([not reason for reason in reasons])
-        settled = settle(index, split, reasons, digests, data)
-        check_quarantine(index, settled.quarantined, len(index), data.max_quarantined_fraction)
-        if settled.quarantined:
-            pack_store.keep_rows(path, settled.kept[written], size)
-        np.save(temporary / pack_store.PERSON, settled.index.person, allow_pickle=False)
-        np.save(temporary / pack_store.SPLIT, settled.split, allow_pickle=False)
+        kept, quarantined = quarantine(index, with_duplicates(index, split, reasons, digests))
+        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
+        if quarantined:
+            # one picture less may leave a person without a training picture: decide again, on what is left
+            index = take(index, np.flatnonzero(kept))
+            split = assign_splits(index, data)
+            pack_store.keep_rows(path, kept[written], size)
+        np.save(temporary / pack_store.PERSON, index.person, allow_pickle=False)
+        np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
         about = {"key": folder.name, "dataset": index.dataset, "people": index.people}
-        pack_store.write_manifest(temporary, {**about, "quarantined": settled.quarantined})
+        pack_store.write_manifest(temporary, {**about, "quarantined": quarantined})

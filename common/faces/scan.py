@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 from common.config import DataSettings
 from common.errors import DataError, FaceFedError
 from common.faces.decode import Done, Job, Recipe, decode_job
-from common.faces.index import FaceIndex, take
-from common.faces.splits import assign_splits
+from common.faces.index import FaceIndex
 
 JOB_PICTURES = 32  # 1.2 MB of result at 112 px: small enough for a smooth progress bar and little memory
 _NEEDED_FILES = {
@@ -112,7 +110,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _without_duplicates(
+def with_duplicates(
     index: FaceIndex, split: NDArray[np.int8], reasons: Sequence[str], digests: Sequence[bytes]
 ) -> list[str]:
     """The reasons [N] with those of exact duplicates (equal file bytes) added.
@@ -140,34 +138,10 @@ def _without_duplicates(
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settled:
-    """What is left after the decoder has seen every picture.
-
-    kept: [N] bool over the pictures scanned.  index, split: those kept.  quarantined: (path, reason) of the others.
-    """
-
-    kept: NDArray[np.bool_]
-    index: FaceIndex
-    split: NDArray[np.int8]
-    quarantined: tuple[tuple[str, str], ...]
-
-
-def settle(
-    index: FaceIndex, split: NDArray[np.int8], reasons: Sequence[str], digests: Sequence[bytes], data: DataSettings
-) -> Settled:
-    """Quarantine what cannot be used and decide the splits of the rest.
-
-    Without quarantine the splits stay; otherwise they are decided again on what is left, for one picture less may leave
-    a person without a training picture.  Raises DataError as assign_splits.
-    """
-    reasons = _without_duplicates(index, split, reasons, digests)
+def quarantine(index: FaceIndex, reasons: Sequence[str]) -> tuple[NDArray[np.bool_], tuple[tuple[str, str], ...]]:
+    """Which pictures are kept, [N] bool, and (path, reason) of the others, by path.  reasons: [N], "" where usable."""
     kept = np.array([not reason for reason in reasons], dtype=np.bool_)
-    quarantined = tuple((index.paths[i], reasons[i]) for i in np.flatnonzero(~kept).tolist())
-    if quarantined:
-        index = take(index, np.flatnonzero(kept))
-        split = assign_splits(index, data)
-    return Settled(kept=kept, index=index, split=split, quarantined=quarantined)
+    return kept, tuple((index.paths[i], reasons[i]) for i in np.flatnonzero(~kept).tolist())
 
 
 def check_quarantine(index: FaceIndex, quarantined: Sequence[tuple[str, str]], total: int, limit: float) -> None:

@@ -1,0 +1,47 @@
+"""Small face data sets on disk, in the official layouts, for the tests of common.faces."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+POINTS = "70 112 108 111 88 131 72 153 106 154"  # a face in CelebA's aligned place
+
+
+def picture(seed: int, width: int = 178, height: int = 218) -> Image.Image:
+    """A picture of its own: smooth noise, different for each seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_celeba(root: Path, people: dict[int, tuple[int, int]], *, ending: str = "\r\n") -> Path:
+    """people: number -> (official part, pictures).  Pictures are numbered in the order given."""
+    (root / "img_align_celeba").mkdir(parents=True)
+    names, identity, partition = [], [], []
+    for person, (part, count) in people.items():
+        for _ in range(count):
+            names.append(f"{len(names) + 1:06d}.jpg")
+            identity.append(f"{names[-1]} {person}")
+            partition.append(f"{names[-1]} {part}")
+            picture(len(names)).save(root / "img_align_celeba" / names[-1])
+    write(root / "identity_CelebA.txt", identity, ending)
+    write(root / "list_eval_partition.txt", partition, ending)
+    rows = [f"{name}   {POINTS}" for name in names]
+    write(root / "list_landmarks_align_celeba.txt", [str(len(names)), "lefteye_x lefteye_y ...", *rows], "\n")
+    return root
+
+
+def make_folder(root: Path, people: dict[str, int], *, suffix: str = ".jpg", size: int = 64) -> Path:
+    """people: name -> number of pictures."""
+    seed = 0
+    for person, count in people.items():
+        (root / person).mkdir(parents=True)
+        for number in range(count):
+            seed += 1
+            picture(seed, size, size).save(root / person / f"{number:03d}{suffix}")
+    return root
+
+
+def write(file: Path, lines: list[str], ending: str = "\n") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes("".join(line + ending for line in lines).encode())

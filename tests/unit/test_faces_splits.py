@@ -1,0 +1,161 @@
+"""Splits: disjoint people, nobody without training pictures, fractions kept, and decided by hash alone."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import DataSettings
+from common.errors import DataError
+from common.faces.index import FaceIndex, build_index
+from common.faces.splits import Split, assign_splits
+
+OPEN = (Split.VAL_PEOPLE, Split.TEST_PEOPLE)
+CLOSED = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
+
+
+def index_of(counts: list[int], official: list[int] | None = None, order: list[int] | None = None) -> FaceIndex:
+    """counts: pictures of each person.  official: the part of each person.  order: how the lines stand in the files."""
+    paths = [f"p{person:03d}/{k:03d}.jpg" for person, count in enumerate(counts) for k in range(count)]
+    people = [path.split("/")[0] for path in paths]
+    parts = np.array([(official or [-1] * len(counts))[int(name[1:])] for name in people], dtype=np.int8)
+    order = order or list(range(len(paths)))
+    return build_index(
+        "folder", Path("x"), [paths[i] for i in order], [people[i] for i in order], official_split=parts[order]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=20, max_size=60), st.integers(1, 4), st.data())
+def test_every_property_of_a_split(counts: list[int], minimum: int, draw: st.DataObject) -> None:
+    data = DataSettings(min_pictures_per_person=minimum)
+    index = index_of(counts)
+    try:
+        split = assign_splits(index, data)
+    except DataError:
+        assert sum(count >= max(2, minimum) for count in counts) < 6
+        return
+    of_person = [set(split[index.person == person].tolist()) for person in range(len(index.people))]
+    for count, codes in zip(counts, of_person, strict=True):
+        if count < minimum:
+            assert codes == {Split.UNUSED}
+        elif codes & set(OPEN):
+            assert len(codes) == 1, "an open-set person has all pictures in one part"
+            assert count >= 2
+        else:
+            assert codes <= set(CLOSED)
+            assert Split.TRAIN in codes
+    assert sum(Split.TEST_PEOPLE in codes for codes in of_person) >= 2
+    assert sum(Split.VAL_PEOPLE in codes for codes in of_person) >= 2
+    order = draw.draw(st.permutations(range(len(index))))
+    np.testing.assert_array_equal(assign_splits(index_of(counts, order=order), data), split)
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.1, 0.1), (0.05, 0.2), (0.33, 0.17)])
+def test_fractions_hold_over_the_set(val: float, test: float) -> None:
+    """Rounding is carried, so of the pictures of people with three or more, the counts are right to one picture."""
+    counts = [3, 4, 5, 7, 9, 11, 13, 17] * 12
+    data = DataSettings(fraction_val_pictures=val, fraction_test_pictures=test)
+    split = assign_splits(index_of(counts), data)
+    closed = int(np.isin(split, CLOSED).sum())
+    assert int((split == Split.VAL_PICTURES).sum()) == pytest.approx(val * closed, abs=1)
+    assert int((split == Split.TEST_PICTURES).sum()) == pytest.approx(test * closed, abs=1)
+
+
+def test_small_people_lose_no_training_pictures() -> None:
+    split = assign_splits(index_of([2] * 40), DataSettings())
+    assert not np.isin(split, [Split.VAL_PICTURES, Split.TEST_PICTURES]).any()
+
+
+def test_halves_of_everything_still_leave_a_training_picture_each() -> None:
+    data = DataSettings(fraction_val_pictures=0.5, fraction_test_pictures=0.5)
+    index = index_of([3, 4, 5] * 10)
+    split = assign_splits(index, data)
+    closed = np.unique(index.person[np.isin(split, CLOSED)])
+    assert set(index.person[split == Split.TRAIN]) == set(closed.tolist())
+
+
+def test_people_fractions_without_an_official_split() -> None:
+    split = assign_splits(index_of([4] * 100), DataSettings(fraction_val_people=0.12, fraction_test_people=0.2))
+    assert int((split == Split.TEST_PEOPLE).sum()) == 20 * 4
+    assert int((split == Split.VAL_PEOPLE).sum()) == 12 * 4
+
+
+def test_official_parts_are_kept() -> None:
+    official = [0] * 10 + [1] * 3 + [2] * 4
+    index = index_of([5] * 17, official)
+    split = assign_splits(index, DataSettings())
+    assert set(index.person[split == Split.VAL_PEOPLE].tolist()) == {10, 11, 12}
+    assert set(index.person[split == Split.TEST_PEOPLE].tolist()) == {13, 14, 15, 16}
+
+
+def test_without_official_validation_it_comes_from_training_people() -> None:
+    official = [0] * 40 + [2] * 10
+    index = index_of([5] * 50, official)
+    split = assign_splits(index, DataSettings(fraction_val_people=0.1))
+    assert set(index.person[split == Split.TEST_PEOPLE].tolist()) == set(range(40, 50))
+    val = set(index.person[split == Split.VAL_PEOPLE].tolist())
+    assert len(val) == 4
+    assert val <= set(range(40))
+
+
+def test_a_person_in_two_official_parts_belongs_to_the_stricter() -> None:
+    index = index_of([4] * 12, [0] * 6 + [1] * 3 + [2] * 3)
+    parts = index.official_split.copy()
+    parts[0], parts[4] = 2, 1  # one picture of person 0 stands under test, one of person 1 under validation
+    split = assign_splits(dataclasses.replace(index, official_split=parts), DataSettings())
+    assert set(split[index.person == 0].tolist()) == {Split.TEST_PEOPLE}
+    assert set(split[index.person == 1].tolist()) == {Split.VAL_PEOPLE}
+
+
+def test_a_single_picture_is_useless_in_an_open_set() -> None:
+    """By hash it trains; where the official split holds it out it is not used at all, least of all in training."""
+    data = DataSettings(min_pictures_per_person=1)
+    free = index_of([1] * 30 + [4] * 10)
+    split = assign_splits(free, data)
+    assert set(split[free.person < 30].tolist()) == {Split.TRAIN}
+    held = index_of([4] * 10 + [1], [0] * 5 + [1] * 2 + [2] * 4)
+    assert assign_splits(held, data)[held.person == 10].tolist() == [Split.UNUSED]
+
+
+@pytest.mark.parametrize("most", [6, 9, 30, 99])
+def test_max_people_keeps_so_many_and_each_parts_share(most: int) -> None:
+    index = index_of([5] * 200, [0] * 140 + [1] * 20 + [2] * 40)
+    split = assign_splits(index, DataSettings(max_people=most))
+    kept = {code: set(index.person[split == code].tolist()) for code in Split}
+    sizes = [len(kept[code]) for code in (Split.TRAIN, *OPEN)]
+    assert sum(sizes) == most
+    assert min(sizes) >= 2
+    if most >= 30:
+        np.testing.assert_allclose(sizes, [most * 0.7, most * 0.1, most * 0.2], atol=1.5)
+    assert kept[Split.TRAIN] != set(range(sizes[0])), "the choice is by hash, not the first by name"
+
+
+def test_more_people_only_add_to_the_choice() -> None:
+    index = index_of([5] * 100, [0] * 70 + [1] * 10 + [2] * 20)
+    few = assign_splits(index, DataSettings(max_people=20)) != Split.UNUSED
+    many = assign_splits(index, DataSettings(max_people=40)) != Split.UNUSED
+    assert not (few & ~many).any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "data", "seen"),
+    [
+        ([5] * 5, DataSettings(), "1 of 5 people left for training"),
+        ([5] * 50, DataSettings(min_pictures_per_person=6), "0 of 50 people left"),
+        ([5] * 50, DataSettings(max_people=4), "data.max_people = 4"),
+    ],
+)
+def test_fewer_than_two_people_is_an_error(counts: list[int], data: DataSettings, seen: str) -> None:
+    with pytest.raises(DataError, match=seen) as caught:
+        assign_splits(index_of(counts), data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_sets_name_is_part_of_the_hash() -> None:
+    index = index_of([6] * 40)
+    other = dataclasses.replace(index, dataset="other")
+    assert (assign_splits(index, DataSettings()) != assign_splits(other, DataSettings())).any()
