@@ -1,0 +1,118 @@
+"""Figures of open-set verification: ROC curves of compared models, and the scores of genuine and impostor pairs."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from common.plots.style import BLACK, GREY, PAIR_COLOURS, dress, method_styles, new_figure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Curve = tuple[NDArray[np.float64], NDArray[np.float64], float]
+
+LOWEST_FAR: Final = 1e-4  # below it a few thousand impostor pairs say nothing
+_SHOWN_BINS: Final = 100  # over the scores that occur
+
+
+def roc(curves: "Mapping[str, Curve]") -> "Figure":
+    """ROC curves on a linear and on a logarithmic FAR axis, best AUC first in the legend.
+
+    curves: model -> (far, tar, auc); far and tar [K] in [0, 1], both ascending, as `metrics.verification.roc_curve`
+    returns them.  Names out of `style.METHOD_COLOURS` keep their colours.
+    """
+    figure = new_figure("Verification of people never seen in training", 5.2)
+    styles = method_styles(curves)
+    order = sorted(curves, key=lambda name: -curves[name][2])
+    linear, log = figure.subplots(1, 2)
+    for name in order:
+        far, tar, auc = curves[name]
+        style = styles[name]
+        for axes in (linear, log):
+            axes.plot(far, tar, color=style.colour, linestyle=style.line, linewidth=1.8, label=f"{name}, AUC {auc:.3f}")
+    chance = _log_grid()
+    linear.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="chance")
+    log.plot(chance, chance, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)))
+    dress(linear, title="Linear", x_label="false accept rate (FAR)", y_label="true accept rate (TAR)")
+    dress(
+        log, title="Where it matters: few false accepts", x_label="FAR, logarithmic", y_label="true accept rate (TAR)"
+    )
+    linear.set_xlim(-0.01, 1.01)
+    log.set_xscale("log")
+    log.set_xlim(LOWEST_FAR, 1.0)
+    for axes in (linear, log):
+        axes.set_ylim(-0.01, 1.01)
+    linear.legend(loc="lower right", fontsize=9, framealpha=0.9)
+    return figure
+
+
+def _log_grid() -> "NDArray[np.float64]":
+    import numpy as np
+
+    return np.logspace(np.log10(LOWEST_FAR), 0.0, 100)
+
+
+def score_histograms(histogram: "NDArray[np.int64]") -> "Figure":
+    """How the cosine scores of genuine and impostor pairs spread; the less they overlap, the better.
+
+    histogram: [2, bins] int64 over [-1, 1], row 0 genuine and row 1 impostor pairs, as
+    `metrics.verification.pair_histogram` returns it (or a sum of such).  Each row is shown as a density of its own,
+    since there are far more impostor pairs; the dashed line is the threshold with equal error rates.
+    """
+    figure = new_figure("Scores of pairs of people never seen in training", 4.8)
+    axes = figure.subplots()
+    low, high = _shown_range(histogram)
+    bins_together = max(1, round((high - low) / 2.0 * histogram.shape[1] / _SHOWN_BINS))
+    for row, kind in enumerate(PAIR_COLOURS):
+        _draw_density(axes, histogram[row], kind, bins_together)
+    if histogram.sum(axis=1).all():
+        threshold, rate = _equal_error(histogram)
+        label = f"threshold {threshold:.3f}: both error rates {rate:.3f}"
+        axes.axvline(threshold, color=BLACK, linewidth=1.2, linestyle="--", label=label)
+    dress(axes, title="", x_label="cosine similarity of a pair", y_label="density (the area of each kind is 1)")
+    axes.set_xlim(low, high)
+    axes.set_ylim(0.0, 1.25 * axes.dataLim.ymax or 1.0)  # room for the legend
+    axes.legend(loc="upper left", fontsize=10, framealpha=0.9)
+    return figure
+
+
+def _draw_density(axes: "Axes", counts: "NDArray[np.int64]", kind: str, bins_together: int) -> None:
+    import numpy as np
+
+    total = int(counts.sum())
+    label = f"{kind} ({total:,} pairs)"
+    if total == 0:
+        axes.plot([], [], color=PAIR_COLOURS[kind], label=label)
+        return
+    edges = np.append(np.arange(0, len(counts), bins_together), len(counts))
+    widths = np.diff(edges) * (2.0 / len(counts))
+    density = np.add.reduceat(counts, edges[:-1]) / total / widths
+    places = -1.0 + edges * (2.0 / len(counts))
+    axes.stairs(density, places, fill=True, color=PAIR_COLOURS[kind], alpha=0.35)
+    axes.stairs(density, places, color=PAIR_COLOURS[kind], linewidth=1.6, label=label)
+
+
+def _equal_error(histogram: "NDArray[np.int64]") -> tuple[float, float]:
+    """The bin edge where FAR and FRR are closest, and their mean there."""
+    import numpy as np
+
+    totals = histogram.sum(axis=1)
+    below = np.concatenate([np.zeros((2, 1)), np.cumsum(histogram, axis=1)], axis=1) / totals[:, None]
+    frr, far = below[0], 1.0 - below[1]
+    edge = int(np.argmin(np.abs(far - frr)))
+    return -1.0 + edge * 2.0 / histogram.shape[1], float((far[edge] + frr[edge]) / 2.0)
+
+
+def _shown_range(histogram: "NDArray[np.int64]") -> tuple[float, float]:
+    """The scores that occur, with a little room: untrained backbones crowd near 1."""
+    import numpy as np
+
+    used = np.flatnonzero(histogram.sum(axis=0))
+    if not len(used):
+        return -1.0, 1.0
+    num_bins = histogram.shape[1]
+    low, high = -1.0 + used[0] * 2.0 / num_bins, -1.0 + (used[-1] + 1) * 2.0 / num_bins
+    room = 0.03 * max(high - low, 0.05)
+    return max(-1.0, low - room), min(1.0, high + room)

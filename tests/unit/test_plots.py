@@ -1,0 +1,225 @@
+"""Figures: what they show, that nothing in them overlaps, one colour for one thing, and no window library."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import TrackingSettings
+from common.plots import style
+from common.plots.curves import client_curves, convergence, training_curves
+from common.plots.verification import roc, score_histograms
+from common.tracking.run import open_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _rounds(last):
+    return [
+        {
+            "step": step,
+            "round_train_loss": 10.0 / (step + 1),
+            "round_train_acc": step / (last + 1),
+            "round_test_loss": 12.0 / (step + 1),
+            "round_val_auc": 0.6 + 0.3 * step / (last + 1),
+            "round_test_auc": 0.6 + 0.2 * step / (last + 1),
+            "round_test_eer": 0.4 - 0.2 * step / (last + 1),
+        }
+        for step in range(last + 1)
+    ]
+
+
+def _clients(count, rounds):
+    return {f"site-{i}": [{"step": s, "train_loss": 9.0 / s, "val_auc": 0.6 + s / 200} for s in range(1, rounds + 1)]
+            for i in range(1, count + 1)}  # fmt: skip
+
+
+def _histogram(genuine, impostor, pairs=2000):
+    rng = np.random.default_rng(0)
+    rows = [np.histogram(rng.normal(mean, 0.1, pairs), 8192, (-1.0, 1.0))[0] for mean in (genuine, impostor)]
+    return np.asarray(rows, dtype=np.int64)
+
+
+def _lines(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def _figures():
+    far = np.linspace(0.0, 1.0, 101)
+    for last in (0, 1, 2, 50):
+        yield f"convergence of {last} rounds", convergence(_rounds(last))
+    for count, rounds in ((1, 1), (2, 2), (12, 50), (16, 10)):
+        yield f"{count} clients, {rounds} rounds", client_curves(_clients(count, rounds))
+    yield "training", training_curves([{"step": s, "train_loss": 1.0 / s, "learning_rate": 0.1} for s in range(1, 9)])
+    yield "roc", roc(dict.fromkeys(style.METHOD_COLOURS, (far, far**0.5, 2 / 3)))
+    yield "scores", score_histograms(_histogram(0.5, 0.0))
+
+
+def test_nothing_overlaps_and_nothing_leaves_the_picture():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for name, figure in _figures():
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]  # with titles, labels and numbers
+        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+        boxes.append(figure._suptitle.get_window_extent(renderer))
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other), name
+        assert figure.bbox.width == 1200
+        for box in boxes:
+            assert box.x0 >= 0, name
+            assert box.x1 <= 1200, name
+            assert box.y0 >= 0, name
+            assert box.y1 <= figure.bbox.height, name
+
+
+def test_convergence_marks_the_round_with_the_best_validation_auc():
+    rounds = _rounds(5)
+    rounds[3]["round_val_auc"] = 0.95
+    rounds[4]["round_val_auc"] = 0.95  # the first of equals is meant
+    rounds[5]["round_test_auc"] = 0.99  # test is never a choice
+    figure = convergence(rounds)
+    for axes in figure.axes:
+        marks = [line for label, line in _lines(axes).items() if label.startswith("best round: 3")]
+        assert [list(mark.get_xdata()) for mark in marks] == [[3, 3]]
+    assert "best round: 3 (0.950)" in _lines(figure.axes[2])
+
+
+def test_curves_hold_the_given_values_in_the_order_of_the_steps():
+    rows = [{"step": 2, "round_train_loss": 1.0}, {"step": 1, "round_train_loss": 2.0, "round_test_loss": 3.0}]
+    figure = convergence(rows)
+    (axes,) = figure.axes  # panels without values are left out
+    lines = _lines(axes)
+    assert (list(lines["training"].get_xdata()), list(lines["training"].get_ydata())) == ([1, 2], [2.0, 1.0])
+    assert (list(lines["test"].get_xdata()), list(lines["test"].get_ydata())) == ([1], [3.0])
+    assert axes.get_xlabel() == "round"
+    assert axes.get_ylabel() == "loss (nats)"
+
+
+def test_values_that_are_missing_or_not_finite_are_left_out():
+    rows = [
+        {"step": 1, "train_loss": math.nan, "val_auc": 0.7},
+        {"step": 2, "train_loss": math.inf},
+        {"step": 3, "train_loss": 0.5, "val_auc": math.nan},
+    ]
+    figure = training_curves(rows)
+    loss, auc = figure.axes
+    assert list(_lines(loss)["training"].get_xdata()) == [3]
+    assert "best epoch: 1 (0.700)" in _lines(auc)
+
+
+@pytest.mark.parametrize("figure", [convergence([]), client_curves({}), client_curves({"a": []}), training_curves([])])
+def test_no_values_say_so(figure):
+    assert figure.axes == []
+    assert [text.get_text() for text in figure.texts][-1] == "no values were recorded"
+
+
+def test_sixteen_clients_look_different_and_known_ones_keep_their_colour():
+    names = ["vggface2", "celeba", *(f"site-{i}" for i in range(1, 15))]
+    styles = style.client_styles(names)
+    assert len({(s.colour, s.line) for s in styles.values()}) == 16
+    assert len({(s.colour, s.marker) for s in styles.values()}) == 16
+    assert styles["celeba"] == style.client_styles(["celeba"])["celeba"]
+    assert list(styles)[:4] == ["celeba", "site-1", "site-2", "site-3"]
+
+
+def test_a_method_has_one_colour_everywhere():
+    assert {"local", "centralized", "fedavg", "fedprox", "untrained"} <= set(style.METHOD_COLOURS)
+    assert len(set(style.METHOD_COLOURS.values())) == len(style.METHOD_COLOURS)
+    styles = style.method_styles(["fedprox", "mine", "fedavg", "other"])
+    assert styles["fedavg"].colour == style.METHOD_COLOURS["fedavg"]
+    assert styles["fedprox"].colour == style.METHOD_COLOURS["fedprox"]
+    assert len({s.colour for s in styles.values()}) == 4
+
+
+def _seen_by(colour, matrix):
+    """sRGB -> linear -> what a dichromat sees (Vienot, Brettel, Mollon 1999, as one 3 x 3 matrix) -> sRGB in [0, 1]."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(matrix @ linear, 0.0, 1.0)
+    return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+
+
+PROTANOPE = np.array([[0.1124, 0.8876, 0.0], [0.1124, 0.8876, 0.0], [0.0040, -0.0040, 1.0]])
+DEUTERANOPE = np.array([[0.2928, 0.7072, 0.0], [0.2928, 0.7072, 0.0], [-0.0223, 0.0223, 1.0]])
+
+
+@pytest.mark.parametrize(("matrix", "confused"), [(PROTANOPE, "#005600"), (DEUTERANOPE, "#009700")])
+@pytest.mark.parametrize("table", [style.METHOD_COLOURS, style.SPLIT_COLOURS, style.PAIR_COLOURS, style.CLIENT_COLOURS])
+def test_colours_differ_to_colour_blind_readers(matrix, confused, table):
+    seen = {name: _seen_by(colour, matrix) for name, colour in table.items()}
+    for one, other in itertools.combinations(seen, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) > 0.15, (one, other)
+    # The measure does find a red and a green that such readers confuse.
+    assert np.linalg.norm(_seen_by("#E00000", matrix) - _seen_by(confused, matrix)) < 0.1
+    assert np.linalg.norm(_seen_by("#E00000", np.eye(3)) - _seen_by(confused, np.eye(3))) > 0.8
+
+
+def test_roc_shows_each_curve_on_both_axes_best_first():
+    far = np.array([0.0, 0.5, 1.0])
+    figure = roc({"local": (far, np.array([0.0, 0.6, 1.0]), 0.55), "fedavg": (far, np.array([0.0, 0.9, 1.0]), 0.7)})
+    linear, log = figure.axes
+    labels = [text.get_text() for text in linear.get_legend().get_texts()]
+    assert labels == ["fedavg, AUC 0.700", "local, AUC 0.550", "chance"]
+    assert (linear.get_xscale(), log.get_xscale()) == ("linear", "log")
+    for axes in figure.axes:
+        line = _lines(axes)["fedavg, AUC 0.700"]
+        assert list(line.get_ydata()) == [0.0, 0.9, 1.0]
+        assert line.get_color() == style.METHOD_COLOURS["fedavg"]
+
+
+def test_score_densities_have_area_one_and_the_threshold_is_where_the_errors_meet():
+    figure = score_histograms(_histogram(0.5, 0.0))
+    (axes,) = figure.axes
+    outlines = [patch for patch in axes.patches if not patch.get_fill()]
+    assert len(outlines) == 2
+    for patch in outlines:
+        values, edges, _ = patch.get_data()
+        assert float(np.sum(values * np.diff(edges))) == pytest.approx(1.0)
+    (label,) = [text for text in _lines(axes) if text.startswith("threshold")]
+    # Two normal densities, sigma 0.1, means 0 and 0.5: they meet at 0.25, with error rate Phi(-2.5) = 0.0062.
+    assert float(label.split()[1].rstrip(":")) == pytest.approx(0.25, abs=0.02)
+    assert float(label.split()[-1]) == pytest.approx(0.0062, abs=0.004)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_kind_without_pairs_is_said(row):
+    histogram = _histogram(0.5, 0.0)
+    histogram[row] = 0
+    (axes,) = score_histograms(histogram).axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"{('genuine', 'impostor')[row]} (0 pairs)" in texts
+    assert len(texts) == 2  # no threshold
+
+
+def test_a_tracked_run_keeps_a_figure_as_a_picture(tmp_path):
+    from PIL import Image
+
+    run = open_run(
+        TrackingSettings(enabled=False), uri="", folder=tmp_path, experiment="e", run_name="n", tags={}, params={}
+    )
+    path = run.log_figure(convergence(_rounds(2)), "plots/convergence.png")
+    run.finish("FINISHED")
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.size[0] == 1200
+
+
+def test_matplotlib_comes_late_and_without_pyplot():
+    program = """
+import sys
+from common.plots import curves, verification
+assert "matplotlib" not in sys.modules, "imported at once"
+curves.convergence([{"step": 1, "round_val_auc": 0.5}]).savefig(sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules, "pyplot"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "/dev/null"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
