@@ -16,6 +16,7 @@ from common.faces.synth_people import Traits
 OVERSAMPLING = 2  # the board is drawn this much larger than the picture, and reduced: smooth edges
 _RELIEF_SHRINK = 4  # soft shadows are drawn this much smaller than the board
 _HALF_EYES = 0.46  # half the distance between the eyes of an average head
+_EYE_DEPTH = 0.85
 _NEAR = 0.07  # strength of perspective: a point one unit nearer is this fraction larger
 
 Points = NDArray[np.float64]
@@ -67,13 +68,19 @@ def points(*rows: tuple[float, ...]) -> Points:
 def on_face(flat: Points, raised: float = 0.0) -> Points:
     """Lift [N, 2] points onto the face's surface, `raised` above it; returns [N, 3]."""
     x, y = flat[:, 0], flat[:, 1]
-    inside = 1.0 - (x / 1.10) ** 2 - ((y - 0.2) / 1.75) ** 2
-    return np.column_stack([x, y, 0.92 * np.sqrt(np.maximum(inside, 0.03)) + raised])
+    half = 1.09 - 0.25 * np.minimum(np.maximum(y - 0.4, 0.0), 1.0)
+    inside = 1.0 - (x / half) ** 2 - ((y - 0.2) / 1.75) ** 2
+    lifted = np.empty((len(flat), 3))
+    lifted[:, :2] = flat
+    lifted[:, 2] = 0.92 * np.sqrt(np.maximum(inside, 0.03)) + raised
+    return lifted
 
 
 def at_depth(flat: Points, depth: float) -> Points:
     """[N, 2] points at one depth; returns [N, 3]."""
-    return np.column_stack([flat, np.full(len(flat), depth)])
+    placed = np.full((len(flat), 3), depth)
+    placed[:, :2] = flat
+    return placed
 
 
 def mirrored(flat: Points) -> Points:
@@ -90,8 +97,8 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
 
 def shade(colour: Colour, factor: float) -> Colour:
     """A colour made darker or lighter by a factor."""
-    r, g, b = (min(255, max(0, round(value * factor))) for value in colour)
-    return r, g, b
+    r, g, b = colour
+    return min(255, round(r * factor)), min(255, round(g * factor)), min(255, round(b * factor))
 
 
 def ramp(palette: tuple[Colour, ...], where: float) -> Colour:
@@ -120,13 +127,13 @@ class Pose:
         self.unit_px = view.eye_distance * size[0] / (2 * _HALF_EYES)
         self.rotation = _rotation(view)
         self.origin = np.zeros(2)
-        middle = self.project(points((0.0, 0.0, 0.85)))[0]
+        middle = self.project(points((0.0, 0.0, _EYE_DEPTH)))[0]
         self.origin = np.array([view.centre[0] * size[0], view.centre[1] * size[1]]) - middle
 
     def project(self, solid: Points) -> Points:
         """[N, 3] head points -> [N, 2] px."""
         turned = solid @ self.rotation.T
-        seen: Points = self.origin + self.unit_px * turned[:, :2] / (1.0 - _NEAR * turned[:, 2:])
+        seen: Points = self.origin + self.unit_px * turned[:, :2] / (1.0 - _NEAR * (turned[:, 2:] - _EYE_DEPTH))
         return seen
 
 
@@ -142,7 +149,7 @@ class Sketch:
     rng: np.random.Generator
     image: Image.Image  # RGB, OVERSAMPLING x the picture
     relief: Image.Image  # L, soft light and shadow: 128 leaves the picture as it is
-    solid: Image.Image  # L, 255 where the head is: there the light models it
+    solid: Image.Image  # L, size of the board, 255 where the head is: there the light models it
     brush: ImageDraw.ImageDraw  # on image
 
     def fill(self, solid: Points, colour: Colour) -> None:
@@ -173,10 +180,9 @@ class Sketch:
         board = np.asarray(self.on_board(solid)) / _RELIEF_SHRINK
         ImageDraw.Draw(self.relief).polygon(board.tolist(), fill=level)
 
-    def mark_solid(self, solid: Points) -> None:
-        """Say that the polygon through [N, 3] head points belongs to the head."""
-        board = np.asarray(self.on_board(solid)) / _RELIEF_SHRINK
-        ImageDraw.Draw(self.solid).polygon(board.tolist(), fill=255)
+    def mark_solid(self, solid: Points, level: int = 255) -> None:
+        """Say that the polygon through [N, 3] head points is lit as the head is (0: as the room is)."""
+        ImageDraw.Draw(self.solid).polygon(self.on_board(solid), fill=level)
 
     def silhouette(self, flat: Points, depth: float, *, both_sides: bool) -> Points:
         """The outline of a rounded form as seen from the camera: where an ellipse of that depth turns away.
@@ -201,10 +207,10 @@ class Sketch:
         return flat
 
 
-def blank_relief(size: tuple[int, int], level: int = 128) -> Image.Image:
+def blank_relief(size: tuple[int, int]) -> Image.Image:
     """An even relief for a picture of `size` px."""
     shrink = OVERSAMPLING / _RELIEF_SHRINK
-    return Image.new("L", (max(8, round(size[0] * shrink)), max(8, round(size[1] * shrink))), level)
+    return Image.new("L", (max(8, round(size[0] * shrink)), max(8, round(size[1] * shrink))), 128)
 
 
 def relief_gain(relief: Image.Image, size: tuple[int, int], softness_px: float) -> NDArray[np.float32]:

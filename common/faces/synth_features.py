@@ -153,7 +153,7 @@ def draw_nose(sketch: Sketch) -> None:
         (0.055, tip_y - 0.02, 1.25),
         (-0.055, tip_y - 0.02, 1.25),
     )
-    sketch.model(ridge, 158)
+    sketch.model(ridge, 170)
     under = points(
         (-wing, base_y + 0.02, 0.95),
         (wing, base_y + 0.02, 0.95),

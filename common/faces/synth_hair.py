@@ -76,13 +76,13 @@ def _hairline(sketch: Sketch, num: int = 9) -> Points:
     across = np.linspace(1.0, -1.0, num)
     part = traits["parting"] + sketch.view.hair_shift
     fringe = max(0.0, 1.5 * traits["fringe"] - 0.5)
-    ends = -0.28 - 0.12 * traits["masculine"]
+    ends = -0.36 - 0.12 * traits["masculine"] + 0.8 * min(0.3, traits["hair_length"])  # sideburns
     y = traits["hairline"] + (ends - traits["hairline"]) * np.abs(across) ** 3.2
     drape = np.clip(np.abs(across - part) * 1.1, 0.0, 1.0) * (1.0 - np.abs(across) ** 4)
     y = y + fringe * 0.52 * drape - 0.05 * np.exp(-(((across - part) / 0.12) ** 2))
     y[1:-1] += sketch.rng.normal(0.0, 0.02 + 0.03 * traits["hair_wave"] * fringe, num - 2)
     x = across * traits["face_width"] * (0.98 - 0.1 * (1 - across**2))
-    return np.column_stack([x, np.minimum(y, -0.2)])
+    return np.column_stack([x, np.minimum(y, -0.12)])
 
 
 def draw_front_hair(sketch: Sketch) -> None:
@@ -110,8 +110,8 @@ def _draw_strands(sketch: Sketch, outer: Points, inner: Points) -> None:
     swing = np.sin(np.linspace(0, 9, 7)[None, :] + sketch.rng.uniform(0, 6.28, (num, 1)))
     lines[:, :, 0] += 0.05 * wave * swing + (0.3 * (where - bend))[:, None] * share[:, :, 0] * (1 - share[:, :, 0])
     lines[:, :, 2] += 0.15 * share[:, :, 0] * (1 - share[:, :, 0])
-    tones = sketch.rng.uniform(0.70, 1.34, num).tolist()
-    sketch.hatch(lines, [shade(sketch.hair, tone) for tone in tones], 0.018)
+    tones = [shade(sketch.hair, tone) for tone in (0.70, 0.80, 0.90, 1.12, 1.24, 1.34)]
+    sketch.hatch(lines, [tones[k] for k in sketch.rng.integers(0, len(tones), num).tolist()], 0.018)
 
 
 def draw_beard(sketch: Sketch) -> None:

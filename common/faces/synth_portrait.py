@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from common.faces.synth_camera import Style, View, develop
 from common.faces.synth_canvas import (
@@ -76,18 +76,20 @@ def render_face(latent: NDArray[np.float64], view: View, style: Style, size: tup
         rng=rng,
         image=board,
         relief=blank_relief(size),
-        solid=blank_relief(size, 0),
+        solid=Image.new("L", board.size),
         brush=ImageDraw.Draw(board),
     )
     draw_back_hair(sketch)
     draw_body(sketch)
     outline = _draw_head(sketch)
+    bare, room = board.copy(), ImageChops.invert(sketch.solid)
     draw_marks(sketch)
     draw_beard(sketch)
     draw_nose(sketch)
     draw_mouth(sketch)
     draw_eyes(sketch)
     draw_brows(sketch)
+    board.paste(bare, mask=room)  # whatever a turned head would hide stays inside its outline
     draw_front_hair(sketch)
     draw_extras(sketch)
     gain = _light_gain(sketch, size) * relief_gain(sketch.relief, size, 0.085 * sketch.pose.unit_px)
@@ -98,7 +100,7 @@ def render_face(latent: NDArray[np.float64], view: View, style: Style, size: tup
 def _skin_colour(traits: Traits) -> tuple[int, int, int]:
     r, g, b = ramp(_SKIN, traits["skin_tone"])
     warm = traits["skin_warmth"]
-    return min(255, round(r + 5 * warm)), g, max(0, round(b - 12 * warm))
+    return min(255, round(r + 7 * warm)), g, max(0, round(b - 16 * warm))
 
 
 def _hair_colour(traits: Traits) -> tuple[int, int, int]:
@@ -123,7 +125,7 @@ def _head_outline(sketch: Sketch) -> Points:
         (0.0, chin, 0.6),
     )
     edge = loop(np.vstack([half, mirrored(half[-2:0:-1])]), 4)
-    seen = sketch.silhouette(edge[:, :2], 0.95, both_sides=False)
+    seen = sketch.silhouette(edge[:, :2], 1.0, both_sides=False)
     seen[:, 2] = np.where(np.abs(edge[:, 0]) < 0.45, edge[:, 2], np.maximum(seen[:, 2], edge[:, 2]))
     return seen
 
@@ -145,7 +147,7 @@ def _draw_head(sketch: Sketch) -> Points:
     outline = _head_outline(sketch)
     sketch.fill(outline, skin)
     sketch.mark_solid(outline)
-    blush = mix(skin, (196, 92, 84), 0.06 + 0.22 * traits["cheek_colour"])
+    blush = mix(skin, (196, 92, 84), 0.05 + 0.35 * traits["cheek_colour"])
     cheek = points((0.30, 0.42), (0.55, 0.32), (0.78, 0.42), (0.74, 0.66), (0.50, 0.74), (0.33, 0.62))
     socket = points((0.14, -0.12), (0.5, -0.2), (0.82, -0.06), (0.74, 0.10), (0.44, 0.16), (0.18, 0.10))
     hollow = points((0.86, 0.6), (0.55, 0.85), (0.62, 1.15), (0.85, 0.95))
@@ -183,7 +185,7 @@ def _light_gain(sketch: Sketch, size: tuple[int, int]) -> NDArray[np.float32]:
     head = (view.ambient + (1.1 - 0.55 * view.ambient) * lambert).astype(np.float32)
     rest = np.float32(0.5 + 0.45 * view.ambient)
     whole = np.asarray(Image.fromarray(head - rest).resize(size, Image.Resampling.BILINEAR))
-    solid = np.asarray(sketch.solid.resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+    solid = np.asarray(sketch.solid.reduce(OVERSAMPLING), dtype=np.float32)
     gain: NDArray[np.float32] = rest + whole * (solid / np.float32(255.0))
     return gain
 

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 from PIL import ImageDraw
 
+from common.faces.synth_camera import Colour
 from common.faces.synth_canvas import (
     OVERSAMPLING,
     Points,
@@ -13,6 +14,7 @@ from common.faces.synth_canvas import (
     curve,
     loop,
     mirrored,
+    mix,
     on_face,
     points,
     shade,
@@ -29,12 +31,35 @@ def draw_body(sketch: Sketch) -> None:
         (-0.75, 2.12), (-1.75, 2.42), (-2.35, 3.0), (-2.6, 6.0), (2.6, 6.0), (2.35, 3.0), (1.75, 2.42), (0.75, 2.12)
     )
     sketch.fill(at_depth(torso, -0.35), cloth)
-    sketch.fill(at_depth(points((-0.75, 2.12), (0.0, 3.1), (0.75, 2.12)), -0.33), second)
     sketch.fill(at_depth(neck, -0.3), shade(sketch.skin, 0.84))
-    collar = points((-0.8, 2.05), (-0.98, 2.28), (-0.2, 3.0), (0.0, 2.75))
+    _NECKLINES[sketch.view.seed % len(_NECKLINES)](sketch, cloth, second)
+    sketch.model(at_depth(points((-w, 1.3), (w, 1.3), (0.9 * w, 1.95), (-0.9 * w, 1.95)), -0.25), 84)
+
+
+def _shirt_and_collar(sketch: Sketch, cloth: Colour, second: Colour) -> None:
+    sketch.fill(at_depth(points((-0.72, 2.18), (0.0, 3.1), (0.72, 2.18), (0.0, 2.5)), -0.25), second)
+    collar = points((-0.72, 2.0), (-0.98, 2.30), (-0.22, 3.0), (0.0, 2.75))
     for side in (collar, mirrored(collar)):
         sketch.fill(at_depth(side, -0.2), shade(cloth, 0.82))
-    sketch.model(at_depth(points((-w, 1.3), (w, 1.3), (0.9 * w, 1.95), (-0.9 * w, 1.95)), -0.25), 84)
+
+
+def _suit_and_tie(sketch: Sketch, cloth: Colour, second: Colour) -> None:
+    shirt = points((-0.68, 2.02), (-0.6, 4.0), (0.6, 4.0), (0.68, 2.02), (0.0, 2.55))
+    sketch.fill(at_depth(shirt, -0.25), mix(second, (238, 238, 240), 0.8))
+    sketch.fill(at_depth(points((-0.14, 2.5), (0.14, 2.5), (0.26, 4.2), (-0.26, 4.2)), -0.2), sketch.view.colours[2])
+    lapel = points((-0.74, 2.05), (-1.05, 2.45), (-0.5, 4.2), (-0.1, 4.2), (-0.45, 3.0))
+    for side in (lapel, mirrored(lapel)):
+        sketch.fill(at_depth(side, -0.15), shade(cloth, 0.75))
+
+
+def _round_neck(sketch: Sketch, cloth: Colour, second: Colour) -> None:
+    hem = curve(points((-0.85, 2.12), (-0.55, 2.42), (0.0, 2.56), (0.55, 2.42), (0.85, 2.12)))
+    below = np.vstack([hem, points((1.3, 2.6), (-1.3, 2.6))])
+    sketch.fill(at_depth(below, -0.2), cloth)
+    sketch.stroke(at_depth(hem, -0.2), mix(cloth, second, 0.4), 0.1)
+
+
+_NECKLINES = (_shirt_and_collar, _suit_and_tie, _round_neck)
 
 
 def draw_extras(sketch: Sketch) -> None:
@@ -68,7 +93,7 @@ def _glass(sketch: Sketch, side: float) -> Points:
     return at_depth(loop(flat + centre[:2] + np.array([0.0, 0.02])), 1.0)
 
 
-def _frame(sketch: Sketch, colour: tuple[int, int, int], width: float) -> None:
+def _frame(sketch: Sketch, colour: Colour, width: float) -> None:
     x = sketch.traits["eye_spacing"]
     for side in (-1.0, 1.0):
         ring = _glass(sketch, side)
@@ -91,9 +116,7 @@ def _draw_sunglasses(sketch: Sketch) -> None:
     _frame(sketch, shade(sketch.view.colours[3], 0.3), 0.05)
 
 
-def _cap_body(
-    sketch: Sketch, colour: tuple[int, int, int], brow: float, top: float, kind: Literal["round", "flat"]
-) -> None:
+def _cap_body(sketch: Sketch, colour: Colour, brow: float, top: float, kind: Literal["round", "flat"]) -> None:
     w = sketch.traits["face_width"] + 0.12
     if kind == "round":
         crown = np.column_stack(
@@ -116,7 +139,9 @@ def _cap_body(
         (-0.6 * w, brow + 0.02, 0.72),
         (-w, brow, 0.1),
     )
-    sketch.fill(np.vstack([at_depth(curve(crown), 0.1), curve(edge)]), colour)
+    whole = np.vstack([at_depth(curve(crown), 0.1), curve(edge)])
+    sketch.fill(whole, colour)
+    sketch.mark_solid(whole)
 
 
 def _draw_cap(sketch: Sketch) -> None:
@@ -131,6 +156,7 @@ def _draw_cap(sketch: Sketch) -> None:
         (0.0, brow - 0.10, 0.95),
     )
     sketch.fill(loop(brim), shade(colour, 0.72))
+    sketch.mark_solid(loop(brim))
     sketch.model(on_face(points((-0.9, -0.6), (0.9, -0.6), (0.7, -0.12), (-0.7, -0.12))), 88)
 
 
@@ -140,6 +166,7 @@ def _draw_hat(sketch: Sketch) -> None:
         [1.55 * np.cos(np.linspace(0, 6.28, 16)), np.full(16, brow), 1.35 * np.sin(np.linspace(0, 6.28, 16))]
     )
     sketch.fill(brim, shade(colour, 0.8))
+    sketch.mark_solid(brim)
     _cap_body(sketch, colour, brow - 0.03, -1.85, "flat")
     _cap_body(sketch, shade(sketch.view.colours[6], 0.6), brow - 0.03, brow - 0.2, "flat")
     sketch.model(on_face(points((-0.9, -0.65), (0.9, -0.65), (0.7, -0.2), (-0.7, -0.2))), 84)
@@ -174,4 +201,5 @@ def _draw_bar(sketch: Sketch) -> None:
     lean, where = sketch.rng.uniform(-0.5, 0.5), sketch.rng.uniform(0.1, 0.9) * width
     thick = sketch.pose.unit_px * OVERSAMPLING * sketch.rng.uniform(0.12, 0.3)
     line = (where - lean * height / 2, -20, where + lean * height / 2, height + 20)
-    ImageDraw.Draw(sketch.image).line(line, fill=sketch.view.colours[7], width=round(thick))
+    sketch.brush.line(line, fill=sketch.view.colours[7], width=round(thick))
+    ImageDraw.Draw(sketch.solid).line(line, fill=0, width=round(thick))

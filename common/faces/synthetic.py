@@ -31,6 +31,7 @@ from common.faces.synth_people import person_latent, picture_generator, read_tra
 from common.faces.synth_portrait import render_face
 
 MANIFEST = "synthetic.json"
+_UNFINISHED_MANIFEST = f"{MANIFEST}.tmp"
 _DRAWING = 1  # raise it whenever the same settings would give other pictures
 _MIN_PEOPLE, _MAX_PEOPLE = 6, 100_000  # two for each split; six digits name a person
 _MIN_PICTURES, _MAX_PICTURES = 2, 9_999  # a genuine pair; four digits name a VGGFace2 picture
@@ -117,14 +118,15 @@ def _is_complete(settings: SynthSettings, out: Path) -> bool:
     """Whether `out` already holds this very data set; False when it may be drawn there; DataError otherwise."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; choose a folder for the synthetic data set.")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(path.name == _UNFINISHED_MANIFEST for path in out.iterdir()):
         return False
-    path = out / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        complete = bool(found.pop("complete"))
-    except (FileNotFoundError, ValueError, KeyError, AttributeError):
-        raise DataError(f"{out}: holds files that are no synthetic data set; choose an empty or new folder.") from None
+        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "complete" not in found:
+        raise DataError(f"{out}: holds files that are no synthetic data set; choose an empty or new folder.")
+    complete = bool(found.pop("complete"))
     if found != _identity(settings):
         raise DataError(
             f"{out}: holds a synthetic data set made with other settings ({_told(found)}), not the ones asked for"
@@ -140,7 +142,7 @@ def _told(identity: dict[str, object]) -> str:
 def _write_manifest(settings: SynthSettings, out: Path, *, complete: bool) -> None:
     """Replace the manifest in one step, so that it is never seen half-written."""
     out.mkdir(parents=True, exist_ok=True)
-    fresh = out / f"{MANIFEST}.tmp"
+    fresh = out / _UNFINISHED_MANIFEST
     fresh.write_text(json.dumps({**_identity(settings), "complete": complete}, indent=2) + "\n", encoding="utf-8")
     fresh.replace(out / MANIFEST)
 
