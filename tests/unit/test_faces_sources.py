@@ -26,7 +26,7 @@ def test_celeba_lines(tmp_path: Path, ending: str) -> None:
 
 
 def test_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:
-    root = make_celeba(tmp_path / "c", dict.fromkeys(range(5), (0, 3)))
+    root = make_celeba(tmp_path / "c", {i: (i % 3, 3) for i in range(5)})
     before = read_index("celeba", root)
     for number, name in enumerate(("identity_CelebA.txt", "list_eval_partition.txt")):
         lines = (root / name).read_text().split("\n")[:-1]
@@ -36,7 +36,7 @@ def test_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:
     assert before.paths == after.paths
     assert before.people == after.people
     np.testing.assert_array_equal(before.person, after.person)
-    np.testing.assert_array_equal(before.landmarks, after.landmarks)
+    np.testing.assert_array_equal(before.official_split, after.official_split)
 
 
 def test_celeba_below_celeba_and_in_the_authors_folders(tmp_path: Path) -> None:
@@ -144,6 +144,16 @@ def test_vggface2_lists_names_and_boxes(tmp_path: Path) -> None:
     assert index.boxes[0].tolist() == [-1, 0, 30, 40]
     assert index.boxes[2].tolist() == [1, 2, 3, 4]
     assert np.isnan(index.boxes[3]).all()
+
+
+@pytest.mark.parametrize(
+    "bad", ['"n000002/0001_01"', '"n000002/0001_01",', '"n000002/0001_01",1,2,3', "", '"x",1,2,3,4,5']
+)
+def test_a_malformed_box_line_is_found(tmp_path: Path, bad: str) -> None:
+    root = make_vggface2(tmp_path)
+    write(root / "bb_landmark/loose_bb_train.csv", ["NAME_ID,X,Y,W,H", '"n000003/0001_01",5,6,7,8', bad, '"x",1,2,3,4'])
+    with pytest.raises(DataError, match=r"loose_bb_train\.csv, line 3: "):
+        read_index("vggface2", root)
 
 
 def test_vggface2_without_lists_is_walked(tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_fractions_hold_over_the_set(val: float, test: float) -> None:
     assert int((split == Split.TEST_PICTURES).sum()) == pytest.approx(test * closed, abs=1)
 
 
+def test_pictures_are_chosen_by_hash_not_by_name() -> None:
+    """Were it the first by name, VGGFace2's validation would be each person's 0001_01.jpg."""
+    index = index_of([10] * 60)
+    split = assign_splits(index, DataSettings())
+    chosen = [index.paths[i][-7:-4] for i in np.flatnonzero(split == Split.TEST_PICTURES)]
+    assert len(set(chosen)) >= 8
+
+
 def test_small_people_lose_no_training_pictures() -> None:
     split = assign_splits(index_of([2] * 40), DataSettings())
     assert not np.isin(split, [Split.VAL_PICTURES, Split.TEST_PICTURES]).any()
