@@ -77,6 +77,7 @@ class ModelSettings:
     """[model]: backbone (picture -> embedding) and head (embedding -> logits)."""
 
     backbone: str = setting("resnet18", choices=BACKBONES)
+    width: float = setting(1.0, low=0.125, high=2.0)  # fraction of the channels of every layer
     embedding_size: int = setting(512, low=8, high=4096)
     head: str = setting("cosface", choices=HEADS)
     head_scale: float = setting(30.0, above=0.0)
@@ -222,6 +223,18 @@ def _read_section(section: str, kind: type, raw: object, problems: list[str]) ->
     return kind(**values)
 
 
+def _conflicts(settings: Settings) -> list[str]:
+    """Settings that are fine alone but not together."""
+    if settings.model.pretrained == "imagenet" and settings.model.width != 1.0:
+        return [f'model.width = {settings.model.width} has no ImageNet weights; use 1.0 or model.pretrained = "none".']
+    if settings.model.normalisation == "private" and settings.model.pretrained != "none":
+        return [
+            'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
+            ' with model.pretrained, or model.pretrained = "none".'
+        ]
+    return []
+
+
 def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Settings:
     """Typed settings from nested plain values; missing ones take their defaults.
 
@@ -230,9 +243,11 @@ def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Setting
     sections = _section_types()
     problems = [unknown_name("section", name, sections) for name in raw if name not in sections]
     values = {name: _read_section(name, kind, raw.get(name, {}), problems) for name, kind in sections.items()}
+    settings = Settings(**values)
+    problems += _conflicts(settings)
     if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
-    return Settings(**values)
+    return settings
 
 
 def find_config(name: str) -> Path:

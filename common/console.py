@@ -152,7 +152,7 @@ class RunView:
     def _move_bar(self, event: Mapping[str, Any]) -> None:
         if self._progress is None:
             return
-        if event["kind"] == "members":
+        if event["kind"] == "members" and self._task is None:  # a client that joins late brings no second bar
             self._task = self._progress.add_task(
                 "federating", total=event["rounds"], clients=f"{event['clients']} clients"
             )
@@ -172,7 +172,7 @@ class PackProgress:
 
     def __call__(self, done: int, total: int) -> None:
         """Called by the packer with the number of pictures done and the number of all."""
-        self._seen = total
+        self._seen = done
         if not self._stream.isatty():
             return
         if self._progress is None:

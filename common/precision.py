@@ -4,6 +4,7 @@ The result is kept per machine, torch version, model and size, so that every cli
 on it, uses the same.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def measure(settings: Settings, candidates: list[tuple[str, str]], *, device: st
     with torch.random.fork_rng():
         for precision, memory_format in candidates:
             recogniser = build_recogniser(
-                settings.model,
+                dataclasses.replace(settings.model, pretrained="none"),
                 num_people=TRIAL_PEOPLE,
                 image_size=settings.data.image_size,
                 backbone_seed=0,
@@ -78,7 +79,7 @@ def _trial_key(settings: Settings, device: str, threads: int) -> str:
     return "/".join(
         str(part)
         for part in (
-            machine_digest(), torch.__version__, device, threads, model.backbone, model.embedding_size,
+            machine_digest(), torch.__version__, device, threads, model.backbone, model.width, model.embedding_size,
             data.image_size, settings.training.precision, settings.training.memory_format,
         )
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import signal
 import socket
@@ -47,7 +48,7 @@ def start(
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl is all it does, and it takes no lock
     )
 
 
@@ -76,14 +77,17 @@ def _group_lives(group: int) -> bool:
 def parse_address(text: str, option: str) -> tuple[str, int]:
     """HOST:PORT -> (host, port).  Raises UserError."""
     host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"{option} {text}: write HOST:PORT with a port from 1 to 65535, for example 127.0.0.1:8000.")
     return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on that host name."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name; one like 127.example.org may lead anywhere
+        return host == "localhost"
 
 
 def require_free_port(host: str, port: int, option: str) -> None:
@@ -94,7 +98,8 @@ def require_free_port(host: str, port: int, option: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"{option} {host}:{port} cannot be used ({error.strerror}); stop what listens there or choose another port."
+                f"{option} {host}:{port} cannot be used ({error.strerror}); stop what listens there, or choose"
+                " another port."
             ) from None
 
 

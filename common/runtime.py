@@ -76,8 +76,10 @@ def resolve_device(name: str) -> str:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if present[device])
-    kind = name.split(":")[0]
-    if not present.get(kind, False):
+    kind, colon, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    is_numbered = number.isascii() and number.isdigit() and int(number) < count
+    if not present.get(kind, False) or (colon and not is_numbered):
         here = ", ".join(device for device, is_here in present.items() if is_here)
         raise UserError(f"--device {name} is not on this machine; here: {here}.")
     return name

@@ -9,6 +9,7 @@ Heads, embeddings and pictures have no place in any of them.
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,8 +113,23 @@ def read_task(message: Message) -> tuple[Task, NDArray[np.float32] | None]:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
 
 
-def _array(record: Any, name: str) -> Any:  # noqa: ANN401 - records are typed loosely by Flower
-    return record[name].numpy()
+def _array(record: Any, name: str) -> NDArray[Any]:  # noqa: ANN401 - records are typed loosely by Flower
+    try:
+        array = record[name].numpy()
+    except KeyError:
+        raise
+    except Exception as error:  # the bytes are the other end's, and NumPy's reader fails in many ways
+        raise ReplyRefused(f"the array {name!r} cannot be decoded ({type(error).__name__}: {error})") from None
+    if not isinstance(array, np.ndarray):
+        raise ReplyRefused(f"{name!r} is no array but a {type(array).__name__}")
+    return array
+
+
+def _number(sums: Mapping[str, Any], name: str) -> int | float:
+    value = sums[name]
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, not a number")
+    return value
 
 
 def site_content(site: Site) -> RecordDict:
@@ -126,9 +142,15 @@ def read_site(message: Message) -> Site:
     if message.has_error():
         raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
     try:
-        return Site(**dict(message.content[SITE]))
+        site = Site(**dict(message.content[SITE]))
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the answer to join is malformed ({error}); use equal versions of FaceFed.") from None
+    for name, kind in typing.get_type_hints(Site).items():
+        value = getattr(site, name)
+        # The round loop computes with these, and no client may stop it.
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value!r}; use equal versions of FaceFed.")
+    return site
 
 
 def reply_content(reply: Reply) -> RecordDict:
@@ -150,7 +172,7 @@ def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums: 
     pairs = _array(arrays, PAIRS.format(split=split))
     if pairs.dtype != np.int64 or pairs.shape != (2, NUM_BINS) or bool((pairs < 0).any()):
         raise ReplyRefused(f"the {split} histogram is {pairs.dtype} {pairs.shape}, not counts int64 (2, {NUM_BINS})")
-    closed = {name: sums[f"{split}-{name}"] for name in CLOSED_FIELDS}
+    closed = {name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS}
     return SplitSums(closed=closed, pairs=pairs)
 
 
@@ -172,7 +194,7 @@ def read_reply(message: Message, splits: str) -> Reply:
             evaluations={split: _read_split(split, sums, arrays) for split in splits.split()},
             change=_array(arrays, CHANGE) if CHANGE in arrays else None,
         )
-    except (KeyError, TypeError, ValueError, EOFError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
 
 

@@ -84,8 +84,11 @@ def augment(pictures: Tensor, augmentation: AugmentationSettings, stream: torch.
 
 
 def num_batches(num_pictures: int, batch_size: int) -> int:
-    """How many batches one epoch has; no batch is larger than `batch_size`."""
-    return -(-num_pictures // batch_size)
+    """How many batches one epoch has; no batch is larger than `batch_size`, but for one of three where that is two.
+
+    (In batches of two an odd picture would be left alone, and batch normalisation cannot train on one.)
+    """
+    return max(1, min(-(-num_pictures // batch_size), num_pictures // 2))
 
 
 def training_batches(

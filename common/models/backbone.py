@@ -8,6 +8,11 @@ from torch import Tensor, nn
 SMALL_PICTURE_PX: Final = 96
 
 
+def scaled(channels: int, width: float) -> int:
+    """The channels of a layer at a fraction of the full width, a multiple of 8 (which fast kernels want)."""
+    return max(8, 8 * round(channels * width / 8))
+
+
 class Backbone(nn.Module):
     """trunk -> global average pool -> dropout -> linear -> batch normalisation without learned scale and shift.
 

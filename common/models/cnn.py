@@ -4,16 +4,20 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from common.models.backbone import scaled
+
 _CHANNELS: Final = (32, 64, 128, 256)
-NUM_FEATURES: Final = _CHANNELS[-1]
 
 
 class CnnTrunk(nn.Module):
-    """[B, 3, H, W] -> [B, 256, H / 16, W / 16]."""
+    """[B, 3, H, W] -> [B, num_features, H / 16, W / 16] (256 at width 1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, width: float = 1.0) -> None:
+        """width: fraction of the channels of every layer."""
         super().__init__()
-        sizes = zip((3, *_CHANNELS), _CHANNELS, strict=False)
+        channels = [scaled(count, width) for count in _CHANNELS]
+        self.num_features = channels[-1]
+        sizes = zip((3, *channels), channels, strict=False)
         self.blocks = nn.Sequential(*(_block(num_in, num_out) for num_in, num_out in sizes))
         for module in self.modules():  # He initialisation (arXiv:1502.01852), as in torchvision's trunks
             if isinstance(module, nn.Conv2d):

@@ -27,13 +27,19 @@ class MobileTrunk(nn.Module):
     Below 96 px the second stage keeps its resolution; a stride has no weights, so the layout stays torchvision's.
     """
 
-    def __init__(self, *, image_size: int) -> None:
-        """image_size: the side in px that the strides are chosen for; others work too."""
+    def __init__(self, *, image_size: int, width: float = 1.0) -> None:
+        """image_size: the side in px that the strides are chosen for; others work too.
+
+        width: fraction of the channels (the paper's width multiplier); the last layer keeps 1280, as in the paper.
+        """
         super().__init__()
         stages = [list(stage) for stage in _STAGES]
         if image_size < SMALL_PICTURE_PX:
             stages[1][3] = 1
-        self.features: nn.Sequential = MobileNetV2(num_classes=1, inverted_residual_setting=stages).features
+        self.features: nn.Sequential = MobileNetV2(
+            num_classes=1, width_mult=width, inverted_residual_setting=stages
+        ).features
+        self.num_features = NUM_FEATURES
 
     def forward(self, pictures: Tensor) -> Tensor:
         """pictures: [B, 3, H, W] float.  Returns the last feature map."""

@@ -60,24 +60,24 @@ class EmbeddingModel(nn.Module):
         return F.normalize(self.backbone(pictures), dim=1)
 
 
-_TRUNKS: Final[dict[str, tuple[Callable[[int], nn.Module], int]]] = {
-    "resnet18": (lambda size: resnet.ResNetTrunk("resnet18", image_size=size), resnet.NUM_FEATURES["resnet18"]),
-    "resnet50": (lambda size: resnet.ResNetTrunk("resnet50", image_size=size), resnet.NUM_FEATURES["resnet50"]),
-    "mobilenet_v2": (lambda size: mobile.MobileTrunk(image_size=size), mobile.NUM_FEATURES),
-    "cnn": (lambda _size: cnn.CnnTrunk(), cnn.NUM_FEATURES),
+_TRUNKS: Final[dict[str, Callable[[int, float], resnet.ResNetTrunk | mobile.MobileTrunk | cnn.CnnTrunk]]] = {
+    "resnet18": lambda size, width: resnet.ResNetTrunk("resnet18", image_size=size, width=width),
+    "resnet50": lambda size, width: resnet.ResNetTrunk("resnet50", image_size=size, width=width),
+    "mobilenet_v2": lambda size, width: mobile.MobileTrunk(image_size=size, width=width),
+    "cnn": lambda _size, width: cnn.CnnTrunk(width=width),
 }
 
 
 def build_backbone(model: ModelSettings, image_size: int) -> Backbone:
     """The backbone that the settings name, freshly initialised from the global random state; no weights are loaded.
 
-    image_size: side of the pictures in px. Names and shapes of the tensors depend on `model.backbone` and
-    `model.embedding_size` only, never on `image_size` or `model.pretrained`.
+    image_size: side of the pictures in px. Names and shapes of the tensors depend on `model.backbone`, `model.width`
+    and `model.embedding_size` only, never on `image_size` or `model.pretrained`.
     """
-    build_trunk, num_features = _TRUNKS[model.backbone]
+    trunk = _TRUNKS[model.backbone](image_size, model.width)
     return Backbone(
-        build_trunk(image_size),
-        num_features=num_features,
+        trunk,
+        num_features=trunk.num_features,
         embedding_size=model.embedding_size,
         dropout=model.dropout,
     )

@@ -7,19 +7,43 @@ can hold any weights. Pictures under 96 px skip the max-pool, which has no weigh
 from typing import Final
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common.models.backbone import SMALL_PICTURE_PX
+from common.models.backbone import SMALL_PICTURE_PX, scaled
 
 _BLOCKS: Final[dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
-NUM_FEATURES: Final = {"resnet18": 512, "resnet50": 2048}
+_PLANES: Final = (64, 128, 256, 512)
+
+
+def _stage(block: type[BasicBlock | Bottleneck], num_in: int, planes: int, depth: int, *, stride: int) -> nn.Sequential:
+    """`depth` residual blocks, the first of which changes resolution and channels."""
+    num_out = planes * block.expansion
+    shortcut = None
+    if stride != 1 or num_in != num_out:
+        shortcut = nn.Sequential(
+            nn.Conv2d(num_in, num_out, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(num_out)
+        )
+    first = block(num_in, planes, stride, shortcut)
+    return nn.Sequential(first, *(block(num_out, planes) for _ in range(depth - 1)))
+
+
+def _initialise(trunk: nn.Module) -> None:
+    """He initialisation (arXiv:1502.01852); each residual branch starts as zero (arXiv:1706.02677, sec. 5.1)."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for module in trunk.modules():
+        if isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+        elif isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
 
 
 class ResNetTrunk(nn.Module):
-    """[B, 3, H, W] -> [B, 512 or 2048, h, w]; h = H / 32 from 96 px on, H / 16 below.
+    """[B, 3, H, W] -> [B, num_features, h, w] (512 or 2048 at width 1); h = H / 32 from 96 px on, H / 16 below.
 
     Why this stem: it costs nothing against a 3 x 3 one, and the max-pool saves two thirds of the time. ResNet-18,
     forward and backward, batch 32, bfloat16, channels-last, one core of an AMD EPYC with AVX512-BF16, pictures/s:
@@ -30,15 +54,26 @@ class ResNetTrunk(nn.Module):
         112 px         97             97         34      30        24
     """
 
-    def __init__(self, name: str, *, image_size: int) -> None:
-        """name: resnet18 or resnet50.  image_size: the side in px that the stem is chosen for; others work too."""
+    def __init__(self, name: str, *, image_size: int, width: float = 1.0) -> None:
+        """name: resnet18 or resnet50.  image_size: the side in px that the stem is chosen for; others work too.
+
+        width: fraction of the channels of every layer; only 1.0 has torchvision's shapes.
+        """
         super().__init__()
         block, depths = _BLOCKS[name]
-        # Each residual branch starts as zero, so a deep net starts as a shallow one (arXiv:1706.02677, sec. 5.1).
-        net = ResNet(block, depths, num_classes=1, zero_init_residual=True)
-        self.conv1, self.bn1, self.relu = net.conv1, net.bn1, net.relu
-        self.maxpool = net.maxpool if image_size >= SMALL_PICTURE_PX else nn.Identity()
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        channels = [scaled(planes, width) for planes in _PLANES]
+        self.conv1 = nn.Conv2d(3, channels[0], kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.relu = nn.ReLU(inplace=True)
+        pools = image_size >= SMALL_PICTURE_PX
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if pools else nn.Identity()
+        num_in = [channels[0], *(planes * block.expansion for planes in channels[:3])]
+        self.layer1 = _stage(block, num_in[0], channels[0], depths[0], stride=1)
+        self.layer2 = _stage(block, num_in[1], channels[1], depths[1], stride=2)
+        self.layer3 = _stage(block, num_in[2], channels[2], depths[2], stride=2)
+        self.layer4 = _stage(block, num_in[3], channels[3], depths[3], stride=2)
+        self.num_features = channels[3] * block.expansion
+        _initialise(self)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """pictures: [B, 3, H, W] float.  Returns the last feature map."""

@@ -18,7 +18,7 @@ from common.config import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.sender import Send, Sender
-from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line, now_ms
+from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line, now_ms, save_sent
 
 FINISH_TIMEOUT_S = 120.0  # a new sqlite database alone takes 5 to 40 s on a busy machine
 
@@ -203,6 +203,7 @@ def _sender(spool: Spool, uri: str, folder: Path, resume_run_id: str) -> Sender:
     if resume_run_id and sent.run_ids.get("") != resume_run_id:
         sent.forget()
         sent.run_ids[""] = resume_run_id
+    save_sent(folder, sent)  # its key finds the run again, should we be killed right after its creation
     return Sender(spool, sent, partial(_connect, uri, folder, sent), uri)
 
 
