@@ -1,8 +1,4 @@
-"""Where tracking goes: tracking addresses checked at the door, and the environment that keeps MLflow quiet.
-
-MLflow refuses its own old default (`./mlruns`, `file:`) with a page of text; here it is one line. The variables of
-`quiet_environment` must be set before MLflow is imported, in every process of ours: the programs do that at the door.
-"""
+"""Tracking addresses, checked at the door: what MLflow refuses with a page of text is one line here."""
 
 import re
 from pathlib import Path
@@ -67,25 +63,3 @@ def shown_uri(uri: str) -> str:
     if "@" not in parts.netloc:
         return uri
     return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
-
-
-def quiet_environment() -> dict[str, str]:
-    """Environment variables to set (as defaults) before MLflow is imported: private, quick to give up, silent.
-
-    Telemetry needs the word "true": "1" does not switch it off.  With MLflow's own retry settings one call to a server
-    that is down blocks for four minutes; our spool keeps what could not be sent, so a call may fail early.
-    """
-    return {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "120",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }

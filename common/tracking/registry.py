@@ -132,8 +132,10 @@ def _register(
     from mlflow.exceptions import MlflowException
 
     client = _client(run)
+    # MLflow has linked what the run recorded at this step; again would draw each point twice.
+    linked = {metric.key for metric in client.get_logged_model(model_id).metrics or ()}
     for key, value in metrics.items():
-        if math.isfinite(value):
+        if key not in linked and math.isfinite(value):
             client.log_metric(run.mlflow_run_id, key, value, step=step, model_id=model_id, synchronous=True)
     try:
         client.create_registered_model(name)

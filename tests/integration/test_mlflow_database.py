@@ -1,5 +1,6 @@
 """Runs in a real MLflow sqlite database: every point once, odd values marked, resumption, a quiet terminal."""
 
+import json
 import math
 import os
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from common.config import TrackingSettings
-from common.tracking.address import quiet_environment, resolve_uri
+from common.runtime import PATIENCE, SILENCE
+from common.tracking.address import resolve_uri
 from common.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet_environment().items():
+        for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         yield
 
@@ -144,6 +146,22 @@ def test_sending_all_again_adds_nothing(uri, client, tmp_path):
     assert len(_points(client, run.mlflow_run_id, "auc")) == 50
 
 
+def test_a_run_that_was_made_just_before_a_kill_is_found_again(uri, client, tmp_path):
+    run = _open(uri, tmp_path / "killed")
+    run.child("celeba", {})
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.finish("KILLED")
+    path = tmp_path / "killed" / "spool.sent.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps({**note, "run_ids": {}, "offset": 0}))  # the server answered, nobody wrote it down
+    again = _open(uri, tmp_path / "killed")
+    nested = again.child("celeba", {})
+    again.finish("FINISHED")
+    assert again.mlflow_run_id == run.mlflow_run_id
+    assert nested.mlflow_run_id == run.child("celeba", {}).mlflow_run_id
+    assert _points(client, run.mlflow_run_id, "loss") == [(1, 1.0)]
+
+
 def test_a_run_deleted_on_the_server_is_made_anew_with_all_its_points(uri, client, tmp_path, caplog):
     run = _open(uri, tmp_path / "deleted")
     run.log_metrics({"loss": 1.0}, step=1)
@@ -173,6 +191,7 @@ import sys
 from pathlib import Path
 import torch
 from common.config import TrackingSettings
+from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
@@ -188,7 +207,7 @@ assert version == "1", version
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, **quiet_environment()},
+        env={**os.environ, **SILENCE, **PATIENCE},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from common.config import TrackingSettings
-from common.tracking.address import quiet_environment, resolve_uri
+from common.runtime import PATIENCE, SILENCE
+from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 
@@ -66,7 +67,7 @@ class SmallEmbedder(torch.nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet_environment().items():
+        for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         yield
 
@@ -147,7 +148,8 @@ def test_a_python_without_facefed_loads_and_runs_it(uri, client, run, model, tmp
 
 
 def test_what_is_stored_with_it(client, run, model, tmp_path):
-    version = _register(run, model, name="stored")
+    run.log_metrics({"test_roc_auc": 0.75}, step=3)
+    version = _register(run, model, name="stored", metrics={"test_roc_auc": 0.75, "test_eer": 0.25})
     logged = client.search_logged_models(
         [client.get_run(run.mlflow_run_id).info.experiment_id],
         filter_string=f"source_run_id = '{run.mlflow_run_id}'",
@@ -155,7 +157,8 @@ def test_what_is_stored_with_it(client, run, model, tmp_path):
     assert len(logged) == 1
     assert logged[0].status == "READY"
     metrics = {(metric.key, metric.value, metric.step) for metric in logged[0].metrics}
-    assert ("test_roc_auc", 0.75, 3) in metrics
+    assert metrics == {("test_roc_auc", 0.75, 3), ("test_eer", 0.25, 3)}
+    assert len(logged[0].metrics) == 2
     import mlflow
 
     local = tmp_path / "local"

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from common.config import TrackingSettings
+from common.runtime import PATIENCE, SILENCE
 from common.tracking import sender as sender_module
-from common.tracking.address import quiet_environment
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 
@@ -25,7 +25,7 @@ from common.tracking.run import open_run
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in quiet_environment().items():
+        for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         patch.setattr(sender_module, "RETRY_LAST_S", 1.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import TrackingError
-from common.tracking.address import quiet_environment, resolve_uri, shown_uri, sqlite_path
+from common.tracking.address import resolve_uri, shown_uri, sqlite_path
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,3 @@ def test_an_error_does_not_show_the_password():
 def test_the_file_of_a_database():
     assert sqlite_path("sqlite:////data/x.db?timeout=30") == Path("/data/x.db")
     assert sqlite_path("http://127.0.0.1:5000") is None
-
-
-def test_telemetry_is_switched_off_by_the_word_that_works():
-    # MLFLOW_DISABLE_TELEMETRY=1 leaves it on.
-    assert quiet_environment()["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    assert quiet_environment()["DO_NOT_TRACK"] == "true"

@@ -101,6 +101,17 @@ class FullDisk:
         return getattr(self.file, name)
 
 
+def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path):
+    path = tmp_path / "spool.jsonl"
+    first, second = metric_line("", "a", 1.0, 0, 1), metric_line("", "a", 2.0, 1, 1)
+    path.write_bytes(first + second[:20])
+    entries, offset, corrupt = read_lines(path, 0, 10)
+    assert ([entry["value"] for entry in entries], offset, corrupt) == ([1.0], len(first), 0)
+    path.write_bytes(first + second)
+    entries, offset, corrupt = read_lines(path, offset, 10)
+    assert ([entry["value"] for entry in entries], offset, corrupt) == ([2.0], len(first + second), 0)
+
+
 def test_a_full_disk_warns_once_and_the_spool_stays_readable(tmp_path, caplog):
     spool = Spool(tmp_path)
     spool.append(metric_line("", "a", 1.0, 0, 1))
