@@ -1,23 +1,29 @@
 """The ClientApp: Flower's messages in, one site's answers out. A site that fails answers with one line."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from clients.egress import record_egress
 from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
 from clients.site import SiteSettings
 from common import wire
-from common.errors import FaceFedError
+from common.errors import FaceFedError, ReplyRefused
+from common.evaluation import SPLITS
 from common.events import LAST_TASK_FILE
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
 
 FindSite = Callable[[Context], SiteSettings]
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here
+NO_TASK = Task(kind="unknown", run_id="unknown", server_round=0, settings="")  # a message that is none of ours
 
 # One per process: a Ray actor answers many messages, and the pack and the model's memory serve all of them.
 _workplaces: dict[tuple[str, str, str], Workplace] = {}
@@ -46,23 +52,40 @@ def _workplace(site: SiteSettings, task: Task) -> Workplace:
     return _workplaces[key]
 
 
-def _answer(site: SiteSettings, message: Message) -> tuple[Task, RecordDict]:
-    task, shared = wire.read_task(message)
+def _check(task: Task) -> None:
+    """Raises ReplyRefused for a task that no server of ours sends: its words become paths and choices here."""
+    if not (isinstance(task.run_id, str) and RUN_ID.fullmatch(task.run_id)):
+        raise ReplyRefused(f"the run id {task.run_id!r} is not one of FaceFed's.")
+    if task.kind not in wire.MESSAGE_TYPES:
+        raise ReplyRefused(f"the task {task.kind!r} is unknown; choose {', '.join(wire.MESSAGE_TYPES)}.")
+    unknown = [split for split in task.splits.split() if split not in SPLITS]
+    if unknown:
+        raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
+
+
+def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None) -> RecordDict:
     workplace = _workplace(site, task)
     if task.kind == "join":
-        return task, wire.site_content(join(workplace))
+        return wire.site_content(join(workplace))
     work = train if task.kind == "train" else evaluate_global
-    return task, wire.reply_content(work(workplace, task, shared))
+    return wire.reply_content(work(workplace, task, shared))
 
 
 def handle(site: SiteSettings, message: Message) -> Message:
-    """Answer one message; a failure that we understand becomes an error reply of one line."""
+    """Answer one message; a failure that we understand becomes an error reply of one line, in the ledger as well."""
+    task = NO_TASK
+    ledger = site.state_dir / "egress"
     try:
-        task, content = _answer(site, message)
+        given, shared = wire.read_task(message)
+        _check(given)
+        task = given
+        content = _answer(site, task, shared)
     except FaceFedError as error:
         log.warning("%s: %s", site.name, error)
-        return wire.error_message(f"{site.name}: {error}", message)
-    record_egress(site.state_dir / "egress", site.name, task, content)
+        reason = f"{site.name}: {error}"
+        record_egress(ledger, site.name, task, reason)
+        return wire.error_message(reason, message)
+    record_egress(ledger, site.name, task, content)
     if task.last:
         (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
     return Message(content, reply_to=message)

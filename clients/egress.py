@@ -11,12 +11,19 @@ from flwr.app import RecordDict
 from common.wire import Task, describe
 
 
-def ledger_line(client: str, task: Task, content: RecordDict) -> str:
-    """What leaves with this content: time, run, round, and name, shape, dtype, bytes and SHA-256 of each part."""
+def ledger_line(client: str, task: Task, content: RecordDict | str) -> str:
+    """What leaves with this content: time, run, round, and name, shape, dtype, bytes and SHA-256 of each part.
+
+    content: a reply, or the reason of a client that could not answer, which leaves too.
+    """
+    if isinstance(content, str):
+        rows = [{"name": "error.reason", "shape": [], "dtype": "str", "data": content.encode(), "text": content}]
+    else:
+        rows = describe(content)
     parts = [
-        {key: row[key] for key in ("name", "shape", "dtype")}
+        {key: value for key, value in row.items() if key != "data"}
         | {"num_bytes": len(row["data"]), "sha256": hashlib.sha256(row["data"]).hexdigest()}
-        for row in describe(content)
+        for row in rows
     ]
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -30,7 +37,7 @@ def ledger_line(client: str, task: Task, content: RecordDict) -> str:
     return json.dumps(record)
 
 
-def record_egress(folder: Path, client: str, task: Task, content: RecordDict) -> None:
+def record_egress(folder: Path, client: str, task: Task, content: RecordDict | str) -> None:
     """Append the line to `folder`/<run>.jsonl and sync it, before the reply leaves."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{task.run_id}.jsonl").open("a", encoding="utf-8") as file:

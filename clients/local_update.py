@@ -48,7 +48,8 @@ def open_workplace(site: SiteSettings, settings: Settings) -> Workplace:
     """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit."""
     pack = open_pack(site.dataset, site.data_dir, settings.data, site.cache_dir, workers=site.pack_workers)
     recogniser = build_recogniser(
-        settings.model,
+        # The backbone arrives from the server before it is used; its first weights are the server's business.
+        dataclasses.replace(settings.model, pretrained="none"),
         num_people=pack.num_classes,
         image_size=settings.data.image_size,
         backbone_seed=stream_seed(settings.run.seed, "backbone"),
@@ -106,19 +107,22 @@ def split_sums(sums: EvaluationSums) -> SplitSums:
     return SplitSums(closed={name: closed[name] for name in CLOSED_FIELDS}, pairs=sums.pairs)
 
 
-def _receive(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Compute:
+def _receive(
+    workplace: Workplace, task: Task, shared: NDArray[np.float32] | None
+) -> tuple[Compute, NDArray[np.float32]]:
     if shared is None or task.manifest != workplace.manifest.digest:
         raise ReplyRefused(
             f"the server's model (manifest {task.manifest[:12]}) is not this client's"
             f" ({workplace.manifest.digest[:12]}); use equal versions and model settings."
         )
     load_shared(workplace.recogniser, shared, workplace.manifest)
-    return Compute(
+    compute = Compute(
         device=resolve_device(workplace.site.device),
         precision=task.precision,
         memory_format=task.memory_format,
         threads=task.threads,
     )
+    return compute, shared
 
 
 def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, SplitSums]:
@@ -147,7 +151,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
     """
     settings, recogniser = workplace.settings, workplace.recogniser
     federation = settings.federation
-    compute = _receive(workplace, task, shared)
+    compute, received = _receive(workplace, task, shared)
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
     folder = workplace.state_folder(task.run_id)
@@ -176,7 +180,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
 
     save_private(folder, task.server_round, recogniser, optimiser, workplace.private)
     prune(folder, {0, task.best_round, task.server_round - 1, task.server_round})
-    change = flatten(recogniser.state_dict(), workplace.manifest) - shared
+    change = flatten(recogniser.state_dict(), workplace.manifest) - received
     return Reply(
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
@@ -189,7 +193,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
 
 def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
-    compute = _receive(workplace, task, shared)
+    compute, _ = _receive(workplace, task, shared)
     load_private(workplace.state_folder(task.run_id), task.server_round, workplace.recogniser, None, workplace.private)
     return Reply(
         server_round=task.server_round,

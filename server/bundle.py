@@ -1,13 +1,10 @@
 """The app bundle that Flower wants from whoever submits a run: the packages as they are installed here."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
-import clients
-import common
-import server
-
-PACKAGES = (common, server, clients)
+PACKAGES = ("common", "server", "clients")  # by name: the server's code never imports the clients'
 PYPROJECT = """\
 [project]
 name = "facefed"
@@ -38,8 +35,9 @@ def write_bundle(folder: Path, version: str) -> Path:
     data, runs and pictures out by construction.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    for package in PACKAGES:
-        source = Path(str(package.__file__)).parent
+    for name in PACKAGES:
+        found = importlib.util.find_spec(name)
+        source = Path(str(found.origin if found else "")).parent
         for path in sorted(source.rglob("*.py")):
             target = folder / source.name / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     host, port = parse_address(arguments.address, "--address")
     if not (is_loopback(host) or arguments.insecure):
         raise UserError(
-            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the way could"
-            " read and alter models, and anyone could submit code. Use 127.0.0.1, or give --insecure if you accept that."
+            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the"
+            " way could read and alter models, and anyone could submit code. Use 127.0.0.1, or give --insecure if you"
+            " accept that."
         )
     set_up_logging(settings.run.log_level)
     from common.tracking.settings import with_absolute_uri

@@ -1,21 +1,73 @@
-"""Checks of a client's reply before it touches the model; each refusal says what was wrong."""
+"""Checks of what clients send before it touches the run; each refusal says what was wrong."""
+
+import math
+import re
+from collections.abc import Mapping
 
 import numpy as np
+from flwr.app import Message
 
+from common import wire
 from common.errors import ReplyRefused
 from common.parameters import Manifest
-from common.wire import Reply, Site
+from common.wire import TRAIN_FIELDS, Reply, Site, SplitSums
+from server.scores import INTEGER_SUMS
+
+LARGEST_CHANGE = 1e30  # weighted by up to 1e8 pictures and added, the sum is still finite in float32 (3.4e38)
+LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
+NAME = re.compile(r"\w[\w .-]{0,63}")  # a name is shown on terminals and becomes part of tags and file names
+SITE_COUNTS = ("num_people", "num_pictures", "num_training_people", "num_training_pictures", "num_quarantined", "cores")
+
+
+def read_site(message: Message) -> Site:
+    """`wire.read_site`, with every field checked.  Raises ReplyRefused."""
+    site = wire.read_site(message)
+    for name, value in vars(site).items():
+        if name in SITE_COUNTS:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST_SUM:
+                raise ReplyRefused(f"the answer to join has {name} = {value!r}; it must be a count")
+        elif not isinstance(value, str):
+            raise ReplyRefused(f"the answer to join has {name} = {value!r}; it must be a text")
+    if not NAME.fullmatch(site.name):
+        raise ReplyRefused(
+            f"the name {site.name!r} cannot be used; give --name of 1 to 64 letters, digits, spaces, '.', '_' or '-'"
+        )
+    return site
+
+
+def read_reply(message: Message, splits: str) -> Reply:
+    """`wire.read_reply`, for which every failure is the client's.  Raises ReplyRefused."""
+    try:
+        return wire.read_reply(message, splits)
+    except ReplyRefused:
+        raise
+    except Exception as error:  # decoding foreign bytes raises whatever numpy and zipfile can raise
+        raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
 
 
 def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
     """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round and model."""
+    _check_origin(reply, server_round, manifest)
+    _check_num_examples(reply.num_examples, site)
+    _check_change(reply, manifest)
+    missing = [name for name in TRAIN_FIELDS if name not in reply.train]
+    if missing:
+        raise ReplyRefused(f"the reply lacks the training sum {missing[0]}")
+    _check_sums(reply.train)
+    _check_evaluations(reply, site)
+
+
+def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
+    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
+    _check_origin(reply, server_round, manifest)
+    _check_evaluations(reply, site)
+
+
+def _check_origin(reply: Reply, server_round: int, manifest: Manifest) -> None:
     if reply.server_round != server_round:
         raise ReplyRefused(f"the reply is of round {reply.server_round}, not of round {server_round}")
     if reply.manifest != manifest.digest:
         raise ReplyRefused("the reply's names or shapes are not the model's (manifest digests differ)")
-    _check_num_examples(reply.num_examples, site)
-    _check_change(reply, manifest)
-    _check_sums(reply)
 
 
 def _check_num_examples(num_examples: object, site: Site) -> None:
@@ -31,25 +83,37 @@ def _check_change(reply: Reply, manifest: Manifest) -> None:
         raise ReplyRefused("the reply holds no change of the model")
     if change.dtype != np.float32 or change.shape != (manifest.size,):
         raise ReplyRefused(f"the change is {change.dtype} {change.shape}, the model float32 ({manifest.size},)")
-    if not np.isfinite(change).all():
-        position = int(np.flatnonzero(~np.isfinite(change))[0])
+    usable = np.abs(change) <= LARGEST_CHANGE  # False for NaN too
+    if not usable.all():
+        position = int(np.argmin(usable))
         name = next(e.name for e in manifest.entries if e.offset <= position < e.offset + e.size)
         raise ReplyRefused(f"the change holds {change[position]} in {name}")
 
 
-def _check_sums(reply: Reply) -> None:
-    values = dict(reply.train)
+def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:
+    for name, value in sums.items():
+        kinds = int if name in INTEGER_SUMS and prefix else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ReplyRefused(f"{prefix}{name} is {value!r}; it must be a number")
+        if not (math.isfinite(value) and 0 <= value < LARGEST_SUM):
+            raise ReplyRefused(f"{prefix}{name} is {value}; sums are finite and not negative")
+
+
+def _check_evaluations(reply: Reply, site: Site) -> None:
     for split, sums in reply.evaluations.items():
-        values |= {f"{split}-{name}": float(value) for name, value in sums.closed.items()}
-    for name, value in values.items():
-        if not np.isfinite(value) or value < 0.0:
-            raise ReplyRefused(f"{name} is {value}; sums are finite and not negative")
+        _check_sums(sums.closed, f"{split}-")
+        _check_closed(split, sums)
+        # Every pair of the client's pictures once, at most; more could overflow the clients' sum.
+        most = site.num_pictures * (site.num_pictures - 1) // 2
+        if float(sums.pairs.sum(dtype=np.float64)) > most:
+            raise ReplyRefused(f"the {split} histogram counts more pairs than {site.num_pictures} pictures have")
 
 
-def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest) -> None:
-    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
-    if reply.server_round != server_round or reply.manifest != manifest.digest:
-        raise ReplyRefused(
-            f"the reply is of round {reply.server_round} or of another model, not of round {server_round}"
-        )
-    _check_sums(reply)
+def _check_closed(split: str, sums: SplitSums) -> None:
+    closed = sums.closed
+    bounds = {"correct": "num_examples"} | dict.fromkeys(("precision_sum", "recall_sum", "f1_sum"), "num_classes")
+    for name, bound in bounds.items():
+        if closed[name] > closed[bound] * (1 + 1e-9):
+            raise ReplyRefused(f"{split}-{name} is {closed[name]}, more than {split}-{bound}, {closed[bound]}")
+    if closed["num_examples"] > 0 and closed["num_classes"] == 0:
+        raise ReplyRefused(f"{split}-num_classes is 0 for {closed['num_examples']} pictures")

@@ -23,6 +23,7 @@ class Record:
         self._tracked, self._events, self._settings = tracked, events, settings
         self._children: dict[str, TrackedRun] = {}
         self._refusals: dict[int, dict[str, str]] = {}
+        self._num_refused = 0
 
     def members(self, members: Mapping[str, Member]) -> None:
         """Begin a nested run for each client that is new."""
@@ -51,9 +52,10 @@ class Record:
     def refused(self, server_round: int, client: str, reason: str) -> None:
         """A client's reply was left out: named and counted."""
         refusals = self._refusals.setdefault(server_round, {})
-        refusals[client] = reason
-        total = sum(len(of_round) for of_round in self._refusals.values())
-        self._tracked.log_metrics({"refused_replies": float(total)}, step=server_round)
+        # The last round's model is also evaluated, so a client can be left out twice under one number.
+        refusals[client] = f"{refusals[client]}; {reason}" if client in refusals else reason
+        self._num_refused += 1
+        self._tracked.log_metrics({"refused_replies": float(self._num_refused)}, step=server_round)
         self._tracked.set_tags({f"refused.round_{server_round}.{client}": reason[:400]})
         self._events.emit("refused", client=client, round=server_round, reason=reason)
 
@@ -64,7 +66,7 @@ class Record:
     @property
     def num_refused(self) -> int:
         """How many replies were left out in the whole run."""
-        return sum(len(of_round) for of_round in self._refusals.values())
+        return self._num_refused
 
     def scored(self, history: History, step: int, split: str, by_client: Mapping[str, EvaluationSums]) -> None:
         """The model of round `step` was scored: keep, log, tell."""
@@ -107,7 +109,7 @@ class Record:
             self._draw_curves(history)
             self._draw_verification(history)
         best = history.best_round
-        summary = {
+        summary: dict[str, Any] = {
             "rounds": last_round,
             "best_round": best,
             "model_sha256": sha256,

@@ -11,6 +11,7 @@ from common.config import FederationSettings
 from common.errors import NotEnoughClients, ReplyRefused, UserError
 from common.events import EventLog
 from common.wire import Site, Task
+from server.guard import read_site
 from server.mailbox import Mailbox, Patience
 
 SAY_WAITING_EVERY_S = 10.0
@@ -42,7 +43,7 @@ class Roster:
         self._events, self._patience = events, patience
         self._all_nodes_are_here = all_nodes_are_here
         self._asked: dict[int, str] = {}  # node -> message id, no answer yet
-        self._refused: dict[int, str] = {}  # node -> reason
+        self._refused: dict[int, str] = {}  # node -> reason; these are not asked again
         self._members: dict[str, Member] = {}
         self._complete = False  # afterwards a name that comes again is a client that was restarted
 
@@ -119,7 +120,7 @@ class Roster:
 
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
-            site = wire.read_site(reply)
+            site = read_site(reply)
         except ReplyRefused as error:
             self._refused[node_id] = str(error)
             self._events.emit("refused", client="", reason=str(error))
@@ -129,6 +130,12 @@ class Roster:
                 f"two clients claim the name {site.name!r} (a {self._members[site.name].site.dataset} and a"
                 f" {site.dataset} data set); start one of them with another --name."
             )
+        earlier = self._members.get(site.name)
+        if earlier is not None:
+            # Were it asked again while it lives, two clients of one name would replace each other round after round.
+            reason = f"{site.name} joined anew from another process, so its earlier connection is left out"
+            self._refused[earlier.node_id] = reason
+            self._events.emit("warning", line=reason)
         self._members[site.name] = Member(node_id=node_id, site=site)
         self._events.emit(
             "joined",

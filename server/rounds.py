@@ -16,7 +16,7 @@ from common.precision import threads_for
 from common.wire import Reply, Task
 from server.aggregate import WeightedChange
 from server.checkpointing import RunCheckpoints
-from server.guard import check_evaluation_reply, check_train_reply
+from server.guard import check_evaluation_reply, check_train_reply, read_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
 from server.record import Record
@@ -74,7 +74,7 @@ class Federation:
         gathered = time.monotonic()
         change = WeightedChange(self.manifest.size)
         replies = self._exchange(tasks, members, change)
-        self._require_enough(replies, members, server_round)
+        self._require_enough(replies, members, server_round, kept=server_round - 1)
         exchanged = time.monotonic()
         self._score(server_round - 1, replies, splits)
         strategy = STRATEGIES[self.settings.federation.strategy]
@@ -152,23 +152,27 @@ class Federation:
         message = self.patience.until(lambda: self.mailbox.receive(message_id), deadline)
         if message is None:
             raise ReplyRefused(f"no answer within {self.settings.federation.round_timeout_s:g} s")
-        reply = wire.read_reply(message, task.splits)
+        reply = read_reply(message, task.splits)
         if change is None:
-            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest)
+            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
             return reply
         check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
         if reply.change is not None:
             change.add(reply.change, reply.num_examples)
         return dataclasses.replace(reply, change=None)
 
-    def _require_enough(self, replies: Mapping[str, Reply], members: Mapping[str, Member], server_round: int) -> None:
+    def _require_enough(
+        self, replies: Mapping[str, Reply], members: Mapping[str, Member], step: int, *, kept: int
+    ) -> None:
+        """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""
         wanted = self.settings.federation.min_clients
         if len(replies) < wanted:
-            reasons = self.record.reasons(server_round)
+            reasons = self.record.reasons(step)
             raise NotEnoughClients(
-                f"round {server_round}: {len(replies)} of {len(members)} clients gave a usable reply, {wanted}"
+                f"{'round' if kept < step else 'evaluation of round'} {step}: {len(replies)} of {len(members)} clients"
+                f" gave a usable reply, {wanted}"
                 f" are needed ({'; '.join(f'{name}: {reason}' for name, reason in reasons.items())})."
-                f" The model of round {server_round - 1} is kept in {self.checkpoints.path(server_round - 1)}."
+                f" The model of round {kept} is kept in {self.checkpoints.path(kept)}."
             )
 
     def _bytes(self, num_sent: int, replies: Mapping[str, Reply]) -> dict[str, float]:
@@ -189,12 +193,13 @@ class Federation:
 
     def _evaluate(self, step: int, splits: str, *, last: bool) -> None:
         members = self.roster.gather()
+        self.record.members(members)  # one may have come during the last round
         tasks = {
             name: dataclasses.replace(task, last=last)
             for name, task in self._tasks("evaluate", step, members, splits).items()
         }
         replies = self._exchange(tasks, members, None)
-        self._require_enough(replies, members, step)
+        self._require_enough(replies, members, step, kept=step)
         self._score(step, replies, splits)
 
     def _evaluate_at_end(self, rounds: int) -> None:

@@ -1,0 +1,50 @@
+# `make demo` and `make test` are all a newcomer needs; both set up first. `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test lint types unit e2e bench bench-faces clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+		{ echo "FaceFed needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+setup: $(STAMP) ## create .venv and install the pinned dependencies
+
+demo: $(STAMP) ## two synthetic face data sets, federated, tracked: the main job, in a few minutes
+	$(BIN)/facefed data synth --layout celeba --out data/celeba
+	$(BIN)/facefed data synth --layout vggface2 --out data/vggface2
+	$(BIN)/flower-simulation --config demo --client celeba=data/celeba --client vggface2=data/vggface2
+
+test: lint types unit e2e ## lint, types, import floors, all tests
+
+lint: $(STAMP) ## ruff, import floors and fences
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+unit: $(STAMP) ## unit, golden and integration tests
+	$(BIN)/python -m pytest -q tests/unit tests/golden tests/integration
+
+e2e: $(STAMP) ## whole programs, as a user runs them
+	$(BIN)/python -m pytest -q tests/e2e
+
+bench: $(STAMP) ## speed and memory figures (minutes)
+	$(BIN)/python -m bench.run
+
+bench-faces: $(STAMP) ## accuracy on a CelebA and a VGGFace2 folder: make bench-faces CELEBA=DIR VGGFACE2=DIR (an hour)
+	$(BIN)/python -m bench.real_faces --celeba $(CELEBA) --vggface2 $(VGGFACE2)
+
+clean: ## remove the environment and everything that runs left here
+	rm -rf $(VENV) build dist data runs .facefed mlflow.db mlartifacts *.egg-info
