@@ -8,6 +8,7 @@ import json
 import math
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,15 @@ def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) ->
     if isinstance(value, str):
         if meta["choices"] and value not in meta["choices"]:
             return unknown_name(name, value, meta["choices"])
-        return None if value.strip() else f"{name} is empty; write a value or leave the line out."
-    number = float(typing.cast("float", value))
+        if not value.strip():
+            return f"{name} is empty; write a value or leave the line out."
+        # Neither TOML nor a file's name can hold them.
+        odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
+        return f"{name} = {json.dumps(value)} holds a character that cannot be written; leave it out." if odd else None
+    try:
+        number = float(typing.cast("float", value))
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
     low, high, above = meta["low"], meta["high"], meta["above"]
     if not math.isfinite(number):
         return f"{name} = {value} is not finite; write an ordinary number."
@@ -256,7 +264,7 @@ def find_config(name: str) -> Path:
     Raises ConfigError naming the configurations that exist.
     """
     given = Path(name).expanduser()
-    if given.suffix:
+    if given.suffix and not (given.name == name and given.suffix.lstrip(".").isdigit()):  # "mu0.01" is a NAME
         candidates = [given, *([] if given.is_absolute() else [Path(__file__).parent.parent / given])]
     else:
         candidates = [folder / "configs" / f"{name}.toml" for folder in (Path.cwd(), Path(__file__).parent.parent)]
@@ -278,10 +286,10 @@ def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None =
     if path is not None:
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except OSError as error:
+            raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+        except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
             raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     for (section, key), value in (overrides or {}).items():
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
