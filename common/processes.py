@@ -16,6 +16,7 @@ from typing import IO
 from common.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: between fork and exec it might lock
 STOP_GRACE_S = 10.0
 
 
@@ -33,8 +34,8 @@ def child_environment(flwr_home: Path, extra: Mapping[str, str] | None = None) -
 
 def _die_with_parent() -> None:
     """Runs in the child before exec: the kernel ends it when our process ends, even by kill -9 (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start(

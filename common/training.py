@@ -46,7 +46,7 @@ class Compute:
         """Move a module to the device, in the chosen memory format, and set this process's threads."""
         use_threads(self.threads)
         if self.memory_format == "channels_last":
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=torch.channels_last)
         module.to(self.device)
 
 
@@ -120,7 +120,7 @@ def _step(  # one optimiser step
     training: TrainingSettings,
     compute: Compute,
     penalty: Penalty | None,
-    where: Callable[[], str],
+    where: str,
 ) -> tuple[float, int, float]:
     """Returns (mean loss, number of correct pictures, gradient norm).  Raises TrainingFailed if not finite."""
     pictures, labels = batch
@@ -135,7 +135,7 @@ def _step(  # one optimiser step
     value = loss.item()
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise TrainingFailed(
-            f"the loss is {value} and the gradient norm {norm} at {where()}; lower training.lr (now {training.lr})."
+            f"the loss is {value} and the gradient norm {norm} at {where}; lower training.lr (now {training.lr})."
         )
     optimiser.step()
     return value, int((logits.argmax(1) == labels).sum()), norm
@@ -192,7 +192,7 @@ def train_epochs(
                 training=settings.training,
                 compute=compute,
                 penalty=penalty,
-                where=lambda epoch=epoch, step=step: f"epoch {epoch + 1}, step {step + 1} of {per_epoch}",
+                where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}",
             )
             sums.num_pictures += len(batch[1])
             sums.num_steps += 1

@@ -108,12 +108,12 @@ def read_task(message: Message) -> tuple[Task, NDArray[np.float32] | None]:
         fields: dict[str, Any] = dict(message.content[TASK])
         task = Task(**fields)
         arrays = message.content.get(ARRAYS)
-        return task, None if arrays is None else _array(arrays, SHARED)
+        return task, None if arrays is None else _array(typing.cast("Mapping[str, Any]", arrays), SHARED)
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
 
 
-def _array(record: Any, name: str) -> NDArray[Any]:  # noqa: ANN401 - records are typed loosely by Flower
+def _array(record: Mapping[str, Any], name: str) -> NDArray[Any]:
     try:
         array = record[name].numpy()
     except KeyError:
@@ -142,7 +142,8 @@ def read_site(message: Message) -> Site:
     if message.has_error():
         raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
     try:
-        site = Site(**dict(message.content[SITE]))
+        fields: dict[str, Any] = dict(message.content[SITE])
+        site = Site(**fields)
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the answer to join is malformed ({error}); use equal versions of FaceFed.") from None
     for name, kind in typing.get_type_hints(Site).items():
@@ -185,7 +186,8 @@ def read_reply(message: Message, splits: str) -> Reply:
     if message.has_error():
         raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
     try:
-        sums, arrays = message.content[SUMS], message.content[ARRAYS]
+        sums: Mapping[str, Any] = message.content[SUMS]
+        arrays: Mapping[str, Any] = message.content[ARRAYS]
         return Reply(
             server_round=int(sums["server-round"]),
             manifest=str(message.content[TASK]["manifest"]),
