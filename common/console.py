@@ -30,7 +30,11 @@ def set_up_logging(level: str) -> None:
 
 
 def run_program(program: str, work: Callable[[], int], stderr: TextIO) -> int:
-    """Run a program's work; an error of ours becomes its line on standard error and its exit code."""
+    """Run a program's work; an error of ours becomes its line on standard error and its exit code.
+
+    SIGTERM ends the work as Ctrl-C does, so that what is open is closed and the exit code is the same.
+    """
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return work()
     except FaceFedError as error:
@@ -43,6 +47,8 @@ def run_program(program: str, work: Callable[[], int], stderr: TextIO) -> int:
     except OSError as error:
         stderr.write(f"{program}: {error}\n")
         return EXIT_FAILED
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 @contextmanager
