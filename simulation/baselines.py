@@ -13,6 +13,7 @@ from common.config import Settings
 from common.evaluation import EvaluationSums, evaluate
 from common.faces.pack import FacePack
 from common.metrics.verification import roc_auc, roc_curve
+from common.models.pretrained import load_pretrained
 from common.models.recogniser import EmbeddingModel
 from common.plots import curves, verification
 from common.precision import resolve_compute, threads_for
@@ -23,6 +24,7 @@ from common.training import Compute, make_optimiser, train_epochs
 from common.version import facefed_version, git_commit
 from server.run_folder import new_run_folder
 from server.runs import flat_params
+from server.scores import closed_scores, open_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,12 @@ class LocalRun:
         return rows
 
     def _validate(self, epoch: int) -> dict[str, float]:
-        scores = evaluate(self.workplace.recogniser, self.workplace.pack, "val", self.compute).scores()
+        scores = figures(evaluate(self.workplace.recogniser, self.workplace.pack, "val", self.compute))
         if scores["roc_auc"] > self.best_val_auc:
             self.best_epoch, self.best_val_auc = epoch, scores["roc_auc"]
             self._save("best", epoch)
-        return {"val_loss": scores["loss"], "val_acc": scores["accuracy"], "val_roc_auc": scores["roc_auc"]}
+        names = {"val_loss": "loss", "val_acc": "accuracy", "val_roc_auc": "roc_auc"}
+        return {name: scores[key] for name, key in names.items() if key in scores}
 
     def checkpoint(self, role: str) -> Path:
         """The file of the "best" or the "last" model."""
@@ -102,6 +105,11 @@ class LocalRun:
     def test(self) -> EvaluationSums:
         """The present model on the test split."""
         return evaluate(self.workplace.recogniser, self.workplace.pack, "test", self.compute)
+
+
+def figures(sums: EvaluationSums) -> dict[str, float]:
+    """The scores of both sets; those of the closed set are missing when no picture was left for it."""
+    return closed_scores(sums) | open_scores(sums)
 
 
 def _begin_tracking(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path) -> TrackedRun:
@@ -136,15 +144,23 @@ def run_local(settings: Settings, site: SiteSettings, pack: FacePack, out: TextI
         compute = resolve_compute(
             settings, device=site.device, threads=threads_for(settings, 1, num_cores()), cache_dir=site.cache_dir
         )
+        workplace = open_workplace(site, settings)
+        # In a federation the server loads these weights and sends them; here nobody else does.
+        load_pretrained(
+            workplace.recogniser.backbone, name=settings.model.backbone, pretrained=settings.model.pretrained
+        )
         run = LocalRun(
             settings=settings,
-            workplace=open_workplace(site, settings),
+            workplace=workplace,
             compute=compute,
             tracked=tracked,
             folder=folder,
         )
         summary = _train_and_test(run, out)
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         tracked.finish(status)
     return summary
@@ -155,13 +171,13 @@ def _train_and_test(run: LocalRun, out: TextIO) -> LocalSummary:
     rows = run.train(out)
     run.load("best")
     tested = run.test()
-    scores = tested.scores()
+    scores = figures(tested)
     run.tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=run.best_epoch)
     results: dict[str, Any] = {
         "best_epoch": run.best_epoch,
         "best_val_auc": run.best_val_auc,
         "test": scores,
-        "untrained": untrained.scores(),
+        "untrained": figures(untrained),
         "epochs": rows,
     }
     run.tracked.log_dict(results, "metrics.json")

@@ -8,7 +8,7 @@ from common import config
 from common.checkpoints import read_json
 from common.config import Settings
 from common.console import Follower, RunView, summary_lines, tracking_line
-from common.errors import UserError
+from common.errors import CheckpointError, UserError
 from common.events import OUTCOME_FILE, EventReader
 from common.tracking.settings import with_absolute_uri
 from server.run_folder import new_run_folder
@@ -35,8 +35,15 @@ def federate_here(
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         out.write("\n".join(lines) + "\n")
     else:
-        err.write(f"flower-simulation: {read_json(run_folder / OUTCOME_FILE)['line']}\n")
+        err.write(f"flower-simulation: {_failure(run_folder)}\n")
     return exit_code
+
+
+def _failure(run_folder: Path) -> str:
+    try:
+        return str(read_json(run_folder / OUTCOME_FILE)["line"])
+    except CheckpointError:
+        return f"the run ended without a word; see {run_folder}."
 
 
 def train_local(
@@ -47,6 +54,8 @@ def train_local(
         raise UserError(f"train local trains one holder, {len(options)} were named; give one --client NAME.")
     settings = with_absolute_uri(settings, Path.cwd())
     state = Path(settings.run.out).expanduser() / "clients"
+    if device == "auto":
+        device = settings.training.device
     site = site_of(options[0], device=device, cache_dir=cache_dir, state_dir=state)
     pack = pack_at_the_door(site, settings, out)
     from simulation.baselines import run_local

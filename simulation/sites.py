@@ -1,5 +1,6 @@
 """`--client NAME=DIR` and `--data-dir` -> site settings whose data were checked and packed at the door."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from common.errors import UserError, unknown_name
 from common.faces.pack import FacePack, open_pack
 from common.faces.sources import DATASETS
 from common.runtime import num_cores, resolve_device
+
+_NAME = re.compile(r"\w[\w.-]*")  # it names folders, runs and metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ def parse_client(text: str) -> ClientOption:
     name, colon, dataset = label.partition(":")
     if not (equals and name and folder):
         raise UserError(f"--client {text}: write NAME=DIR or NAME:DATASET=DIR, for example celeba=data/celeba.")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--client {text}: the name {name!r} may hold letters, digits, '_', '-' and '.' only.")
     dataset = dataset if colon else name
     if dataset not in DATASETS:
         raise UserError(
@@ -83,7 +88,7 @@ def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> Fac
 def data_options(clients: Sequence[str], data_dirs: Sequence[str]) -> list[ClientOption]:
     """`--client NAME` with `--data-dir`: NAME=DIR for several, a plain DIR for one, else data/NAME.
 
-    A `--client NAME=DIR` carries its folder itself.  Raises UserError.
+    A `--client NAME=DIR` carries its folder itself.  Raises UserError, also for a client with two folders.
     """
     named = dict(text.split("=", 1) for text in data_dirs if "=" in text)
     plain = [text for text in data_dirs if "=" not in text]
@@ -92,10 +97,12 @@ def data_options(clients: Sequence[str], data_dirs: Sequence[str]) -> list[Clien
         raise UserError(f"--data-dir {plain[0]}: with {len(names)} clients write --data-dir NAME=DIR for each.")
     texts = []
     for text in names:
-        name = text.partition(":")[0]
+        name = text.partition("=")[0].partition(":")[0]
+        if "=" in text and (plain or name in named):
+            raise UserError(f"--client {text} names its folder already; leave --data-dir out.")
         folder = plain[0] if plain else named.pop(name, f"data/{name}")
         texts.append(text if "=" in text else f"{text}={folder}")
-    unknown = sorted(set(named) - {text.partition("=")[0].partition(":")[0] for text in texts})
+    unknown = sorted(named)
     if unknown:
         raise UserError(f"--data-dir {unknown[0]}=...: there is no --client {unknown[0]}.")
     return parse_clients(texts)
