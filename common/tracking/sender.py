@@ -39,6 +39,7 @@ class Sender:
         self._wanted = threading.Event()
         self._hurry = threading.Event()
         self._closing = False
+        self._abandoned = False
         self._thread = threading.Thread(target=self._loop, name="tracking-sender", daemon=True)
 
     def start(self) -> None:
@@ -82,6 +83,7 @@ class Sender:
         self._hurry.set()
         self._wanted.set()
         self._thread.join(timeout_s)
+        self._abandoned = self._thread.is_alive()  # it hangs in a call; the caller reports what is unsent
         return self.unsent_bytes <= 0
 
     def _loop(self) -> None:
@@ -131,7 +133,7 @@ class Sender:
 
     def _report_failure(self, error: Exception) -> None:
         self._failures += 1
-        if self._failures == 1:
+        if self._failures == 1 and not self._abandoned:
             _log.warning(
                 "Tracking: %s cannot be used now (%s). Training goes on; everything is kept in %s and sent later.",
                 shown_uri(self._uri),

@@ -99,7 +99,7 @@ def test_flush_gives_up_soon_when_the_server_is_down(started, server):
     assert time.monotonic() - begun < 5.0
 
 
-def test_closing_waits_no_longer_than_it_may_for_a_frozen_server(started, server):
+def test_closing_waits_no_longer_than_it_may_for_a_frozen_server(started, server, caplog):
     spool, sender = started
     server.thaw.clear()
     _log(spool, sender, range(3))
@@ -107,6 +107,10 @@ def test_closing_waits_no_longer_than_it_may_for_a_frozen_server(started, server
     assert not sender.close(0.3)
     assert 0.2 < time.monotonic() - begun < 2.0
     assert sender.unsent_bytes > 0
+    server.down = True
+    server.thaw.set()
+    sender._thread.join(10.0)
+    assert not caplog.records  # nothing is said behind the program's last line
 
 
 def test_a_log_call_stays_quick_while_the_server_is_frozen(started, server):
