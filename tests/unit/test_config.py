@@ -1,0 +1,286 @@
+"""Settings at the door: every wrong one is named, all at once; every right one survives TOML and JSON unchanged."""
+
+import dataclasses
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import config
+from common.config import Settings
+from common.errors import ConfigError
+
+SECTIONS = config._section_types()
+FIELDS = [
+    (section, field, config.typing.get_type_hints(kind)[field.name])
+    for section, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)
+]
+NUMBERS = [(section, field) for section, field, kind in FIELDS if kind not in (bool, str)]
+
+
+def problems_of(section: str, key: str, value: object) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        config.from_mapping({section: {key: value}})
+    return caught.value.problems
+
+
+def load_text(tmp_path: Path, text: str) -> Settings:
+    path = tmp_path / "a.toml"
+    path.write_text(text, encoding="utf-8")
+    return config.load(path)
+
+
+def test_all_problems_of_a_file_come_together(tmp_path):
+    text = (
+        '[model]\nbackbone = "resnet81"\nwide = 3\n[training]\nlr = -1\nbatch_size = "many"\n'
+        "[federation]\nrounds = 0\n[modle]\nx = 1\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, text)
+    problems = caught.value.problems
+    assert len(problems) == 6
+    assert all(problem.startswith(f"{tmp_path / 'a.toml'}: ") for problem in problems)
+    told = "\n".join(problems)
+    for part in (
+        "model.backbone = 'resnet81' is unknown; did you mean 'resnet18'?",
+        "model.wide",
+        "training.lr = -1 must be greater than 0",
+        'training.batch_size = "many" has the wrong type; write a whole number',
+        "federation.rounds = 0 must be at least 1",
+        "section = 'modle' is unknown; did you mean 'model'?",
+    ):
+        assert part in told
+    assert str(caught.value).count("\n") == 5, "one line for each problem"
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_setting_suggests_the_nearest():
+    (problem,) = problems_of("training", "label_smothing", 0.1)
+    assert "'training.label_smothing' is unknown; did you mean 'training.label_smoothing'?" in problem
+
+
+@pytest.mark.parametrize("name", [("federation", "strategy"), ("model", "head"), ("data", "alignment")])
+def test_a_name_outside_the_choices_lists_them(name):
+    (problem,) = problems_of(*name, "zzz")
+    assert "choices: " in problem
+    assert "did you mean" not in problem
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("run", "seed", 1.5),
+        ("run", "seed", True),
+        ("run", "seed", "1"),
+        ("training", "lr", True),
+        ("training", "lr", "0.1"),
+        ("training", "lr", [0.1]),
+        ("training", "epochs", "every"),
+        ("training", "epochs", False),
+        ("data", "max_people", 3.0),
+        ("tracking", "enabled", 1),
+        ("tracking", "enabled", "true"),
+        ("run", "out", 3),
+        ("model", "backbone", {"name": "cnn"}),
+    ],
+)
+def test_a_wrong_type_says_what_to_write(section, key, value):
+    (problem,) = problems_of(section, key, value)
+    assert problem.startswith(f"settings: {section}.{key} = ")
+    assert "has the wrong type; write " in problem
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("section", "key"), [("training", "lr"), ("training", "weight_decay"), ("data", "box_margin")])
+def test_numbers_are_finite(section, key, value):
+    (problem,) = problems_of(section, key, value)
+    assert "is not finite" in problem
+
+
+def test_a_number_too_large_to_compute_with_is_refused(tmp_path):
+    (problem,) = problems_of("run", "seed", 10**400)
+    assert "is not finite" in problem
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_text(tmp_path, "[run]\nseed = " + "9" * 5000)
+
+
+@pytest.mark.parametrize(("section", "field"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+def test_each_number_has_a_lower_bound(section, field):
+    """Every numeric setting refuses -1; those that must be positive refuse 0 too; limits themselves are fine."""
+    (problem,) = problems_of(section, field.name, -1)
+    assert "must be" in problem
+    meta = field.metadata
+    whole = isinstance(field.default, int | str)
+    if meta["above"] is not None:
+        assert "must be greater than 0" in problems_of(section, field.name, 0)[0]
+    else:
+        config.from_mapping({section: {field.name: meta["low"]}})
+        if meta["low"] > 0:
+            assert "must be at least" in problems_of(section, field.name, 0)[0]
+    if meta["high"] is not None:
+        config.from_mapping({section: {field.name: meta["high"]}})
+        step = 1 if whole else 1e-9
+        assert "must be at most" in problems_of(section, field.name, meta["high"] + step)[0]
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_text_is_refused(text):
+    assert "run.out is empty" in problems_of("run", "out", text)[0]
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "a\x7fb", "a\nb", "\udcff"])
+def test_a_text_that_no_file_can_hold_is_refused(text):
+    (problem,) = problems_of("run", "out", text)
+    assert "cannot be written" in problem
+    assert "\n" not in problem
+    problem.encode()
+
+
+@pytest.mark.parametrize("raw", [{"model": 3}, {"model": [{"head": "softmax"}]}, {"model": "cnn"}])
+def test_a_section_must_be_a_table(raw):
+    with pytest.raises(ConfigError, match=r"must be a table: write \[model\]"):
+        config.from_mapping(raw)
+
+
+def test_settings_that_do_not_go_together_are_named():
+    with pytest.raises(ConfigError, match=r"model\.normalisation"):
+        config.from_mapping({"model": {"normalisation": "private", "pretrained": "x.safetensors"}})
+
+
+def test_toml_syntax_errors_name_file_and_place(tmp_path):
+    with pytest.raises(ConfigError, match=r"a\.toml: not valid TOML: .*line 2"):
+        load_text(tmp_path, "[run]\nseed = = 3\n")
+
+
+def test_bytes_that_are_no_text_are_one_line(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"[run]\nout = '\xff'\n")
+    with pytest.raises(ConfigError, match=r"b\.toml: not valid TOML"):
+        config.load(tmp_path / "b.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path)
+
+
+def test_whole_numbers_serve_where_fractions_are_meant():
+    lr = config.from_mapping({"training": {"lr": 1}}).training.lr
+    assert isinstance(lr, float)
+    assert lr == 1.0
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert load_text(tmp_path, "") == Settings() == config.load(None)
+
+
+def test_flags_lie_over_the_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("[federation]\nrounds = 3\nlocal_epochs = 4\n", encoding="utf-8")
+    read = config.load(path, {("federation", "rounds"): 7, ("model", "head"): "softmax"})
+    assert (read.federation.rounds, read.federation.local_epochs, read.model.head) == (7, 4, "softmax")
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+def values_for(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
+    meta = field.metadata
+    if kind is bool:
+        return st.booleans()
+    if meta["choices"]:
+        return st.sampled_from(meta["choices"])
+    if kind is str:
+        texts = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
+        return texts.filter(lambda text: bool(text.strip()))
+    if kind is float:
+        low = meta["low"] if meta["low"] is not None else meta["above"]
+        exclude = meta["above"] is not None
+        return st.floats(low, meta["high"], exclude_min=exclude, allow_nan=False, allow_infinity=False)
+    whole = st.integers(int(meta["low"]), int(meta["high"] or 2**70))
+    return whole if kind is int else st.one_of(whole, st.just(meta["word"]))
+
+
+@st.composite
+def valid_settings(draw) -> Settings:
+    raw = {section: {} for section in SECTIONS}
+    for section, field, kind in FIELDS:
+        raw[section][field.name] = draw(values_for(field, kind))
+    raw["model"]["pretrained"] = "none"  # the conflicts have a test of their own
+    return config.from_mapping(raw)
+
+
+@settings(max_examples=60, deadline=None)
+@given(valid_settings())
+def test_round_trips_lose_nothing(given_settings):
+    assert config.from_json(config.to_json(given_settings)) == given_settings
+    text = config.to_toml(given_settings)
+    assert config.from_mapping(tomllib.loads(text)) == given_settings
+    text.encode()
+    assert "\n" not in config.to_json(given_settings)
+
+
+def test_json_that_is_none_of_ours():
+    for text in ("{", "[]", "3"):
+        with pytest.raises(ConfigError):
+            config.from_json(text)
+    with pytest.raises(ConfigError, match="is not finite"):
+        config.from_json('{"training": {"lr": NaN}}')
+
+
+# ------------------------------------------------------------------------------------------------- files and types
+
+
+def test_find_config_by_name_and_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("mine.toml", "mu0.01.toml"):
+        (tmp_path / "configs" / name).write_text("[run]\nseed = 5\n", encoding="utf-8")
+    other = tmp_path / "other.toml"
+    other.write_text("", encoding="utf-8")
+    assert config.find_config("mine") == tmp_path / "configs/mine.toml"
+    assert config.find_config("mu0.01") == tmp_path / "configs/mu0.01.toml"
+    assert config.find_config("other.toml") == Path("other.toml")
+    assert config.find_config(str(other)) == other
+    shipped = config.find_config("celeba_vggface2_fedavg")
+    assert shipped.parent == Path(config.__file__).parent.parent / "configs"
+
+
+def test_a_configuration_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nowhere", "nowhere.toml", str(tmp_path / "no.toml")):
+        with pytest.raises(ConfigError, match=f"--config {name}: no such file.*celeba_vggface2_fedavg"):
+            config.find_config(name)
+
+
+@pytest.mark.parametrize("path", sorted((Path(config.__file__).parent.parent / "configs").glob("*.toml")), ids=str)
+def test_every_shipped_configuration_loads(path):
+    config.load(path)
+
+
+def test_settings_are_frozen_and_named_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().run.seed = 3
+    with pytest.raises(TypeError):
+        config.RunSettings(3)
+
+
+def test_with_value_checks_and_copies():
+    before = Settings()
+    assert config.with_value(before, "federation", "rounds", 3).federation.rounds == 3
+    assert before == Settings()
+    with pytest.raises(ConfigError):
+        config.with_value(before, "federation", "rounds", 0)
+
+
+def test_epochs_follow_the_federation_unless_set():
+    base = config.from_mapping({"federation": {"rounds": 4, "local_epochs": 3}})
+    assert (base.total_epochs, base.local_training_epochs) == (12, 12)
+    assert config.with_value(base, "training", "epochs", 5).local_training_epochs == 5
+
+
+def test_to_json_is_the_whole_of_the_settings():
+    assert {(s, k) for s, values in json.loads(config.to_json(Settings())).items() for k in values} == {
+        (section, field.name) for section, field, _ in FIELDS
+    }

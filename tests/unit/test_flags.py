@@ -1,0 +1,146 @@
+"""Each flag and each alias changes its own setting and no other; a bad value names the setting."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from common import config
+from common.config import Settings
+from common.errors import ConfigError
+from common.flags import FLAGS, add_run_settings, read_run_settings
+
+OTHER = {
+    ("federation", "strategy"): "fedprox",
+    ("federation", "rounds"): 7,
+    ("federation", "local_epochs"): 5,
+    ("federation", "proximal_mu"): 0.5,
+    ("model", "backbone"): "cnn",
+    ("model", "head"): "arcface",
+    ("training", "lr"): 0.125,
+    ("training", "batch_size"): 9,
+    ("training", "epochs"): 3,
+    ("run", "seed"): 42,
+    ("run", "out"): "elsewhere",
+    ("run", "log_level"): "debug",
+    ("tracking", "uri"): "http://127.0.0.1:5000",
+}
+NAMES = [(flag, name) for flag in FLAGS for name in flag.names]
+
+
+def read(*argv: str, **keywords) -> Settings:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_run_settings(parser)
+    return read_run_settings(parser.parse_args(list(argv)), **keywords)
+
+
+def changes(settings: Settings) -> dict[tuple[str, str], object]:
+    before, after = config.to_mapping(Settings()), config.to_mapping(settings)
+    return {(s, k): v for s, values in after.items() for k, v in values.items() if v != before[s][k]}
+
+
+def test_no_flag_no_change():
+    assert read() == Settings()
+
+
+@pytest.mark.parametrize(("flag", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_a_flag_changes_its_setting_and_no_other(flag, name):
+    key = (flag.section, flag.key)
+    assert changes(read(name, str(OTHER[key]))) == {key: OTHER[key]}
+
+
+def test_the_promised_aliases_are_there():
+    by_key = {(flag.section, flag.key): set(flag.names) for flag in FLAGS}
+    assert by_key["federation", "strategy"] == {"--strategy", "--method"}
+    assert by_key["tracking", "uri"] == {"--tracking-uri", "--mlflow-uri", "--mlflow_uri"}
+
+
+@pytest.mark.parametrize("name", ["--no-mlflow", "--mlflow-disabled", "--mlflow_disabled"])
+def test_tracking_can_be_switched_off(name):
+    assert changes(read(name)) == {("tracking", "enabled"): False}
+
+
+@pytest.mark.parametrize(
+    ("item", "value"),
+    [
+        ("data.image_size=64", 64),
+        ("data.max_people=12", 12),
+        ("augmentation.flip=0.25", 0.25),
+        ("augmentation.flip=1", 1.0),
+        ("tracking.enabled=false", False),
+        ("tracking.enabled=False", False),
+        ("training.threads=2", 2),
+        ("model.pretrained=a=b.safetensors", "a=b.safetensors"),
+        ("run.out=5", "5"),
+        ("training.weight_decay=1e-3", 1e-3),
+    ],
+)
+def test_set_overrides_any_setting(item, value):
+    section, key = item.split("=")[0].split(".")
+    assert changes(read("--set", item)) == {(section, key): value}
+
+
+def test_set_is_repeatable_and_takes_the_word():
+    read_settings = read("--set", "data.max_people=9", "--set", "data.max_people=all", "--set", "run.seed=3")
+    assert read_settings.data.max_people == "all"
+    assert read_settings.run.seed == 3
+    assert read("--epochs", "auto").training.epochs == "auto"
+
+
+@pytest.mark.parametrize("item", ["data.image_size", "image_size=64", "=3", "64"])
+def test_set_says_how_it_is_written(item):
+    with pytest.raises(ConfigError, match=r"write SECTION\.KEY=VALUE"):
+        read("--set", item)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--lr", "fast"], 'training.lr = "fast" has the wrong type'),
+        (["--lr", "-1"], "training.lr = -1.0 must be greater than 0"),
+        (["--lr", "nan"], "training.lr = nan is not finite"),
+        (["--rounds", "0"], "federation.rounds = 0 must be at least 1"),
+        (["--rounds", "2.5"], 'federation.rounds = "2.5" has the wrong type'),
+        (["--epochs", "-3"], "training.epochs = -3 must be at least 1"),
+        (["--seed", "-1"], "run.seed = -1 must be at least 0"),
+        (["--model", "resnet81"], "model.backbone = 'resnet81' is unknown; did you mean 'resnet18'"),
+        (["--method", "fedprxo"], "federation.strategy = 'fedprxo' is unknown; did you mean 'fedprox'"),
+        (["--set", "tracking.enabled=yes"], 'tracking.enabled = "yes" has the wrong type; write true or false'),
+        (["--set", "model.bakbone=cnn"], "'model.bakbone' is unknown; did you mean 'model.backbone'"),
+        (["--set", "modle.backbone=cnn"], "section = 'modle' is unknown; did you mean 'model'"),
+    ],
+)
+def test_a_bad_value_names_the_setting(argv, told):
+    with pytest.raises(ConfigError) as caught:
+        read(*argv)
+    assert told in str(caught.value)
+
+
+def test_all_bad_flags_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        read("--lr", "0", "--rounds", "0", "--head", "hat")
+    assert len(caught.value.problems) == 3
+
+
+def test_config_default_is_the_commands_own(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text("[run]\nseed = 77\n", encoding="utf-8")
+    for argv in ([], ["--config", "default"]):
+        assert read(*argv, default_config=str(own)).run.seed == 77
+    assert read("--config", "default", "--seed", "5", default_config=str(own)).run.seed == 5
+    other = tmp_path / "other.toml"
+    other.write_text("[run]\nseed = 78\n", encoding="utf-8")
+    assert read("--config", str(other), default_config=str(own)).run.seed == 78
+
+
+def test_every_flag_names_a_setting_that_exists():
+    known = {(s, f.name) for s, kind in config._section_types().items() for f in dataclasses.fields(kind)}
+    assert {(flag.section, flag.key) for flag in FLAGS} <= known
+    assert set(OTHER) == {(flag.section, flag.key) for flag in FLAGS}, "a new flag needs a value here"
+
+
+def test_flags_can_be_left_out():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_run_settings(parser, without=("--epochs",))
+    with pytest.raises((argparse.ArgumentError, SystemExit)):
+        parser.parse_args(["--epochs", "3"])

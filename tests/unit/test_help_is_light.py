@@ -1,0 +1,36 @@
+"""`--help` of every program answers without the heavy libraries: they are imported where the work begins."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "flwr", "mlflow", "ray", "matplotlib", "numpy", "sklearn", "grpc", "pandas", "safetensors", "PIL")
+PROGRAMS = {
+    "flower-server": ("server.cli", "main"),
+    "flower-client": ("clients.cli", "main"),
+    "flower-simulation": ("simulation.cli", "main_simulation"),
+    "facefed": ("simulation.cli", "main"),
+}
+SUBCOMMANDS = [("facefed", "train", "local"), ("facefed", "data", "prepare"), ("facefed", "data", "synth")]
+CODE = """
+import sys
+from {module} import {function}
+try:
+    {function}({argv!r})
+except SystemExit as end:
+    assert end.code == 0, end.code
+print("HEAVY", sorted(name for name in {heavy!r} if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", [(name,) for name in PROGRAMS] + SUBCOMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(command):
+    module, function = PROGRAMS[command[0]]
+    code = CODE.format(module=module, function=function, argv=[*command[1:], "--help"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {' '.join(command)}")
+    assert done.stdout.splitlines()[-1] == "HEAVY []"

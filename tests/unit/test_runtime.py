@@ -1,0 +1,112 @@
+"""Decisions about the machine: silence before imports, independent random streams, devices that are here."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import runtime
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_silence_overrules_and_patience_yields(monkeypatch):
+    for name in (*runtime.SILENCE, *runtime.PATIENCE):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    runtime.go_silent()
+    assert {name: os.environ[name] for name in runtime.SILENCE} == dict(runtime.SILENCE)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "before"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
+@pytest.mark.parametrize("file", ["server/cli.py", "clients/cli.py", "simulation/cli.py"])
+def test_every_door_goes_silent_before_anything_else(file):
+    """The first statement of each main() is go_silent(), and nothing at the file's top imports a heavy library."""
+    tree = ast.parse((ROOT / file).read_text("utf-8"))
+    mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("main")]
+    assert mains
+    for main in mains:
+        first = next(line for line in main.body if not isinstance(getattr(line, "value", None), ast.Constant))
+        assert ast.unparse(first) == "go_silent()"
+    tops = {ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
+    assert not [line for line in tops if any(word in line for word in ("flwr", "mlflow", "ray", "torch"))]
+
+
+def test_telemetry_is_off_where_the_libraries_look():
+    """Asked in a fresh process: what Flower and MLflow themselves conclude from the environment."""
+    code = (
+        "from common.runtime import go_silent; go_silent()\n"
+        "from flwr.supercore import telemetry; from mlflow.telemetry.utils import is_telemetry_disabled\n"
+        "print(telemetry.FLWR_TELEMETRY_ENABLED, is_telemetry_disabled())"
+    )
+    names = (*runtime.SILENCE, *runtime.PATIENCE, "CI", "PYTEST_CURRENT_TEST")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "True"]
+
+
+def test_streams_are_named_by_all_their_parts():
+    names = [(1,), (2,), (1, "celeba"), (1, "vggface2"), (1, "celeba", "epoch", 1), (1, "celeba", "epoch", 2)]
+    assert len({runtime.stream_seed(*name) for name in names}) == len(names)
+    assert all(0 <= runtime.stream_seed(number) < 2**63 for number in range(200))
+
+
+def test_a_streams_seed_is_fixed_for_all_time():
+    """sha256("1/backbone")'s first 8 bytes, big-endian, without the lowest bit; a change would change every model."""
+    import hashlib
+
+    expected = int(hashlib.sha256(b"1/backbone").hexdigest()[:16], 16) // 2
+    assert runtime.stream_seed(1, "backbone") == expected
+
+
+def test_streams_are_independent_of_each_other_and_of_the_global_state():
+    before = torch.random.get_rng_state()
+    one, other = runtime.random_stream(1, "a"), runtime.random_stream(1, "b")
+    first, second = torch.randn(4000, generator=one), torch.randn(4000, generator=other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    # the correlation of 4,000 independent pairs has a deviation of 1/sqrt(4000) = 0.016
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.08
+    assert torch.equal(torch.randn(4000, generator=runtime.random_stream(1, "a")), first)
+
+
+def test_auto_takes_the_best_device_here(monkeypatch):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert runtime.resolve_device("auto") == expected
+
+
+def test_a_device_that_is_not_here_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert [runtime.resolve_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    for name in ("cuda:2", "cuda:", "cuda:x", "cuda:-1", "mps", "tpu", ""):
+        with pytest.raises(UserError, match=r"is not on this machine; here: cpu, cuda\."):
+            runtime.resolve_device(name)
+
+
+def test_threads_are_those_of_torch():
+    before = torch.get_num_threads()
+    try:
+        runtime.use_threads(2)
+        assert torch.get_num_threads() == 2
+    finally:
+        runtime.use_threads(before)
+
+
+def test_the_machines_digest_tells_nothing():
+    digest = runtime.machine_digest()
+    assert digest == runtime.machine_digest()
+    assert len(digest) == 12
+    assert set(digest) <= set("0123456789abcdef")
+    assert runtime.num_cores() >= 1
