@@ -41,14 +41,14 @@ STYLES: dict[str, Style] = {
     # Press pictures: flash and stage light, warm, contrasty, eyes brought to one place, a wall of shapes behind.
     "celeba": Style(
         cast=(1.05, 0.99, 0.92), cast_spread=0.10, exposure=(0.72, 1.15), contrast=(0.95, 1.30), saturation=1.04,
-        blur_px=(0.0, 0.9), noise=(1.0, 5.0), jpeg_quality=(82, 95), yaw=0.34, pitch=0.17, roll=0.04,
+        blur_px=(0.0, 0.9), noise=(1.0, 5.0), jpeg_quality=(82, 95), yaw=0.30, pitch=0.17, roll=0.04,
         eye_distance=(0.205, 0.225), eye_height=(0.505, 0.525), sideways=0.008, backdrop="stage",
         ambient=(0.35, 0.85), width_px=(178, 178), height_ratio=(218 / 178, 218 / 178),
     ),
     # Found pictures: many cameras, cooler and flatter, softer, tilted heads, any framing, rooms and trees behind.
     "vggface2": Style(
         cast=(0.97, 1.0, 1.03), cast_spread=0.11, exposure=(0.75, 1.30), contrast=(0.75, 1.08), saturation=0.88,
-        blur_px=(0.2, 1.5), noise=(2.0, 9.0), jpeg_quality=(60, 85), yaw=0.38, pitch=0.20, roll=0.17,
+        blur_px=(0.2, 1.2), noise=(2.0, 7.0), jpeg_quality=(60, 85), yaw=0.33, pitch=0.20, roll=0.17,
         eye_distance=(0.17, 0.27), eye_height=(0.40, 0.50), sideways=0.045, backdrop="place",
         ambient=(0.35, 0.85), width_px=(160, 232), height_ratio=(1.0, 1.2),
     ),
