@@ -125,8 +125,9 @@ def _step(  # one optimiser step
     """Returns (mean loss, number of correct pictures, gradient norm).  Raises TrainingFailed if not finite."""
     pictures, labels = batch
     with compute.autocast():
-        logits = recogniser(compute.laid_out(pictures), labels)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
+        embeddings = recogniser.embed(compute.laid_out(pictures))
+    logits = recogniser.head(embeddings.float(), labels)
+    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     if penalty is not None:
@@ -137,8 +138,10 @@ def _step(  # one optimiser step
         raise TrainingFailed(
             f"the loss is {value} and the gradient norm {norm} at {where}; lower training.lr (now {training.lr})."
         )
+    with torch.no_grad():  # before the step, and without the margin, which would count right answers as wrong
+        correct = int((recogniser.class_logits(embeddings.detach().float()).argmax(1) == labels).sum())
     optimiser.step()
-    return value, int((logits.argmax(1) == labels).sum()), norm
+    return value, correct, norm
 
 
 def epoch_batches(

@@ -9,10 +9,18 @@ from common.events import EventLog
 from common.metrics.verification import roc_auc, roc_curve
 from common.plots import curves, verification
 from common.tracking.run import TrackedRun
-from common.wire import Reply
+from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
 from server.scores import client_metrics, closed_scores, merged_train, open_scores, train_metrics
+
+
+def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
+    return {
+        "dataset": "+".join(site.dataset for site in sites),
+        "dataset_size": str(sum(site.num_pictures for site in sites)),
+        "device": "+".join(sorted({site.device for site in sites})),
+    }
 
 
 class Record:
@@ -29,11 +37,11 @@ class Record:
         """Begin a nested run for each client that is new."""
         new = [(name, member) for name, member in members.items() if name not in self._children]
         if new:
+            self._tracked.set_tags(_data_tags([member.site for member in members.values()]))
             self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
         for name, member in new:
             site = member.site
-            tags = {"mode": "federated_client", "dataset": site.dataset, "device": site.device}
-            child = self._tracked.child(name, tags)
+            child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
             child.log_params(
                 {
                     "client": name,

@@ -44,7 +44,7 @@ _ROUND_PANELS: Final = (
 _EPOCH_PANELS: Final = (
     Panel("Loss", "loss (nats)", {"train_loss": "train", "val_loss": "val"}),
     Panel("Identities seen in training", "accuracy (0 to 1)", {"train_acc": "train", "val_acc": "val"}),
-    Panel("People never seen", "ROC AUC (0 to 1)", {"val_auc": "val"}),
+    Panel("People never seen", "ROC AUC (0 to 1)", {"val_roc_auc": "val"}),
     Panel("Schedule", "learning rate", {"learning_rate": "learning rate"}),
 )
 _CLIENT_PANELS: Final = (
@@ -52,7 +52,7 @@ _CLIENT_PANELS: Final = (
     Panel("Training accuracy, own identities", "accuracy (0 to 1)", {"train_acc": ""}),
     Panel("Validation loss", "loss (nats)", {"val_loss": ""}),
     Panel("Validation accuracy, own identities", "accuracy (0 to 1)", {"val_acc": ""}),
-    Panel("Validation, people never seen", "ROC AUC (0 to 1)", {"val_auc": ""}),
+    Panel("Validation, people never seen", "ROC AUC (0 to 1)", {"val_roc_auc": ""}),
     Panel("Test accuracy, own identities", "accuracy (0 to 1)", {"test_acc": ""}),
     Panel("Test, people never seen", "ROC AUC (0 to 1)", {"test_auc": ""}),
 )
@@ -71,17 +71,18 @@ def convergence(rounds: Rows) -> "Figure":
 
 
 def training_curves(epochs: Rows) -> "Figure":
-    """One holder's training over the epochs, with the best epoch (highest `val_auc`) marked.
+    """One holder's training over the epochs, with the best epoch (highest `val_roc_auc`) marked.
 
-    epochs: each has "step" (the epoch) and some of train_loss, train_acc, val_loss, val_acc, val_auc, learning_rate.
+    epochs: each has "step" (the epoch) and some of train_loss, train_acc, val_loss, val_acc, val_roc_auc,
+    learning_rate.
     """
-    return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc="val_auc")
+    return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc="val_roc_auc")
 
 
 def client_curves(curves: Mapping[str, Rows]) -> "Figure":
     """Each client's own curves over the rounds, one panel for each metric, one style for each client.
 
-    curves: client -> rows with "step" (the round) and some of train_loss, train_acc, val_loss, val_acc, val_auc,
+    curves: client -> rows with "step" (the round) and some of train_loss, train_acc, val_loss, val_acc, val_roc_auc,
     test_acc, test_auc.  Readable for up to 16 clients.
     """
     panels = [panel for panel in _CLIENT_PANELS if any(_has(rows, panel) for rows in curves.values())]

@@ -100,18 +100,22 @@ class TrackedRun:
         return self._log_kept(part, kept, name)
 
     def child(self, run_name: str, tags: Mapping[str, str]) -> "TrackedRun":
-        """A nested run, for example one client's; asking for the same name again gives the same run."""
+        """A nested run, for example one client's; asking for the same name again gives the same run.
+
+        It has this run's first tags, with `tags` over them.
+        """
         if self._name:
             raise ValueError(f"run {self._name!r} is nested already")
         if run_name not in self._children:
             nested = TrackedRun(folder=self.folder, spool=self._spool, sender=self._sender, name=run_name, uri=self.uri)
-            nested.start(self._experiment, run_name, tags, {})
+            nested.start(self._experiment, run_name, {**self._tags, **tags}, {})
             self._children[run_name] = nested
         return self._children[run_name]
 
     def start(self, experiment: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
         """Record that the run begins, or goes on (called by `open_run` and `child`)."""
         self._experiment = experiment
+        self._tags = dict(tags)
         self._event(
             "start",
             experiment=experiment,

@@ -34,7 +34,7 @@ def _rounds(last):
 
 
 def _clients(count, rounds):
-    return {f"site-{i}": [{"step": s, "train_loss": 9.0 / s, "val_auc": 0.6 + s / 200} for s in range(1, rounds + 1)]
+    return {f"site-{i}": [{"step": s, "train_loss": 9.0 / s, "val_roc_auc": 0.6 + s / 200} for s in range(1, rounds + 1)]
             for i in range(1, count + 1)}  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def test_curves_hold_the_given_values_in_the_order_of_the_steps():
 
 def test_values_that_are_missing_or_not_finite_are_left_out():
     rows = [
-        {"step": 1, "train_loss": math.nan, "val_auc": 0.7},
+        {"step": 1, "train_loss": math.nan, "val_roc_auc": 0.7},
         {"step": 2, "train_loss": math.inf},
-        {"step": 3, "train_loss": 0.5, "val_auc": math.nan},
+        {"step": 3, "train_loss": 0.5, "val_roc_auc": math.nan},
     ]
     figure = training_curves(rows)
     loss, auc = figure.axes
