@@ -1,0 +1,444 @@
+"""Every setting changes what happens, not only what is parsed: a model's hash, a pack, a schedule, a file, a wait.
+
+One client of the federation is trained in this process, as the ClientApp does it, on a small folder of random pictures.
+A setting that stands in no table here fails `test_every_setting_has_its_proof`.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import LocalMailbox, federate_in, site_at, two_rounds
+from PIL import Image
+from tiny_federation import enter_run
+
+from common import config
+from common.checkpoints import read_json, write_tensors
+from common.config import Settings
+from common.errors import DataError, UserError
+from common.faces.pack import FacePack, open_pack
+from common.faces.synthetic import SynthSettings, write_dataset
+from common.parameters import buffer_sha256, flatten
+from server.app import initial_model
+from simulation.commands import train_local
+from simulation.sites import ClientOption
+
+PEOPLE = {f"p{number}": 8 for number in range(8)} | {"q0": 3, "q1": 3}
+
+BASE = config.from_mapping(
+    {
+        "data": {"image_size": 32},
+        "augmentation": {"rotation_rad": 0.1, "erase": 0.2},
+        "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
+        "training": {
+            "batch_size": 8,
+            "precision": "float32",
+            "memory_format": "contiguous",
+            "threads": 1,
+            "clip_norm": 0.5,
+            "device": "cpu",
+        },
+        "federation": {"rounds": 2, "local_epochs": 1, "proximal_mu": 0.5, "min_clients": 1, "join_timeout_s": 5.0},
+        "tracking": {"enabled": False, "plots": "none"},
+    }
+)
+
+# setting -> another value; the model's SHA-256 after two rounds changes (each from BASE and the settings below)
+CHANGES_THE_MODEL: dict[str, object] = {
+    "run.seed": 2,
+    "data.image_size": 40,
+    "augmentation.flip": 0.0,
+    "augmentation.crop": 0.0,
+    "augmentation.rotation_rad": 0.3,
+    "augmentation.colour": 0.0,
+    "augmentation.erase": 0.9,
+    "model.backbone": "mobilenet_v2",
+    "model.width": 0.5,
+    "model.embedding_size": 24,
+    "model.head": "arcface",
+    "model.head_scale": 20.0,
+    "model.head_margin": 0.1,
+    "model.dropout": 0.3,
+    "model.normalisation": "private",
+    "training.optimiser": "adamw",
+    "training.lr": 0.02,
+    "training.momentum": 0.5,
+    "training.weight_decay": 0.1,
+    "training.batch_size": 12,
+    "training.warmup_fraction": 0.5,
+    "training.label_smoothing": 0.2,
+    "training.clip_norm": 0.1,
+    "training.precision": "bfloat16",
+    "federation.strategy": "fedprox",
+    "federation.rounds": 3,
+    "federation.local_epochs": 2,
+    "federation.proximal_mu": 0.05,
+}
+NEEDS: dict[str, tuple[str, object]] = {"federation.proximal_mu": ("federation.strategy", "fedprox")}
+
+# setting -> another value, and what of the pack it changes
+CHANGES_THE_PACK: dict[str, tuple[object, str]] = {
+    "data.min_pictures_per_person": (4, "number"),
+    "data.max_people": (6, "number"),
+    "data.fraction_val_pictures": (0.4, "split"),
+    "data.fraction_test_pictures": (0.4, "split"),
+    "data.fraction_val_people": (0.4, "split"),
+    "data.fraction_test_people": (0.4, "split"),
+    "data.image_size": (40, "pixels"),
+}
+PROVED: set[str] = set(CHANGES_THE_MODEL) | set(CHANGES_THE_PACK)
+
+
+def proves(*names: str):
+    """Marks the test that shows what these settings do."""
+    PROVED.update(names)
+    return lambda test: test
+
+
+def changed(settings: Settings, **values: object) -> Settings:
+    for name, value in values.items():
+        settings = config.with_value(settings, *name.split("__"), value)
+    return settings
+
+
+def with_setting(settings: Settings, name: str, value: object) -> Settings:
+    return config.with_value(settings, *name.split("."), value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run(monkeypatch):
+    enter_run(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    """A folder of ten people, 70 random pictures of 40 px."""
+    root = tmp_path_factory.mktemp("faces")
+    random = np.random.default_rng(0)
+    for person, count in PEOPLE.items():
+        (root / person).mkdir()
+        for number in range(count):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / person / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def celeba(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("celeba") / "data"
+    write_dataset(SynthSettings(layout="celeba", num_people=16, pictures_per_person=2), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def hashes(faces, tmp_path_factory):
+    """SHA-256 of the model that settings lead to; each distinct settings is trained once."""
+    known: dict[Settings, str] = {}
+
+    def sha256(settings: Settings) -> str:
+        if settings not in known:
+            site = site_at(tmp_path_factory.mktemp("site"), "folder", faces)
+            known[settings] = buffer_sha256(two_rounds(settings, site)[0])
+        return known[settings]
+
+    return sha256
+
+
+def pack_of(dataset: str, root: Path, settings: Settings, cache: Path) -> FacePack:
+    return open_pack(dataset, root, settings.data, cache, workers=1)
+
+
+# -------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_every_setting_has_its_proof():
+    every = {f"{s}.{f.name}" for s, kind in config._section_types().items() for f in dataclasses.fields(kind)}
+    assert every - PROVED == set(), "these settings have no proof of an effect"
+    assert PROVED - every == set(), "these proofs are of settings that are gone"
+
+
+def test_the_same_settings_give_the_same_model(hashes, faces, tmp_path):
+    """Without this the table below would prove nothing."""
+    again = buffer_sha256(two_rounds(BASE, site_at(tmp_path, "folder", faces))[0])
+    assert again == hashes(BASE)
+
+
+@pytest.mark.parametrize("name", CHANGES_THE_MODEL)
+def test_the_model_depends_on_it(name, hashes):
+    base = with_setting(BASE, *NEEDS[name]) if name in NEEDS else BASE
+    other = with_setting(base, name, CHANGES_THE_MODEL[name])
+    assert other != base
+    assert hashes(other) != hashes(base)
+
+
+@pytest.mark.parametrize("name", CHANGES_THE_PACK)
+def test_the_pack_depends_on_it(name, faces, tmp_path):
+    other, what = CHANGES_THE_PACK[name]
+    before = pack_of("folder", faces, BASE, tmp_path)
+    after = pack_of("folder", faces, with_setting(BASE, name, other), tmp_path)
+    assert after.key != before.key
+    if what == "number":
+        assert len(after) < len(before)
+    elif what == "split":
+        assert len(after) == len(before)
+        assert not np.array_equal(after.split, before.split)
+    else:
+        assert after.pictures.shape[1:3] == (other, other)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@proves("data.alignment")
+def test_alignment_chooses_the_pixels(celeba, tmp_path):
+    pictures = [
+        pack_of("celeba", celeba, changed(BASE, data__alignment=name), tmp_path).pictures for name in config.ALIGNMENTS
+    ]
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[1], pictures[2])
+
+
+@proves("data.box_margin")
+def test_the_margin_around_boxes_chooses_the_pixels(celeba, tmp_path):
+    tight, wide = (
+        pack_of("celeba", celeba, changed(BASE, data__alignment="box", data__box_margin=margin), tmp_path).pictures
+        for margin in (0.0, 0.3)
+    )
+    assert not np.array_equal(tight, wide)
+
+
+@proves("data.max_quarantined_fraction")
+def test_the_share_of_unreadable_pictures_decides_between_a_pack_and_an_error(tmp_path):
+    random = np.random.default_rng(1)
+    for person in range(8):
+        (tmp_path / f"data/p{person}").mkdir(parents=True)
+        for number in range(4):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/p{person}/{number}.png")
+    (tmp_path / "data/p0/0.png").write_bytes(b"no picture")
+    kept = pack_of("folder", tmp_path / "data", BASE, tmp_path / "packs")
+    assert len(kept.quarantined) == 1
+    with pytest.raises(DataError, match="max_quarantined_fraction"):
+        pack_of("folder", tmp_path / "data", changed(BASE, data__max_quarantined_fraction=0.0), tmp_path / "packs")
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+@proves("model.pretrained")
+def test_pretrained_weights_are_the_first_global_model_and_the_first_local_one(faces, tmp_path, monkeypatch):
+    donor, manifest = initial_model(changed(BASE, run__seed=99))
+    write_tensors(tmp_path / "donor.safetensors", donor.backbone.state_dict(), {})
+    settings = changed(BASE, model__pretrained=str(tmp_path / "donor.safetensors"))
+    expected = flatten(donor.state_dict(), manifest)
+    np.testing.assert_array_equal(flatten(initial_model(settings)[0].state_dict(), manifest), expected)
+    assert not np.array_equal(flatten(initial_model(BASE)[0].state_dict(), manifest), expected)
+
+    seen = []
+    monkeypatch.setattr(
+        "simulation.baselines._train_and_test",
+        lambda run, _out: seen.append(flatten(run.workplace.recogniser.state_dict(), manifest)) or _no_summary(run),
+    )
+    local(settings, faces, tmp_path)
+    np.testing.assert_array_equal(seen[0], expected)
+
+
+def _no_summary(run):
+    from simulation.baselines import LocalSummary
+
+    return LocalSummary(folder=run.folder, epochs=0, best_epoch=0, untrained_auc=0.0, test_auc=0.0, registered="")
+
+
+def local(settings: Settings, faces: Path, tmp_path: Path, device: str = "auto") -> str:
+    """`facefed train local` in this process; returns what it prints."""
+    out = io.StringIO()
+    settings = changed(settings, run__out=str(tmp_path / "runs"))
+    option = ClientOption(name="alpha", dataset="folder", data_dir=faces)
+    train_local(settings, [option], device=device, cache_dir=tmp_path / "packs", out=out)
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@proves("training.epochs", "run.out")
+def test_local_training_runs_its_epochs_into_its_folder(faces, tmp_path):
+    said = local(changed(BASE, training__epochs=3), faces, tmp_path)
+    assert "epoch 3 of 3" in said
+    assert "epoch 2 of 2" in local(changed(BASE, training__epochs="auto"), faces, tmp_path)
+    folders = list((tmp_path / "runs").glob("*/metrics.json"))
+    assert sorted(len(read_json(file)["epochs"]) for file in folders) == [2, 3]
+
+
+@proves("training.device")
+def test_local_training_takes_the_device_of_the_settings_unless_one_is_given(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    with pytest.raises(UserError, match="mps is not on this machine"):
+        local(changed(BASE, training__device="mps"), faces, tmp_path)
+    assert local(changed(BASE, training__device="mps"), faces, tmp_path, device="cpu")
+
+
+@proves("training.memory_format")
+def test_the_memory_format_reaches_the_tensors(faces, tmp_path, monkeypatch):
+    from common.models.cnn import CnnTrunk
+
+    seen: set[bool] = set()
+    forward = CnnTrunk.forward
+
+    def spy(self, pictures):
+        weight = next(module.weight for module in self.modules() if isinstance(module, torch.nn.Conv2d))
+        is_last = [t.is_contiguous(memory_format=torch.channels_last) for t in (pictures, weight)]
+        seen.add(all(is_last))
+        assert any(is_last) == all(is_last), "pictures and weights are laid out alike"
+        return forward(self, pictures)
+
+    monkeypatch.setattr(CnnTrunk, "forward", spy)
+    for name, expected in (("contiguous", False), ("channels_last", True)):
+        seen.clear()
+        settings = changed(BASE, training__memory_format=name, federation__rounds=1)
+        two_rounds(settings, site_at(tmp_path, "folder", faces))
+        assert seen == {expected}
+
+
+@proves("training.threads")
+def test_threads_are_torchs_threads(faces, tmp_path):
+    try:
+        for threads in (2, 1):
+            settings = changed(BASE, training__threads=threads, federation__rounds=1)
+            two_rounds(settings, site_at(tmp_path, "folder", faces))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_learning_rate_travels_over_all_rounds_and_not_from_anew(faces, tmp_path, monkeypatch):
+    """Two rounds of one epoch see the rates of two epochs in one round, and the same batches."""
+    seen: list[float] = []
+    from common import training
+
+    real = training.learning_rate
+    monkeypatch.setattr(training, "learning_rate", lambda *args: seen.append(real(*args)) or seen[-1])
+    two_rounds(BASE, site_at(tmp_path / "a", "folder", faces))
+    apart, seen[:] = list(seen), []
+    two_rounds(
+        changed(BASE, federation__rounds=1, federation__local_epochs=2), site_at(tmp_path / "b", "folder", faces)
+    )
+    assert apart == seen
+    assert len(set(apart)) == len(apart) > 4
+
+
+# -------------------------------------------------------------------------------------------------------- federation
+
+
+def rounds_table(folder: Path) -> dict[int, dict[str, float]]:
+    return {int(row["step"]): row for row in read_json(folder / "metrics.json")["rounds_table"]}
+
+
+@proves("federation.test_every_rounds")
+def test_the_test_curve_has_a_point_every_so_many_rounds(faces, tmp_path):
+    for every, expected in ((1, {0, 1, 2, 3}), (3, {0, 3})):
+        settings = changed(BASE, federation__rounds=3, federation__test_every_rounds=every)
+        site = site_at(tmp_path / f"site{every}", "folder", faces)
+        folder = federate_in(tmp_path / f"run{every}", settings, LocalMailbox([site]))
+        assert read_json(folder / "outcome.json") == {"exit_code": 0, "line": ""}
+        table = rounds_table(folder)
+        assert all("round_val_auc" in row for row in table.values())
+        best = read_json(folder / "metrics.json")["best_round"]
+        assert {step for step, row in table.items() if "round_test_auc" in row} == expected | {best}
+
+
+@proves("federation.min_clients", "federation.join_timeout_s")
+def test_a_run_waits_for_its_clients_so_long(faces, tmp_path):
+    settings = changed(BASE, federation__min_clients=2, federation__join_timeout_s=0.25)
+    site = site_at(tmp_path, "folder", faces)
+    outcome = read_json(federate_in(tmp_path / "run", settings, LocalMailbox([site])) / "outcome.json")
+    assert outcome["exit_code"] == 1
+    assert "1 of 2 clients joined within 0.25 s (here: alpha; missing: 1 more)" in outcome["line"]
+
+
+@proves("federation.round_timeout_s")
+def test_a_round_waits_for_its_replies_so_long(faces, tmp_path):
+    settings = changed(BASE, federation__round_timeout_s=0.25)
+    silent = LocalMailbox(
+        [site_at(tmp_path, "folder", faces)], lambda message: message.metadata.message_type == "train"
+    )
+    outcome = read_json(federate_in(tmp_path / "run", settings, silent) / "outcome.json")
+    assert outcome["exit_code"] == 1
+    assert "alpha: no answer within 0.25 s" in outcome["line"]
+
+
+# ---------------------------------------------------------------------------------------------------------- tracking
+
+
+@proves("tracking.enabled", "tracking.uri")
+def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr("common.tracking.run._sender", lambda _spool, uri, *_: asked.append(uri))
+    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    monkeypatch.chdir(tmp_path)
+    local(BASE, faces, tmp_path)
+    assert asked == []
+    local(changed(BASE, tracking__enabled=True, tracking__uri="http://127.0.0.1:9"), faces, tmp_path)
+    local(changed(BASE, tracking__enabled=True, tracking__uri="sqlite:///my.db"), faces, tmp_path)
+    assert asked == ["http://127.0.0.1:9", f"sqlite:///{tmp_path}/my.db"]
+
+
+@proves("tracking.experiment_prefix")
+def test_the_prefix_begins_every_experiments_name(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    settings = changed(BASE, tracking__experiment_prefix="mine")
+    local(settings, faces, tmp_path)
+    federated = federate_in(
+        tmp_path / "run", changed(settings, federation__rounds=1), LocalMailbox([site_at(tmp_path, "folder", faces)])
+    )
+    (spool,) = (tmp_path / "runs").glob("*/spool.jsonl")
+    assert json.loads(spool.read_text().splitlines()[0])["experiment"] == "mine_local_alpha"
+    first = json.loads((federated / "spool.jsonl").read_text().splitlines()[0])
+    assert first["experiment"] == "mine_federated_fedavg"
+
+
+@proves("tracking.plots")
+def test_plots_are_drawn_each_round_at_the_end_or_never(faces, tmp_path, monkeypatch):
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        "common.tracking.run.TrackedRun.log_figure", lambda _run, _figure, name: drawn.append(name) or Path(name)
+    )
+    counts = {}
+    for plots in ("all", "final", "none"):
+        drawn.clear()
+        site = site_at(tmp_path / plots, "folder", faces)
+        federate_in(tmp_path / plots / "run", changed(BASE, tracking__plots=plots), LocalMailbox([site]))
+        counts[plots] = drawn.count("plots/convergence.png")
+    assert counts == {"all": 3, "final": 1, "none": 0}
+
+
+@proves("run.log_level")
+def test_the_log_level_is_that_of_our_loggers(faces, tmp_path, capsys):
+    from simulation.cli import main
+
+    logger = logging.getLogger("facefed")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    try:
+        for level in ("error", "debug"):
+            argv = ["data", "prepare", "--client", f"folder={faces}", "--device", "cpu", "--log-level", level]
+            assert main([*argv, "--cache-dir", str(tmp_path), "--set", "data.image_size=32"]) == 0
+            logger.getChild("test").info("a word")
+            assert ("a word" in capsys.readouterr().err) == (level == "debug")
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1], before[2]

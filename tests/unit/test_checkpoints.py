@@ -1,0 +1,108 @@
+"""Files that survive a crash: the old file or the new one, never a part, and damage is one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoints
+from common.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3, dtype=torch.float16), "n": torch.tensor(5)}
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_an_error_between_write_and_rename_leaves_the_old_file(tmp_path, monkeypatch, where):
+    path = tmp_path / "state.json"
+    checkpoints.write_json(path, {"round": 1})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_json(path, {"round": 2})
+    monkeypatch.undo()
+    assert checkpoints.read_json(path) == {"round": 1}
+    assert list(tmp_path.iterdir()) == [path], "nothing is left lying about"
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
+    """Not an exception but the end: nothing of ours runs any more."""
+    path = tmp_path / "state.json"
+    checkpoints.write_json(path, {"round": 1})
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom common import checkpoints\n"
+        "Path.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "checkpoints.write_json(Path(sys.argv[1]), {'round': 2, 'long': 'x' * 100000})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == -9
+    assert checkpoints.read_json(path) == {"round": 1}
+    checkpoints.write_json(path, {"round": 3})
+    assert checkpoints.read_json(path) == {"round": 3}
+
+
+def test_content_reaches_the_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("fsync") or fsync(number))
+    monkeypatch.setattr(Path, "replace", lambda *paths: done.append("rename") or replace(*paths))
+    checkpoints.write_bytes(tmp_path / "new/folder/x", b"1")
+    assert done == ["fsync", "rename", "fsync"]
+    assert (tmp_path / "new/folder/x").read_bytes() == b"1"
+
+
+def test_tensors_and_notes_come_back(tmp_path):
+    path = tmp_path / "m.safetensors"
+    turned = torch.arange(12.0).reshape(3, 4).T
+    checkpoints.write_tensors(path, TENSORS | {"turned": turned, "grad": torch.ones(2, requires_grad=True)}, {"r": "3"})
+    tensors, notes = checkpoints.read_tensors(path)
+    assert notes == {"r": "3"}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    assert tensors["b"].dtype == torch.float16
+    assert torch.equal(tensors["turned"], turned)
+    assert not tensors["grad"].requires_grad
+
+
+@pytest.mark.parametrize("left", [0, 4, 60, 400, -1])
+def test_a_file_cut_short_is_a_checkpoint_error(tmp_path, left):
+    path = tmp_path / "m.safetensors"
+    checkpoints.write_tensors(path, TENSORS, {})
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file") as caught:
+        checkpoints.read_tensors(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_checkpoint_errors(tmp_path):
+    path = tmp_path / "m.safetensors"
+    for content in (b"\xff" * 200, b"PK\x03\x04" + b"0" * 100, b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            checkpoints.read_tensors(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoints.read_tensors(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoints.read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1, 2]", b"3", b"\xff\xfe"])
+def test_json_that_is_damaged_or_no_object(tmp_path, content):
+    path = tmp_path / "s.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"s\.json"):
+        checkpoints.read_json(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoints.read_json(tmp_path / "none.json")
+
+
+def test_json_says_the_same_for_the_same(tmp_path):
+    checkpoints.write_json(tmp_path / "a", {"b": 1, "a": [1, "ü"]})
+    checkpoints.write_json(tmp_path / "b", {"a": [1, "ü"], "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert checkpoints.read_json(tmp_path / "a") == {"a": [1, "ü"], "b": 1}

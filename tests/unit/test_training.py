@@ -1,0 +1,256 @@
+"""The one training step: its schedule by hand, what it clips, decays and refuses, and the same bits for one seed."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
+
+from common import config, training
+from common.config import TrainingSettings
+from common.errors import TrainingFailed
+from common.training import Compute, TrainSums, learning_rate, make_optimiser, proximal, train_epochs
+
+SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(settings=SETTINGS, *, epochs=range(1), total=2, compute=CPU, pack=None, name="alpha", steps=None, penalty=None):
+    """Train a fresh recogniser; returns it and the sums. steps: separate ranges of epochs, one optimiser."""
+    pack = pack or memory_pack()
+    recogniser = recogniser_for(pack)
+    optimiser = make_optimiser(recogniser, settings.training)
+    sums = TrainSums()
+    for part in steps or [epochs]:
+        sums = train_epochs(
+            recogniser,
+            optimiser,
+            pack,
+            settings=settings,
+            compute=compute,
+            epochs=part,
+            total_epochs=total,
+            stream_name=name,
+            penalty=penalty,
+        )
+    return recogniser, sums
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (0.0, 0.0),
+        (0.05, 0.1),  # half of the warm-up: half of lr
+        (0.1, 0.2),  # its end: lr
+        (0.325, 0.2 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the cosine: cos(pi / 4)
+        (0.55, 0.1),  # half of it: cos(pi / 2) = 0
+        (1.0, 0.0),
+    ],
+)
+def test_the_schedule_by_hand(progress, expected):
+    assert learning_rate(TrainingSettings(lr=0.2, warmup_fraction=0.1), progress) == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_warm_up_it_starts_at_the_top():
+    assert learning_rate(TrainingSettings(lr=0.2, warmup_fraction=0.0), 0.0) == 0.2
+
+
+def rates(monkeypatch, **arguments) -> list[float]:
+    seen = []
+    real = training.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate", lambda *args: seen.append(real(*args)) or seen[-1])
+        run(**arguments)
+    return seen
+
+
+def test_rounds_do_not_restart_the_schedule(monkeypatch):
+    """20 pictures in batches of 8 are 3 steps an epoch; step k of 12 is at (k + 0.5) / 12 of the way."""
+    whole = rates(monkeypatch, epochs=range(4), total=4)
+    split = rates(monkeypatch, steps=[range(2), range(2, 3), range(3, 4)], total=4)
+    assert split == whole
+    assert whole == pytest.approx([learning_rate(SETTINGS.training, (k + 0.5) / 12) for k in range(12)])
+    assert whole[0] < whole[1] > whole[2], "warm-up rises once"
+
+
+def test_epochs_apart_are_epochs_together():
+    together, _ = run(epochs=range(2))
+    apart, _ = run(steps=[range(1), range(1, 2)])
+    assert same_bits(together, apart)
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_global_state():
+    torch.manual_seed(1)
+    one, _ = run()
+    torch.manual_seed(2)
+    torch.rand(100)
+    other, _ = run()
+    assert same_bits(one, other)
+    different, _ = run(config.with_value(SETTINGS, "run", "seed", 2))
+    assert not same_bits(one, different)
+    elsewhere, _ = run(name="beta")
+    assert not same_bits(one, elsewhere)
+
+
+def test_dropout_is_repeatable_too():
+    pack = memory_pack()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        recogniser = recogniser_for(pack, dataclasses.replace(recogniser_settings(), dropout=0.5))
+        optimiser = make_optimiser(recogniser, SETTINGS.training)
+        arguments = {"settings": SETTINGS, "compute": CPU, "epochs": range(1), "total_epochs": 1, "stream_name": "a"}
+        train_epochs(recogniser, optimiser, pack, **arguments)
+        states.append(recogniser)
+    assert same_bits(*states)
+
+
+def recogniser_settings():
+    from packs_in_memory import MODEL
+
+    return MODEL
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equal_threads_give_equal_bits(threads):
+    compute = dataclasses.replace(CPU, threads=threads)
+    one, _ = run(compute=compute)
+    assert torch.get_num_threads() == threads
+    other, _ = run(compute=compute)
+    assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_epoch_and_step(monkeypatch, value):
+    real = torch.nn.functional.cross_entropy
+    calls = []
+
+    def loss(logits, labels, **keywords):
+        calls.append(1)
+        return real(logits, labels, **keywords) * (value if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(training.F, "cross_entropy", loss)
+    with pytest.raises(TrainingFailed, match=r"at epoch 2, step 2 of 3; lower training.lr \(now 0.05\)"):
+        run(epochs=range(3), total=3)
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter():
+    pack = memory_pack()
+    recogniser = recogniser_for(pack)
+    with torch.no_grad():
+        recogniser.backbone.linear.weight[0, 0] = math.nan
+    before = {name: p.detach().clone() for name, p in recogniser.named_parameters()}
+    arguments = {"settings": SETTINGS, "compute": CPU, "epochs": range(1), "total_epochs": 1, "stream_name": "a"}
+    with pytest.raises(TrainingFailed, match="epoch 1, step 1 of 3"):
+        train_epochs(recogniser, make_optimiser(recogniser, SETTINGS.training), pack, **arguments)
+    for name, parameter in recogniser.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_the_whole_gradient_is_clipped(monkeypatch):
+    """SGD without momentum or decay: one step moves the parameters by lr * min(norm, clip_norm)."""
+    base = {"momentum": 0.0, "weight_decay": 0.0, "warmup_fraction": 0.0, "batch_size": 64, "lr": 0.01}
+    monkeypatch.setattr(training, "learning_rate", lambda _training, _progress: 0.01)
+    moved = {}
+    for clip in (0.25, 1e9):
+        settings = config.from_mapping({"data": {"image_size": 32}, "training": base | {"clip_norm": clip}})
+        fresh = recogniser_for(memory_pack())
+        trained, sums = run(settings, total=1)
+        before = dict(fresh.named_parameters())
+        step = torch.cat([(p - before[name]).detach().flatten() for name, p in trained.named_parameters()])
+        moved[clip] = (float(step.norm()), sums.gradient_norm_sum)
+    norm = moved[1e9][1]
+    assert norm > 0.25
+    assert moved[0.25] == (pytest.approx(0.01 * 0.25, rel=1e-3), norm), "the norm told is that before clipping"
+    assert moved[1e9][0] == pytest.approx(0.01 * norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_weight_decay_spares_vectors(optimiser):
+    """With zero gradients only decay moves anything: w -> w * (1 - lr * decay) for matrices, vectors stay."""
+    pack = memory_pack()
+    recogniser = recogniser_for(pack)
+    settings = TrainingSettings(optimiser=optimiser, lr=0.1, weight_decay=0.5, momentum=0.0)
+    before = {name: p.detach().clone() for name, p in recogniser.named_parameters()}
+    for parameter in recogniser.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    make_optimiser(recogniser, settings).step()
+    kinds = set()
+    for name, parameter in recogniser.named_parameters():
+        kinds.add(parameter.ndim > 1)
+        factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+    assert kinds == {True, False}
+
+
+def test_every_parameter_is_optimised_once():
+    recogniser = recogniser_for(memory_pack())
+    groups = make_optimiser(recogniser, TrainingSettings()).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in recogniser.parameters())
+    assert groups[0]["nesterov"]
+    assert not make_optimiser(recogniser, TrainingSettings(momentum=0.0)).param_groups[0]["nesterov"]
+
+
+def test_the_pull_to_the_received_model_is_the_gradient_of_the_squared_norm():
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.tensor([[3.0]]))]
+    received = [w.detach().clone() for w in weights]
+    pull = proximal(weights, 0.3)
+    with torch.no_grad():
+        weights[0].add_(torch.tensor([0.5, 1.0]))
+        weights[1].sub_(2.0)
+    objective = sum(0.15 * (w - r).square().sum() for w, r in zip(weights, received, strict=True))
+    expected = torch.autograd.grad(objective, weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    pull()
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient + 1.0)
+
+
+def test_the_penalty_is_called_each_step_before_the_step():
+    calls = []
+    run(penalty=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
+def test_the_sums_count_every_picture_once_an_epoch():
+    _, sums = run(epochs=range(2))
+    assert (sums.num_pictures, sums.num_steps) == (40, 6)
+    merged = sums.merged()
+    assert merged["train_loss"] == pytest.approx(sums.loss_sum / 40)
+    assert merged["train_acc"] == sums.correct / 40
+    assert merged["gradient_norm"] == pytest.approx(sums.gradient_norm_sum / 6)
+    assert TrainSums().merged() == {"train_loss": 0.0, "train_acc": 0.0, "gradient_norm": 0.0}
+
+
+def test_training_learns():
+    """Four people whose pictures differ from noise only: 12 epochs suffice for most of them."""
+    _, first = run(total=12)
+    _, last = run(steps=[range(11), range(11, 12)], total=12)
+    assert last.merged()["train_loss"] < 0.5 * first.merged()["train_loss"]
+    assert last.merged()["train_acc"] > 0.7
+
+
+@pytest.mark.parametrize("train", [5, 7])
+def test_batches_of_two_and_an_odd_number_of_pictures_train(train):
+    """Batch normalisation cannot train on one picture, so none may be left alone."""
+    settings = config.with_value(SETTINGS, "training", "batch_size", 2)
+    _, sums = run(settings, pack=memory_pack(train, people=3), total=1)
+    assert sums.num_pictures == 3 * train
+
+
+def test_bfloat16_computes_otherwise_and_keeps_float32_parameters():
+    compute = Compute(device="cpu", precision="bfloat16", memory_format="channels_last", threads=1)
+    half, _ = run(compute=compute)
+    full, _ = run()
+    assert not same_bits(half, full)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
