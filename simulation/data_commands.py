@@ -9,6 +9,7 @@ from common.config import Settings
 from common.console import PackProgress
 from common.faces.audit import audit, audit_overlap
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.runtime import num_cores
 from simulation.sites import ClientOption, pack_at_the_door, site_of
 
 
@@ -18,7 +19,7 @@ def synth(layout: str, folder: Path, *, people: int | None, pictures: int | None
     settings = SynthSettings(layout=layout, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
     progress = PackProgress(f"drawing {layout}", out)
     try:
-        write_dataset(settings, folder, progress=progress)
+        write_dataset(settings, folder, num_processes=num_cores(), progress=progress)
     finally:
         progress.close()
     out.write(

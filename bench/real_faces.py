@@ -1,0 +1,143 @@
+"""What federation buys on two folders of real faces: FedAvg and FedProx against each holder's own local-only model.
+
+    python -m bench.real_faces --celeba DIR --vggface2 DIR [--seeds 1 2 3] [--out DIR]
+
+Every model is scored on the same pairs: the test people of both data sets, pairs within each data set, pooled. Each
+picture is processed equally often. CPU seconds are of the whole process tree of each run.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clients.local_update import open_workplace
+from clients.site import SiteSettings
+from common import config
+from common.checkpoints import read_tensors
+from common.config import Settings
+from common.evaluation import evaluate
+from common.metrics.verification import open_set_scores
+from common.precision import resolve_compute
+from common.runtime import num_cores, use_threads
+
+CONFIGS = {"fedavg": "celeba_vggface2_fedavg", "fedprox": "celeba_vggface2_fedprox"}
+PROGRAMS = Path(sys.executable).parent
+
+
+def run(command: list[str], log: Path) -> dict[str, float]:
+    """Run a program to its end; returns its wall and CPU seconds. Exits when it fails."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    with log.open("wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": time.monotonic() - started, "reaped_cpu_s": cpu}
+
+
+def newest_run(out: Path) -> Path:
+    """The run folder that was made last."""
+    return max((path for path in out.iterdir() if (path / "config.toml").exists()), key=lambda path: path.name)
+
+
+def pooled_auc_of_local(settings: Settings, sites: dict[str, SiteSettings], run_folder: Path) -> dict[str, float]:
+    """Score a local-only model's backbone on the test people of every site, with its own normalisation."""
+    tensors, _ = read_tensors(run_folder / "checkpoints" / "best.safetensors")
+    use_threads(num_cores())
+    total = np.zeros((2, 8192), dtype=np.int64)
+    figures = {}
+    for name, site in sites.items():
+        workplace = open_workplace(site, settings)
+        state = workplace.recogniser.state_dict()
+        shared = {key: tensors[key] for key in state if key.startswith("backbone.")}
+        workplace.recogniser.load_state_dict(shared, strict=False)
+        compute = resolve_compute(settings, device="cpu", threads=num_cores(), cache_dir=site.cache_dir)
+        pairs = evaluate(workplace.recogniser, workplace.pack, "test", compute).pairs
+        figures[name] = open_set_scores(pairs)["roc_auc"]
+        total += pairs
+    return {"pooled": open_set_scores(total)["roc_auc"], **figures}
+
+
+def federated(arguments: argparse.Namespace, strategy: str, seed: int) -> dict[str, Any]:
+    """One federated run through `flower-simulation`; its own summary's figures."""
+    out = arguments.out / f"{strategy}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    command = [
+        str(PROGRAMS / "flower-simulation"), "--config", CONFIGS[strategy], "--seed", str(seed),
+        "--out", str(out), "--client", f"celeba={arguments.celeba}", "--client", f"vggface2={arguments.vggface2}",
+        "--cache-dir", str(arguments.out / "packs"), "--no-mlflow", "--device", "cpu", "--set", "tracking.plots=final",
+    ]  # fmt: skip
+    cost = run(command, out / "log.txt")
+    summary = json.loads((newest_run(out) / "metrics.json").read_text())
+    return {
+        "pooled": summary["best"]["roc_auc"],
+        "untrained": summary["untrained"]["roc_auc"],
+        "eer": summary["best"]["eer"],
+        "best_round": summary["best_round"],
+        **{name: figures["test_roc_auc"] for name, figures in summary["clients"].items()},
+        **cost,
+    }
+
+
+def local(arguments: argparse.Namespace, owner: str, seed: int) -> dict[str, Any]:
+    """One local-only run through `facefed train local`, then scored on both holders' test people."""
+    out = arguments.out / f"local-{owner}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    folders = {"celeba": arguments.celeba, "vggface2": arguments.vggface2}
+    command = [
+        str(PROGRAMS / "facefed"), "train", "local", "--client", owner, "--data-dir", folders[owner],
+        "--config", CONFIGS["fedavg"], "--seed", str(seed), "--out", str(out), "--device", "cpu",
+        "--cache-dir", str(arguments.out / "packs"), "--no-mlflow", "--set", "tracking.plots=final",
+    ]  # fmt: skip
+    cost = run(command, out / "log.txt")
+    settings = config.with_value(config.load(config.find_config(CONFIGS["fedavg"])), "run", "seed", seed)
+    sites = {
+        name: SiteSettings(
+            name=name,
+            dataset=name,
+            data_dir=Path(folder).resolve(),
+            device="cpu",
+            state_dir=out / "state",
+            cache_dir=(arguments.out / "packs").resolve(),
+        )
+        for name, folder in folders.items()
+    }
+    return {**pooled_auc_of_local(settings, sites, newest_run(out)), **cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--celeba", required=True)
+    parser.add_argument("--vggface2", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/real_faces"))
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    jobs = [("fedavg", lambda seed: federated(arguments, "fedavg", seed))]
+    jobs += [(f"local {name}", lambda seed, name=name: local(arguments, name, seed)) for name in ("celeba", "vggface2")]
+    jobs += [("fedprox", lambda seed: federated(arguments, "fedprox", seed))]
+    for seed in arguments.seeds:  # interleaved: a machine that drifts hits all alike
+        for name, job in jobs:
+            results.setdefault(name, {})[seed] = job(seed)
+            figures = results[name][seed]
+            print(name, "seed", seed, {k: round(v, 4) for k, v in figures.items()}, flush=True)
+            (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
+    print(f"\n{'model':16} pooled test AUC over seeds {arguments.seeds}: mean (each)")
+    untrained = [figures["untrained"] for figures in results["fedavg"].values()]
+    rows = {"untrained": untrained} | {name: [f["pooled"] for f in by.values()] for name, by in results.items()}
+    for name, values in rows.items():
+        print(f"{name:16} {np.mean(values):.4f}  ({', '.join(f'{value:.4f}' for value in values)})")
+
+
+if __name__ == "__main__":
+    main()
