@@ -54,7 +54,7 @@ def _workplace(site: SiteSettings, task: Task) -> Workplace:
 
 def _check(task: Task) -> None:
     """Raises ReplyRefused for a task that no server of ours sends: its words become paths and choices here."""
-    if not (isinstance(task.run_id, str) and RUN_ID.fullmatch(task.run_id)):
+    if not RUN_ID.fullmatch(str(task.run_id)):
         raise ReplyRefused(f"the run id {task.run_id!r} is not one of FaceFed's.")
     if task.kind not in wire.MESSAGE_TYPES:
         raise ReplyRefused(f"the task {task.kind!r} is unknown; choose {', '.join(wire.MESSAGE_TYPES)}.")

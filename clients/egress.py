@@ -5,6 +5,7 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from flwr.app import RecordDict
 
@@ -16,6 +17,7 @@ def ledger_line(client: str, task: Task, content: RecordDict | str) -> str:
 
     content: a reply, or the reason of a client that could not answer, which leaves too.
     """
+    rows: list[dict[str, Any]]
     if isinstance(content, str):
         rows = [{"name": "error.reason", "shape": [], "dtype": "str", "data": content.encode(), "text": content}]
     else:
