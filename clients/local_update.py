@@ -6,11 +6,14 @@ Pure of Flower: arrays and settings in, a `Reply` out. The ClientApp and (later)
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clients.private_state import load_private, prune, save_private
 from clients.site import SiteSettings
@@ -38,6 +41,7 @@ class Workplace:
     recogniser: Recogniser
     manifest: Manifest
     private: tuple[str, ...]
+    fresh: Mapping[str, Tensor]  # the private tensors as they were built, for a site whose state was lost
 
     def state_folder(self, run_id: str) -> Path:
         """Where this run's private state lies."""
@@ -57,13 +61,15 @@ def open_workplace(site: SiteSettings, settings: Settings) -> Workplace:
     )
     state = recogniser.state_dict()
     names = shared_names(recogniser, settings.model.normalisation)
+    private = private_names(recogniser, settings.model.normalisation)
     return Workplace(
         site=site,
         settings=settings,
         pack=pack,
         recogniser=recogniser,
         manifest=manifest_of({name: state[name] for name in names}),
-        private=private_names(recogniser, settings.model.normalisation),
+        private=private,
+        fresh={name: state[name].clone() for name in private},
     )
 
 
@@ -125,6 +131,23 @@ def _receive(
     return compute, shared
 
 
+def _restore_private(
+    workplace: Workplace, run_id: str, server_round: int, optimiser: torch.optim.Optimizer | None
+) -> int:
+    """The private state after `server_round`, or the fresh one if none is here; returns its round or -1.
+
+    The recogniser may hold what an earlier message left in it, and must not: which process answers is Flower's choice.
+    """
+    folder = workplace.state_folder(run_id)
+    found = load_private(folder, server_round, workplace.recogniser, optimiser, workplace.private)
+    if found < 0:
+        state = workplace.recogniser.state_dict()
+        with torch.no_grad():
+            for name, tensor in workplace.fresh.items():
+                state[name].copy_(tensor)
+    return found
+
+
 def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, SplitSums]:
     return {
         split: split_sums(evaluate(workplace.recogniser, workplace.pack, split, compute))
@@ -155,7 +178,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
     folder = workplace.state_folder(task.run_id)
-    if load_private(folder, task.server_round - 1, recogniser, optimiser, workplace.private) < 0:
+    if _restore_private(workplace, task.run_id, task.server_round - 1, optimiser) < 0:
         save_private(folder, 0, recogniser, optimiser, workplace.private)  # so that a repeated round starts here too
 
     started = time.perf_counter()
@@ -194,7 +217,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
 def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
     compute, _ = _receive(workplace, task, shared)
-    load_private(workplace.state_folder(task.run_id), task.server_round, workplace.recogniser, None, workplace.private)
+    _restore_private(workplace, task.run_id, task.server_round, None)
     return Reply(
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
