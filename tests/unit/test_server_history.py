@@ -1,0 +1,69 @@
+"""The choice of the best round, and pooled scores from merged counts."""
+
+import pytest
+from sklearn.metrics import roc_auc_score
+from tiny_federation import sums_with
+
+from common.wire import SplitSums
+from server.history import History
+from server.scores import evaluation_sums, pooled
+
+
+def sums(auc):
+    return evaluation_sums(sums_with(auc))
+
+
+def test_the_best_is_the_first_of_the_highest_validation_auc_and_never_round_0():
+    history = History()
+    for step, auc in enumerate((0.99, 0.60, 0.75, 0.75, 0.70)):
+        history.score(step, "val", {"alpha": sums(auc)})
+    assert (history.best_round, history.best_val_auc) == (2, pytest.approx(0.75))
+
+
+def test_test_scores_are_kept_and_choose_nothing():
+    history = History()
+    history.score(1, "val", {"alpha": sums(0.8)})
+    history.score(2, "val", {"alpha": sums(0.7)})
+    history.score(2, "test", {"alpha": sums(1.0)})
+    assert history.best_round == 1
+    assert (history.tested(1), history.tested(2)) == (False, True)
+
+
+def test_pooled_auc_is_that_of_all_pairs_and_no_mean_of_the_clients_aucs():
+    """beta's scores lie 2,500 bins above alpha's, so beta's impostors beat alpha's genuine pairs.
+
+    Each client alone: AUC 1.0. Together, scikit-learn over the 200 + 200 scores says 0.75.
+    """
+    alpha = sums_with(1.0)
+    shifted = SplitSums(closed=alpha.closed, pairs=alpha.pairs.copy())
+    shifted.pairs[:, 2500:] = alpha.pairs[:, :-2500]
+    shifted.pairs[:, :2500] = 0
+    both = {"alpha": evaluation_sums(alpha), "beta": evaluation_sums(shifted)}
+    metrics = History().score(1, "val", both)
+    labels = [1] * 100 + [0] * 100 + [1] * 100 + [0] * 100
+    scores = [5000] * 100 + [4000] * 100 + [7500] * 100 + [6500] * 100
+    assert metrics["round_val_auc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert metrics["round_val_auc"] == pytest.approx(0.75)
+
+
+def test_pooled_loss_and_accuracy_weigh_pictures_and_not_clients():
+    """1 of 4 and 3 of 4 right are 4 of 8; with 12 more all wrong at the second: 4 of 20.  Loss: (2 + 2) / 20."""
+    small = sums_with(0.5)
+    large = SplitSums(closed={**small.closed, "num_examples": 16, "correct": 3}, pairs=small.pairs)
+    metrics = History().score(1, "test", {"a": evaluation_sums(small), "b": evaluation_sums(large)})
+    assert metrics["round_test_acc"] == pytest.approx(4 / 20)
+    assert metrics["round_test_loss"] == pytest.approx(4.0 / 20)
+
+
+def test_rows_are_in_the_order_of_rounds_with_the_clients_beside():
+    history = History()
+    history.score(1, "val", {"alpha": sums(0.8)})
+    history.score(0, "val", {"alpha": sums(0.5)})
+    history.at(1).clients["alpha"] = {"val_roc_auc": 0.8}
+    assert [row["step"] for row in history.rows()] == [0.0, 1.0]
+    assert history.client_rows() == {"alpha": [{"step": 1.0, "val_roc_auc": 0.8}]}
+
+
+def test_pooling_one_client_changes_nothing():
+    one = sums(0.6)
+    assert pooled({"alpha": one}).scores() == one.scores()

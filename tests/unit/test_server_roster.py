@@ -1,0 +1,130 @@
+"""Who takes part: the join deadline, who is missing, names claimed twice, clients that go and come."""
+
+import time
+
+import pytest
+from flwr.app import Message
+from tiny_federation import ScriptedMailbox, client, roster_over, settings_with
+
+from common import wire
+from common.errors import InterruptedRun, NotEnoughClients, UserError
+from common.events import EventReader
+from server.mailbox import Patience
+
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
+
+def failing_to_join(_task, message):
+    return wire.error_message("gamma: data/gamma holds no pictures.", message)
+
+
+def silent(_task, _message):
+    return None
+
+
+def kinds_of(folder):
+    return [event["kind"] for event in EventReader(folder).new_events()]
+
+
+def test_members_come_in_the_order_of_their_names_whatever_their_node_ids(tmp_path):
+    mailbox = ScriptedMailbox({1: client("zeta"), 2: client("alpha"), 3: client("mu")})
+    roster = roster_over(mailbox, settings_with(federation__min_clients=3), tmp_path)
+    assert list(roster.gather()) == ["alpha", "mu", "zeta"]
+    assert [member.node_id for member in roster.members().values()] == [2, 3, 1]
+    assert kinds_of(tmp_path) == ["joined"] * 3
+
+
+def test_the_join_deadline_holds_and_the_line_says_who_is_here_and_who_failed(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: silent, 3: failing_to_join})
+    roster = roster_over(mailbox, settings_with(federation__min_clients=3), tmp_path)
+    started = time.monotonic()
+    with pytest.raises(NotEnoughClients) as seen:
+        roster.gather()
+    assert 0.3 <= time.monotonic() - started < 3.0
+    line = str(seen.value)
+    assert "1 of 3 clients joined within 0.3 s (here: alpha; missing: 2 more)" in line
+    assert "gamma: data/gamma holds no pictures." in line
+    assert seen.value.exit_code == 1
+
+
+def test_two_clients_of_one_name_end_the_run_as_the_users_mistake(tmp_path):
+    mailbox = ScriptedMailbox({1: client("twins"), 2: client("twins", dataset="celeba")})
+    with pytest.raises(UserError, match=r"two clients claim the name 'twins' .*--name") as seen:
+        roster_over(mailbox, settings_with(), tmp_path).gather()
+    assert seen.value.exit_code == 2
+
+
+def test_a_node_is_asked_once_while_it_is_connected(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: silent, 4: failing_to_join})
+    roster = roster_over(mailbox, settings_with(), tmp_path)
+    for _ in range(4):
+        roster.gather()
+    assert sorted(node for node, _ in mailbox.tasks) == [1, 2, 3, 4]
+
+
+def test_a_late_joiner_takes_part_from_the_next_gathering(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+    roster = roster_over(mailbox, settings_with(), tmp_path)
+    assert list(roster.gather()) == ["alpha", "beta"]
+    mailbox.nodes[3] = client("aardvark")
+    assert list(roster.gather()) == ["aardvark", "alpha", "beta"]
+
+
+def test_a_client_that_vanishes_is_waited_for_and_then_named_as_missing(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+    roster = roster_over(mailbox, settings_with(), tmp_path)
+    roster.gather()
+    del mailbox.nodes[2]
+    with pytest.raises(NotEnoughClients, match=r"1 of 2 clients joined .* \(here: alpha; missing: 1 more\)"):
+        roster.gather()
+    mailbox.nodes[2] = client("beta")
+    assert list(roster.gather()) == ["alpha", "beta"]
+
+
+def test_a_client_that_was_restarted_takes_its_own_place_and_the_two_do_not_alternate(tmp_path):
+    """Flower holds a dead node for online for a while; were a live one asked again, the name would change hands."""
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+    roster = roster_over(mailbox, settings_with(), tmp_path)
+    roster.gather()
+    mailbox.nodes[9] = client("beta")
+    assert [roster.gather()["beta"].node_id for _ in range(4)] == [9, 9, 9, 9]
+    assert kinds_of(tmp_path).count("warning") == 1
+
+
+def test_in_a_simulation_every_node_joins_before_the_first_round(tmp_path):
+    """Otherwise the members of round 1, and with them the bits of the model, would depend on who was quick."""
+    slow = []
+
+    def slow_client(task, message):
+        slow.append(1)
+        return client("slow")(task, message) if len(slow) > 2 else None
+
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: slow_client})
+    assert len(roster_over(mailbox, settings_with(), tmp_path, all_here=True).gather()) == 3
+
+
+def test_in_a_simulation_there_is_no_waiting_for_a_node_that_cannot_come(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 3: failing_to_join})
+    settings = settings_with(federation__join_timeout_s=60.0)
+    with pytest.raises(NotEnoughClients, match=r"nobody else can come .*gamma: data/gamma holds no pictures"):
+        roster_over(mailbox, settings, tmp_path, all_here=True).gather()
+
+
+def test_an_answer_that_is_none_of_ours_is_left_out(tmp_path):
+    def foreign(_task, message):
+        return Message(wire.RecordDict({"site": wire.ConfigRecord({"name": "x"})}), reply_to=message)
+
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: foreign, 4: client("bad/name")})
+    assert list(roster_over(mailbox, settings_with(), tmp_path).gather()) == ["alpha", "beta"]
+    assert kinds_of(tmp_path).count("refused") == 2
+
+
+def test_waiting_ends_when_the_run_is_stopped():
+    with pytest.raises(InterruptedRun) as seen:
+        Patience(lambda: True).until(lambda: None, time.monotonic() + 60)
+    assert seen.value.exit_code == 130
+
+
+def test_what_is_there_at_the_deadline_is_taken():
+    assert Patience(lambda: False).until(lambda: "reply", time.monotonic() - 1) == "reply"
+    assert Patience(lambda: False).until(lambda: None, time.monotonic() - 1) is None

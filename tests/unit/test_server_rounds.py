@@ -1,0 +1,277 @@
+"""The round loop over scripted clients: what counts, what is left out, what is kept, which round is the best."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny_federation import (
+    MANIFEST,
+    ScriptedMailbox,
+    client,
+    federation_over,
+    reply_to,
+    settings_with,
+)
+
+from common import wire
+from common.errors import NotEnoughClients
+from common.events import EventReader
+from common.parameters import buffer_sha256
+
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
+
+def answering(**by_round):
+    """An answer whose keyword arguments of `reply_to` depend on the task: r1={...} for round 1; else the defaults."""
+    return lambda task: reply_to(task, **by_round.get(f"r{task.server_round}", {}))
+
+
+def run(folder, nodes, **settings):
+    federation = federation_over(ScriptedMailbox(nodes), settings_with(**settings), folder)
+    return federation, federation.run()
+
+
+def spooled(folder):
+    """(run, metric, step) -> value of everything that was logged."""
+    seen = {}
+    for line in (folder / "spool.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "key" in row:
+            seen[row.get("run", ""), row["key"], row["step"]] = row["value"]
+    return seen
+
+
+def test_two_rounds_add_the_weighted_mean_twice(tmp_path):
+    """alpha's 10 pictures pull by 1 and beta's 30 by 3: (10 * 1 + 30 * 3) / 40 = 2.5 each round, so 5.0 after two."""
+    nodes = {
+        1: client("alpha", lambda task: reply_to(task, change=1.0, num_examples=10)),
+        2: client("beta", lambda task: reply_to(task, change=3.0, num_examples=30)),
+    }
+    federation, outcome = run(tmp_path, nodes)
+    assert federation.model.tolist() == [5.0] * MANIFEST.size
+    assert outcome.sha256 == buffer_sha256(federation.model)
+    assert outcome.last_round == 2
+    sent = [model for model in federation.mailbox.models if model is not None]
+    assert [model[0] for model in sent] == [0.0, 0.0, 2.5, 2.5, 5.0, 5.0]
+
+
+def test_each_client_gets_one_message_a_round_and_the_last_says_that_it_is_over(tmp_path):
+    federation, _ = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=3)
+    sent = [(task.kind, task.server_round, task.last) for node, task in federation.mailbox.tasks if node == 1]
+    assert sent == [("join", 0, False), *(("train", r, False) for r in (1, 2, 3)), ("evaluate", 3, True)]
+
+
+def test_scores_of_a_model_belong_to_its_round_though_they_arrive_with_the_next(tmp_path):
+    """The reply of round r + 1 scores the model of round r; round 0 is the initial model."""
+    answer = answering(r1={"auc": 0.50}, r2={"auc": 0.70})
+
+    def beta(task):
+        return reply_to(task, auc=0.90) if task.kind == "evaluate" else answer(task)
+
+    _, outcome = run(tmp_path, {1: client("alpha", beta), 2: client("beta", beta)})
+    aucs = {row["step"]: row["round_val_auc"] for row in outcome.history.rows()}
+    assert aucs == pytest.approx({0: 0.50, 1: 0.70, 2: 0.90})
+
+
+def test_every_score_is_logged_at_the_step_of_its_model(tmp_path):
+    answer = answering(r1={"auc": 0.50}, r2={"auc": 0.70})
+    run(tmp_path, {1: client("alpha", answer), 2: client("beta", answer)})
+    logged = {(key, step): value for (_, key, step), value in spooled(tmp_path).items()}
+    assert logged["round_val_auc", 0] == pytest.approx(0.50)
+    assert logged["round_val_auc", 1] == pytest.approx(0.70)
+    assert logged["val_roc_auc", 0] == pytest.approx(0.50)
+    assert ("round_train_loss", 0) not in logged
+    assert ("round_train_loss", 2) in logged
+
+
+def test_the_best_round_is_chosen_on_validation_and_never_on_test(tmp_path):
+    """Round 1's model is the best on validation and the worst on test; the untrained one is never the best."""
+    answer = answering(
+        r1={"auc": 0.99, "test_auc": 0.9},
+        r2={"auc": 0.80, "test_auc": 0.1},
+        r3={"auc": 0.70, "test_auc": 0.9},
+        r4={"auc": 0.60, "test_auc": 1.0},
+    )
+    nodes = {1: client("alpha", answer), 2: client("beta", answer)}
+    federation, outcome = run(tmp_path, nodes, federation__rounds=4)
+    assert outcome.history.best_round == 1
+    assert outcome.history.best_val_auc == pytest.approx(0.80)
+    assert federation.checkpoints.load(1).tolist() == [0.5] * MANIFEST.size
+
+
+def test_an_equal_validation_score_leaves_the_earlier_round_the_best(tmp_path):
+    _, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=3)
+    assert outcome.history.best_round == 1
+
+
+def test_the_clients_are_told_the_best_round_whose_private_state_they_must_keep(tmp_path):
+    answer = answering(r2={"auc": 0.9}, r3={"auc": 0.5}, r4={"auc": 0.5})
+    nodes = {1: client("alpha", answer), 2: client("beta", answer)}
+    federation, _ = run(tmp_path, nodes, federation__rounds=4)
+    told = [task.best_round for node, task in federation.mailbox.tasks if node == 1 and task.kind != "join"]
+    assert told == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("every", "tested"), [(1, [0, 1, 2, 3, 4]), (2, [0, 1, 2, 4]), (9, [0, 1, 4])])
+def test_the_test_curve_is_thinned_and_keeps_untrained_best_and_last(tmp_path, every, tested):
+    answer = answering(r2={"auc": 0.9})  # the model of round 1 is the best
+    nodes = {1: client("alpha", answer), 2: client("beta", answer)}
+    federation, outcome = run(tmp_path, nodes, federation__rounds=4, federation__test_every_rounds=every)
+    assert [step for step in range(5) if outcome.history.tested(step)] == tested
+    last = [task.last for node, task in federation.mailbox.tasks if node == 1]
+    assert last == [False] * (len(last) - 1) + [True]
+    assert federation.model.tolist() == [2.0] * MANIFEST.size  # the last model again, after the best was evaluated
+
+
+# ---- clients that fail
+
+
+def poisoned(task):
+    change = np.zeros(MANIFEST.size, dtype=np.float32)
+    change[4] = np.nan
+    return reply_to(task, change=change) if task.server_round == 2 and task.kind == "train" else reply_to(task)
+
+
+def test_a_bad_reply_is_left_out_named_and_counted_and_the_rest_is_averaged(tmp_path):
+    nodes = {1: client("alpha"), 2: client("beta", poisoned), 3: client("gamma", lambda t: reply_to(t, change=2.0))}
+    federation, outcome = run(tmp_path, nodes)
+    first, second = (0.5 + 0.5 + 2.0) / 3, (0.5 + 2.0) / 2
+    assert federation.model == pytest.approx(first + second)
+    assert federation.record.num_refused == 1
+    assert federation.record.reasons(2) == {"beta": "the change holds nan in backbone.b"}
+    refused = [event for event in EventReader(tmp_path).new_events() if event["kind"] == "refused"]
+    assert [(event["client"], event["round"]) for event in refused] == [("beta", 2)]
+    assert set(outcome.history.at(1).sums["val"]) == {"alpha", "gamma"}  # nor do its scores count
+    summary = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
+    assert summary["refused_replies"] == 1
+
+
+def test_a_client_that_is_left_out_twice_in_the_last_round_counts_twice(tmp_path):
+    def failing(task):
+        bad = task.server_round == 2
+        return reply_to(task, auc=0.5) if not bad else dataclasses.replace(reply_to(task), manifest="other")
+
+    nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", failing)}
+    federation, _ = run(tmp_path, nodes)
+    assert federation.record.num_refused == 2  # once when it trained, once when the last model was evaluated
+
+
+def with_error_in_round_2(name):
+    def script(task, message):
+        if task.server_round == 2 and task.kind == "train":
+            return wire.error_message(f"{name}: the loss is nan at epoch 2, step 1 of 3", message)
+        return client(name)(task, message)
+
+    return script
+
+
+def test_a_client_that_answers_with_an_error_is_left_out_in_its_own_words(tmp_path):
+    nodes = {1: client("alpha"), 2: client("beta"), 3: with_error_in_round_2("gamma")}
+    federation, outcome = run(tmp_path, nodes)
+    assert federation.record.reasons(2) == {"gamma": "gamma: the loss is nan at epoch 2, step 1 of 3"}
+    assert outcome.last_round == 2
+
+
+def test_a_reply_later_than_the_deadline_is_left_out_and_named(tmp_path):
+    def late(task):
+        return None if task.server_round == 1 else reply_to(task)
+
+    nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", late)}
+    federation, _ = run(tmp_path, nodes)
+    assert federation.record.reasons(1) == {"gamma": "no answer within 0.3 s"}
+    assert federation.model.tolist() == [1.0] * MANIFEST.size
+
+
+def test_the_deadline_is_the_rounds_and_not_each_clients(tmp_path):
+    """Three silent clients cost one deadline; what has arrived by then is taken though others were waited for first."""
+    nodes = {n: client(f"a{n}", lambda _task: None) for n in (1, 2, 3)}
+    nodes |= {8: client("x"), 9: client("y")}
+    federation, _ = run(tmp_path, nodes, federation__rounds=1, federation__round_timeout_s=0.5)
+    seconds = federation.history.at(1).metrics["exchange_seconds"]
+    assert 0.5 <= seconds < 1.0
+    assert sorted(federation.record.reasons(1)) == ["a1", "a2", "a3"]
+
+
+def test_a_stragglers_reply_of_round_1_is_not_mixed_into_round_2(tmp_path):
+    """Whether it comes as the answer to round 1, which nobody reads any more, or as an answer to round 2."""
+    kept = []
+
+    def straggler(task):
+        if task.kind == "evaluate":
+            return reply_to(task)
+        if task.server_round == 1:
+            kept.append(task)
+            return None
+        return reply_to(kept[0], change=100.0)
+
+    nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", straggler)}
+    federation, _ = run(tmp_path, nodes)
+    assert federation.record.reasons(2) == {"gamma": "the reply is of round 1, not of round 2"}
+    assert federation.model.tolist() == [1.0] * MANIFEST.size
+
+
+def test_a_client_that_vanishes_in_a_round_is_left_out_and_the_run_goes_on(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+
+    def vanishing(_task):
+        mailbox.nodes.pop(3, None)
+
+    mailbox.nodes[3] = client("gamma", vanishing)
+    federation = federation_over(mailbox, settings_with(), tmp_path)
+    federation.run()
+    assert federation.record.reasons(1) == {"gamma": "no answer within 0.3 s"}
+    assert {task.server_round for node, task in mailbox.tasks if node == 3} == {0, 1}
+
+
+def test_too_few_replies_end_the_run_with_names_and_the_last_whole_model(tmp_path):
+    nodes = {1: client("alpha"), 2: client("beta", poisoned)}
+    federation = federation_over(ScriptedMailbox(nodes), settings_with(), tmp_path)
+    with pytest.raises(NotEnoughClients) as seen:
+        federation.run()
+    line = str(seen.value)
+    assert "round 2: 1 of 2 clients gave a usable reply, 2 are needed" in line
+    assert "beta: the change holds nan in backbone.b" in line
+    assert "alpha:" not in line
+    assert f"The model of round 1 is kept in {federation.checkpoints.path(1)}." in line
+    assert federation.checkpoints.load(1).tolist() == [0.5] * MANIFEST.size
+    state = json.loads((tmp_path / "checkpoints" / "state.json").read_text())
+    assert (state["round"], state["sha256"]) == (1, buffer_sha256(np.full(MANIFEST.size, 0.5, dtype=np.float32)))
+
+
+def test_too_few_at_the_last_evaluation_names_the_model_that_is_there(tmp_path):
+    def mute_at_the_end(task):
+        return None if task.kind == "evaluate" else reply_to(task)
+
+    federation = federation_over(
+        ScriptedMailbox({1: client("alpha"), 2: client("beta", mute_at_the_end)}), settings_with(), tmp_path
+    )
+    with pytest.raises(NotEnoughClients, match=r"^evaluation of round 2: 1 of 2 .*The model of round 2 is kept"):
+        federation.run()
+    assert federation.checkpoints.path(2).is_file()
+
+
+def test_a_client_that_comes_during_the_last_round_is_evaluated_too(tmp_path):
+    mailbox = ScriptedMailbox({2: client("beta")})
+
+    def letting_in(task):
+        if task.server_round == 2:
+            mailbox.nodes.setdefault(3, client("late"))
+        return reply_to(task)
+
+    mailbox.nodes[1] = client("alpha", letting_in)
+    federation = federation_over(mailbox, settings_with(), tmp_path)
+    outcome = federation.run()
+    assert set(outcome.history.at(2).sums["test"]) == {"alpha", "beta", "late"}
+
+
+def test_clients_of_one_machine_share_its_cores_and_compute_alike(tmp_path):
+    """Six cores over two clients are three threads each; a client elsewhere has its own, and its own precision."""
+    nodes = {
+        1: client("alpha", cores=6, precision="bfloat16"),
+        2: client("beta", cores=6, precision="float32"),
+        3: client("gamma", cores=4, machine="there", precision="float32"),
+    }
+    federation, _ = run(tmp_path, nodes, training__threads="auto", federation__min_clients=3)
+    seen = {node: (task.threads, task.precision) for node, task in federation.mailbox.tasks if task.kind == "train"}
+    assert seen == {1: (3, "bfloat16"), 2: (3, "bfloat16"), 3: (4, "float32")}
