@@ -1,0 +1,143 @@
+"""A whole federation of tiny clients in this process: it learns, repeats itself to the bit, survives bad clients."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
+
+import clients.app
+import clients.local_update
+from server.app import Surroundings, federate
+
+
+@pytest.fixture(autouse=True)
+def tiny_packs(monkeypatch):
+    enter_run(monkeypatch)
+    monkeypatch.setattr(clients.app, "_workplaces", {})
+    packs = {}
+
+    def open_pack(_dataset, data_dir, *_args, **_named):
+        name = data_dir.parent.name
+        return packs.setdefault(name, tiny_pack(name))
+
+    monkeypatch.setattr(clients.local_update, "open_pack", open_pack)
+
+
+def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, reply: reply, **values):
+    """Run it; returns (outcome, summary) as the run's folder tells them; no summary when it failed."""
+    clients.app._workplaces.clear()
+    settings = settings_with(**({"federation__rounds": 3, "federation__join_timeout_s": 20.0} | values))
+    mailbox = InProcessMailbox(names, folder / "sites", tamper)
+    run = folder / "run-1"
+    run.mkdir(parents=True)
+    federate(
+        settings,
+        mailbox,
+        Surroundings(run_folder=run, stopped=lambda: False, all_nodes_are_here=lambda: True, git_commit="none"),
+    )
+    outcome = json.loads((run / "outcome.json").read_text())
+    summary = run / "metrics.json"
+    return outcome, json.loads(summary.read_text()) if summary.exists() else {}
+
+
+def test_it_learns_and_the_same_seed_gives_the_same_model(tmp_path):
+    outcome, first = federation(tmp_path / "a", federation__local_epochs=2)
+    assert outcome == {"exit_code": 0, "line": ""}
+    losses = [row["round_train_loss"] for row in first["rounds_table"] if "round_train_loss" in row]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert set(first["clients"]) == {"alpha", "beta"}
+    assert first["refused_replies"] == 0
+    _, again = federation(tmp_path / "b", federation__local_epochs=2)
+    _, other = federation(tmp_path / "c", federation__local_epochs=2, run__seed=2)
+    assert again["model_sha256"] == first["model_sha256"]
+    assert again["rounds_table"][0]["round_val_auc"] == first["rounds_table"][0]["round_val_auc"]
+    assert other["model_sha256"] != first["model_sha256"]
+
+
+def test_each_round_changes_the_model_and_its_checkpoint_is_the_one_named(tmp_path):
+    seen = []
+
+    def watch(_name, task, reply):
+        seen.append((task.kind, task.server_round))
+        return reply
+
+    _, summary = federation(tmp_path, tamper=watch)
+    state = json.loads((tmp_path / "run-1" / "checkpoints" / "state.json").read_text())
+    assert (state["round"], state["sha256"]) == (3, summary["model_sha256"])
+    files = list((tmp_path / "run-1" / "checkpoints").glob("round-*"))
+    assert len({path.read_bytes() for path in files}) == len(files) >= 2
+    assert seen.count(("train", 2)) == 2
+    assert seen.count(("evaluate", 3)) == 2
+
+
+def test_strategy_and_mu_reach_the_model(tmp_path):
+    shas = [
+        federation(
+            tmp_path / str(number),
+            federation__strategy=strategy,
+            federation__proximal_mu=mu,
+            federation__rounds=1,
+            training__lr=0.1,
+        )[1]["model_sha256"]
+        for number, (strategy, mu) in enumerate([("fedavg", 0.5), ("fedprox", 0.0), ("fedprox", 0.5)])
+    ]
+    assert shas[0] == shas[1] != shas[2]
+
+
+def test_private_normalisation_runs_and_registers_no_global_model(tmp_path):
+    outcome, summary = federation(tmp_path, model__normalisation="private", federation__rounds=2)
+    assert outcome["exit_code"] == 0
+    assert summary["last"]["roc_auc"] > 0.0
+
+
+def with_nan(name, task, reply):
+    """gamma's change of round 2 holds one NaN."""
+    if name != "gamma" or task.kind != "train" or task.server_round != 2:
+        return reply
+    sent = reply.content["arrays"]["change"]
+    change = sent.numpy()
+    change[10] = np.nan
+    reply.content["arrays"]["change"] = type(sent)(change)
+    return reply
+
+
+def test_a_nan_in_round_2_is_dropped_named_and_counted_and_the_run_goes_on(tmp_path):
+    outcome, summary = federation(tmp_path, names=("alpha", "beta", "gamma"), tamper=with_nan)
+    assert outcome["exit_code"] == 0
+    assert summary["refused_replies"] == 1
+    assert list(summary["refusals"]["2"]) == ["gamma"]
+    assert "nan in backbone." in summary["refusals"]["2"]["gamma"]
+    assert np.isfinite([row["round_train_loss"] for row in summary["rounds_table"] if "round_train_loss" in row]).all()
+    assert list(summary["refusals"]) == ["2"]  # and it is back in round 3
+    events = [json.loads(line) for line in (tmp_path / "run-1" / "events.jsonl").read_text().splitlines()]
+    assert [event["clients"] for event in events if event["kind"] == "round"] == [3, 2, 3]
+
+
+def test_a_nan_ends_the_run_where_every_client_is_needed_and_keeps_round_1(tmp_path):
+    outcome, summary = federation(
+        tmp_path, names=("alpha", "beta", "gamma"), tamper=with_nan, federation__min_clients=3
+    )
+    assert outcome["exit_code"] == 1
+    assert "round 2: 2 of 3 clients gave a usable reply, 3 are needed (gamma: the change holds nan" in outcome["line"]
+    assert summary == {}
+    assert json.loads((tmp_path / "run-1" / "checkpoints" / "state.json").read_text())["round"] == 1
+
+
+def test_two_clients_of_one_name_are_the_users_mistake(tmp_path):
+    outcome, _ = federation(tmp_path, names=("alpha", "alpha"))
+    assert outcome["exit_code"] == 2
+    assert "two clients claim the name 'alpha'" in outcome["line"]
+
+
+def test_a_client_whose_pictures_cannot_be_opened_says_so_to_the_server(tmp_path, monkeypatch):
+    from common.errors import DataError
+
+    def no_pictures(*_args, **_named):
+        raise DataError("data/beta holds no pictures; give the folder that holds them.")
+
+    monkeypatch.setattr(clients.local_update, "open_pack", no_pictures)
+    outcome, _ = federation(tmp_path)
+    assert outcome["exit_code"] == 1
+    assert "alpha: data/beta holds no pictures" in outcome["line"]

@@ -1,0 +1,136 @@
+"""The egress ledger against what really leaves: the same names, sizes and hashes, written before the reply goes."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from tiny_federation import settings_with, site_settings, task_for, tiny_pack, tiny_workplace
+
+import clients.app
+import clients.local_update
+from clients.app import handle
+from clients.egress import record_egress
+from common import wire
+from common.parameters import flatten
+
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
+
+@pytest.fixture
+def at_a_site(tmp_path, monkeypatch):
+    """(send, ledger, model): hand a task to the client, read its ledger, the shared parameters of a fresh model."""
+    monkeypatch.setattr(clients.app, "_workplaces", {})
+    monkeypatch.setattr(clients.local_update, "open_pack", lambda *_args, **_named: tiny_pack("alpha"))
+    workplace = tiny_workplace(settings_with(), tmp_path)
+    shared = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    site = site_settings("alpha", tmp_path)
+
+    def send(model=shared, **values):
+        task = task_for(workplace.manifest, settings_with(), **values)
+        return handle(site, wire.task_message(task, wire.pack_shared(model), node_id=7, ttl_s=60.0))
+
+    def ledger(run_id="run-1"):
+        path = site.state_dir / "egress" / f"{run_id}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    send.site, send.shared = site, shared
+    return send, ledger
+
+
+def test_the_ledger_names_everything_in_the_reply_with_its_size_and_hash(at_a_site):
+    send, ledger = at_a_site
+    content = send().content
+    line = ledger()[0]
+    assert (line["client"], line["run"], line["round"], line["answer_to"]) == ("alpha", "run-1", 1, "train")
+    parts = {part["name"]: part for part in line["parts"]}
+    assert set(parts) == {f"{record}.{key}" for record, values in content.items() for key in values}
+    for key, array in content["arrays"].items():
+        values = array.numpy()
+        part = parts[f"arrays.{key}"]
+        assert part["num_bytes"] == values.nbytes
+        assert part["sha256"] == hashlib.sha256(values.tobytes()).hexdigest()
+        assert (part["shape"], part["dtype"]) == (list(values.shape), str(values.dtype))
+    for key, value in content["sums"].items():
+        assert parts[f"sums.{key}"]["sha256"] == hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    assert line["num_bytes"] == sum(part["num_bytes"] for part in line["parts"])
+
+
+def test_join_train_and_evaluate_are_three_lines(at_a_site):
+    send, ledger = at_a_site
+    for kind in ("join", "train", "evaluate"):
+        assert not send(kind=kind).has_error()
+    assert [line["answer_to"] for line in ledger()] == ["join", "train", "evaluate"]
+
+
+def test_the_words_of_a_failure_leave_too_and_stand_in_the_ledger(at_a_site):
+    send, ledger = at_a_site
+    reply = send(manifest="0" * 64)
+    assert reply.has_error()
+    part = ledger()[0]["parts"][0]
+    assert part["name"] == "error.reason"
+    assert part["text"] == reply.error.reason
+    assert part["sha256"] == hashlib.sha256(reply.error.reason.encode()).hexdigest()
+
+
+def test_nothing_is_answered_that_could_not_be_written_down(at_a_site, monkeypatch):
+    send, _ = at_a_site
+
+    def full(*_arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(clients.app, "record_egress", full)
+    with pytest.raises(OSError, match="no space"):
+        send()
+
+
+def test_lines_are_added_and_none_is_replaced(tmp_path):
+    task = task_for(tiny_workplace(settings_with(), tmp_path).manifest, settings_with())
+    for number in range(3):
+        record_egress(tmp_path, "alpha", task, RecordDict({"sums": wire.MetricRecord({"x": number})}))
+    assert len((tmp_path / "run-1.jsonl").read_text().splitlines()) == 3
+
+
+# ---- tasks that no server of ours sends
+
+
+@pytest.mark.parametrize("run_id", ["../../escape", "/etc/escape", "..", "", "a/b", "a\0b", "x" * 129])
+def test_a_run_id_cannot_lead_out_of_the_state_folder(at_a_site, tmp_path, run_id):
+    send, ledger = at_a_site
+    reply = send(run_id=run_id)
+    assert "the run id" in reply.error.reason
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"unknown.jsonl"}
+    assert len(ledger("unknown")) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"kind": "upload"}, "'upload' is unknown"), ({"splits": "val train"}, "'train' is unknown")],
+)
+def test_an_unknown_kind_or_split_is_refused_in_words(at_a_site, values, said):
+    send, _ = at_a_site
+    site = send.site
+    task = task_for(tiny_workplace(settings_with(), site.state_dir).manifest, settings_with(), **values)
+    message = Message(RecordDict({"task": wire.ConfigRecord(vars(task))}), 7, "train")
+    assert said in handle(site, message).error.reason
+
+
+def test_a_message_that_is_none_of_ours_is_refused_in_words(at_a_site):
+    send, ledger = at_a_site
+    assert "not one of FaceFed's" in handle(send.site, Message(RecordDict({}), 7, "train")).error.reason
+    assert len(ledger("unknown")) == 1
+
+
+def test_the_last_task_leaves_its_mark_for_flower_client(at_a_site):
+    send, _ = at_a_site
+    send(kind="evaluate")
+    assert not (send.site.state_dir / "last-task").exists()
+    send(kind="evaluate", last=True)
+    assert (send.site.state_dir / "last-task").read_text() == "run-1"
+
+
+def test_a_loss_that_is_not_finite_is_an_error_reply_that_names_the_step(at_a_site):
+    send, _ = at_a_site
+    bad = np.full_like(send.shared, 1e30)
+    assert "at epoch 1, step 1 of 3; lower training.lr" in send(model=bad).error.reason

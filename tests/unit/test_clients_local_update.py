@@ -1,0 +1,230 @@
+"""One client's part of a round: what may leave, what is repeatable, and what each strategy adds."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from flwr.common.serde import recorddict_to_proto
+from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny_workplace
+
+from clients.local_update import evaluate_global, join, train
+from common import wire
+from common.errors import CheckpointError, ReplyRefused, TrainingFailed
+from common.parameters import flatten
+from common.wire import TRAIN_FIELDS
+
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
+# Sixteen bytes that nothing else in a reply has; positive, since variances are among what is marked.
+MARKER = np.float32([1.2345671, 0.7654321, 3.1415901, 2.7182801])
+NORMALISATIONS = pytest.mark.parametrize("normalisation", ["shared", "private"])
+
+
+def workplace_in(folder, **values):
+    workplace = tiny_workplace(settings_with(**values), folder)
+    return workplace, flatten(workplace.recogniser.state_dict(), workplace.manifest)
+
+
+def task_of(workplace, **values):
+    return task_for(workplace.manifest, workplace.settings, **values)
+
+
+def on_the_wire(reply):
+    """The whole content of the reply as the bytes that Flower sends."""
+    return recorddict_to_proto(wire.reply_content(reply)).SerializeToString()
+
+
+def first_bytes(tensor):
+    return tensor.detach().reshape(-1)[:4].numpy().tobytes()
+
+
+def timeless(reply):
+    """The reply without the seconds that it took."""
+    return (
+        reply.num_examples,
+        {name: value for name, value in reply.train.items() if "seconds" not in name},
+        {split: (dict(sums.closed), sums.pairs.tobytes()) for split, sums in reply.evaluations.items()},
+        None if reply.change is None else reply.change.tobytes(),
+    )
+
+
+# ---- what leaves
+
+
+@NORMALISATIONS
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_path, normalisation, kind):
+    """Weights and biases that are private are frozen here, so the marker stays in them while the rest is trained."""
+    workplace, shared = workplace_in(tmp_path, model__normalisation=normalisation)
+    state = workplace.recogniser.state_dict()
+    for name, parameter in workplace.recogniser.named_parameters():
+        parameter.requires_grad_(name not in workplace.private)
+    for name in workplace.private:
+        for tensor in (state[name], workplace.fresh[name]):
+            tensor.copy_(torch.from_numpy(np.resize(MARKER, tensor.shape)))
+    reply = (train if kind == "train" else evaluate_global)(workplace, task_of(workplace, kind=kind), shared)
+    sent = on_the_wire(reply)
+    assert MARKER.tobytes() == first_bytes(state["head.weight"])  # it was there to the end
+    if kind == "train":
+        assert np.any(reply.change)
+        kept = next((tmp_path / "alpha" / "private" / "run-1").glob("round-000001*")).read_bytes()
+        assert MARKER.tobytes() in kept  # and this search finds it where it may be
+    for number in MARKER:
+        assert number.tobytes() not in sent
+
+
+@NORMALISATIONS
+def test_the_change_is_exactly_as_long_as_the_shared_parameters(tmp_path, normalisation):
+    """float32 of the shared names and a numpy header of 128 bytes; nothing fits beside them."""
+    workplace, shared = workplace_in(tmp_path, model__normalisation=normalisation)
+    state = workplace.recogniser.state_dict()
+    before = {name: state[name].clone() for name in workplace.private}
+    reply = train(workplace, task_of(workplace), shared)
+    num_shared = sum(t.numel() for name, t in state.items() if t.is_floating_point() and name not in workplace.private)
+    content = wire.reply_content(reply)
+    assert reply.change.nbytes == workplace.manifest.num_bytes == 4 * num_shared
+    assert len(content["arrays"]["change"].data) == 128 + 4 * num_shared
+    assert set(content["arrays"]) == {"change", "val-pairs", "test-pairs"}
+    sent = on_the_wire(reply)
+    assert first_bytes(torch.from_numpy(reply.change)) in sent
+    for name in workplace.private:
+        assert first_bytes(state[name]) not in sent, name
+        assert first_bytes(state[name] - before[name]) not in sent, name
+
+
+def test_the_reply_counts_what_was_done(tmp_path):
+    """24 pictures in batches of 8 are 3 steps an epoch."""
+    workplace, shared = workplace_in(tmp_path, federation__local_epochs=2)
+    reply = train(workplace, task_of(workplace), shared)
+    assert reply.num_examples == NUM_TRAINING_PICTURES
+    assert set(reply.train) == set(TRAIN_FIELDS)
+    assert (reply.train["num_pictures"], reply.train["num_steps"]) == (2 * NUM_TRAINING_PICTURES, 6)
+    assert reply.evaluations["val"].closed["num_examples"] == 6
+    assert reply.evaluations["test"].pairs.sum(1).tolist() == [9, 27]  # 3 people of 3: 3 * 3 and 3 * 9 pairs
+
+
+def test_joining_tells_counts_and_digests_only(tmp_path):
+    workplace, _ = workplace_in(tmp_path)
+    told = vars(join(workplace))
+    assert (told["num_people"], told["num_pictures"], told["num_training_people"]) == (12, 54, 6)
+    assert told["num_training_pictures"] == NUM_TRAINING_PICTURES
+    assert not [value for value in told.values() if str(tmp_path) in str(value) or "alpha-" in str(value)]
+
+
+# ---- what is repeatable
+
+
+@NORMALISATIONS
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_repeated_round_gives_the_same_bytes(tmp_path, normalisation, optimiser):
+    """The same process repeats round 1, then 2; another process repeats 2 from the disk."""
+    values = {"model__normalisation": normalisation, "training__optimiser": optimiser, "model__dropout": 0.2}
+    workplace, shared = workplace_in(tmp_path, **values)
+    one, two = task_of(workplace), task_of(workplace, server_round=2)
+    first = timeless(train(workplace, one, shared))
+    assert timeless(train(workplace, one, shared)) == first
+    second = timeless(train(workplace, two, shared))
+    assert second != first
+    assert timeless(train(workplace, two, shared)) == second
+    other, _ = workplace_in(tmp_path, **values)
+    assert timeless(train(other, two, shared)) == second
+
+
+def test_a_failed_round_leaves_nothing_behind(tmp_path):
+    workplace, shared = workplace_in(tmp_path)
+    with pytest.raises(TrainingFailed, match="the loss is nan"):
+        train(workplace, task_of(workplace), np.full_like(shared, 1e30))
+    again = timeless(train(workplace, task_of(workplace), shared))
+    other, _ = workplace_in(tmp_path / "elsewhere")
+    assert again == timeless(train(other, task_of(other), shared))
+
+
+def test_a_client_whose_state_was_lost_goes_on_with_a_fresh_head(tmp_path):
+    """Whether the process that answers is new, or still holds a head from before: the bytes are the same."""
+    resident, shared = workplace_in(tmp_path / "a")
+    train(resident, task_of(resident), shared)
+    shutil.rmtree(resident.state_folder("run-1"))
+    newcomer, _ = workplace_in(tmp_path / "b")
+    task = task_of(resident, server_round=2)
+    assert timeless(train(resident, task, shared)) == timeless(train(newcomer, task, shared))
+
+    shutil.rmtree(resident.state_folder("run-1"))
+    asked = task_of(resident, kind="evaluate", server_round=2)
+    fresh, _ = workplace_in(tmp_path / "c")
+    assert timeless(evaluate_global(resident, asked, shared)) == timeless(evaluate_global(fresh, asked, shared))
+
+
+def test_the_kept_states_are_the_first_the_best_and_the_last_two(tmp_path):
+    workplace, shared = workplace_in(tmp_path, federation__rounds=6)
+    for number in range(1, 7):
+        train(workplace, task_of(workplace, server_round=number, best_round=2 if number > 3 else 0), shared)
+    kept = sorted(int(path.stem[-6:]) for path in workplace.state_folder("run-1").iterdir())
+    assert kept == [0, 2, 5, 6]
+
+
+def test_a_state_of_another_run_is_not_touched(tmp_path):
+    workplace, shared = workplace_in(tmp_path)
+    train(workplace, task_of(workplace), shared)
+    kept = {path: path.read_bytes() for path in workplace.state_folder("run-1").iterdir()}
+    train(workplace, task_of(workplace, run_id="run-2"), shared)
+    assert {path: path.read_bytes() for path in workplace.state_folder("run-1").iterdir()} == kept
+
+
+def test_evaluating_changes_nothing(tmp_path):
+    workplace, shared = workplace_in(tmp_path)
+    train(workplace, task_of(workplace), shared)
+    asked = task_of(workplace, kind="evaluate", server_round=1)
+    first = evaluate_global(workplace, asked, shared)
+    assert timeless(first) == timeless(evaluate_global(workplace, asked, shared))
+    assert (first.change, dict(first.train)) == (None, {})
+    assert flatten(workplace.recogniser.state_dict(), workplace.manifest).tobytes() == shared.tobytes()
+
+
+# ---- what each strategy adds
+
+
+def test_fedprox_with_mu_0_is_fedavg_bit_for_bit_and_with_more_is_not(tmp_path):
+    changes = {}
+    for strategy, mu in (("fedavg", 0.7), ("fedprox", 0.0), ("fedprox", 0.7)):
+        workplace, shared = workplace_in(
+            tmp_path / f"{strategy}-{mu}", federation__strategy=strategy, federation__proximal_mu=mu
+        )
+        changes[strategy, mu] = train(workplace, task_of(workplace), shared)
+    assert timeless(changes["fedprox", 0.0]) == timeless(changes["fedavg", 0.7])
+    pulled, free = changes["fedprox", 0.7].change, changes["fedavg", 0.7].change
+    assert pulled.tobytes() != free.tobytes()
+
+
+def test_the_proximal_term_holds_the_model_near_the_received_one_and_spares_the_head(tmp_path, monkeypatch):
+    """It is given the trainable shared parameters: no head, no buffer, and with private normalisation no scale."""
+    for normalisation in ("shared", "private"):
+        given = []
+        monkeypatch.setattr("clients.local_update.proximal", lambda p, mu, given=given: given.append((p, mu)))
+        workplace, shared = workplace_in(
+            tmp_path / normalisation,
+            federation__strategy="fedprox",
+            federation__proximal_mu=0.3,
+            model__normalisation=normalisation,
+        )
+        train(workplace, task_of(workplace), shared)
+        [(parameters, mu)] = given
+        named = {id(p): name for name, p in workplace.recogniser.named_parameters()}
+        assert mu == 0.3
+        assert {named[id(p)] for p in parameters} == set(named.values()) - set(workplace.private)
+
+
+@pytest.mark.parametrize("manifest", ["", "0" * 64])
+def test_a_model_of_another_layout_is_refused(tmp_path, manifest):
+    workplace, shared = workplace_in(tmp_path)
+    with pytest.raises(ReplyRefused, match="is not this client's"):
+        train(workplace, task_of(workplace, manifest=manifest), shared)
+    with pytest.raises(ReplyRefused, match="is not this client's"):
+        train(workplace, task_of(workplace), None)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), ()])
+def test_a_buffer_of_another_length_is_refused(tmp_path, shape):
+    workplace, _ = workplace_in(tmp_path)
+    with pytest.raises(CheckpointError, match="is not this model's"):
+        train(workplace, task_of(workplace), np.zeros(shape, dtype=np.float32))
