@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(num_features, embedding_size, bias=False)  # what follows subtracts any bias
         self.normalisation = nn.BatchNorm1d(embedding_size, affine=False)
-        nn.init.normal_(self.linear.weight, std=num_features**-0.5)
+        nn.init.normal_(self.linear.weight, std=(3 * num_features) ** -0.5)  # PyTorch's own scale for linear layers
 
     def forward(self, pictures: Tensor) -> Tensor:
         """pictures: [B, 3, H, W] float in [-1, 1], RGB.  Returns the raw embedding [B, D]; B > 1 while training."""
