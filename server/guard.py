@@ -28,16 +28,6 @@ def read_site(message: Message) -> Site:
     return site
 
 
-def read_reply(message: Message, splits: str) -> Reply:
-    """`wire.read_reply`, for which every failure is the client's.  Raises ReplyRefused."""
-    try:
-        return wire.read_reply(message, splits)
-    except ReplyRefused:
-        raise
-    except Exception as error:  # decoding foreign bytes raises whatever numpy and zipfile can raise
-        raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
-
-
 def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
     """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round and model."""
     _check_origin(reply, server_round, manifest)

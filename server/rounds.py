@@ -16,7 +16,7 @@ from common.precision import threads_for
 from common.wire import Reply, Task
 from server.aggregate import WeightedChange
 from server.checkpointing import RunCheckpoints
-from server.guard import check_evaluation_reply, check_train_reply, read_reply
+from server.guard import check_evaluation_reply, check_train_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
 from server.record import Record
@@ -152,7 +152,7 @@ class Federation:
         message = self.patience.until(lambda: self.mailbox.receive(message_id), deadline)
         if message is None:
             raise ReplyRefused(f"no answer within {self.settings.federation.round_timeout_s:g} s")
-        reply = read_reply(message, task.splits)
+        reply = wire.read_reply(message, task.splits)
         if change is None:
             check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
             return reply

@@ -12,8 +12,8 @@ from tiny_federation import MANIFEST, reply_to, site_named, sums_with
 from common import wire
 from common.errors import ReplyRefused
 from common.metrics.verification import NUM_BINS
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, SplitSums, Task
-from server.guard import check_evaluation_reply, check_train_reply, read_reply, read_site
+from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, SplitSums, Task, read_reply
+from server.guard import check_evaluation_reply, check_train_reply, read_site
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -172,6 +172,26 @@ def test_an_error_reply_carries_the_clients_line():
 
 
 # ---- anything at all
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"noise",
+        b"PK\x05\x06" + b"\0" * 18,  # an empty zip: numpy opens it as an archive, which has no dtype
+        b"PK\x03\x04broken",
+        b"\x80\x04K.",  # a pickle
+        b"\x93NUMPY\x01\x00\x05\x00{'a':",
+        b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999999,)}",
+    ],
+)
+def test_bytes_that_are_no_array_are_refused(data):
+    content = content_of(good())
+    content["arrays"]["change"] = Array(dtype="float32", shape=(7,), stype="numpy.ndarray", data=data)
+    with pytest.raises(ReplyRefused, match="change"):
+        read_reply(message_with(content), "val test")
+
 
 numbers = st.one_of(st.integers(-3, 60), st.floats(), st.integers(), st.lists(st.integers(0, 9), max_size=2))
 blobs = st.one_of(
