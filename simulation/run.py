@@ -4,6 +4,7 @@ Flower's public `run_simulation` warns that it is deprecated; the engine behind 
 used, and a test pins it.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation.run_simulation import _run_simulation
 from flwr.supercore.telemetry import EventType
+from ray._private.state import actors
+from ray._private.worker import global_worker
 
 from clients.app import build_client_app
 from clients.site import SiteSettings
@@ -24,6 +27,7 @@ from common.config import Settings
 from common.console import stopping_on_signals
 from common.errors import EXIT_FAILED, CheckpointError
 from common.events import OUTCOME_FILE
+from common.processes import be_killed_with_parent
 from common.runtime import num_cores
 from common.version import git_commit
 from server.app import Surroundings, federate
@@ -56,6 +60,7 @@ def _start_ray(num_gpus: int) -> None:
         logging_level=logging.ERROR,
         configure_logging=False,
         _node_ip_address="127.0.0.1",
+        _system_config={"worker_niceness": 0},  # the clients are the work, not something beside it
     )
 
 
@@ -75,14 +80,26 @@ def _server_app(settings: Settings, run_folder: Path, num_clients: int, stop: th
                 git_commit=git_commit(),
             ),
         )
+        _end_actors()
 
     return server_app
+
+
+def _end_actors() -> None:
+    """The run is over, and the engine would wait for an actor that still trains, for minutes after Ctrl-C.
+
+    Ray's public `ray.kill` wants handles, which the engine keeps to itself; a killed process would be reported loudly.
+    """
+    for actor_id in actors():
+        with contextlib.suppress(ray.exceptions.RayError):
+            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)  # noqa: FBT003 - for good
 
 
 def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources) -> None:
     table = tuple(sites)
 
-    def find_site(context: Context) -> SiteSettings:
+    def find_site(context: Context) -> SiteSettings:  # runs in Ray's actors
+        be_killed_with_parent()  # an actor that trains outlives Ray's shutdown by minutes
         return table[int(context.node_config["partition-id"])]
 
     config: dict[str, Any] = {"client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}}
