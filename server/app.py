@@ -95,8 +95,8 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     try:
         tracked = begin_tracking(settings, folder, surroundings.git_commit)
         summary = _federate(settings, mailbox, surroundings, tracked, events)
-        status, exit_code = "FINISHED", EXIT_DONE
         events.emit("finished", **summary)
+        status, exit_code = "FINISHED", EXIT_DONE
     except FaceFedError as error:
         exit_code, line = error.exit_code, str(error)
         status = "KILLED" if isinstance(error, InterruptedRun) else "FAILED"
