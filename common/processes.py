@@ -38,6 +38,12 @@ def _die_with_parent() -> None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def be_killed_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it ends (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start(
     command: Sequence[str], *, environment: Mapping[str, str], output: IO[bytes] | int
 ) -> subprocess.Popen[bytes]:
