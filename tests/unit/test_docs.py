@@ -1,0 +1,131 @@
+"""The documents say what the programs do: commands parse, links lead somewhere, settings and metrics exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import clients.cli
+import server.cli
+import simulation.cli
+from common import config
+from common.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PARSERS = {
+    "flower-server": server.cli.parser,
+    "flower-client": clients.cli.parser,
+    "flower-simulation": simulation.cli.simulation_parser,
+    "facefed": simulation.cli.facefed_parser,
+}
+OTHER_PROGRAMS = ("make", "python", "mlflow", "source", ".venv/bin/pre-commit", ".venv/bin/python")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECTIONS = "|".join(config.to_mapping(Settings()))
+SETTING = re.compile(rf"(?<![\w./])(({SECTIONS})\.[a-z_]+)(?![\w/])")
+
+
+def commands(text):
+    """The command lines of the code blocks that name no language; variables set before a program are left out."""
+    lines = [line for language, block in FENCE.findall(text) if not language for line in block.splitlines()]
+    return [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for line in lines if line.strip()]
+
+
+ALL_COMMANDS = [(path.name, line) for path in DOCUMENTS for line in commands(path.read_text(encoding="utf-8"))]
+OUR_COMMANDS = [line for _, line in ALL_COMMANDS if line.split()[0] in PARSERS]
+
+
+def prose(text):
+    """The text without its code blocks."""
+    return FENCE.sub("", text)
+
+
+def test_every_program_has_a_command_in_the_readme():
+    assert {line.split()[0] for line in commands(README)} >= {*PARSERS, "make"}
+
+
+@pytest.mark.parametrize(("document", "line"), ALL_COMMANDS)
+def test_every_command_begins_with_a_program_that_is_there(document, line):
+    words = line.split()
+    assert words[0] in PARSERS or words[0] in OTHER_PROGRAMS, f"{document}: {line}"
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= targets
+    if words[0].endswith("python") and words[1] == "-m" and words[2] != "pytest":
+        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("line", OUR_COMMANDS)
+def test_every_command_parses(line):
+    program, *arguments = shlex.split(line, comments=True)
+    parsed = vars(PARSERS[program]().parse_args(arguments))
+    if parsed.get("config"):
+        assert config.find_config(parsed["config"]).is_file()
+
+
+@pytest.mark.parametrize("line", OUR_COMMANDS)
+def test_a_flag_that_no_program_knows_would_be_seen(line):
+    program, *arguments = shlex.split(line, comments=True)
+    with pytest.raises(SystemExit) as end:
+        PARSERS[program]().parse_args([*arguments, "--no-such-flag"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(path):
+    targets = [target for target in LINK.findall(path.read_text(encoding="utf-8")) if "://" not in target]
+    missing = [target for target in targets if not (path.parent / target.partition("#")[0]).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_in_code_marks_exists(path):
+    """`common/wire.py`, `configs/`, ...: paths below the packages, as they stand in the documents."""
+    tops = ("common/", "server/", "clients/", "simulation/", "configs/", "tests/", "bench/", "docs/")
+    named = re.findall(r"`([\w./-]+)`", prose(path.read_text(encoding="utf-8")))
+    paths = [word for word in named if word.startswith(tops) and "NAME" not in word]
+    assert not [word for word in paths if not (ROOT / word).exists()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_setting_named_exists(path):
+    known = {f"{section}.{key}" for section, values in config.to_mapping(Settings()).items() for key in values}
+    named = {found[0] for found in SETTING.findall(prose(path.read_text(encoding="utf-8")))}
+    assert not {name for name in named if not name.endswith(".py")} - known
+
+
+def test_the_readme_names_settings_and_only_flags_that_exist(capsys):
+    """The numbers are there so that no test here passes for want of anything to look at."""
+    assert len({found[0] for found in SETTING.findall(README)}) > 10
+    with pytest.raises(SystemExit):
+        simulation.cli.facefed_parser().parse_args(["train", "local", "--help"])
+    texts = [capsys.readouterr().out, *(parser().format_help() for parser in PARSERS.values())]
+    known = {flag for text in texts for flag in re.findall(r"--[a-z_-]+", text)}
+    named = set(re.findall(r"`(--[a-z-]+)", prose(README)))
+    assert len(named) > 10
+    assert named - known <= {"--resume"}, "only --resume is named without being there, under 'Not yet'"
+
+
+def test_every_metric_that_is_logged_stands_in_the_metrics_page():
+    """The names as the code spells them; those made of parts are listed here as they come out."""
+    page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    source = "".join(
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("server/rounds.py", "server/record.py", "server/scores.py", "simulation/baselines.py")
+    )
+    spelt = set(re.findall(r'"((?:round|wait|exchange|aggregate|checkpoint|epoch|train|evaluate)_[a-z]+)"', source))
+    spelt |= {"bytes_down", "bytes_up", "refused_replies", "best_round", "best_val_auc", "gradient_norm"}
+    spelt |= {"images_per_second", "learning_rate", "val_loss", "val_acc", "val_roc_auc"}
+    spelt |= {f"round_{split}_{name}" for split in ("val", "test") for name in ("loss", "acc", "auc", "eer")}
+    spelt |= {f"test_{name}" for name in ("accuracy", "loss", "precision", "recall", "f1", "roc_auc", "eer")}
+    spelt |= {f"test_tar_at_far_1e-{digits}" for digits in (1, 2, 3)}
+    assert len(spelt) > 30
+    assert not sorted(name for name in spelt if f"`{name}`" not in page)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_figure_is_left_open(path):
+    assert not re.findall(r"@@\w+@@", path.read_text(encoding="utf-8"))
