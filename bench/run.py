@@ -63,8 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celeba-lists", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         draw(folder / "data")
         jobs: dict[str, Callable[[], object]] = {
             f"draw {NUM_PEOPLE * NUM_PICTURES} pictures, one core": lambda: draw(folder / "drawn"),

@@ -14,9 +14,9 @@ from clients.egress import record_egress
 from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
 from clients.site import SiteSettings
 from common import wire
-from common.errors import FaceFedError, ReplyRefused
+from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.evaluation import SPLITS
-from common.events import LAST_TASK_FILE
+from common.events import LAST_TASK_FILE, SHOWN
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
@@ -71,6 +71,14 @@ def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None) 
     return wire.reply_content(work(workplace, task, shared))
 
 
+def _public_reason(error: FaceFedError) -> str:
+    """What the server may read of a failure: lines about data and files hold this site's paths, and maybe names."""
+    if isinstance(error, DataError | CheckpointError):
+        kind = "data" if isinstance(error, DataError) else "state"
+        return f"its {kind} cannot be used; the client's own output says why."
+    return str(error)
+
+
 def handle(site: SiteSettings, message: Message) -> Message:
     """Answer one message; a failure that we understand becomes an error reply of one line, in the ledger as well."""
     task = NO_TASK
@@ -81,8 +89,8 @@ def handle(site: SiteSettings, message: Message) -> Message:
         task = given
         content = _answer(site, task, shared)
     except FaceFedError as error:
-        log.warning("%s: %s", site.name, error)
-        reason = f"{site.name}: {error}"
+        log.warning("%s%s: %s", SHOWN, site.name, error)
+        reason = f"{site.name}: {_public_reason(error)}"
         record_egress(ledger, site.name, task, reason)
         return wire.error_message(reason, message)
     record_egress(ledger, site.name, task, content)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import LOG_LEVELS
+from common.config import CLIENT_NAME, LOG_LEVELS
 from common.console import counts, run_program, set_up_logging, stopping_on_signals
 from common.errors import UserError
 from common.processes import is_loopback, parse_address
@@ -54,6 +54,11 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         raise UserError(f"--log-level {arguments.log_level}: choose {', '.join(LOG_LEVELS)}.")
     if not arguments.connect_timeout > 0:
         raise UserError(f"--connect-timeout {arguments.connect_timeout:g} must be greater than 0.")
+    name = arguments.name or arguments.dataset
+    if not CLIENT_NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'."
+        )
     host, port = parse_address(arguments.server, "--server")
     if not (is_loopback(host) or arguments.insecure):
         raise UserError(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from clients.site import SiteSettings
-from common.errors import InterruptedRun, UserError
-from common.events import LAST_TASK_FILE
+from common.errors import FaceFedError, InterruptedRun, UserError
+from common.events import LAST_TASK_FILE, SHOWN
 from common.processes import can_connect, child_environment, free_port, start, stop
 
 log = logging.getLogger("facefed.client")
@@ -52,7 +52,7 @@ class Launch:
         """Serve until stopped, or with `once` until a run is over.
 
         Raises UserError when the server was never reached within the connect timeout or the state folder is in use;
-        InterruptedRun when stopped.
+        InterruptedRun when stopped; with `once` FaceFedError when the server goes in the middle of a run.
         """
         self._site.state_dir.mkdir(parents=True, exist_ok=True)
         with (self._site.state_dir / "lock").open("w") as lock:
@@ -93,6 +93,8 @@ class Launch:
             started = time.monotonic()
             if self._one_supernode():
                 return
+            if self._options.once and self._round:
+                raise FaceFedError(f"the server went in round {self._round}, before the run was over.")
             # A SuperNode ends when its server goes; the next server does not know it, so it starts afresh.
             pause = FIRST_PAUSE_S if time.monotonic() - started > LONGEST_PAUSE_S else min(pause * 2, LONGEST_PAUSE_S)
             if self._stop.wait(pause):
@@ -162,7 +164,9 @@ class Launch:
         found = ROUND.search(line)
         if found:
             self._round = found.group(2)
-        if "SuperNode ID:" in line:
+        if SHOWN in line:
+            self._say(line.partition(SHOWN)[2].strip())
+        elif "SuperNode ID:" in line:
             self._say(f"connected to {self._options.host}:{self._options.port}")
         elif "Receiving: train" in line:
             self._say(f"round {self._round}: training")

@@ -18,6 +18,7 @@ from torch import Tensor
 from clients.private_state import load_private, prune, save_private
 from clients.site import SiteSettings
 from common import config
+from common.checkpoints import write_tensors
 from common.config import Settings
 from common.errors import ReplyRefused
 from common.evaluation import EvaluationSums, evaluate
@@ -218,6 +219,8 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
     compute, _ = _receive(workplace, task, shared)
     _restore_private(workplace, task.run_id, task.server_round, None)
+    if task.last and workplace.settings.model.normalisation == "private":
+        _export(workplace, task)
     return Reply(
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
@@ -226,6 +229,13 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
         evaluations=_evaluate(workplace, task, compute),
         change=None,
     )
+
+
+def _export(workplace: Workplace, task: Task) -> None:
+    """With private normalisation there is no single global model: each site keeps its own, whole, backbone."""
+    path = workplace.site.state_dir / "export" / f"{task.run_id}.safetensors"
+    backbone = {k: v for k, v in workplace.recogniser.state_dict().items() if k.startswith("backbone.")}
+    write_tensors(path, backbone, {"round": str(task.server_round), "backbone": workplace.settings.model.backbone})
 
 
 def read_settings(task: Task) -> Settings:

@@ -6,6 +6,7 @@ Every default and every allowed range stands here and nowhere else. All problems
 import dataclasses
 import json
 import math
+import re
 import tomllib
 import typing
 import unicodedata
@@ -19,6 +20,8 @@ STRATEGIES = ("fedavg", "fedprox")
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn")
 HEADS = ("softmax", "cosface", "arcface")
 ALIGNMENTS = ("landmarks", "box", "resize")
+# A client's name is shown on terminals and becomes part of folders, tags and metrics.
+CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

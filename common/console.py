@@ -237,7 +237,11 @@ def tracking_line(settings: Settings) -> str:
     if not settings.tracking.enabled:
         return "off; the record is spool.jsonl in the run folder"
     uri = shown_uri(settings.tracking.uri)
-    return f"{uri} (to look: mlflow ui --backend-store-uri {uri})" if uri.startswith("sqlite") else uri
+    return (
+        f"{uri} (to look: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri})"
+        if uri.startswith("sqlite")
+        else uri
+    )
 
 
 class Follower:

@@ -11,6 +11,7 @@ from typing import Any
 
 EVENTS_FILE = "events.jsonl"
 STOP_FILE = "stop"  # its presence asks the ServerApp to end the run
+SHOWN = "facefed: "  # opens a log line of the ClientApp that flower-client shows to its user
 LAST_TASK_FILE = "last-task"  # in a client's state folder: the run whose last task was answered
 OUTCOME_FILE = "outcome.json"  # {"exit_code": 0, "line": ""}, written when the run is over
 
@@ -24,7 +25,7 @@ class EventLog:
         self.path = folder / EVENTS_FILE
 
     def emit(self, kind: str, **values: object) -> None:
-        """kind: joined | waiting | refused | round | scored | warning | finished | failed; values: plain JSON."""
+        """kind: joined, waiting, members, refused, round, scored, saving, warning, finished or failed; values: JSON."""
         line = json.dumps({"kind": kind, "time": time.time(), **values})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

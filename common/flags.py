@@ -11,6 +11,7 @@ from pathlib import Path
 from common import config
 from common.config import Settings
 from common.errors import ConfigError
+from common.runtime import tracking_uri_of_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +95,14 @@ def _value_of(name: str, text: str) -> object:
 
 
 def read_run_settings(arguments: argparse.Namespace, *, default_config: str | None = None) -> Settings:
-    """Settings of the configuration with the command line's flags laid over it.  Raises ConfigError."""
+    """Settings of the configuration, over it MLFLOW_TRACKING_URI, over that the flags.  Raises ConfigError."""
     name = arguments.config or default_config
     if name == "default":
         name = default_config
     path: Path | None = config.find_config(name) if name else None
     overrides: dict[tuple[str, str], object] = {}
+    if tracking_uri_of_environment():
+        overrides[("tracking", "uri")] = tracking_uri_of_environment()
     for dotted, text in vars(arguments).items():
         section, dot, key = dotted.partition(".")
         if dot and text is not None:

@@ -46,6 +46,11 @@ def go_silent() -> None:
         os.environ.setdefault(name, value)
 
 
+def tracking_uri_of_environment() -> str:
+    """MLflow's own variable MLFLOW_TRACKING_URI, or "" where it is not set."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def num_cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

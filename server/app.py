@@ -61,7 +61,9 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> 
     """Register the best, then the last, global model; returns what was registered, for the summary."""
     settings = federation.settings
     if settings.model.normalisation == "private":
-        return ["none: with private normalisation there is no single global model"]
+        return [
+            "none: with private normalisation there is no single global model; each client keeps its own in export/"
+        ]
     if not settings.tracking.enabled:
         return []
     name = f"{settings.model.backbone}_federated_{settings.federation.strategy}"

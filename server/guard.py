@@ -1,13 +1,13 @@
 """Checks of what clients send before it touches the run; each refusal says what was wrong."""
 
 import math
-import re
 from collections.abc import Mapping
 
 import numpy as np
 from flwr.app import Message
 
 from common import wire
+from common.config import CLIENT_NAME
 from common.errors import ReplyRefused
 from common.parameters import Manifest
 from common.wire import TRAIN_FIELDS, Reply, Site, SplitSums
@@ -15,13 +15,12 @@ from server.scores import INTEGER_SUMS
 
 LARGEST_CHANGE = 1e30  # weighted by up to 1e8 pictures and added, the sum is still finite in float32 (3.4e38)
 LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
-NAME = re.compile(r"\w[\w .-]{0,63}")  # a name is shown on terminals and becomes part of tags and file names
 
 
 def read_site(message: Message) -> Site:
     """`wire.read_site`, with a name that can be shown and kept.  Raises ReplyRefused."""
     site = wire.read_site(message)
-    if not NAME.fullmatch(site.name):
+    if not CLIENT_NAME.fullmatch(site.name):
         raise ReplyRefused(
             f"the name {site.name!r} cannot be used; give --name of 1 to 64 letters, digits, spaces, '.', '_' or '-'"
         )

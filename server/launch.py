@@ -118,14 +118,17 @@ class Launch:
         return int(answer["run-id"])
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            ["flwr", *arguments],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=SUBMIT_WITHIN_S,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                ["flwr", *arguments],
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=SUBMIT_WITHIN_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise FaceFedError(f"flwr {arguments[0]} did not end within {SUBMIT_WITHIN_S:g} s.") from None
         try:
             answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
@@ -161,7 +164,7 @@ class Launch:
     def _status(self, flower_run: int) -> str:
         try:
             runs = self._flwr("ls", CONNECTION, "--run-id", str(flower_run), "--format", "json").get("runs", [])
-        except (FaceFedError, subprocess.TimeoutExpired) as error:
+        except FaceFedError as error:
             log.warning("the run's status is unknown: %s", error)
             return "unknown"
         return str(runs[0]["status"]) if runs else "unknown"

@@ -1,20 +1,17 @@
 """`--client NAME=DIR` and `--data-dir` -> site settings whose data were checked and packed at the door."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from clients.site import SiteSettings
-from common.config import Settings
+from common.config import CLIENT_NAME, Settings
 from common.console import PackProgress, counts
 from common.errors import UserError, unknown_name
 from common.faces.pack import FacePack, open_pack
 from common.faces.sources import DATASETS
 from common.runtime import num_cores, resolve_device
-
-_NAME = re.compile(r"\w[\w.-]*")  # it names folders, runs and metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ def parse_client(text: str) -> ClientOption:
     name, colon, dataset = label.partition(":")
     if not (equals and name and folder):
         raise UserError(f"--client {text}: write NAME=DIR or NAME:DATASET=DIR, for example celeba=data/celeba.")
-    if not _NAME.fullmatch(name):
+    if not CLIENT_NAME.fullmatch(name):
         raise UserError(f"--client {text}: the name {name!r} may hold letters, digits, '_', '-' and '.' only.")
     dataset = dataset if colon else name
     if dataset not in DATASETS:

@@ -34,7 +34,7 @@ def _rounds(last):
 
 
 def _clients(count, rounds):
-    return {f"site-{i}": [{"step": s, "train_loss": 9.0 / s, "val_roc_auc": 0.6 + s / 200} for s in range(1, rounds + 1)]
+    return {f"site-{i}": [{"step": s, "train_loss": 9 / s, "val_roc_auc": 0.6 + s / 200} for s in range(1, rounds + 1)]
             for i in range(1, count + 1)}  # fmt: skip
 
 
