@@ -131,7 +131,9 @@ def test_two_clients_of_one_name_are_the_users_mistake(tmp_path):
     assert "two clients claim the name 'alpha'" in outcome["line"]
 
 
-def test_a_client_whose_pictures_cannot_be_opened_says_so_to_the_server(tmp_path, monkeypatch):
+def test_a_client_whose_pictures_cannot_be_opened_tells_the_server_that_but_not_where_they_are(
+    tmp_path, monkeypatch, caplog
+):
     from common.errors import DataError
 
     def no_pictures(*_args, **_named):
@@ -140,4 +142,6 @@ def test_a_client_whose_pictures_cannot_be_opened_says_so_to_the_server(tmp_path
     monkeypatch.setattr(clients.local_update, "open_pack", no_pictures)
     outcome, _ = federation(tmp_path)
     assert outcome["exit_code"] == 1
-    assert "alpha: data/beta holds no pictures" in outcome["line"]
+    assert "alpha: its data cannot be used" in outcome["line"]
+    assert "data/beta" not in outcome["line"]
+    assert "data/beta holds no pictures" in caplog.text  # the site's own log says it

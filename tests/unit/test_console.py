@@ -287,7 +287,9 @@ def test_the_tracking_line_tells_how_to_look_and_no_password():
         return console.tracking_line(settings)
 
     assert line(enabled=False) == "off; the record is spool.jsonl in the run folder"
-    assert line(uri="sqlite:////a.db") == "sqlite:////a.db (to look: mlflow ui --backend-store-uri sqlite:////a.db)"
+    assert line(uri="sqlite:////a.db") == "sqlite:////a.db " + (
+        "(to look: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri sqlite:////a.db)"
+    )
     assert line(uri="http://me:secret@host:5000") == "http://***@host:5000"
 
 

@@ -144,3 +144,9 @@ def test_flags_can_be_left_out():
     add_run_settings(parser, without=("--epochs",))
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         parser.parse_args(["--epochs", "3"])
+
+
+def test_mlflows_own_variable_is_read_and_a_flag_wins(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5999")
+    assert read().tracking.uri == "http://127.0.0.1:5999"
+    assert read("--tracking-uri", "sqlite:///other.db").tracking.uri == "sqlite:///other.db"

@@ -43,7 +43,7 @@ def test_an_unknown_data_set_suggests_the_nearest():
         parse_client("mine:=data")
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", ".", "..", "a b", "a\n", "-x"])
+@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", ".", "..", "a\n", "-x"])
 def test_a_name_cannot_leave_its_folder(name):
     """It names the folder of the client's state, its run and its metrics."""
     with pytest.raises(UserError, match="may hold letters, digits"):
