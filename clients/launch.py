@@ -54,8 +54,7 @@ class Launch:
         Raises UserError when the server was never reached within the connect timeout or the state folder is in use;
         InterruptedRun when stopped; with `once` FaceFedError when the server goes in the middle of a run.
         """
-        self._site.state_dir.mkdir(parents=True, exist_ok=True)
-        with (self._site.state_dir / "lock").open("w") as lock:
+        with self._open_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -65,6 +64,14 @@ class Launch:
             self._last_task().unlink(missing_ok=True)
             self._wait_for_server(self._options.connect_timeout_s)
             self._serve()
+
+    def _open_lock(self) -> IO[str]:
+        folder = self._site.state_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return (folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"--state-dir {folder} cannot be written: {error.strerror}; choose another.") from None
 
     def _last_task(self) -> Path:
         return self._site.state_dir / LAST_TASK_FILE

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import config
-from common.config import Settings
 from common.console import (
     Follower,
     RunView,
@@ -19,7 +17,7 @@ from common.console import (
 from common.errors import UserError
 from common.events import EventReader
 from common.flags import add_run_settings, read_run_settings
-from common.processes import is_loopback, parse_address
+from common.processes import is_loopback, parse_address, require_free_port
 from common.runtime import go_silent
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
@@ -32,8 +30,14 @@ def parser() -> argparse.ArgumentParser:
     )
     group = program.add_argument_group("this server")
     group.add_argument("--address", default="127.0.0.1:8000", metavar="HOST:PORT", help="where clients connect")
-    group.add_argument("--min-clients", type=int, metavar="N", help="clients to wait for, and replies a round needs")
-    group.add_argument("--join-timeout", type=float, metavar="S", help="seconds to wait for them")
+    # Named like the settings that they override, they are read and checked together with all others.
+    group.add_argument(
+        "--min-clients",
+        dest="federation.min_clients",
+        metavar="N",
+        help="clients to wait for, and replies a round needs",
+    )
+    group.add_argument("--join-timeout", dest="federation.join_timeout_s", metavar="S", help="seconds to wait for them")
     group.add_argument("--database", metavar="FILE", help="keep Flower's state in this file instead of in memory")
     group.add_argument(
         "--insecure",
@@ -44,16 +48,8 @@ def parser() -> argparse.ArgumentParser:
     return program
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
-    for key, value in (("min_clients", arguments.min_clients), ("join_timeout_s", arguments.join_timeout)):
-        if value is not None:
-            settings = config.with_value(settings, "federation", key, value)
-    return settings
-
-
 def _serve(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     host, port = parse_address(arguments.address, "--address")
     if not (is_loopback(host) or arguments.insecure):
         raise UserError(
@@ -67,6 +63,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.run_folder import new_run_folder
 
     settings = with_absolute_uri(settings, Path.cwd())
+    require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
+    if settings.model.pretrained != "none":
+        from server.app import initial_model
+
+        initial_model(settings)
     run_folder = new_run_folder(settings)
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
     launch = Launch(settings, ServerOptions(host=host, port=port, database=database), run_folder)

@@ -5,11 +5,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.config import Settings
+from common.errors import UserError
 
 
 def new_run_folder(settings: Settings) -> Path:
-    """Make the folder of a new run, absolute; the id sorts by time and is unique."""
+    """Make the folder of a new run, absolute; the id sorts by time and is unique.
+
+    Raises UserError when it cannot be made.
+    """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(settings.run.out).expanduser().resolve() / f"{stamp}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {settings.run.out}: no folder can be made there: {error.strerror}.") from None
     return folder

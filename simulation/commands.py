@@ -26,6 +26,7 @@ def federate_here(
     sites = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
     for site in sites:
         pack_at_the_door(site, settings, out)
+    _check_pretrained(settings)
     run_folder = new_run_folder(settings)
     from simulation.run import simulate
 
@@ -37,6 +38,14 @@ def federate_here(
     else:
         err.write(f"flower-simulation: {_failure(run_folder)}\n")
     return exit_code
+
+
+def _check_pretrained(settings: Settings) -> None:
+    """Weights that cannot be had are told before a run is begun that would be left behind.  Raises UserError."""
+    if settings.model.pretrained != "none":
+        from server.app import initial_model
+
+        initial_model(settings)
 
 
 def _failure(run_folder: Path) -> str:
@@ -58,6 +67,7 @@ def train_local(
         device = settings.training.device
     site = site_of(options[0], device=device, cache_dir=cache_dir, state_dir=state)
     pack = pack_at_the_door(site, settings, out)
+    _check_pretrained(settings)
     from simulation.baselines import run_local
 
     summary = run_local(settings, site, pack, out)
