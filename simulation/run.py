@@ -6,12 +6,14 @@ used, and a test pins it.
 
 import contextlib
 import logging
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -51,20 +53,31 @@ def resources_of_client(num_clients: int, *, num_gpus: int) -> Resources:
 
 
 def _start_ray(num_gpus: int) -> None:
-    """Our own `ray.init`, so that a failure to start is an exception here and not a hang inside the engine."""
-    ray.init(
-        num_cpus=num_cores(),
-        num_gpus=num_gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-        _system_config={"worker_niceness": 0},  # the clients are the work, not something beside it
-    )
+    """Our own `ray.init`, so that a failure to start is an exception here and not a hang inside the engine.
+
+    Ray's processes inherit a blocked SIGTERM: `timeout`, systemd and others send it to a whole process group, and
+    without its Ray the engine hangs for a minute and dies before the run's end is recorded. (Ray itself blocks SIGINT.)
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        ray.init(
+            num_cpus=num_cores(),
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _system_config={"worker_niceness": 0},  # the clients are the work, not something beside it
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def _server_app(settings: Settings, run_folder: Path, num_clients: int, stop: threading.Event) -> ServerApp:
+def _server_app(
+    settings: Settings, run_folder: Path, num_clients: int, stop: threading.Event, processes: list[psutil.Process]
+) -> ServerApp:
+    """processes: filled with Ray's when the run is over."""
     server_app = ServerApp()
 
     @server_app.main()
@@ -80,6 +93,7 @@ def _server_app(settings: Settings, run_folder: Path, num_clients: int, stop: th
                 git_commit=git_commit(),
             ),
         )
+        processes.extend(psutil.Process().children(recursive=True))
         _end_actors()
 
     return server_app
@@ -90,9 +104,15 @@ def _end_actors() -> None:
 
     Ray's public `ray.kill` wants handles, which the engine keeps to itself; a killed process would be reported loudly.
     """
+    core: Any = global_worker.core_worker  # type: ignore[attr-defined]
     for actor_id in actors():
         with contextlib.suppress(ray.exceptions.RayError):
-            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)  # noqa: FBT003 - for good
+            core.kill_actor(ray.ActorID.from_hex(actor_id), True)  # noqa: FBT003 - for good
+    for process in psutil.Process().children():
+        # Monitors, for which Ray's shutdown would wait a second each.
+        with contextlib.suppress(psutil.Error):
+            if process.name() not in ("raylet", "gcs_server"):
+                process.kill()
 
 
 def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources) -> None:
@@ -117,13 +137,17 @@ def simulate(settings: Settings, sites: Sequence[SiteSettings], run_folder: Path
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would repeat every client's error with a traceback
     num_gpus = 0 if all(site.device == "cpu" for site in sites) else _num_gpus()
     stop = threading.Event()
+    processes: list[psutil.Process] = []
     _start_ray(num_gpus)
     try:
         with stopping_on_signals(stop.set):
             resources = resources_of_client(len(sites), num_gpus=num_gpus)
-            _run_engine(_server_app(settings, run_folder, len(sites), stop), sites, resources)
+            _run_engine(_server_app(settings, run_folder, len(sites), stop, processes), sites, resources)
     finally:
         ray.shutdown()
+        for process in processes:  # idle workers outlive their Ray by seconds
+            with contextlib.suppress(psutil.Error):
+                process.kill()
     try:
         return int(read_json(run_folder / OUTCOME_FILE)["exit_code"])
     except CheckpointError:
