@@ -56,9 +56,7 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         raise UserError(f"--connect-timeout {arguments.connect_timeout:g} must be greater than 0.")
     name = arguments.name or arguments.dataset
     if not CLIENT_NAME.fullmatch(name):
-        raise UserError(
-            f"--name {name}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'."
-        )
+        raise UserError(f"--name {name}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'.")
     host, port = parse_address(arguments.server, "--server")
     if not (is_loopback(host) or arguments.insecure):
         raise UserError(
