@@ -1,0 +1,193 @@
+"""Starts FaceFed's programs as a user does: by name, from the environment's bin folder, in a folder of their own."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from common import config
+from common.checkpoints import read_tensors
+from common.parameters import buffer_sha256, flatten
+
+BIN = Path(sys.executable).parent
+MARK = "FACEFED_E2E_MARK"  # inherited by every child, whatever its session: so orphans are found
+DONE_WITHIN_S = 240.0
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server can listen there at once."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """The lines on standard error."""
+        return self.err.splitlines()
+
+
+class Program:
+    """A started program, in a process group of its own, with its output in files."""
+
+    def __init__(self, name: str, *arguments: object, cwd: Path) -> None:
+        self.cwd, self._mark = cwd, uuid.uuid4().hex
+        self.log = cwd / f"{name}-{self._mark[:6]}"
+        self._out, self._err = self.log.with_suffix(".out"), self.log.with_suffix(".err")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "FLWR_HOME"))}
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [str(BIN / name), *map(str, arguments)],
+                cwd=cwd,
+                env=environment | {MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def out(self) -> str:
+        """What it printed so far."""
+        return self._out.read_text(encoding="utf-8")
+
+    def wait_for(self, text: str, timeout_s: float = DONE_WITHIN_S) -> None:
+        """Until it prints `text` (a regular expression)."""
+        deadline = time.monotonic() + timeout_s
+        while not re.search(text, self.out):
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.out}\n{self._err.read_text()}"
+            assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s:\n{self.out}"
+            time.sleep(0.05)
+
+    def ended(self, timeout_s: float = DONE_WITHIN_S) -> Ended:
+        """Wait until it ends."""
+        try:
+            code = self.process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.out}\n{self._err.read_text()}") from None
+        return Ended(code, self.out, self._err.read_text(encoding="utf-8"))
+
+    def signal(self, number: int, *, group: bool = False) -> None:
+        """Send a signal to it alone, or as a terminal and `timeout` do to its whole process group."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def processes(self) -> list[psutil.Process]:
+        """It and everything it started, alive now, even what left its group or lost its parent."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if alive and process.environ().get(MARK) == self._mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def assert_nothing_left(self, within_s: float = 3.0) -> None:
+        """No process that it started lives on."""
+        deadline = time.monotonic() + within_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, [(process.pid, process.name()) for process in left]
+
+    def kill(self) -> None:
+        """End all of it, whatever state it is in."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        self.process.wait()
+
+
+class Programs:
+    """Programs of one folder, all ended at the end."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+        self._started: list[Program] = []
+
+    def start(self, name: str, *arguments: object) -> Program:
+        """Start a program in the folder."""
+        program = Program(name, *arguments, cwd=self.cwd)
+        self._started.append(program)
+        return program
+
+    def run(self, name: str, *arguments: object, timeout_s: float = DONE_WITHIN_S) -> Ended:
+        """Start a program and wait for its end."""
+        return self.start(name, *arguments).ended(timeout_s)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for program in self._started:
+            program.kill()
+
+
+def run_folder(cwd: Path) -> Path:
+    """The newest run of a folder."""
+    return max(path for path in (cwd / "runs").iterdir() if path.name != "clients")
+
+
+def mlflow_status(cwd: Path) -> dict[str, str]:
+    """Run name -> status, from the database itself."""
+    with sqlite3.connect(cwd / "mlflow.db") as database:
+        rows = dict(database.execute("select name, status from runs"))
+    database.close()
+    return rows
+
+
+def state_of(run: Path) -> dict:
+    """The checkpoint's state file, after a look whether what it names is whole and has the digest it says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's typer asks click for a name that click will drop
+        from server.app import initial_model
+
+    state = json.loads((run / "checkpoints" / "state.json").read_text())
+    path = run / "checkpoints" / state["model"]
+    tensors, _ = read_tensors(path)
+    _, manifest = initial_model(config.load(run / "config.toml"))  # the names' order
+    assert manifest.digest == state["manifest"]
+    assert buffer_sha256(flatten(tensors, manifest)) == state["sha256"]
+    return state
+
+
+def assert_one_line(ended: Ended, program: str, *fragments: str, code: int = 2) -> None:
+    """It ended with `code` and exactly one line of its own on standard error, which holds the fragments."""
+    assert ended.code == code, (ended.code, ended.out, ended.err)
+    assert len(ended.error_lines) == 1, ended.err
+    assert ended.err.startswith(f"{program}: "), ended.err
+    for fragment in fragments:
+        assert fragment in ended.err, (fragment, ended.err)
+
+
+STOPPED = {"INT": signal.SIGINT, "TERM": signal.SIGTERM}

@@ -1,0 +1,56 @@
+"""`facefed train local`: one holder alone."""
+
+import re
+
+import pytest
+from programs import run_folder
+
+from common import config
+from common.checkpoints import read_tensors
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+]
+
+
+def test_one_holder_alone(faces, programs):
+    program = programs.start(
+        "facefed", "train", "local", "--client", "celeba", "--data-dir", faces.celeba, "--epochs", 2, *faces.small,
+        *faces.cache,
+    )  # fmt: skip
+    ended = program.ended()
+    assert ended.code == 0, ended
+    assert ended.err == ""
+    assert re.search(r"^test AUC on people never seen: untrained 0\.\d{3} -> local 0\.\d{3}$", ended.out, re.MULTILINE)
+    assert re.search(r"^best epoch [12] of 2$", ended.out, re.MULTILINE)
+    assert "registered: models:/celeba_cnn_local/1\n" in ended.out
+    program.assert_nothing_left()
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{programs.cwd}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment = client.get_experiment_by_name("facial_recognition_local_celeba")
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mode"] == "local"
+    assert {"dataset", "dataset_size", "device", "model_type", "facefed_version", "git_commit"} <= set(found.data.tags)
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "train_loss")] == [1, 2]
+    assert str(client.get_model_version_by_alias("celeba_cnn_local", "champion").version) == "1"
+    run = run_folder(programs.cwd)
+    assert config.load(run / "config.toml").training.epochs == 2
+    for name in ("training", "roc", "score_histograms"):
+        assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert read_tensors(run / "checkpoints" / "best.safetensors")[0]
+
+
+def test_by_default_each_picture_is_processed_as_often_as_in_the_federation(faces, programs):
+    """2 rounds of 2 local epochs: 4 epochs alone."""
+    ended = programs.run(
+        "facefed", "train", "local", "--client", f"vggface2={faces.vggface2}", *faces.small, *faces.cache,
+        "--local-epochs", 2, "--no-mlflow",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    assert re.findall(r"^epoch (\d) of 4:", ended.out, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert "registered" not in ended.out
+    assert not list(programs.cwd.glob("ml*"))

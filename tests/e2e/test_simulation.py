@@ -1,0 +1,203 @@
+"""`flower-simulation`: what it prints, its run folder, its MLflow record, its model in a stranger's Python."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from programs import BIN, run_folder, state_of
+
+from common import config
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+]
+NAME = "cnn_federated_fedavg"
+SHA = r"model SHA-256 ([0-9a-f]{64})"
+TAGS = ("model_type", "dataset", "dataset_size", "device", "mode", "facefed_version", "git_commit")
+
+# Runs with `python -I` in an empty folder, where FaceFed cannot be imported.
+STRANGER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("common", "server", "clients", "simulation"):
+            raise ModuleNotFoundError(f"no {name} here")
+sys.meta_path.insert(0, Blocker())
+try:
+    import common
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the blocker does not block")
+import mlflow, torch
+mlflow.set_tracking_uri(sys.argv[1])
+torch.manual_seed(0)
+x = torch.rand(5, 3, 32, 32) * 2 - 1
+for uri in sys.argv[2:]:
+    with torch.no_grad():
+        y = mlflow.pytorch.load_model(uri)(x)
+    print(tuple(y.shape), y.dtype, bool(torch.allclose(y.norm(dim=1), torch.ones(5), atol=1e-5)))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(simulated):
+    assert simulated.ended.code == 0, simulated.ended
+    return run_folder(simulated.cwd)
+
+
+@pytest.fixture(scope="module")
+def client(simulated):
+    assert simulated.ended.code == 0, simulated.ended
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{simulated.cwd}/mlflow.db"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def tracked(client):
+    [experiment] = [e for e in client.search_experiments() if e.name != "Default"]
+    assert experiment.name == "facial_recognition_federated_fedavg"
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 3
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert len(parents) == 1
+    nested = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id}
+    return parents[0], nested
+
+
+def test_it_says_what_was_learned_and_where_to_look(simulated, run):
+    ended = simulated.ended
+    assert ended.code == 0
+    assert ended.err == ""
+    for line in (
+        r"^celeba: 12 people, 96 pictures \(\d+ people to train on\), cpu$",
+        r"^round 2 of 2: 2 clients, train loss \d+\.\d+, \d+\.\d s$",
+        r"^test AUC on people never seen: untrained 0\.\d{3} -> federated 0\.\d{3} \(EER .*\), best round [12] of 2$",
+        r"^model SHA-256 [0-9a-f]{64}$",
+        rf"^registered: models:/{NAME}/2 \(best, round [12]\)$",
+        rf"^run folder: {re.escape(str(run))} ",
+        r"^tracking: sqlite:////.*mlflow\.db \(to look: .*mlflow ui --backend-store-uri sqlite:////.*mlflow\.db\)$",
+    ):
+        assert re.search(line, ended.out, re.MULTILINE), (line, ended.out)
+
+
+def test_nothing_of_ray_is_left_over(simulated):
+    simulated.program.assert_nothing_left()
+
+
+def test_the_run_folder_is_whole(simulated, run):
+    settings = config.load(run / "config.toml")
+    assert settings.data.image_size == 32
+    assert settings.federation.min_clients == 2
+    assert settings.tracking.uri == f"sqlite:///{simulated.cwd}/mlflow.db"
+    state = state_of(run)
+    assert state["round"] == 2
+    assert state["sha256"] == re.search(SHA, simulated.ended.out)[1]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["model_sha256"] == state["sha256"]
+    assert [row["step"] for row in metrics["rounds_table"]] == [0, 1, 2]
+    assert metrics["best_round"] in (1, 2)
+    assert set(metrics["clients"]) == {"celeba", "vggface2"}
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds.count("joined") == 2
+    assert kinds.count("round") == 2
+    assert kinds[-1] == "finished"
+    assert json.loads((run / "outcome.json").read_text()) == {"exit_code": 0, "line": ""}
+    assert (run / "spool.jsonl").stat().st_size > 0
+    for name in ("convergence", "clients", "roc", "score_histograms"):
+        assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_round_is_one_point_and_the_untrained_model_is_round_0(client, tracked):
+    parent, nested = tracked
+    steps = {
+        key: [point.step for point in client.get_metric_history(parent.info.run_id, key)]
+        for key in parent.data.metrics
+        if key.startswith(("round_", "bytes_"))
+    }
+    for name in ("round_val_auc", "round_test_auc", "round_test_eer", "round_test_loss", "round_test_acc"):
+        assert sorted(steps[name]) == [0, 1, 2], name
+    for name in ("round_train_loss", "round_train_acc", "round_seconds", "bytes_up", "bytes_down"):
+        assert sorted(steps[name]) == [1, 2], name
+    assert set(nested) == {"celeba", "vggface2"}
+    for child in nested.values():
+        curve = client.get_metric_history(child.info.run_id, "train_loss")
+        assert sorted(point.step for point in curve) == [1, 2]
+        scores = client.get_metric_history(child.info.run_id, "test_roc_auc")
+        assert sorted(point.step for point in scores) == [0, 1, 2]
+
+
+def test_every_run_has_its_tags_its_parameters_and_its_end(client, tracked):
+    parent, nested = tracked
+    for found in (parent, *nested.values()):
+        missing = [tag for tag in TAGS if not found.data.tags.get(tag)]
+        assert not missing, (found.info.run_name, missing)
+        assert found.info.status == "FINISHED"
+    assert parent.data.tags["dataset"] == "celeba+vggface2"
+    assert parent.data.tags["dataset_size"] == "192"
+    assert nested["celeba"].data.tags["dataset"] == "celeba"
+    assert nested["celeba"].data.tags["dataset_size"] == "96"
+    flat = {f"{s}.{k}" for s, values in config.to_mapping(config.Settings()).items() for k in values}
+    assert flat <= set(parent.data.params)
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"config.toml", "metrics.json", "plots"} <= artifacts
+
+
+def test_the_registered_model_works_without_facefed(simulated, client, tmp_path):
+    champion = client.get_model_version_by_alias(NAME, "champion")
+    assert champion.tags["role"] == "best"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, f"sqlite:///{simulated.cwd}/mlflow.db",
+         f"models:/{NAME}/1", f"models:/{NAME}@champion"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["(5, 32) torch.float32 True"] * 2, done.stderr
+
+
+def test_a_second_start_reuses_the_packs_and_needs_no_mlflow(simulated, faces, programs):
+    """FedProx beside FedAvg: same data, same seed, same packs, another model; --no-mlflow leaves nothing of MLflow."""
+    packs = simulated.cwd / ".facefed" / "packs"
+    before = {path: path.stat().st_mtime_ns for path in packs.rglob("*.npy")}
+    assert "packing celeba: 96 pictures" in simulated.ended.out
+    ended = programs.run(
+        "flower-simulation", *faces.clients, *faces.small, "--cache-dir", packs, "--no-mlflow", "--strategy", "fedprox",
+        "--proximal-mu", "1.0",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    assert "packing" not in ended.out
+    assert {path: path.stat().st_mtime_ns for path in packs.rglob("*.npy")} == before
+    assert "tracking: off; the record is spool.jsonl in the run folder" in ended.out
+    assert "registered" not in ended.out
+    assert not list(programs.cwd.glob("ml*"))
+    assert (run_folder(programs.cwd) / "spool.jsonl").stat().st_size > 0
+    assert re.search(SHA, ended.out)[1] != re.search(SHA, simulated.ended.out)[1]
+
+
+@pytest.mark.shared
+def test_real_faces(shared_faces, faces, programs):
+    ended = programs.run(
+        "flower-simulation", "--client", f"celeba={shared_faces}/celeba", "--client",
+        f"vggface2={shared_faces}/vggface2", *faces.small, "--rounds", 1, "--batch-size", 32, "--no-mlflow",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    auc = re.search(r"untrained (0\.\d+) -> federated (0\.\d+)", ended.out)
+    assert all(np.isfinite(float(value)) for value in auc.groups())
+
+
+def test_help_of_every_program_names_its_options():
+    for name, option in (
+        ("flower-server", "--min-clients"),
+        ("flower-client", "--dataset"),
+        ("flower-simulation", "--client"),
+        ("facefed", "train"),
+    ):
+        done = subprocess.run([BIN / name, "--help"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0
+        assert option in done.stdout
+        assert done.stderr == ""
