@@ -111,6 +111,7 @@ class Launch:
     def _one_supernode(self) -> bool:
         """Run one SuperNode until it ends or its server goes; True when a run is over and one was asked for."""
         state = self._site.state_dir
+        self._answered_last = False
         process = start(self._command(), environment=child_environment(state / "flwr"), output=subprocess.PIPE)
         reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
         reader.start()
@@ -121,18 +122,22 @@ class Launch:
             reader.join(timeout=5)
 
     def _until_over(self, process: subprocess.Popen[bytes]) -> bool:
+        """Until the SuperNode ends or its server goes; True when that was the end of the one run asked for.
+
+        To leave right after the last answer would be too early: Flower throws away what a node sent that has left
+        before the server looked, and the server takes the answers of the others first.
+        """
         misses = 0
-        while process.poll() is None:
+        while process.poll() is None and misses < 3:
             if self._stop.wait(0.5):
                 raise InterruptedRun("stopped by the user")
-            if self._options.once and self._answered_last:
-                return True
             # Flower's SuperNode retries for ever against a new server that does not know it.
             misses = 0 if can_connect(self._options.host, self._options.port) else misses + 1
-            if misses >= 3:
-                self._say(f"lost the server at {self._options.host}:{self._options.port}; waiting for it to come back")
-                return self._options.once and self._answered_last
-        return self._options.once and self._answered_last
+        if self._options.once and self._answered_last:
+            return True
+        what = "ended" if self._answered_last else "is lost"
+        self._say(f"the server at {self._options.host}:{self._options.port} {what}; waiting for the next one")
+        return False
 
     def _command(self) -> list[str]:
         site = self._site
