@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,28 @@ from common.training import Compute
 
 CONFIGS = {"fedavg": "celeba_vggface2_fedavg", "fedprox": "celeba_vggface2_fedprox"}
 # Fixed, not left to the trial, so that all runs compute alike.
-COMPUTE = ("--set", "training.precision=bfloat16", "--set", "training.memory_format=channels_last")
+COMPUTE = (
+    "--set", "training.precision=bfloat16", "--set", "training.memory_format=channels_last",
+    "--set", "training.threads=1",
+)  # fmt: skip
 PROGRAMS = Path(sys.executable).parent
 
 
-def run(command: list[str], log: Path) -> dict[str, float]:
+def run(command: list[str], out: Path) -> dict[str, float]:
     """Run a program to its end; returns its wall seconds and a bound of its CPU seconds. Exits when it fails."""
-    started = time.monotonic()
+    if (out / "cost.json").exists():  # an interrupted measurement goes on where it was
+        return json.loads((out / "cost.json").read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    log, started = out / "log.txt", time.monotonic()
     with log.open("wb") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
     wall_s = time.monotonic() - started
     # Ray's workers are not our children, so their CPU time cannot be summed; the cores bound it.
-    return {"wall_s": wall_s, "cpu_s_at_most": wall_s * num_cores()}
+    cost = {"wall_s": wall_s, "cpu_s_at_most": wall_s * num_cores()}
+    (out / "cost.json").write_text(json.dumps(cost))
+    return cost
 
 
 def newest_run(out: Path) -> Path:
@@ -70,14 +79,13 @@ def pooled_auc_of_local(settings: Settings, sites: dict[str, SiteSettings], run_
 def federated(arguments: argparse.Namespace, strategy: str, seed: int) -> dict[str, Any]:
     """One federated run through `flower-simulation`; its own summary's figures."""
     out = arguments.out / f"{strategy}-{seed}"
-    out.mkdir(parents=True, exist_ok=True)
     command = [
         str(PROGRAMS / "flower-simulation"), "--config", CONFIGS[strategy], "--seed", str(seed),
         "--out", str(out), "--client", f"celeba={arguments.celeba}", "--client", f"vggface2={arguments.vggface2}",
         "--cache-dir", str(arguments.out / "packs"), "--no-mlflow", "--device", "cpu", "--set", "tracking.plots=final",
         *COMPUTE,
     ]  # fmt: skip
-    cost = run(command, out / "log.txt")
+    cost = run(command, out)
     summary = json.loads((newest_run(out) / "metrics.json").read_text())
     return {
         "pooled": summary["best"]["roc_auc"],
@@ -92,7 +100,6 @@ def federated(arguments: argparse.Namespace, strategy: str, seed: int) -> dict[s
 def local(arguments: argparse.Namespace, owner: str, seed: int) -> dict[str, Any]:
     """One local-only run through `facefed train local`, then scored on both holders' test people."""
     out = arguments.out / f"local-{owner}-{seed}"
-    out.mkdir(parents=True, exist_ok=True)
     folders = {"celeba": arguments.celeba, "vggface2": arguments.vggface2}
     command = [
         str(PROGRAMS / "facefed"), "train", "local", "--client", owner, "--data-dir", folders[owner],
@@ -100,7 +107,7 @@ def local(arguments: argparse.Namespace, owner: str, seed: int) -> dict[str, Any
         "--cache-dir", str(arguments.out / "packs"), "--no-mlflow", "--set", "tracking.plots=final",
         *COMPUTE,
     ]  # fmt: skip
-    cost = run(command, out / "log.txt")
+    cost = run(command, out)
     settings = config.with_value(config.load(config.find_config(CONFIGS["fedavg"])), "run", "seed", seed)
     sites = {
         name: SiteSettings(
@@ -129,12 +136,14 @@ def main() -> None:
     jobs = [("fedavg", lambda seed: federated(arguments, "fedavg", seed))]
     jobs += [(f"local {name}", lambda seed, name=name: local(arguments, name, seed)) for name in ("celeba", "vggface2")]
     jobs += [("fedprox", lambda seed: federated(arguments, "fedprox", seed))]
-    for seed in arguments.seeds:  # interleaved: a machine that drifts hits all alike
-        for name, job in jobs:
-            results.setdefault(name, {})[seed] = job(seed)
-            figures = results[name][seed]
+    for seed in arguments.seeds:
+        with ThreadPoolExecutor(2) as pool:  # the two local runs share the machine as two clients do
+            made = {name: pool.submit(job, seed) for name, job in jobs if name.startswith("local")}
+        figures_of = {name: made[name].result() if name in made else job(seed) for name, job in jobs}
+        for name, figures in figures_of.items():
+            results.setdefault(name, {})[seed] = figures
             print(name, "seed", seed, {k: round(v, 4) for k, v in figures.items()}, flush=True)
-            (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{'model':16} pooled test AUC over seeds {arguments.seeds}: mean (each)")
     untrained = [figures["untrained"] for figures in results["fedavg"].values()]
     rows = {"untrained": untrained} | {name: [f["pooled"] for f in by.values()] for name, by in results.items()}
