@@ -25,6 +25,7 @@ from server.scores import evaluation_sums
 from server.strategies import STRATEGIES
 
 Buffer = NDArray[np.float32]
+TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,8 @@ class Federation:
         names = list(tasks)
         shared = wire.pack_shared(self.model)
         messages = [
-            wire.task_message(tasks[name], shared, node_id=members[name].node_id, ttl_s=timeout_s) for name in names
+            wire.task_message(tasks[name], shared, node_id=members[name].node_id, ttl_s=timeout_s + TTL_SLACK_S)
+            for name in names
         ]
         sent = dict(zip(names, self.mailbox.send(messages), strict=True))
         del messages, shared  # the SuperLink has them now
