@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from common.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: between fork and exec it might lock
 STOP_GRACE_S = 10.0
+STOP_APART_GRACE_S = 2.0
 
 
 def child_environment(flwr_home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -60,17 +63,53 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes], grace_s: float = STOP_GRACE_S) -> None:
-    """End a program and everything in its process group: SIGTERM, then SIGKILL after the grace."""
+    """End a program and all that it started: SIGTERM to its process group, then SIGKILL after the grace.
+
+    What left the group (Flower gives its apps sessions of their own) follows, with a short grace: it may be hanging
+    on a connection to what is gone.
+    """
+    apart = _outside_group(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=grace_s)
-    deadline = time.monotonic() + grace_s
-    while _group_lives(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _await(lambda: not _group_lives(process.pid), grace_s)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    _send(apart, signal.SIGTERM)
+    _await(lambda: not any(_lives(other) for other in apart), STOP_APART_GRACE_S)
+    _send(apart, signal.SIGKILL)
+
+
+def _await(look: Callable[[], bool], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not look() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _outside_group(pid: int) -> list[psutil.Process]:
+    """The descendants of a process that are not in its process group."""
+    apart = []
+    with contextlib.suppress(psutil.Error):
+        for other in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(OSError):
+                if os.getpgid(other.pid) != pid:
+                    apart.append(other)
+    return apart
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _send(processes: Sequence[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _group_lives(group: int) -> bool:
