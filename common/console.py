@@ -89,9 +89,9 @@ def event_line(event: Mapping[str, Any]) -> str:
     kind = event["kind"]
     if kind == "joined":
         held = f"{event['people']:,} people, {event['pictures']:,} training pictures, {event['device']}"
-        here, wanted = len(event["here"]), event["wanted"]
-        of_wanted = f" of {wanted}" if here <= wanted else ""  # more may come than are needed
-        return f"joined: {event['client']} ({held}); {here}{of_wanted} clients are here"
+        num_here, wanted = len(event["here"]), event["wanted"]
+        of_wanted = f" of {wanted}" if num_here <= wanted else ""  # more may come than are needed
+        return f"joined: {event['client']} ({held}); {num_here}{of_wanted} clients are here"
     if kind == "waiting":
         here = ", ".join(event["here"]) or "nobody yet"
         missing = event["wanted"] - len(event["here"])
