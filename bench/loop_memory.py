@@ -111,9 +111,8 @@ def main() -> None:
         if done.returncode != 0:
             sys.exit(done.stderr.strip()[-400:])
         peaks[count] = float(done.stdout.split()[-1])
-        print(
-            f"{count:3d} clients: {peaks[count]:6.0f} MiB, {peaks[count] / peaks[arguments.clients[0]]:.3f} of the first"
-        )
+        ratio = peaks[count] / peaks[arguments.clients[0]]
+        print(f"{count:3d} clients: {peaks[count]:6.0f} MiB, {ratio:.3f} of the first")
 
 
 if __name__ == "__main__":
