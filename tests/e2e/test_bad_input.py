@@ -223,7 +223,7 @@ def test_no_space_left_while_packing(home):
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
         )
         assert done.returncode == 2, done
         assert "no space left: packing needs" in done.stderr

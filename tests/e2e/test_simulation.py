@@ -155,7 +155,7 @@ def test_the_registered_model_works_without_facefed(simulated, client, tmp_path)
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, f"sqlite:///{simulated.cwd}/mlflow.db",
          f"models:/{NAME}/1", f"models:/{NAME}@champion"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["(5, 32) torch.float32 True"] * 2, done.stderr
 
