@@ -21,6 +21,11 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
+def _normal(name: str) -> str:
+    """The name as PyPI compares it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def test_what_the_packages_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[\[<>=~! ]", line)[0] for line in project["dependencies"]}
@@ -35,8 +40,8 @@ def test_what_the_packages_import_is_declared() -> None:
 def test_what_is_declared_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
-    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {_normal(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()}
 
-    missing = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in lines} - pinned
+    missing = {_normal(re.split(r"[\[<>=~! ]", line)[0]) for line in lines} - pinned
 
     assert not missing, f"add to constraints.txt: {sorted(missing)}"
