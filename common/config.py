@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import ConfigError, unknown_name
 
-STRATEGIES = ("fedavg", "fedprox")
+STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn")
 HEADS = ("softmax", "cosface", "arcface")
 ALIGNMENTS = ("landmarks", "box", "resize")
@@ -104,6 +104,10 @@ class TrainingSettings:
     warmup_fraction: float = setting(0.1, low=0.0, high=0.9)  # of all steps
     label_smoothing: float = setting(0.0, low=0.0, high=0.9)
     clip_norm: float = setting(5.0, above=0.0)  # of the whole gradient
+    patience: int | str = setting("off", low=1, word="off")  # validations without a better AUC before training stops
+    head_warmup_epochs: int = setting(0, low=0)  # a new head alone, before the backbone moves
+    spreadout: float = setting(0.0, low=0.0)  # weight of the regulariser that keeps identity vectors apart
+    spreadout_margin: float = setting(0.7, above=0.0, high=2.0)  # distance of unit identity vectors that is enough
     device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
@@ -118,10 +122,23 @@ class FederationSettings:
     rounds: int = setting(10, low=1)
     local_epochs: int = setting(2, low=1)
     proximal_mu: float = setting(0.01, low=0.0)  # fedprox only
+    server_lr: float | str = setting("auto", above=0.0, word="auto")  # of the server's step; auto: the strategy's own
+    server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
+    server_beta2: float = setting(0.99, low=0.0, high=0.9999)  # fedadam, fedyogi
+    server_adaptivity: float = setting(1e-3, above=0.0)  # fedadam, fedyogi: tau, added to the root of the moment
     min_clients: int = setting(2, low=1)
     join_timeout_s: float = setting(300.0, above=0.0)
     round_timeout_s: float = setting(3600.0, above=0.0)
     test_every_rounds: int = setting(1, low=1)  # how often the test curve gets a point; never used for a choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerificationSettings:
+    """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model."""
+
+    public_dir: str = setting("none")  # a folder with one folder a person; none: no such set
+    public_pairs: str = setting("pairs.txt")  # the list of pairs, in public_dir or by its own path
+    public_crop: float = setting(1.0, low=0.1, high=1.0)  # the central part of each picture that is used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +161,7 @@ class Settings:
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
+    verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @property
@@ -178,12 +196,12 @@ def _fits_type(value: object, kind: object, word: str) -> bool:
         return isinstance(value, int | float)
     if kind is str:
         return isinstance(value, str)
-    return isinstance(value, int) or value == word
+    return isinstance(value, int) or value == word or (kind == float | str and isinstance(value, float))
 
 
 def _wanted(kind: object, word: str) -> str:
     names: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return names.get(kind, f'a whole number or "{word}"')
+    return names.get(kind, f'a {"number" if kind == float | str else "whole number"} or "{word}"')
 
 
 def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) -> str | None:
@@ -230,7 +248,8 @@ def _read_section(section: str, kind: type, raw: object, problems: list[str]) ->
         if problem:
             problems.append(problem)
         else:
-            values[key] = float(value) if hints[key] is float else value
+            is_number = hints[key] is float or (hints[key] == float | str and not isinstance(value, str))
+            values[key] = float(value) if is_number else value
     return kind(**values)
 
 
@@ -339,6 +358,6 @@ def with_value(settings: Settings, section: str, key: str, value: object) -> Set
 
 
 def takes_number(section: str, key: str) -> bool:
-    """Whether a setting whose default is a text (such as "auto") may also be a whole number."""
+    """Whether a setting whose default is a text (such as "auto") may also be a number."""
     kind = _section_types().get(section)
-    return kind is not None and typing.get_type_hints(kind).get(key) == int | str
+    return kind is not None and typing.get_type_hints(kind).get(key) in (int | str, float | str)

@@ -27,7 +27,11 @@ class Flag:
 
 FLAGS: tuple[Flag, ...] = (
     Flag(
-        names=("--strategy", "--method"), section="federation", key="strategy", metavar="NAME", help="fedavg or fedprox"
+        names=("--strategy", "--method"),
+        section="federation",
+        key="strategy",
+        metavar="NAME",
+        help="fedavg, fedprox, fedavgm, fedadam or fedyogi",
     ),
     Flag(names=("--rounds",), section="federation", key="rounds", metavar="N", help="rounds of the federation"),
     Flag(names=("--local-epochs",), section="federation", key="local_epochs", metavar="N", help="epochs in each round"),
@@ -48,7 +52,20 @@ FLAGS: tuple[Flag, ...] = (
     Flag(names=("--head",), section="model", key="head", metavar="NAME", help="softmax, cosface or arcface"),
     Flag(names=("--lr",), section="training", key="lr", metavar="RATE", help="highest learning rate"),
     Flag(names=("--batch-size",), section="training", key="batch_size", metavar="N", help="pictures in a batch"),
-    Flag(names=("--epochs",), section="training", key="epochs", metavar="N", help="epochs of local training"),
+    Flag(
+        names=("--epochs",),
+        section="training",
+        key="epochs",
+        metavar="N",
+        help="epochs of local and centralised training",
+    ),
+    Flag(
+        names=("--max-identities",),
+        section="data",
+        key="max_people",
+        metavar="N",
+        help="use at most so many people of each data set",
+    ),
     Flag(names=("--seed",), section="run", key="seed", metavar="N", help="seed of every random stream"),
     Flag(
         names=("--tracking-uri", "--mlflow-uri", "--mlflow_uri"),
@@ -84,8 +101,10 @@ def _value_of(name: str, text: str) -> object:
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text.lower(), text)
     kinds: tuple[type, ...] = (float,) if isinstance(default, float) else (int,)
-    if isinstance(default, str) and not config.takes_number(section, key):
-        return text
+    if isinstance(default, str):
+        if not config.takes_number(section, key):
+            return text
+        kinds = (int, float)
     for kind in kinds:
         try:
             return kind(text)
