@@ -194,10 +194,11 @@ def values_for(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
     if kind is str:
         texts = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
         return texts.filter(lambda text: bool(text.strip()))
-    if kind is float:
+    if kind in (float, float | str):
         low = meta["low"] if meta["low"] is not None else meta["above"]
         exclude = meta["above"] is not None
-        return st.floats(low, meta["high"], exclude_min=exclude, allow_nan=False, allow_infinity=False)
+        numbers = st.floats(low, meta["high"], exclude_min=exclude, allow_nan=False, allow_infinity=False)
+        return numbers if kind is float else st.one_of(numbers, st.just(meta["word"]))
     whole = st.integers(int(meta["low"]), int(meta["high"] or 2**70))
     return whole if kind is int else st.one_of(whole, st.just(meta["word"]))
 

@@ -20,6 +20,7 @@ OTHER = {
     ("training", "lr"): 0.125,
     ("training", "batch_size"): 9,
     ("training", "epochs"): 3,
+    ("data", "max_people"): 6,
     ("run", "seed"): 42,
     ("run", "out"): "elsewhere",
     ("run", "log_level"): "debug",
