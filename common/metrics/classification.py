@@ -1,12 +1,14 @@
 """Closed-set scores (identities seen in training) from sums that merge over clients."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+
+MOST_GROUPS: Final = 64  # of people in a confusion matrix that is kept or sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +72,26 @@ def closed_set_sums(predicted: NDArray[np.int64], labels: NDArray[np.int64], los
         recall_sum=float((hits / np.maximum(num_true, 1)).sum()),
         f1_sum=float((2 * hits / (num_predicted + num_true)).sum()),  # never 0: each class occurs somewhere
     )
+
+
+def grouped_confusion(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int, most: int = MOST_GROUPS
+) -> NDArray[np.int64]:
+    """How often pictures of one class were taken for another; classes are merged into groups when there are many.
+
+    predicted, labels: [N] int64 in [0, num_classes), one client's own class numbers.
+    Returns [G, G] int64, rows true and columns predicted, with G = min(num_classes, most): class c counts in group
+    c * G // num_classes, which is c itself when num_classes <= most.  Parts of one client's pictures merge by addition;
+    two clients' classes are different people, whose counts say nothing when added.
+    Raises ValueError when the arrays are not of one length or a number is out of range.
+    """
+    if predicted.ndim != 1 or predicted.shape != labels.shape:
+        raise ValueError(f"predicted {predicted.shape} and labels {labels.shape} must be of one length")
+    if num_classes < 1 or most < 1:
+        raise ValueError(f"num_classes = {num_classes} and most = {most} must be at least 1")
+    for numbers in (predicted, labels):
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < num_classes:
+            raise ValueError(f"class numbers {numbers.min()} to {numbers.max()} must be in [0, {num_classes})")
+    num_groups = min(num_classes, most)
+    cells = (labels * num_groups // num_classes) * num_groups + predicted * num_groups // num_classes
+    return np.bincount(cells, minlength=num_groups**2).reshape(num_groups, num_groups).astype(np.int64)

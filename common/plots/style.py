@@ -22,13 +22,6 @@ VERMILLION: Final = "#D55E00"
 PURPLE: Final = "#CC79A7"
 GREY: Final = "#7F7F7F"
 
-METHOD_COLOURS: Final[Mapping[str, str]] = {
-    "untrained": BLACK,  # grey would be green's double to a deuteranope
-    "local": ORANGE,
-    "centralized": GREEN,
-    "fedavg": BLUE,
-    "fedprox": VERMILLION,
-}
 SPLIT_COLOURS: Final[Mapping[str, str]] = {"train": BLUE, "val": GREEN, "test": VERMILLION}
 PAIR_COLOURS: Final[Mapping[str, str]] = {"genuine": BLUE, "impostor": VERMILLION}
 CLIENT_COLOURS: Final[Mapping[str, str]] = {"celeba": SKY, "vggface2": PURPLE, "twins": BLACK}
@@ -46,8 +39,37 @@ class LineStyle(NamedTuple):
     """How one thing is drawn wherever it appears."""
 
     colour: str
-    line: str
+    line: str | tuple[int, tuple[int, ...]]  # matplotlib's name of a dash pattern, or the pattern
     marker: str
+
+
+# Methods of one family share a colour and differ in line and marker: seven colours are all that colour-blind readers
+# can tell apart on white.
+METHOD_STYLES: Final[Mapping[str, LineStyle]] = {
+    "untrained": LineStyle(BLACK, "-", "o"),  # grey would be green's double to a deuteranope
+    "local": LineStyle(ORANGE, "-", "o"),
+    "centralized": LineStyle(GREEN, "-", "o"),
+    "fedavg": LineStyle(BLUE, "-", "o"),
+    "fedprox": LineStyle(VERMILLION, "-", "o"),
+    "fedavgm": LineStyle(BLUE, "--", "s"),
+    "fedbn": LineStyle(SKY, "-", "o"),
+    "fedadam": LineStyle(PURPLE, "-.", "D"),
+    "fedyogi": LineStyle(PURPLE, ":", "^"),
+}
+METHOD_COLOURS: Final[Mapping[str, str]] = {name: style.colour for name, style in METHOD_STYLES.items()}
+LOCAL: Final = "local "  # "local NAME": the model that NAME trained alone, in the colour of "local"
+_LOCAL_LINES: Final[Mapping[str, tuple[str, str]]] = {
+    "celeba": ("--", "s"),
+    "vggface2": (":", "^"),
+    "twins": ("-.", "D"),
+}
+_OTHER_LOCAL_LINES: Final = (
+    ((0, (6, 1, 1, 1, 1, 1)), "v"),
+    ((0, (9, 3)), "P"),
+    ((0, (3, 1)), "X"),
+    ((0, (1, 3)), "*"),
+    ((0, (9, 2, 3, 2)), "p"),
+)
 
 
 def client_styles(names: Iterable[str]) -> dict[str, LineStyle]:
@@ -69,20 +91,54 @@ def _by_number(name: str) -> list[str | int]:
 
 
 def method_styles(names: Iterable[str]) -> dict[str, LineStyle]:
-    """A style for each compared model, in the order given: methods keep their colours; other names get free ones."""
+    """A style for each compared model, in the order given: methods keep theirs; other names get free colours.
+
+    "local NAME" has the colour of "local" and a line and marker of its own.
+    """
     given = list(names)
-    known = {name: LineStyle(METHOD_COLOURS[name], "-", "o") for name in given if name in METHOD_COLOURS}
+    known = {name: METHOD_STYLES[name] for name in given if name in METHOD_STYLES} | _local_styles(given)
     taken = {style.colour for style in known.values()}
-    free = [colour for colour in _OTHER_COLOURS if colour not in taken]
+    free = [colour for colour in _OTHER_COLOURS if colour not in taken] or list(_OTHER_COLOURS)
     for number, name in enumerate(name for name in given if name not in known):
         kind = number // len(free) % len(_LINES)
         known[name] = LineStyle(free[number % len(free)], _LINES[kind], _MARKERS[kind])
     return {name: known[name] for name in given}
 
 
+def _local_styles(names: Iterable[str]) -> dict[str, LineStyle]:
+    holders = sorted((name.removeprefix(LOCAL) for name in names if name.startswith(LOCAL)), key=_by_number)
+    styles = {name: LineStyle(ORANGE, *_LOCAL_LINES[name]) for name in holders if name in _LOCAL_LINES}
+    for number, name in enumerate(name for name in holders if name not in styles):
+        styles[name] = LineStyle(ORANGE, *_OTHER_LOCAL_LINES[number % len(_OTHER_LOCAL_LINES)])
+    return {LOCAL + name: style for name, style in styles.items()}
+
+
+def shorten(name: str, most: int) -> str:
+    """`name` in at most `most` characters; what a long one loses is its middle, since names often differ at the end."""
+    if len(name) <= most:
+        return name
+    end = (most - 1) // 2
+    return f"{name[: most - 1 - end]}…{name[len(name) - end :]}"
+
+
+def ink_on(rgb: Sequence[float]) -> str:
+    """Black or white, whichever reads better on a colour (red, green, blue in [0, 1]): contrast at least 4.5 to 1.
+
+    Relative luminance and contrast as in WCAG 2.1.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return BLACK if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "#FFFFFF"
+
+
 def marker_for(style: LineStyle, num_points: int) -> str:
     """Markers make few points visible (a single one has no line) and only clutter many."""
     return style.marker if num_points <= _MOST_MARKED_POINTS else ""
+
+
+def say(axes: "Axes", text: str) -> None:
+    """A line in the middle of axes that have nothing to show."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=10)
 
 
 def new_figure(title: str, height_in: float) -> "Figure":

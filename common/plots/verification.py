@@ -1,9 +1,10 @@
-"""Figures of open-set verification: ROC curves of compared models, and the scores of genuine and impostor pairs."""
+"""Figures of open-set verification: ROC and DET curves of compared models, the scores of genuine and impostor pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
-from common.plots.style import BLACK, GREY, PAIR_COLOURS, dress, method_styles, new_figure
+from common.plots.style import BLACK, GREY, PAIR_COLOURS, LineStyle, dress, method_styles, new_figure, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -12,26 +13,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Curve = tuple[NDArray[np.float64], NDArray[np.float64], float]
+    Interval = tuple[float, float]
 
 LOWEST_FAR: Final = 1e-4  # below it a few thousand impostor pairs say nothing
 _SHOWN_BINS: Final = 100  # over the scores that occur
+_MOST_INSIDE: Final = 4  # models whose legend fits under the curves
+_LONGEST_INSIDE: Final = 34  # characters
+_NAME: Final = 26
+_DET_TICKS: Final = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
 
 
-def roc(curves: "Mapping[str, Curve]") -> "Figure":
+def roc(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | None" = None) -> "Figure":
     """ROC curves on a linear and on a logarithmic FAR axis, best AUC first in the legend.
 
     curves: model -> (far, tar, auc); far and tar [K] in [0, 1], both ascending, as `metrics.verification.roc_curve`
-    returns them.  Names out of `style.METHOD_COLOURS` keep their colours.
+    returns them.  Names out of `style.METHOD_STYLES` keep their look.  Up to 10 models.
+    intervals: model -> (low, high) of its AUC, for the legend.
     """
-    figure = new_figure("Verification of people never seen in training", 5.2)
-    styles = method_styles(curves)
     order = sorted(curves, key=lambda name: -curves[name][2])
+    labels = {name: _label(name, "AUC", curves[name][2], intervals) for name in order}
+    below = len(order) > _MOST_INSIDE or any(len(label) > _LONGEST_INSIDE for label in labels.values())
+    figure = new_figure("Verification of people never seen in training", 5.2 + (0.2 * (len(order) + 2) / 2) * below)
+    styles = method_styles(curves)
     linear, log = figure.subplots(1, 2)
     for name in order:
-        far, tar, auc = curves[name]
-        style = styles[name]
+        far, tar, _ = curves[name]
         for axes in (linear, log):
-            axes.plot(far, tar, color=style.colour, linestyle=style.line, linewidth=1.8, label=f"{name}, AUC {auc:.3f}")
+            _draw_curve(axes, far, tar, styles[name], labels[name])
     chance = _log_grid()
     linear.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="chance")
     log.plot(chance, chance, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)))
@@ -44,8 +52,72 @@ def roc(curves: "Mapping[str, Curve]") -> "Figure":
     log.set_xlim(LOWEST_FAR, 1.0)
     for axes in (linear, log):
         axes.set_ylim(-0.01, 1.01)
-    linear.legend(loc="lower right", fontsize=9, framealpha=0.9)
+    if below:  # inside it would cover the curves
+        handles, shown = linear.get_legend_handles_labels()
+        figure.legend(handles, shown, loc="outside lower center", fontsize=9, ncols=2, handlelength=3.5)
+    else:
+        linear.legend(loc="lower right", fontsize=9, framealpha=0.9)
     return figure
+
+
+def det(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | None" = None) -> "Figure":
+    """DET curves (Martin et al., Eurospeech 1997): both error rates on normal-deviate axes, lowest EER first.
+
+    curves: model -> (far, tar, auc), as for `roc`.  Scores that are normally distributed give straight lines; the dot
+    on each curve is its equal error rate.  Up to 10 models.
+    intervals: model -> (low, high) of its EER, for the legend.
+    """
+    figure = new_figure("Errors in verifying people never seen in training (DET)", 6.0)
+    axes = figure.subplots()
+    styles = method_styles(curves)
+    rates = {name: _equal_error_rate(far, tar) for name, (far, tar, _) in curves.items()}
+    for name in sorted(rates, key=lambda name: rates[name]):
+        far, tar, _ = curves[name]
+        shown = (far > 0.0) & (far < 1.0) & (tar > 0.0) & (tar < 1.0)  # 0 and 1 lie at infinity
+        label = _label(name, "EER", rates[name], intervals)
+        _draw_curve(axes, _deviates(far[shown]), _deviates(1.0 - tar[shown]), styles[name], label)
+        if 0.0 < rates[name] < 1.0:
+            middle = _deviates([rates[name]])
+            axes.plot(middle, middle, color=styles[name].colour, marker=styles[name].marker, markersize=7)
+    ends = _deviates([_DET_TICKS[0], _DET_TICKS[-1]])
+    axes.plot(ends, ends, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="equal error rates", zorder=1)
+    dress(axes, title="", x_label="false accept rate (FAR)", y_label="false reject rate (FRR = 1 - TAR)")
+    ticks = [f"{100 * tick:g} %" for tick in _DET_TICKS]
+    axes.set_xticks(_deviates(_DET_TICKS), ticks)
+    axes.set_yticks(_deviates(_DET_TICKS), ticks)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    handles, shown_labels = axes.get_legend_handles_labels()
+    figure.legend(handles, shown_labels, loc="outside right upper", fontsize=9, handlelength=3.5)
+    return figure
+
+
+def _draw_curve(axes: "Axes", x: "NDArray[np.float64]", y: "NDArray[np.float64]", style: LineStyle, label: str) -> None:
+    axes.plot(x, y, color=style.colour, linestyle=style.line, linewidth=1.8, label=label)
+
+
+def _label(name: str, what: str, value: float, intervals: "Mapping[str, Interval] | None") -> str:
+    label = f"{shorten(name, _NAME)}, {what} {value:.3f}"
+    if intervals is None or name not in intervals:
+        return label
+    low, high = intervals[name]
+    return f"{label} [{low:.3f}, {high:.3f}]"
+
+
+def _equal_error_rate(far: "NDArray[np.float64]", tar: "NDArray[np.float64]") -> float:
+    """Where FAR = 1 - TAR, linear between two points of the curve; both ascend from 0 to 1."""
+    import numpy as np
+
+    return float(np.interp(0.0, far + tar - 1.0, far))
+
+
+def _deviates(rates: "Sequence[float] | NDArray[np.float64]") -> "NDArray[np.float64]":
+    """The standard normal deviate of each rate in (0, 1)."""
+    import numpy as np
+
+    normal = NormalDist()
+    return np.array([normal.inv_cdf(float(rate)) for rate in rates])
 
 
 def _log_grid() -> "NDArray[np.float64]":

@@ -131,7 +131,6 @@ def test_sixteen_clients_look_different_and_known_ones_keep_their_colour():
 
 def test_a_method_has_one_colour_everywhere():
     assert {"local", "centralized", "fedavg", "fedprox", "untrained"} <= set(style.METHOD_COLOURS)
-    assert len(set(style.METHOD_COLOURS.values())) == len(style.METHOD_COLOURS)
     styles = style.method_styles(["fedprox", "mine", "fedavg", "other"])
     assert styles["fedavg"].colour == style.METHOD_COLOURS["fedavg"]
     assert styles["fedprox"].colour == style.METHOD_COLOURS["fedprox"]
@@ -151,7 +150,7 @@ DEUTERANOPE = np.array([[0.2928, 0.7072, 0.0], [0.2928, 0.7072, 0.0], [-0.0223, 
 
 
 @pytest.mark.parametrize(("matrix", "confused"), [(PROTANOPE, "#005600"), (DEUTERANOPE, "#009700")])
-@pytest.mark.parametrize("table", [style.METHOD_COLOURS, style.SPLIT_COLOURS, style.PAIR_COLOURS, style.CLIENT_COLOURS])
+@pytest.mark.parametrize("table", [style.SPLIT_COLOURS, style.PAIR_COLOURS, style.CLIENT_COLOURS])
 def test_colours_differ_to_colour_blind_readers(matrix, confused, table):
     seen = {name: _seen_by(colour, matrix) for name, colour in table.items()}
     for one, other in itertools.combinations(seen, 2):
@@ -159,6 +158,18 @@ def test_colours_differ_to_colour_blind_readers(matrix, confused, table):
     # The measure does find a red and a green that such readers confuse.
     assert np.linalg.norm(_seen_by("#E00000", matrix) - _seen_by(confused, matrix)) < 0.1
     assert np.linalg.norm(_seen_by("#E00000", np.eye(3)) - _seen_by(confused, np.eye(3))) > 0.8
+
+
+@pytest.mark.parametrize("matrix", [PROTANOPE, DEUTERANOPE])
+def test_methods_differ_to_colour_blind_readers_by_colour_or_else_by_line_and_marker(matrix):
+    locals_alone = [f"local {name}" for name in ("celeba", "vggface2", "twins", "site-1", "site-2", "site-10")]
+    styles = style.method_styles([*style.METHOD_STYLES, *locals_alone])
+    assert {styles[name].colour for name in locals_alone} == {style.METHOD_COLOURS["local"]}
+    seen = {name: _seen_by(look.colour, matrix) for name, look in styles.items()}
+    for one, other in itertools.combinations(styles, 2):
+        if np.linalg.norm(seen[one] - seen[other]) <= 0.16:
+            assert styles[one].line != styles[other].line, (one, other)
+            assert styles[one].marker != styles[other].marker, (one, other)
 
 
 def test_roc_shows_each_curve_on_both_axes_best_first():

@@ -1,0 +1,179 @@
+"""Who is taken for whom, among the people seen in training: readable from five people to hundreds."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from common.metrics.classification import grouped_confusion
+from common.plots.heatmap import draw_cells, write_cells
+from common.plots.style import BLUE, new_figure, say, shorten
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+MOST_WRITTEN: Final = 30  # classes whose counts fit into their cells
+_MOST_CONFUSED: Final = 25  # people shown out of many
+_MOST_PAIRS: Final = 12
+_SIDE_IN: Final = 4.9  # of the matrix, about
+_SHARES: Final = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
+_NAME: Final = 14  # characters of a name at the matrix and in a pair
+
+
+class _Matrix(NamedTuple):
+    """What is drawn: counts [R, R] int64 (rows true), a label for each row, and what the labels are called."""
+
+    counts: "NDArray[np.int64]"
+    labels: Sequence[str]
+    axis: str
+    heading: str
+
+
+class _Pair(NamedTuple):
+    true: str
+    predicted: str
+    count: int
+
+
+def confusion(
+    counts: "NDArray[np.int64]", *, num_people: int, title: str, names: Sequence[str] | None = None
+) -> "Figure":
+    """A confusion matrix, and beside it the pairs that are confused most.
+
+    counts: [G, G] int64, rows true and columns predicted, as `metrics.classification.grouped_confusion` returns it.
+    num_people: how many people the G groups hold; G < num_people means they were grouped, which the picture says.
+    names: of the people, num_people of them; their numbers where None, and where people are grouped.
+    Up to 30 classes the counts stand in the cells; colours are shares of each row.
+    Raises ValueError when counts is not square or does not fit num_people or names.
+    """
+    num_groups = len(counts)
+    if counts.shape != (num_groups, num_groups) or not 0 < num_groups <= num_people:
+        raise ValueError(f"counts {counts.shape} must be [G, G] with G in 1 to num_people = {num_people}")
+    if names is not None and len(names) != num_people:
+        raise ValueError(f"{len(names)} names for {num_people} people")
+    grouped = num_groups < num_people
+    if grouped:
+        labels = _ranges(num_groups, num_people)
+        heading = f"{num_people} people in {num_groups} groups of {_sizes(num_groups, num_people)}"
+    else:
+        labels = [str(number) for number in range(num_people)] if names is None else list(names)
+        heading = f"{num_people} people"
+    pairs = [_Pair(labels[row], labels[column], count) for row, column, count in _most_confused(counts)]
+    axis = "group (numbers of its people)" if grouped else "person"
+    return _figure(_Matrix(counts, labels, axis, heading), pairs, title, "groups" if grouped else "people")
+
+
+def confusion_of_predictions(
+    predicted: "NDArray[np.int64]",
+    labels: "NDArray[np.int64]",
+    people_names: Sequence[str],
+    *,
+    title: str = "Confusion of people seen in training",
+) -> "Figure":
+    """The confusion matrix of one holder's own predictions; of many people the 25 most confused, and all others as one.
+
+    predicted, labels: [N] int64 in [0, len(people_names)).
+    Up to 30 people all are shown.  Otherwise the rows are those with most errors (of them, or for them), most first;
+    the cell of all others with themselves holds their errors among each other too.  The list of pairs is of everyone.
+    Raises ValueError when the arrays are not of one length or a number is out of range.
+    """
+    import numpy as np
+
+    num_people = len(people_names)
+    if num_people <= MOST_WRITTEN:
+        counts = grouped_confusion(predicted, labels, num_people, MOST_WRITTEN)
+        return confusion(counts, num_people=num_people, title=title, names=people_names)
+    wrong = predicted != labels
+    errors = np.bincount(labels[wrong], minlength=num_people) + np.bincount(predicted[wrong], minlength=num_people)
+    shown = np.argsort(-errors, kind="stable")[:_MOST_CONFUSED]
+    place = np.full(num_people, len(shown), dtype=np.int64)
+    place[shown] = np.arange(len(shown))
+    counts = grouped_confusion(place[predicted], place[labels], len(shown) + 1)
+    names = [*(people_names[person] for person in shown), "all others"]
+    heading = f"the {len(shown)} most confused of {num_people} people"
+    codes, found = np.unique(labels[wrong] * num_people + predicted[wrong], return_counts=True)
+    first = np.argsort(-found, kind="stable")[:_MOST_PAIRS]
+    pairs = [
+        _Pair(people_names[codes[k] // num_people], people_names[codes[k] % num_people], int(found[k])) for k in first
+    ]
+    return _figure(_Matrix(counts, names, "person", heading), pairs, title, "people")
+
+
+def _ranges(num_groups: int, num_people: int) -> list[str]:
+    """The class numbers of each group: class c is in group c * G // n, so group g begins at ceil(g * n / G)."""
+    starts = [-(-group * num_people // num_groups) for group in range(num_groups + 1)]
+    return [str(start) if end - start == 1 else f"{start}-{end - 1}" for start, end in itertools.pairwise(starts)]
+
+
+def _sizes(num_groups: int, num_people: int) -> str:
+    small = num_people // num_groups
+    return str(small) if num_people % num_groups == 0 else f"{small} or {small + 1}"
+
+
+def _most_confused(counts: "NDArray[np.int64]") -> list[tuple[int, int, int]]:
+    """(true, predicted, count) of the largest cells off the diagonal, largest first; only those with any."""
+    import numpy as np
+
+    errors = counts.copy()
+    np.fill_diagonal(errors, 0)
+    order = np.argsort(-errors, axis=None, kind="stable")[:_MOST_PAIRS]
+    rows, columns = np.unravel_index(order, errors.shape)
+    found = [(int(row), int(column), int(errors[row, column])) for row, column in zip(rows, columns, strict=True)]
+    return [cell for cell in found if cell[2] > 0]
+
+
+def _figure(matrix: _Matrix, pairs: Sequence[_Pair], title: str, what: str) -> "Figure":
+    figure = new_figure(title, 6.9)
+    left, right = figure.subplots(1, 2, width_ratios=(2.5, 1.0))
+    _draw_matrix(left, matrix)
+    _draw_pairs(right, pairs, what)
+    return figure
+
+
+def _draw_matrix(axes: "Axes", matrix: _Matrix) -> None:
+    import numpy as np
+
+    counts, labels = matrix.counts, [shorten(label, _NAME) for label in matrix.labels]
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    image = draw_cells(axes, shares, (0.0, 1.0), gamma=0.5)  # of many people each error is a small share
+    written = len(counts) <= MOST_WRITTEN
+    if written:
+        write_cells(axes, image, [[_brief(int(count)) for count in row] for row in counts], _SIDE_IN / len(counts))
+    step = 1 if written else -(-len(counts) // 16)
+    places = list(range(0, len(counts), step))
+    size = 9 if len(places) <= 16 else 7
+    long = max(len(labels[place]) for place in places) > (4 if len(places) <= 10 else 2)
+    axes.set_xticks(places, [labels[place] for place in places], rotation=90 if long else 0, fontsize=size)
+    axes.set_yticks(places, [labels[place] for place in places], fontsize=size)
+    axes.set_title(
+        f"{matrix.heading}, {int(counts.sum()):,} pictures" + (" (an empty cell: none)" if written else ""), fontsize=11
+    )
+    axes.set_xlabel(f"predicted {matrix.axis}")
+    axes.set_ylabel(f"true {matrix.axis}")
+    bar = axes.get_figure().colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, ticks=_SHARES)
+    bar.ax.set_xticklabels([f"{share:.0%}" for share in _SHARES])
+    bar.set_label("share of the row's pictures" + (" (grey: no pictures)" if not totals.all() else ""))
+
+
+def _brief(count: int) -> str:
+    """At most four characters for any count that occurs; nothing for 0, since most cells hold it."""
+    if count == 0:
+        return ""
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+def _draw_pairs(axes: "Axes", pairs: Sequence[_Pair], what: str) -> None:
+    axes.set_title(f"Most confused {what}\n(true → predicted: pictures)", fontsize=11)
+    axes.set_axis_off()
+    if not pairs:
+        say(axes, "no picture was\ntaken for another")
+        return
+    for place, pair in enumerate(pairs):
+        label = f"{shorten(pair.true, _NAME)} → {shorten(pair.predicted, _NAME)}: {pair.count:,}"
+        axes.barh(place + 0.18, pair.count, height=0.24, color=BLUE)
+        axes.text(0.0, place, label, ha="left", va="bottom", fontsize=9)
+    axes.set_xlim(0.0, pairs[0].count)
+    axes.set_ylim(_MOST_PAIRS - 0.4, -0.6)
