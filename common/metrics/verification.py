@@ -31,7 +31,7 @@ def pair_histogram(embeddings: NDArray[np.float32] | Tensor, person: NDArray[np.
     deviation); at 0.002, narrower than any untrained backbone here, it is off by 3e-4 to 5e-4.
     Raises TrainingFailed when an embedding is not finite, DataError when there is no genuine or no impostor pair.
     """
-    unit = _unit_length(torch.as_tensor(embeddings))
+    unit = unit_length(torch.as_tensor(embeddings))
     people = torch.as_tensor(person)
     if people.shape != unit.shape[:1]:
         raise ValueError(f"person {tuple(people.shape)} must name each of the {unit.shape[0]} embeddings")
@@ -49,7 +49,11 @@ def pair_histogram(embeddings: NDArray[np.float32] | Tensor, person: NDArray[np.
     return histogram
 
 
-def _unit_length(embeddings: Tensor) -> Tensor:
+def unit_length(embeddings: Tensor) -> Tensor:
+    """Embeddings [N, D] float at length 1, float32 [N, D]; a zero vector stays zero.
+
+    Raises TrainingFailed when one is not finite.
+    """
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings {tuple(embeddings.shape)} must be [N, D]")
     finite = torch.isfinite(embeddings).all(dim=1)
@@ -61,10 +65,14 @@ def _unit_length(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings.detach().float(), dim=1)
 
 
+def score_bins(scores: Tensor) -> Tensor:
+    """The bin of each cosine, int32 in [0, NUM_BINS); overwrites `scores`, float32 of any shape."""
+    return scores.add_(1.0).mul_(NUM_BINS / 2).to(torch.int32).clamp_(0, NUM_BINS - 1)
+
+
 def _block_counts(unit: Tensor, numbers: Tensor, rows: slice, columns: slice) -> Tensor:
     """Counts [2 * NUM_BINS] of the pairs (row, column) with row < column: impostors, the common case, then genuine."""
-    scores = unit[rows] @ unit[columns].T
-    codes = scores.add_(1.0).mul_(NUM_BINS / 2).to(torch.int32).clamp_(0, NUM_BINS - 1)
+    codes = score_bins(unit[rows] @ unit[columns].T)
     if numbers[rows][-1] >= numbers[columns][0]:  # sorted, so only here can a person be on both sides
         codes += NUM_BINS * (numbers[rows, None] == numbers[None, columns])
     if rows.start == columns.start:
