@@ -115,6 +115,21 @@ def test_perfect_and_inverted_replicates() -> None:
     assert scores["tar_at_far_1e-3"].tolist() == [1.0, 0.0]
 
 
+def test_a_far_that_is_exactly_reached_counts() -> None:
+    # 10 impostors; from the top: 2 of 4 genuine, 1 impostor, 1 genuine, 9 impostors, 1 genuine.
+    histograms = np.zeros((1, 2, COARSE_BINS))
+    histograms[0, 0, [400, 200, 10]] = [2, 1, 1]
+    histograms[0, 1, [300, 100]] = [1, 9]
+    scores = {name: float(values[0]) for name, values in bootstrap_scores(histograms).items()}
+    assert scores == {
+        "roc_auc": pytest.approx(0.1 * 0.5 + 0.9 * 0.75),
+        "eer": pytest.approx(0.25),
+        "tar_at_far_1e-1": 0.75,
+        "tar_at_far_1e-2": 0.5,
+        "tar_at_far_1e-3": 0.5,
+    }
+
+
 def test_weights_of_another_number_of_people_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \[B, 3\], one for each person or group"):
         bootstrap_histograms(np.ones((6, 4), np.float32), np.repeat([1, 5, 9], 2), person_weights(4, 2, 1), EVEN)
