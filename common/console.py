@@ -110,7 +110,7 @@ def event_line(event: Mapping[str, Any]) -> str:
         return f"{name}: {_score_text(event)}" if _score_text(event) else ""
     if kind == "saving":
         return "saving and registering the model"
-    return str(event.get("line", "")) if kind == "warning" else ""
+    return str(event.get("line", "")) if kind in ("warning", "stopped_early") else ""
 
 
 class RunView:
@@ -166,6 +166,8 @@ class RunView:
             )
         elif event["kind"] == "round" and self._task is not None:
             self._progress.update(self._task, completed=event["round"], clients=f"{event['clients']} clients")
+        elif event["kind"] == "stopped_early" and self._task is not None:
+            self._progress.update(self._task, total=event["round"])  # the bar is full: no round is to come
 
 
 class PackProgress:
@@ -219,6 +221,8 @@ def summary_lines(summary: Mapping[str, Any], *, folder: str, tracking: str) -> 
             f" (EER {untrained['eer']:.3f} -> {best['eer']:.3f}), best round {summary['best_round']}"
             f" of {summary['rounds']}"
         )
+    if summary.get("stopped_early"):
+        lines.append(f"stopped early after round {summary['rounds']} (training.patience)")
     rows = [["client", "accuracy", "test AUC", "EER", "TAR@FAR 1e-2"]]
     for name, figures in summary.get("clients", {}).items():
         keys = ("test_accuracy", "test_roc_auc", "test_eer", "test_tar_at_far_1e-2")

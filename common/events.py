@@ -25,7 +25,10 @@ class EventLog:
         self.path = folder / EVENTS_FILE
 
     def emit(self, kind: str, **values: object) -> None:
-        """kind: joined, waiting, members, refused, round, scored, saving, warning, finished or failed; values: JSON."""
+        """values: JSON.
+
+        kind: joined, waiting, members, refused, round, scored, stopped_early, saving, warning, finished or failed.
+        """
         line = json.dumps({"kind": kind, "time": time.time(), **values})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

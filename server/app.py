@@ -14,7 +14,7 @@ from common.checkpoints import write_json
 from common.config import Settings
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE, EventLog
-from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names
+from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names, trainable_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.runtime import stream_seed
 from common.tracking.registry import register_model
@@ -23,6 +23,7 @@ from common.wire import Task
 from server.checkpointing import RunCheckpoints
 from server.history import History
 from server.mailbox import GridMailbox, Mailbox, Patience
+from server.optimiser import ServerOptimiser
 from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation, Outcome
@@ -124,6 +125,7 @@ def _federate(
         run_id=run_id,
         manifest=manifest,
         model=flatten(recogniser.state_dict(), manifest),
+        optimiser=ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser)),
         mailbox=mailbox,
         roster=Roster(
             mailbox,

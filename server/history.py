@@ -44,6 +44,10 @@ class History:
             self.best_round, self.best_val_auc = step, val_auc
         return metrics
 
+    def validations_since_best(self) -> int:
+        """How many models after the best one were scored on validation and were no better."""
+        return sum("val" in record.sums for step, record in self.rounds.items() if step > self.best_round)
+
     def tested(self, step: int) -> bool:
         """Whether the model of that round was scored on the test split."""
         return "test" in self.at(step).sums

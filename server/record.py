@@ -111,6 +111,15 @@ class Record:
         if self._settings.tracking.plots == "all":
             self._draw_curves(history)
 
+    def stopped_early(self, last_round: int, history: History) -> None:
+        """No further round: validation has not become better for long enough."""
+        self._tracked.set_tags({"stopped_early": f"after round {last_round}"})
+        line = (
+            f"stopped early after round {last_round} of {self._settings.federation.rounds}:"
+            f" {history.validations_since_best()} validations without a better AUC than round {history.best_round}'s"
+        )
+        self._events.emit("stopped_early", round=last_round, line=line)
+
     def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
         """The last pictures and the summary, which is also RUN/metrics.json."""
         if self._settings.tracking.plots != "none":
@@ -119,6 +128,7 @@ class Record:
         best = history.best_round
         summary: dict[str, Any] = {
             "rounds": last_round,
+            "stopped_early": last_round < self._settings.federation.rounds,
             "best_round": best,
             "model_sha256": sha256,
             "refused_replies": self.num_refused,

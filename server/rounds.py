@@ -19,10 +19,10 @@ from server.checkpointing import RunCheckpoints
 from server.guard import check_evaluation_reply, check_train_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
+from server.optimiser import ServerOptimiser
 from server.record import Record
 from server.roster import Member, Roster
 from server.scores import evaluation_sums
-from server.strategies import STRATEGIES
 
 Buffer = NDArray[np.float32]
 TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
@@ -33,7 +33,7 @@ class Outcome:
     """How a federation ended."""
 
     history: History
-    last_round: int
+    last_round: int  # smaller than federation.rounds when training stopped early
     sha256: str  # of the last global model
 
 
@@ -45,6 +45,7 @@ class Federation:
     run_id: str
     manifest: Manifest
     model: Buffer  # the global model, changed in place
+    optimiser: ServerOptimiser
     mailbox: Mailbox
     roster: Roster
     patience: Patience
@@ -57,13 +58,24 @@ class Federation:
 
         Raises NotEnoughClients, InterruptedRun; the checkpoint of the last whole round is on disk then.
         """
-        rounds = self.settings.federation.rounds
-        sha256 = self.checkpoints.save(0, self.model, self.history)
-        for server_round in range(1, rounds + 1):
-            sha256 = self._round(server_round)
-        self._evaluate_at_end(rounds)
-        self.checkpoints.save(rounds, self.model, self.history)
-        return Outcome(history=self.history, last_round=rounds, sha256=sha256)
+        last_round, rounds = 0, self.settings.federation.rounds
+        sha256 = self._save(0)
+        while last_round < rounds and not self._is_out_of_patience():
+            last_round += 1
+            sha256 = self._round(last_round)
+        if last_round < rounds:
+            self.record.stopped_early(last_round, self.history)
+        self._evaluate_at_end(last_round)
+        self._save(last_round)
+        return Outcome(history=self.history, last_round=last_round, sha256=sha256)
+
+    def _save(self, step: int) -> str:
+        return self.checkpoints.save(step, self.model, self.optimiser.moments, self.history)
+
+    def _is_out_of_patience(self) -> bool:
+        """A model's score arrives a round later, so the model of the last round is not among those counted."""
+        patience = self.settings.training.patience
+        return isinstance(patience, int) and self.history.validations_since_best() >= patience
 
     def _round(self, server_round: int) -> str:
         """One round; returns the SHA-256 of the new global model."""
@@ -78,10 +90,9 @@ class Federation:
         self._require_enough(replies, members, server_round, kept=server_round - 1)
         exchanged = time.monotonic()
         self._score(server_round - 1, replies, splits)
-        strategy = STRATEGIES[self.settings.federation.strategy]
-        self.model = strategy.apply(self.model, change.mean())
+        self.optimiser.apply(self.model, change.mean())
         applied = time.monotonic()
-        sha256 = self.checkpoints.save(server_round, self.model, self.history)
+        sha256 = self._save(server_round)
         seconds = {
             "round_seconds": time.monotonic() - started,
             "wait_seconds": gathered - started,
@@ -204,10 +215,10 @@ class Federation:
         self._require_enough(replies, members, step, kept=step)
         self._score(step, replies, splits)
 
-    def _evaluate_at_end(self, rounds: int) -> None:
+    def _evaluate_at_end(self, last_round: int) -> None:
         """Score the last model; then the best one on test, unless the curve has that point already."""
         every_round_is_tested = self.settings.federation.test_every_rounds == 1
-        self._evaluate(rounds, "val test", last=every_round_is_tested)
+        self._evaluate(last_round, "val test", last=every_round_is_tested)
         if every_round_is_tested:
             return
         last_model = self.model

@@ -30,6 +30,7 @@ from common.parameters import Manifest, manifest_of
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 from server.checkpointing import RunCheckpoints
 from server.mailbox import Patience
+from server.optimiser import ServerOptimiser
 from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation
@@ -185,6 +186,7 @@ def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) 
         run_id=folder.name,
         manifest=MANIFEST,
         model=np.zeros(MANIFEST.size, dtype=np.float32),
+        optimiser=ServerOptimiser.of(settings.federation, MANIFEST, {entry.name for entry in MANIFEST.entries}),
         mailbox=mailbox,
         roster=roster_over(mailbox, settings, folder),
         patience=Patience(lambda: False),

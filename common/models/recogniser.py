@@ -123,6 +123,12 @@ def shared_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     return _Split.of(model, normalisation).shared
 
 
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    """Names of what is learned by gradients, shared or private; the rest are statistics of normalisation layers."""
+    prefix = "" if isinstance(model, Recogniser) else _SHARED_PREFIX
+    return frozenset(prefix + name for name, _ in model.named_parameters())
+
+
 def private_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     """Names, in state_dict order, of the floating-point parameters and buffers that never leave the client."""
     return _Split.of(model, normalisation).private

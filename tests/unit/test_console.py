@@ -58,6 +58,7 @@ EVENTS = [
     ({"kind": "scored", "round": 2, "split": "test"}, ""),
     ({"kind": "saving"}, "saving and registering the model"),
     ({"kind": "warning", "line": "a word"}, "a word"),
+    ({"kind": "stopped_early", "round": 3, "line": "stopped early after round 3"}, "stopped early after round 3"),
     (MEMBERS, ""),
     ({"kind": "finished"}, ""),
     ({"kind": "failed", "line": "x", "exit_code": 1}, ""),
