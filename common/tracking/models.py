@@ -1,0 +1,133 @@
+"""Reading MLflow's registry: which version of a model to use, the settings it was trained with, and its tensors."""
+
+import logging
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.checkpoints import read_json
+from common.config import TrackingSettings
+from common.errors import CheckpointError, TrackingError
+from common.tracking.address import shown_uri, sqlite_path
+from common.tracking.delivery import quieten
+from common.tracking.registry import CHAMPION
+from common.tracking.sender import short_reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "models:/"
+
+_log = logging.getLogger("facefed.tracking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """One version of a registered model, and what its run wrote down."""
+
+    uri: str  # models:/NAME/VERSION
+    step: int  # the epoch or round it stands for
+    settings: Mapping[str, Any]  # the run's config.toml
+    metrics: Mapping[str, Any]  # the run's metrics.json; empty where it has none
+
+
+def find_registered(tracking: TrackingSettings, name: str) -> Registered | None:
+    """The champion of a model, else its newest version with the role "best"; None when there is none.
+
+    tracking: its address resolved.  A registry that cannot be asked has none, with a warning.
+    """
+    if _has_no_database(tracking):
+        return None
+    try:
+        version = _champion_or_best(tracking, name)
+        return None if version is None else _read(tracking, version)
+    except (CheckpointError, TrackingError):
+        raise
+    except Exception as error:  # MLflow raises what its database or network library raises
+        _log.warning("Tracking: %s cannot be asked for %s (%s).", shown_uri(tracking.uri), name, short_reason(error))
+        return None
+
+
+def read_registered(tracking: TrackingSettings, uri: str) -> Registered:
+    """The version that models:/NAME/VERSION or models:/NAME@ALIAS means.  Raises TrackingError."""
+    text = uri.removeprefix(PREFIX)
+    name, at, alias = text.partition("@")
+    if not at:
+        name, _, alias = text.rpartition("/")
+    if not uri.startswith(PREFIX) or not (name and alias):
+        raise TrackingError(f"{uri}: write models:/NAME/VERSION or models:/NAME@{CHAMPION}.")
+    if not tracking.enabled:
+        raise TrackingError(f"{uri}: tracking is off, so the registry is not asked; leave --no-mlflow out.")
+    if _has_no_database(tracking):
+        raise TrackingError(f"{uri}: there is no registry at {shown_uri(tracking.uri)}; give its --tracking-uri.")
+    try:
+        client = _client(tracking)
+        found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, alias)
+        return _read(tracking, found)
+    except (CheckpointError, TrackingError):
+        raise
+    except Exception as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{uri}: not found at {shown_uri(tracking.uri)} ({reason}); name one that is.") from None
+
+
+def load_state(tracking: TrackingSettings, registered: Registered) -> "dict[str, Tensor]":
+    """The tensors of a registered model under its backbone's names, "backbone.linear.weight".  Raises TrackingError."""
+    quieten()
+    import mlflow.pytorch
+
+    # load_model takes its server from here.
+    mlflow.set_tracking_uri(tracking.uri)
+    mlflow.set_registry_uri(tracking.uri)
+    try:
+        state: dict[str, Tensor] = mlflow.pytorch.load_model(registered.uri).state_dict()
+    except Exception as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); use its run folder with --run.") from None
+    return state
+
+
+def _has_no_database(tracking: TrackingSettings) -> bool:
+    """Whether asking would only make an empty database."""
+    database = sqlite_path(tracking.uri)
+    return database is not None and not database.exists()
+
+
+def _champion_or_best(tracking: TrackingSettings, name: str) -> Any:  # noqa: ANN401 - MLflow's own type
+    client = _client(tracking)
+    versions = client.search_model_versions(f"name = '{name}'")
+    best = [version for version in versions if version.tags.get("role") == "best"]
+    if not best:
+        return None
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    by_number = {int(version.version): version for version in best}
+    return by_number.get(int(champion) if champion is not None else -1, by_number[max(by_number)])
+
+
+def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN401 - MLflow's own type
+    uri = f"{PREFIX}{version.name}/{version.version}"
+    client = _client(tracking)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = Path(client.download_artifacts(version.run_id, "config.toml", folder))
+            settings = tomllib.loads(config.read_text(encoding="utf-8"))
+        except Exception as error:
+            reason = short_reason(error)
+            raise TrackingError(
+                f"{uri}: its run has no readable config.toml ({reason}), so nobody knows how to build it; name a run"
+                " folder with --run."
+            ) from None
+        metrics: dict[str, Any] = {}
+        if any(file.path == "metrics.json" for file in client.list_artifacts(version.run_id)):
+            metrics = read_json(Path(client.download_artifacts(version.run_id, "metrics.json", folder)))
+    return Registered(uri=uri, step=int(version.tags.get("step", 0)), settings=settings, metrics=metrics)
+
+
+def _client(tracking: TrackingSettings) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
+    quieten()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
