@@ -60,11 +60,11 @@ def _unit_length(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
     given = np.asarray(embeddings, dtype=np.float64)
     if given.ndim != 2 or given.shape[1] < 2:
         raise ValueError(f"embeddings {given.shape} must be [N, D] with D at least 2")
-    finite = np.isfinite(given).all(axis=1)
+    finite = np.asarray(np.isfinite(given).all(axis=1))
     if not finite.all():
         raise TrainingFailed(
             f"{int((~finite).sum())} of {len(finite)} embeddings are not finite (NaN or infinity), so no map can be "
             "drawn; the model has diverged: lower training.lr or raise training.warmup_fraction."
         )
-    lengths = np.linalg.norm(given, axis=1, keepdims=True)
-    return given / np.maximum(lengths, 1e-12)
+    unit: NDArray[np.float64] = given / np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-12)
+    return unit

@@ -15,22 +15,23 @@ if TYPE_CHECKING:
 
     Interval = tuple[float, float, float]
 
-MOST_CLIENTS: Final = 40  # rows that can be read; of more the lowest and the highest are shown
+MOST_CLIENTS: Final = 30  # rows that can be read; of more the lowest and the highest are shown
+_COLUMNS: Final = 3
 _ROW_IN: Final = 0.27
 _NAME: Final = 26  # characters of a model's or a client's name
 _METRICS: Final[Mapping[str, str]] = {
-    "accuracy": "accuracy, own identities",
-    "acc": "accuracy, own identities",
-    "precision": "precision, own identities",
-    "recall": "recall, own identities",
-    "f1": "F1, own identities",
+    "accuracy": "accuracy\nown identities",
+    "acc": "accuracy\nown identities",
+    "precision": "precision\nown identities",
+    "recall": "recall\nown identities",
+    "f1": "F1\nown identities",
     "loss": "loss (nats)",
-    "roc_auc": "ROC AUC, people never seen",
-    "auc": "ROC AUC, people never seen",
-    "eer": "equal error rate, people never seen",
-    "tar_at_far_1e-1": "TAR at FAR 0.1",
-    "tar_at_far_1e-2": "TAR at FAR 0.01",
-    "tar_at_far_1e-3": "TAR at FAR 0.001",
+    "roc_auc": "ROC AUC\npeople never seen",
+    "auc": "ROC AUC\npeople never seen",
+    "eer": "equal error rate\npeople never seen",
+    "tar_at_far_1e-1": "TAR at FAR 0.1\npeople never seen",
+    "tar_at_far_1e-2": "TAR at FAR 0.01\npeople never seen",
+    "tar_at_far_1e-3": "TAR at FAR 0.001\npeople never seen",
 }
 
 
@@ -44,7 +45,8 @@ def method_bars(scores: "Mapping[str, Mapping[str, Interval]]", metric_name: str
     test_sets = list(dict.fromkeys(name for tested in scores.values() for name in tested))
     num_rows = [sum(test_set in tested for tested in scores.values()) for test_set in test_sets]
     height = 1.1 + sum(0.75 + _ROW_IN * rows for rows in num_rows)
-    figure = new_figure(f"{metric_name} of the models, with 95 % intervals", height)
+    known = any(math.isfinite(low) for tested in scores.values() for _, low, _ in tested.values())
+    figure = new_figure(f"{metric_name} of the models" + (", with 95 % intervals" if known else ""), height)
     styles = method_styles(scores)
     panels = figure.subplots(
         max(1, len(test_sets)), 1, sharex=True, squeeze=False, height_ratios=[rows + 1 for rows in num_rows] or [1]
@@ -65,7 +67,7 @@ def _draw_dots(axes: "Axes", rows: "Mapping[str, Interval]", styles: Mapping[str
     for place, (name, (value, low, high)) in enumerate(rows.items()):
         colour = styles[name].colour
         if math.isfinite(low) and math.isfinite(high):
-            axes.plot([low, high], [place, place], color=colour, linestyle=styles[name].line, linewidth=2.2)
+            axes.plot([low, high], [place, place], color=colour, marker="|", markersize=8, linewidth=2.0)
             text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
         else:
             text = f"{value:.3f}" if math.isfinite(value) else "none"
@@ -100,8 +102,8 @@ def transfer_matrix(
     names = [shorten(name, _NAME) for name in tested_at]
     axes.set_xticks(range(len(names)), names, rotation=30 if long else 0, ha="right" if long else "center")
     axes.set_yticks(range(len(trained_at)), [shorten(name, _NAME) for name in trained_at])
-    axes.set_xlabel("tested at")
-    axes.set_ylabel("trained at")
+    axes.set_xlabel("tested at (framed: a holder's own model at home)")
+    axes.set_ylabel("trained at, or how")
     for row, model in enumerate(trained_at):
         for column, place in enumerate(tested_at):
             if model.removeprefix(LOCAL) == place:
@@ -126,17 +128,19 @@ def client_comparison(
 
     scores: client -> metric ("accuracy", "roc_auc", "eer", ..., also with "test_" before it) -> value; NaN or absent
     where there is none.  pooled: metric -> the value from the sums of all clients.
-    Of more than 40 clients those with the lowest and the highest values of the first metric are shown.
+    Of more than 30 clients those with the lowest and the highest values of the first metric are shown.
     """
     metrics = list(dict.fromkeys(name for client in scores.values() for name in client))
     shown = _outermost(scores, metrics)
     rows = {name: style for name, style in client_styles(scores).items() if name in shown}
-    num_rows = max(1, math.ceil(len(metrics) / 2))
-    figure = new_figure(title, 0.9 + num_rows * (0.9 + _ROW_IN * max(1, len(rows))))
+    num_columns = min(_COLUMNS, max(1, len(metrics)))
+    num_rows = max(1, math.ceil(len(metrics) / num_columns))
+    figure = new_figure(title, 0.9 + num_rows * (1.1 + _ROW_IN * max(1, len(rows))))
     if len(rows) < len(scores):
         half = len(rows) // 2
-        figure.supxlabel(f"the {half} lowest and the {half} highest of {len(scores)} clients", fontsize=10)
-    panels = figure.subplots(num_rows, min(2, max(1, len(metrics))), squeeze=False).flatten()
+        by = _named(metrics[0]).replace("\n", ", ")
+        figure.supxlabel(f"the {half} lowest and the {half} highest of {len(scores)} clients by {by}", fontsize=10)
+    panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
     for number, axes in enumerate(panels):
         if number >= len(metrics):
             axes.set_axis_off()
@@ -145,13 +149,16 @@ def client_comparison(
             continue
         metric = metrics[number]
         values = {name: (scores[name].get(metric, math.nan), math.nan, math.nan) for name in rows}
-        dress(axes, title=_METRICS.get(metric.removeprefix("test_"), metric), x_label="", y_label="")
-        _draw_dots(axes, values, rows)
+        dress(axes, title=_named(metric), x_label="", y_label="")
         if pooled is not None and math.isfinite(pooled.get(metric, math.nan)):
-            label = f"all clients: {pooled[metric]:.3f}"
-            axes.axvline(pooled[metric], color=BLACK, linestyle="--", linewidth=1.2, zorder=1)
-            axes.set_xlabel(label, fontsize=9)
+            axes.plot([pooled[metric]] * 2, [-0.6, len(rows) - 0.4], color=BLACK, linestyle="--", linewidth=1.2)
+            axes.set_xlabel(f"all clients: {pooled[metric]:.3f}", fontsize=9)
+        _draw_dots(axes, values, rows)
     return figure
+
+
+def _named(metric: str) -> str:
+    return _METRICS.get(metric.removeprefix("test_"), metric)
 
 
 def _outermost(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> set[str]:

@@ -18,6 +18,7 @@ MOST_WRITTEN: Final = 30  # classes whose counts fit into their cells
 _MOST_CONFUSED: Final = 25  # people shown out of many
 _MOST_PAIRS: Final = 12
 _SIDE_IN: Final = 4.9  # of the matrix, about
+_CHARACTERS_IN_A_ROW: Final = 45  # of labels under the matrix, before they are turned
 _SHARES: Final = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
 _NAME: Final = 14  # characters of a name at the matrix and in a pair
 
@@ -29,12 +30,13 @@ class _Matrix(NamedTuple):
     labels: Sequence[str]
     axis: str
     heading: str
+    shade: str = "share of the row's pictures"
 
 
 class _Pair(NamedTuple):
     true: str
     predicted: str
-    count: int
+    pictures: int
 
 
 def confusion(
@@ -61,8 +63,10 @@ def confusion(
         labels = [str(number) for number in range(num_people)] if names is None else list(names)
         heading = f"{num_people} people"
     pairs = [_Pair(labels[row], labels[column], count) for row, column, count in _most_confused(counts)]
-    axis = "group (numbers of its people)" if grouped else "person"
-    return _figure(_Matrix(counts, labels, axis, heading), pairs, title, "groups" if grouped else "people")
+    if not grouped:
+        return _figure(_Matrix(counts, labels, "person", heading), pairs, title, "people")
+    shade = "share of the row's pictures; mistakes within a group are on the diagonal"
+    return _figure(_Matrix(counts, labels, "group (numbers of its people)", heading, shade), pairs, title, "groups")
 
 
 def confusion_of_predictions(
@@ -127,12 +131,12 @@ def _most_confused(counts: "NDArray[np.int64]") -> list[tuple[int, int, int]]:
 def _figure(matrix: _Matrix, pairs: Sequence[_Pair], title: str, what: str) -> "Figure":
     figure = new_figure(title, 6.9)
     left, right = figure.subplots(1, 2, width_ratios=(2.5, 1.0))
-    _draw_matrix(left, matrix)
+    _draw_matrix(figure, left, matrix)
     _draw_pairs(right, pairs, what)
     return figure
 
 
-def _draw_matrix(axes: "Axes", matrix: _Matrix) -> None:
+def _draw_matrix(figure: "Figure", axes: "Axes", matrix: _Matrix) -> None:
     import numpy as np
 
     counts, labels = matrix.counts, [shorten(label, _NAME) for label in matrix.labels]
@@ -145,7 +149,7 @@ def _draw_matrix(axes: "Axes", matrix: _Matrix) -> None:
     step = 1 if written else -(-len(counts) // 16)
     places = list(range(0, len(counts), step))
     size = 9 if len(places) <= 16 else 7
-    long = max(len(labels[place]) for place in places) > (4 if len(places) <= 10 else 2)
+    long = max(len(labels[place]) for place in places) * len(places) > _CHARACTERS_IN_A_ROW
     axes.set_xticks(places, [labels[place] for place in places], rotation=90 if long else 0, fontsize=size)
     axes.set_yticks(places, [labels[place] for place in places], fontsize=size)
     axes.set_title(
@@ -153,9 +157,9 @@ def _draw_matrix(axes: "Axes", matrix: _Matrix) -> None:
     )
     axes.set_xlabel(f"predicted {matrix.axis}")
     axes.set_ylabel(f"true {matrix.axis}")
-    bar = axes.get_figure().colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, ticks=_SHARES)
-    bar.ax.set_xticklabels([f"{share:.0%}" for share in _SHARES])
-    bar.set_label("share of the row's pictures" + (" (grey: no pictures)" if not totals.all() else ""))
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, ticks=_SHARES)
+    bar.ax.set_xticklabels([f"{100 * share:g} %" for share in _SHARES])
+    bar.set_label(matrix.shade + (" (grey: no pictures)" if not totals.all() else ""))
 
 
 def _brief(count: int) -> str:
@@ -172,8 +176,8 @@ def _draw_pairs(axes: "Axes", pairs: Sequence[_Pair], what: str) -> None:
         say(axes, "no picture was\ntaken for another")
         return
     for place, pair in enumerate(pairs):
-        label = f"{shorten(pair.true, _NAME)} → {shorten(pair.predicted, _NAME)}: {pair.count:,}"
-        axes.barh(place + 0.18, pair.count, height=0.24, color=BLUE)
+        label = f"{shorten(pair.true, _NAME)} → {shorten(pair.predicted, _NAME)}: {pair.pictures:,}"
+        axes.barh(place + 0.18, pair.pictures, height=0.24, color=BLUE)
         axes.text(0.0, place, label, ha="left", va="bottom", fontsize=9)
-    axes.set_xlim(0.0, pairs[0].count)
+    axes.set_xlim(0.0, pairs[0].pictures)
     axes.set_ylim(_MOST_PAIRS - 0.4, -0.6)

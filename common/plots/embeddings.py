@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_NAMED: Final = 12  # more colours and markers nobody tells apart
+# Six and four: the first twelve pairs all differ, and colours that colour-blind readers confuse have other markers.
 _PERSON_COLOURS: Final = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY)
 _PERSON_MARKERS: Final = ("o", "^", "s", "D")
 _OTHERS: Final = "#C8C8C8"
@@ -56,15 +57,15 @@ def embedding_maps(
     for projection in projections:
         if projection.points.shape != (len(person), 2):
             raise ValueError(f"points {projection.points.shape} must be [{len(person)}, 2]: one for each picture")
-    figure = new_figure(title, 5.4 if len(projections) == 1 else 5.0)
+    figure = new_figure(title, 6.2)
     panels = figure.subplots(1, len(projections), squeeze=False)[0]
     for axes, projection in zip(panels, projections, strict=True):
         _draw_map(axes, projection, person, names)
-    handles, labels = panels[0].get_legend_handles_labels()
     # Beside or below the maps: inside it would cover pictures.
     if len(projections) == 1:
-        figure.legend(handles, labels, loc="outside right upper", title="person (pictures)", fontsize=9)
+        panels[0].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), title="person (pictures)", fontsize=9)
     else:
+        handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", title="person (pictures)", fontsize=9, ncols=4)
     return figure
 
@@ -82,7 +83,7 @@ def _draw_map(axes: "Axes", projection: Projection, person: "NDArray[np.int64]",
             mine[:, 1],
             s=26,
             color=_PERSON_COLOURS[number % len(_PERSON_COLOURS)],
-            marker=_PERSON_MARKERS[number // len(_PERSON_COLOURS)],
+            marker=_PERSON_MARKERS[number % len(_PERSON_MARKERS)],
             edgecolors="white",
             linewidths=0.4,
             zorder=3,
@@ -104,7 +105,7 @@ def _name_axes(axes: "Axes", projection: Projection) -> None:
     first, second = projection.explained
     dress(
         axes,
-        title=f"{projection.method}: {first + second:.0%} of the variance",
-        x_label=f"first component ({first:.1%})",
-        y_label=f"second component ({second:.1%})",
+        title=f"{projection.method}: {100 * (first + second):.0f} % of the variance",
+        x_label=f"first component ({100 * first:.1f} %)",
+        y_label=f"second component ({100 * second:.1f} %)",
     )

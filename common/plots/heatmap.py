@@ -1,7 +1,7 @@
 """Cells of a matrix, coloured and written into so that each number can be read."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from common.plots.style import ink_on
 
@@ -18,7 +18,12 @@ _DIGIT_WIDTH: Final = 0.62  # of the font size
 
 
 def draw_cells(
-    axes: "Axes", values: "NDArray[np.float64]", span: tuple[float, float], *, aspect: str = "equal", gamma: float = 1.0
+    axes: "Axes",
+    values: "NDArray[np.float64]",
+    span: tuple[float, float],
+    *,
+    aspect: "Literal['equal', 'auto']" = "equal",
+    gamma: float = 1.0,
 ) -> "AxesImage":
     """Colour the cells: from white at span[0] to dark blue at span[1]; grey where the value is NaN.
 
@@ -41,8 +46,7 @@ def write_cells(axes: "Axes", image: "AxesImage", texts: Sequence[Sequence[str]]
     """A text for each cell of `cell_in` inches, black or white by the cell's colour, as large as fits."""
     import numpy as np
 
-    values = np.ma.asarray(image.get_array())
-    colours = image.to_rgba(values)
+    colours = image.to_rgba(np.ma.array(image.get_array()))
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             if text:

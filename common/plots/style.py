@@ -109,7 +109,9 @@ def _local_styles(names: Iterable[str]) -> dict[str, LineStyle]:
     holders = sorted((name.removeprefix(LOCAL) for name in names if name.startswith(LOCAL)), key=_by_number)
     styles = {name: LineStyle(ORANGE, *_LOCAL_LINES[name]) for name in holders if name in _LOCAL_LINES}
     for number, name in enumerate(name for name in holders if name not in styles):
-        styles[name] = LineStyle(ORANGE, *_OTHER_LOCAL_LINES[number % len(_OTHER_LOCAL_LINES)])
+        turn, kind = divmod(number, len(_OTHER_LOCAL_LINES))  # line and marker together differ for the first 25
+        marker = _OTHER_LOCAL_LINES[(kind + turn) % len(_OTHER_LOCAL_LINES)][1]
+        styles[name] = LineStyle(ORANGE, _OTHER_LOCAL_LINES[kind][0], marker)
     return {LOCAL + name: style for name, style in styles.items()}
 
 

@@ -19,7 +19,7 @@ LOWEST_FAR: Final = 1e-4  # below it a few thousand impostor pairs say nothing
 _SHOWN_BINS: Final = 100  # over the scores that occur
 _MOST_INSIDE: Final = 4  # models whose legend fits under the curves
 _LONGEST_INSIDE: Final = 34  # characters
-_NAME: Final = 26
+_NAME: Final = 32
 _DET_TICKS: Final = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
 
 
@@ -87,9 +87,9 @@ def det(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | N
     axes.set_yticks(_deviates(_DET_TICKS), ticks)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
-    axes.set_aspect("equal")
+    # Beside the curves: which corner is free depends on how good the models are.
     handles, shown_labels = axes.get_legend_handles_labels()
-    figure.legend(handles, shown_labels, loc="outside right upper", fontsize=9, handlelength=3.5)
+    figure.legend(handles, shown_labels, loc="outside right center", fontsize=9, handlelength=3.5)
     return figure
 
 

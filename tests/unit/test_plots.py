@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from common.config import TrackingSettings
 from common.plots import style
 from common.plots.curves import client_curves, convergence, training_curves
-from common.plots.verification import roc, score_histograms
+from common.plots.verification import det, roc, score_histograms
 from common.tracking.run import open_run
+from tests.unit.pictures import assert_nothing_overlaps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,27 +58,16 @@ def _figures():
         yield f"{count} clients, {rounds} rounds", client_curves(_clients(count, rounds))
     yield "training", training_curves([{"step": s, "train_loss": 1.0 / s, "learning_rate": 0.1} for s in range(1, 9)])
     yield "roc", roc(dict.fromkeys(style.METHOD_COLOURS, (far, far**0.5, 2 / 3)))
+    curves = {f"local hospital-of-the-far-north-{i}": (far, far**0.5, 2 / 3) for i in range(8)}
+    yield "roc of long names", roc(curves, intervals=dict.fromkeys(curves, (0.6, 0.7)))
+    yield "det", det(curves, intervals=dict.fromkeys(curves, (0.3, 0.4)))
+    yield "det of one", det({"fedavg": (far, far**0.5, 2 / 3)})
     yield "scores", score_histograms(_histogram(0.5, 0.0))
 
 
 def test_nothing_overlaps_and_nothing_leaves_the_picture():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     for name, figure in _figures():
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]  # with titles, labels and numbers
-        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
-        boxes.append(figure._suptitle.get_window_extent(renderer))
-        for one, other in itertools.combinations(boxes, 2):
-            assert not one.overlaps(other), name
-        assert figure.bbox.width == 1200
-        for box in boxes:
-            assert box.x0 >= 0, name
-            assert box.x1 <= 1200, name
-            assert box.y0 >= 0, name
-            assert box.y1 <= figure.bbox.height, name
+        assert_nothing_overlaps(figure, name)
 
 
 def test_convergence_marks_the_round_with_the_best_validation_auc():
@@ -172,6 +163,13 @@ def test_methods_differ_to_colour_blind_readers_by_colour_or_else_by_line_and_ma
             assert styles[one].marker != styles[other].marker, (one, other)
 
 
+def test_many_holders_alone_differ_in_line_or_marker_and_do_not_depend_on_the_order():
+    names = [f"local site-{number}" for number in range(20)]
+    styles = style.method_styles(names)
+    assert len(set(styles.values())) == 20
+    assert style.method_styles(names[::-1]) == styles
+
+
 def test_roc_shows_each_curve_on_both_axes_best_first():
     far = np.array([0.0, 0.5, 1.0])
     figure = roc({"local": (far, np.array([0.0, 0.6, 1.0]), 0.55), "fedavg": (far, np.array([0.0, 0.9, 1.0]), 0.7)})
@@ -183,6 +181,63 @@ def test_roc_shows_each_curve_on_both_axes_best_first():
         line = _lines(axes)["fedavg, AUC 0.700"]
         assert list(line.get_ydata()) == [0.0, 0.9, 1.0]
         assert line.get_color() == style.METHOD_COLOURS["fedavg"]
+
+
+def test_roc_says_the_intervals_that_are_known():
+    far = np.array([0.0, 0.5, 1.0])
+    curves = {"local": (far, np.array([0.0, 0.6, 1.0]), 0.55), "fedavg": (far, np.array([0.0, 0.9, 1.0]), 0.7)}
+    figure = roc(curves, intervals={"fedavg": (0.68, 0.7251)})
+    (legend,) = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["fedavg, AUC 0.700 [0.680, 0.725]", "local, AUC 0.550", "chance"]
+
+
+def test_det_is_straight_for_normal_scores_and_dots_the_equal_error_rates_lowest_first():
+    normal = NormalDist()
+    thresholds = np.linspace(6.0, -4.0, 1001)
+    far = np.array([1 - normal.cdf(t) for t in thresholds])
+    # Genuine scores shifted by d: FRR(t) = Phi(t - d), so on normal-deviate axes y = -x - d; EER = Phi(-d / 2).
+    curves = {
+        name: (far, np.array([1 - normal.cdf(t - shift) for t in thresholds]), 0.0)
+        for name, shift in (("local celeba", 1.0), ("fedavg", 2.0))
+    }
+    figure = det(curves)
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["fedavg, EER 0.159", "local celeba, EER 0.309", "equal error rates"]
+    lines = _lines(axes)
+    for label, shift in ((labels[0], 2.0), (labels[1], 1.0)):
+        x, y = lines[label].get_data()
+        assert len(x) > 500
+        np.testing.assert_allclose(y, -x - shift, atol=1e-6)
+    assert lines[labels[1]].get_color() == style.METHOD_COLOURS["local"]
+    assert lines[labels[1]].get_linestyle() == "--"
+    dots = [(line.get_color(), float(line.get_xdata()[0])) for line in axes.get_lines() if len(line.get_xdata()) == 1]
+    assert dots == [(style.BLUE, pytest.approx(-1.0, abs=1e-3)), (style.ORANGE, pytest.approx(-0.5, abs=1e-3))]
+    ticks = dict(zip((text.get_text() for text in axes.get_xticklabels()), axes.get_xticks(), strict=True))
+    assert ticks["50 %"] == pytest.approx(0.0)
+    assert ticks["1 %"] == pytest.approx(-2.3263, abs=1e-4)  # the 1st percentile of the normal distribution
+
+
+def test_det_of_a_perfect_model_has_no_curve_and_says_so_in_the_legend():
+    figure = det({"fedavg": (np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0]), 1.0)})
+    (axes,) = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg, EER 0.000", "equal error rates"]
+    assert len(_lines(axes)["fedavg, EER 0.000"].get_xdata()) == 0
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.3, 0.45, 0.5, 0.6, 0.8, 1.0])
+def test_ink_reads_on_every_colour(level):
+    """Contrast (WCAG 2.1) = (lighter luminance + 0.05) / (darker + 0.05); a grey's luminance is its linear level."""
+    linear = level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4
+    contrast = {style.BLACK: (linear + 0.05) / 0.05, "#FFFFFF": 1.05 / (linear + 0.05)}
+    assert contrast[style.ink_on((level, level, level))] >= 4.5
+
+
+def test_long_names_lose_their_middle():
+    assert style.shorten("celeba", 6) == "celeba"
+    assert style.shorten("hospital-north-1", 9) == "hosp…th-1"
+    assert len(style.shorten("hospital-north-1", 10)) == 10
 
 
 def test_score_densities_have_area_one_and_the_threshold_is_where_the_errors_meet():
@@ -225,7 +280,7 @@ def test_a_tracked_run_keeps_a_figure_as_a_picture(tmp_path):
 def test_matplotlib_comes_late_and_without_pyplot():
     program = """
 import sys
-from common.plots import curves, verification
+from common.plots import comparison, confusion, curves, embeddings, verification
 assert "matplotlib" not in sys.modules, "imported at once"
 curves.convergence([{"step": 1, "round_val_auc": 0.5}]).savefig(sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules, "pyplot"
