@@ -40,6 +40,7 @@ def site_from_node_config(context: Context) -> SiteSettings:
         state_dir=Path(str(node["state-dir"])),
         cache_dir=Path(str(node["cache-dir"])),
         pack_workers=int(node["pack-workers"]),
+        tracking_uri=str(node["tracking-uri"]),
     )
 
 

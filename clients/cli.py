@@ -28,6 +28,13 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument("--state-dir", metavar="DIR", help="what stays here (default: .facefed/clients/NAME)")
     program.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
     program.add_argument(
+        "--tracking-uri",
+        "--mlflow-uri",
+        default="",
+        metavar="URI",
+        help="an MLflow of your own for this client's figures and pictures, which the server never sees",
+    )
+    program.add_argument(
         "--connect-timeout",
         type=float,
         default=300.0,
@@ -73,6 +80,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from clients.site import SiteSettings
     from common.faces.sources import read_index
     from common.runtime import resolve_device
+    from common.tracking.address import resolve_uri
 
     name = arguments.name or arguments.dataset
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
@@ -87,6 +95,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         state_dir=Path(arguments.state_dir or f".facefed/clients/{name}").expanduser().resolve(),
         cache_dir=Path(arguments.cache_dir).expanduser().resolve(),
         pack_workers=num_cores(),
+        tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
     )
     options = ClientOptions(host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once)
     launch = Launch(site, options, _say)

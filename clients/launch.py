@@ -148,6 +148,7 @@ class Launch:
             "device": site.device,
             "state-dir": str(site.state_dir),
             "cache-dir": str(site.cache_dir),
+            "tracking-uri": site.tracking_uri,
         }
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
         return [

@@ -15,20 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clients.own_record import export_own_model, keep_own_record
 from clients.private_state import load_private, prune, save_private
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import write_tensors
 from common.config import Settings
 from common.errors import ReplyRefused
-from common.evaluation import EvaluationSums, evaluate
+from common.evaluation import EvaluationSums, evaluate, people_digest
 from common.faces.pack import FacePack, open_pack
 from common.faces.splits import Split
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
-from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs
+from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs, warm_up_head
 from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
 
 
@@ -100,6 +100,7 @@ def join(workplace: Workplace) -> Site:
         num_training_pictures=len(pack.indices(Split.TRAIN)),
         num_quarantined=len(pack.quarantined),
         val_people=val_people_digest(pack),
+        test_pairs=people_digest(pack, "test"),
         machine=machine_digest(),
         cores=num_cores(),
         device=device.split(":")[0],
@@ -111,7 +112,14 @@ def join(workplace: Workplace) -> Site:
 def split_sums(sums: EvaluationSums) -> SplitSums:
     """Evaluation sums in the form in which they travel."""
     closed = dataclasses.asdict(sums.closed)
-    return SplitSums(closed={name: closed[name] for name in CLOSED_FIELDS}, pairs=sums.pairs)
+    if sums.confusion is None:
+        raise ValueError("only one client's own evaluation travels")
+    return SplitSums(
+        closed={name: closed[name] for name in CLOSED_FIELDS},
+        pairs=sums.pairs,
+        folds=sums.folds,
+        confusion=sums.confusion,
+    )
 
 
 def _receive(
@@ -156,15 +164,16 @@ def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, S
     }
 
 
-def _train_fields(sums: TrainSums, train_s: float, evaluate_s: float) -> dict[str, float]:
+def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float]) -> dict[str, float]:
     return {
         "num_pictures": sums.num_pictures,
         "num_steps": sums.num_steps,
         "correct": sums.correct,
         "loss_sum": sums.loss_sum,
         "gradient_norm_sum": sums.gradient_norm_sum,
-        "seconds": train_s,
-        "evaluate_seconds": evaluate_s,
+        "num_warmup_pictures": warmup.num_warmup_pictures,
+        "num_warmup_steps": warmup.num_warmup_steps,
+        **seconds,
     }
 
 
@@ -179,12 +188,19 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
     folder = workplace.state_folder(task.run_id)
-    if _restore_private(workplace, task.run_id, task.server_round - 1, optimiser) < 0:
+    found = _restore_private(workplace, task.run_id, task.server_round - 1, optimiser)
+    if found < 0:
         save_private(folder, 0, recogniser, optimiser, workplace.private)  # so that a repeated round starts here too
 
     started = time.perf_counter()
     evaluations = _evaluate(workplace, task, compute)
     evaluated = time.perf_counter()
+    warmup = TrainSums()
+    if found <= 0:  # round 0's private state is the fresh one
+        warmup = warm_up_head(
+            recogniser, workplace.pack, settings=settings, compute=compute, stream_name=workplace.site.name
+        )
+    warmed_up = time.perf_counter()
     named = dict(recogniser.named_parameters())
     shared_parameters = [named[e.name] for e in workplace.manifest.entries if e.name in named]
     use_penalty = federation.strategy == "fedprox" and federation.proximal_mu > 0.0
@@ -209,7 +225,15 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
         num_examples=len(workplace.pack.indices(Split.TRAIN)),
-        train=_train_fields(sums, trained - evaluated, evaluated - started),
+        train=_train_fields(
+            sums,
+            warmup,
+            seconds={
+                "seconds": trained - warmed_up,
+                "evaluate_seconds": evaluated - started,
+                "warmup_seconds": warmed_up - evaluated,
+            },
+        ),
         evaluations=evaluations,
         change=change,
     )
@@ -219,8 +243,9 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
     compute, _ = _receive(workplace, task, shared)
     _restore_private(workplace, task.run_id, task.server_round, None)
-    if task.last and workplace.settings.model.normalisation == "private":
-        _export(workplace, task)
+    if task.last:  # the best model, for good
+        export_own_model(workplace.site, task, workplace.settings, workplace.recogniser)
+        keep_own_record(workplace.site, task, workplace.settings, workplace.recogniser, workplace.pack, compute)
     return Reply(
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
@@ -229,13 +254,6 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
         evaluations=_evaluate(workplace, task, compute),
         change=None,
     )
-
-
-def _export(workplace: Workplace, task: Task) -> None:
-    """With private normalisation there is no single global model: each site keeps its own, whole, backbone."""
-    path = workplace.site.state_dir / "export" / f"{task.run_id}.safetensors"
-    backbone = {k: v for k, v in workplace.recogniser.state_dict().items() if k.startswith("backbone.")}
-    write_tensors(path, backbone, {"round": str(task.server_round), "backbone": workplace.settings.model.backbone})
 
 
 def read_settings(task: Task) -> Settings:

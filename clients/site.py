@@ -15,3 +15,4 @@ class SiteSettings:
     state_dir: Path  # private heads, the egress ledger, Flower's own files
     cache_dir: Path  # packs and trials; several sites of one machine may share it
     pack_workers: int = 1  # processes that decode pictures
+    tracking_uri: str = ""  # an MLflow of the site's own; none where empty

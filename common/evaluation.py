@@ -1,5 +1,7 @@
-"""The one evaluation of all modes: sums of the closed set and a histogram of pairs of the open set."""
+"""The one evaluation of all modes: sums of the closed set, histograms of pairs of the open set."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,11 @@ from common.errors import TrainingFailed
 from common.faces.batches import evaluation_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.classification import ClosedSetSums, closed_set_sums
+from common.metrics.classification import ClosedSetSums, closed_set_sums, grouped_confusion
+from common.metrics.folds import choose_pairs, fold_histogram, pair_scores, ten_fold_accuracy
 from common.metrics.verification import open_set_scores, pair_histogram
 from common.models.recogniser import Recogniser
+from common.runtime import stream_seed
 from common.training import Compute
 
 EVALUATION_BATCH = 128
@@ -27,13 +31,44 @@ class EvaluationSums:
 
     closed: ClosedSetSums
     pairs: NDArray[np.int64]  # [2, 8192]: genuine and impostor pairs by cosine
+    folds: NDArray[np.int64]  # [10, 2, 1024]: the pairs of ten-fold accuracy, likewise
+    confusion: NDArray[np.int64] | None = None  # [G, G] of one client's people; None for several clients' sum
 
     def __add__(self, other: "EvaluationSums") -> "EvaluationSums":
-        return EvaluationSums(closed=self.closed + other.closed, pairs=self.pairs + other.pairs)
+        """Both clients' sums. Their people differ, so there is no common confusion matrix."""
+        return EvaluationSums(
+            closed=self.closed + other.closed, pairs=self.pairs + other.pairs, folds=self.folds + other.folds
+        )
 
     def scores(self) -> dict[str, float]:
-        """accuracy, loss, precision, recall, f1 and roc_auc, eer, tar_at_far_1e-1, _1e-2, _1e-3."""
-        return self.closed.scores() | open_set_scores(self.pairs)
+        """accuracy, loss, precision, recall, f1; roc_auc, eer, tar_at_far_1e-1 to _1e-3, ten_fold_accuracy.
+
+        Raises DataError when a set is empty.
+        """
+        return self.closed.scores() | self.open_scores()
+
+    def open_scores(self) -> dict[str, float]:
+        """The scores of people never seen alone.  Raises DataError without genuine or without impostor pairs."""
+        return open_set_scores(self.pairs) | {"ten_fold_accuracy": ten_fold_accuracy(self.folds)[0]}
+
+
+def pooled(by_client: Mapping[str, EvaluationSums]) -> EvaluationSums:
+    """All clients' sums added: pairs within each client's people, summed."""
+    first, *others = by_client.values()
+    total = first
+    for sums in others:
+        total = total + sums
+    return total
+
+
+def people_digest(pack: FacePack, split: str) -> str:
+    """A digest of who is on which picture of the open set of a split ("val" or "test").
+
+    Models may be compared only on equal test pairs, and equal digests mean equal pairs. It does not depend on how the pictures were aligned or how large they are.
+    """
+    _, people = SPLITS[split]
+    named = "\n".join(pack.people[person] for person in pack.person[pack.indices(people)].tolist())
+    return hashlib.sha256(f"{pack.dataset}\n{named}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -57,20 +92,41 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
 
 
 @torch.no_grad()
-def _closed_set(recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute) -> ClosedSetSums:
+def _class_logits(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute: Compute) -> torch.Tensor:
+    """[len(indices), C] float32 on the CPU, without margin."""
+    return recogniser.class_logits(embed(recogniser, pack, indices, compute).to(compute.device)).float().cpu()
+
+
+def closed_set_predictions(
+    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(predicted, labels), [N] int64 each: the most likely of the client's own people, and who it is."""
+    indices = pack.indices(split)
+    return _class_logits(recogniser, pack, indices, compute).argmax(1).numpy(), pack.training_labels[indices]
+
+
+def _closed_set(
+    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
+) -> tuple[ClosedSetSums, NDArray[np.int64]]:
+    """The sums of one client's own people, and how they are confused."""
     indices = pack.indices(split)
     labels = pack.training_labels[indices]
-    logits = recogniser.class_logits(embed(recogniser, pack, indices, compute).to(compute.device)).float().cpu()
+    logits = _class_logits(recogniser, pack, indices, compute)
     loss_sum = F.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-    return closed_set_sums(logits.argmax(1).numpy(), labels, float(loss_sum))
+    predicted = logits.argmax(1).numpy()
+    return closed_set_sums(predicted, labels, float(loss_sum)), grouped_confusion(predicted, labels, logits.shape[1])
 
 
 def evaluate(recogniser: Recogniser, pack: FacePack, split: str, compute: Compute) -> EvaluationSums:
     """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open)."""
     pictures, people = SPLITS[split]
     indices = pack.indices(people)
-    embeddings = F.normalize(embed(recogniser, pack, indices, compute))
+    embeddings = F.normalize(embed(recogniser, pack, indices, compute)).numpy()
+    closed, confusion = _closed_set(recogniser, pack, pictures, compute)
+    chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
     return EvaluationSums(
-        closed=_closed_set(recogniser, pack, pictures, compute),
-        pairs=pair_histogram(embeddings.numpy(), pack.person[indices]),
+        closed=closed,
+        pairs=pair_histogram(embeddings, pack.person[indices]),
+        folds=fold_histogram(pair_scores(embeddings, chosen), chosen),
+        confusion=confusion,
     )

@@ -135,3 +135,14 @@ def read_run_settings(arguments: argparse.Namespace, *, default_config: str | No
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
     return config.load(path, overrides)
+
+
+def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Sequence[str] = ()) -> None:
+    """Refuse settings given beside a flag that brings its own.  but: settings that may be given.  Raises ConfigError."""
+    names = {f"{flag.section}.{flag.key}": flag.names[0] for flag in FLAGS}
+    given = [names[dotted] for dotted, text in vars(arguments).items() if dotted in names and text is not None]
+    given = [name for name in given if name not in {names[dotted] for dotted in but}]
+    given += ["--config"] * bool(arguments.config) + ["--set"] * bool(arguments.set)
+    given += ["--no-mlflow"] * bool(arguments.no_mlflow)
+    if given:
+        raise ConfigError([f"{because} goes on with the run's own settings; leave {', '.join(given)} out."])

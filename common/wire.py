@@ -9,6 +9,7 @@ Heads, embeddings and pictures have no place in any of them.
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,14 +20,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from numpy.typing import NDArray
 
 from common.errors import ReplyRefused
+from common.metrics.classification import MOST_GROUPS
+from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
-SHARED, CHANGE, PAIRS = "shared", "change", "{split}-pairs"
+SHARED, CHANGE = "shared", "change"
+COUNTS = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
+_PAIRS_SHAPE, _FOLDS_SHAPE = (2, NUM_BINS), (NUM_FOLDS, 2, FOLD_BINS)
 CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
 CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
-TRAIN_FIELDS = ("num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "seconds", "evaluate_seconds")
+TRAIN_FIELDS = (
+    "num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "seconds", "evaluate_seconds",
+    "num_warmup_pictures", "num_warmup_steps", "warmup_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,7 @@ class Site:
     num_training_pictures: int
     num_quarantined: int
     val_people: str  # digest of the validation people, to compare champions on the same people only
+    test_pairs: str  # digest of the test people, to compare models on the same pairs only
     machine: str  # equal for clients on one machine, so that they share its cores
     cores: int
     device: str
@@ -67,10 +76,12 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSums:
-    """One evaluation as it travels: closed-set sums by name and the [2, 8192] int64 histogram of pairs."""
+    """One evaluation as it travels: closed-set sums by name, and counts."""
 
     closed: Mapping[str, float]
-    pairs: NDArray[np.int64]
+    pairs: NDArray[np.int64]  # [2, 8192]
+    folds: NDArray[np.int64]  # [10, 2, 1024]
+    confusion: NDArray[np.int64]  # [G, G], G at most 64: people in groups where they are more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +166,14 @@ def read_site(message: Message) -> Site:
 
 
 def reply_content(reply: Reply) -> RecordDict:
-    """The content of the answer to train or evaluate: at most four arrays and one record of numbers."""
+    """The content of the answer to train or evaluate: at most three arrays and one record of numbers."""
     sums: dict[str, Any] = {"num-examples": reply.num_examples, "server-round": reply.server_round}
     sums |= {f"train-{name}": value for name, value in reply.train.items()}
     arrays = {}
     for split, values in reply.evaluations.items():
         sums |= {f"{split}-{name}": value for name, value in values.closed.items()}
-        arrays[PAIRS.format(split=split)] = Array(values.pairs)
+        parts = (values.pairs, values.folds, values.confusion)
+        arrays[COUNTS.format(split=split)] = Array(np.concatenate([part.reshape(-1) for part in parts]))
     if reply.change is not None:
         arrays[CHANGE] = Array(reply.change)
     content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: ArrayRecord(arrays)})
@@ -170,11 +182,22 @@ def reply_content(reply: Reply) -> RecordDict:
 
 
 def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums:  # noqa: ANN401
-    pairs = _array(arrays, PAIRS.format(split=split))
-    if pairs.dtype != np.int64 or pairs.shape != (2, NUM_BINS) or bool((pairs < 0).any()):
-        raise ReplyRefused(f"the {split} histogram is {pairs.dtype} {pairs.shape}, not counts int64 (2, {NUM_BINS})")
-    closed = {name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS}
-    return SplitSums(closed=closed, pairs=pairs)
+    name = COUNTS.format(split=split)
+    counts = _array(arrays, name)
+    num_pairs, num_folds = math.prod(_PAIRS_SHAPE), math.prod(_FOLDS_SHAPE)
+    groups = math.isqrt(max(counts.size - num_pairs - num_folds, 0))
+    size = num_pairs + num_folds + groups**2
+    if counts.dtype != np.int64 or counts.shape != (size,) or groups > MOST_GROUPS:
+        raise ReplyRefused(f"{name} is {counts.dtype} {counts.shape}, not this version's counts, int64 ({size},)")
+    if bool((counts < 0).any()):
+        raise ReplyRefused(f"{name} holds {counts.min()}, not counts")
+    pairs, folds, confusion = np.split(counts, [num_pairs, num_pairs + num_folds])
+    return SplitSums(
+        closed={name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS},
+        pairs=pairs.reshape(_PAIRS_SHAPE),
+        folds=folds.reshape(_FOLDS_SHAPE),
+        confusion=confusion.reshape(groups, groups),
+    )
 
 
 def read_reply(message: Message, splits: str) -> Reply:

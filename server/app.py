@@ -24,11 +24,12 @@ from server.checkpointing import RunCheckpoints
 from server.history import History
 from server.mailbox import GridMailbox, Mailbox, Patience
 from server.optimiser import ServerOptimiser
+from server.public_set import public_scorer
 from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation, Outcome
 from server.run_folder import new_run_folder
-from server.runs import begin_tracking
+from server.runs import begin_tracking, federated_kind
 
 log = logging.getLogger("facefed.server")
 
@@ -96,7 +97,7 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     tracked: TrackedRun | None = None
     status, exit_code, line = "FAILED", EXIT_FAILED, ""
     try:
-        tracked = begin_tracking(settings, folder, surroundings.git_commit)
+        tracked = begin_tracking(settings, folder, surroundings.git_commit, federated_kind(settings))
         summary = _federate(settings, mailbox, surroundings, tracked, events)
         events.emit("finished", **summary)
         status, exit_code = "FINISHED", EXIT_DONE
@@ -138,6 +139,7 @@ def _federate(
         patience=patience,
         checkpoints=RunCheckpoints(surroundings.run_folder / "checkpoints", manifest),
         record=Record(tracked, events, settings),
+        public=public_scorer(settings, recogniser, manifest),
         history=History(),
     )
     del recogniser

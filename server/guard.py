@@ -89,6 +89,10 @@ def _check_evaluations(reply: Reply, site: Site) -> None:
         most = site.num_pictures * (site.num_pictures - 1) // 2
         if float(sums.pairs.sum(dtype=np.float64)) > most:
             raise ReplyRefused(f"the {split} histogram counts more pairs than {site.num_pictures} pictures have")
+        if float(sums.folds.sum(dtype=np.float64)) > most:
+            raise ReplyRefused(f"the {split} folds count more pairs than {site.num_pictures} pictures have")
+        if float(sums.confusion.sum(dtype=np.float64)) > site.num_pictures:
+            raise ReplyRefused(f"the {split} confusion counts more than {site.num_pictures} pictures")
 
 
 def _check_closed(split: str, sums: SplitSums) -> None:

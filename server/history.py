@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from common.evaluation import EvaluationSums
-from server.scores import open_scores, pooled, round_metrics
+from common.evaluation import EvaluationSums, pooled
+from server.scores import open_scores, round_metrics
 
 
 @dataclass

@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.config import Settings
-from common.evaluation import EvaluationSums
+from common.evaluation import EvaluationSums, pooled
 from common.events import EventLog
 from common.metrics.verification import roc_auc, roc_curve
 from common.plots import curves, verification
+from common.plots.comparison import client_comparison
+from common.plots.confusion import confusion
 from common.tracking.run import TrackedRun
 from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
+from server.runs import federated_kind, write_run_file
 from server.scores import client_metrics, closed_scores, merged_train, open_scores, train_metrics
 
 
@@ -30,6 +33,8 @@ class Record:
         """tracked: the run, begun.  events: where whoever watches reads."""
         self._tracked, self._events, self._settings = tracked, events, settings
         self._children: dict[str, TrackedRun] = {}
+        self._sites: dict[str, Site] = {}
+        self._num_pictures = self._num_steps = 0.0
         self._refusals: dict[int, dict[str, str]] = {}
         self._num_refused = 0
 
@@ -39,8 +44,21 @@ class Record:
         if new:
             self._tracked.set_tags(_data_tags([member.site for member in members.values()]))
             self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
+            self._sites = {name: member.site for name, member in members.items()}
+            write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
         for name, member in new:
             site = member.site
+            self._tracked.log_dataset(
+                name=name,
+                digest=site.val_people,  # it covers every picture of the set
+                context="training",
+                profile={
+                    "num_people": site.num_people,
+                    "num_pictures": site.num_pictures,
+                    "num_training_people": site.num_training_people,
+                    "num_training_pictures": site.num_training_pictures,
+                },
+            )
             child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
             child.log_params(
                 {
@@ -88,11 +106,20 @@ class Record:
                 self._children[name].log_metrics(figures, step=step)
         self._events.emit("scored", round=step, split=split, best_round=history.best_round, **metrics)
 
+    def public_scored(self, history: History, step: int, metrics: Mapping[str, float]) -> None:
+        """The model of round `step` was scored on the public pairs: keep, log, tell."""
+        history.at(step).metrics |= metrics
+        self._tracked.log_metrics(dict(metrics), step=step)
+        self._events.emit("scored", round=step, split="public", best_round=history.best_round, **metrics)
+
     def trained(
         self, history: History, server_round: int, replies: Mapping[str, Reply], costs: Mapping[str, float]
     ) -> None:
         """A round is whole: its training figures, seconds and bytes."""
-        train = train_metrics(merged_train(replies))
+        merged = merged_train(replies)
+        self._num_pictures += merged["num_pictures"]
+        self._num_steps += merged["num_steps"]
+        train = train_metrics(merged)
         record = history.at(server_round)
         record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **costs}
         self._tracked.log_metrics(record.metrics, step=server_round)
@@ -122,10 +149,11 @@ class Record:
 
     def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
         """The last pictures and the summary, which is also RUN/metrics.json."""
+        best = history.best_round
         if self._settings.tracking.plots != "none":
             self._draw_curves(history)
             self._draw_verification(history)
-        best = history.best_round
+            self._draw_clients(history.at(best).sums.get("test", {}))
         summary: dict[str, Any] = {
             "rounds": last_round,
             "stopped_early": last_round < self._settings.federation.rounds,
@@ -137,6 +165,9 @@ class Record:
             "best": self._test_scores(history, best),
             "last": self._test_scores(history, last_round),
             "best_val_auc": history.best_val_auc,
+            "num_pictures_processed": self._num_pictures,
+            "num_gradient_steps": self._num_steps,
+            "test_pairs": {name: site.test_pairs for name, site in self._sites.items()},
             "clients": {
                 name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
             },
@@ -145,7 +176,9 @@ class Record:
         final = {f"test_{name}": value for name, value in summary["best"].items()}
         for name, figures in summary["clients"].items():
             final |= {f"{name}_{key}": value for key, value in figures.items()}
-        self._tracked.log_metrics(final | {"best_round": float(best), "best_val_auc": history.best_val_auc}, step=best)
+        final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
+        final |= {name: summary[name] for name in ("num_pictures_processed", "num_gradient_steps")}
+        self._tracked.log_metrics(final, step=best)
         self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
         self._tracked.log_dict(summary, "metrics.json")
         return summary
@@ -172,7 +205,22 @@ class Record:
                 shown[label] = (*roc_curve(pairs), roc_auc(pairs))
         if shown:
             self._tracked.log_figure(verification.roc(shown), "plots/roc.png")
+            self._tracked.log_figure(verification.det(shown), "plots/det.png")
         best = history.best_round
         if history.tested(best) and open_scores(history.pooled_test(best)):
             figure = verification.score_histograms(history.pooled_test(best).pairs)
             self._tracked.log_figure(figure, "plots/score_histograms.png")
+
+    def _draw_clients(self, tested: Mapping[str, EvaluationSums]) -> None:
+        """Each client's figures side by side, and its confusion matrix, from the counts it sent."""
+        if not tested:
+            return
+        scores = {name: closed_scores(sums) | open_scores(sums) for name, sums in tested.items()}
+        total = pooled(tested)
+        figure = client_comparison(scores, pooled=closed_scores(total) | open_scores(total))
+        self._tracked.log_figure(figure, "plots/client_comparison.png")
+        for name, sums in tested.items():
+            if sums.confusion is not None and sums.closed.num_examples > 0:
+                num_people = max(self._sites[name].num_training_people, len(sums.confusion))
+                figure = confusion(sums.confusion, num_people=num_people, title=f"Confusion at {name}")
+                self._children[name].log_figure(figure, "plots/confusion.png")

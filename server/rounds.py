@@ -20,6 +20,7 @@ from server.guard import check_evaluation_reply, check_train_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
 from server.optimiser import ServerOptimiser
+from server.public_set import PublicScorer
 from server.record import Record
 from server.roster import Member, Roster
 from server.scores import evaluation_sums
@@ -51,6 +52,7 @@ class Federation:
     patience: Patience
     checkpoints: RunCheckpoints
     record: Record
+    public: PublicScorer | None = None
     history: History = field(default_factory=History)
 
     def run(self) -> Outcome:
@@ -149,6 +151,7 @@ class Federation:
         ]
         sent = dict(zip(names, self.mailbox.send(messages), strict=True))
         del messages, shared  # the SuperLink has them now
+        self._score_public(next(iter(tasks.values()), None))
         replies = {}
         for name in names:
             try:
@@ -156,6 +159,13 @@ class Federation:
             except ReplyRefused as refusal:
                 self.record.refused(tasks[name].server_round, name, str(refusal))
         return replies
+
+    def _score_public(self, task: Task | None) -> None:
+        """Score the model that was just sent on the public pairs, while the clients work on it."""
+        if self.public is None or task is None or "test" not in task.splits.split():
+            return
+        step = task.server_round - 1 if task.kind == "train" else task.server_round
+        self.record.public_scored(self.history, step, self.public.scores(self.model, self.patience.check))
 
     def _receive(
         self, message_id: str, task: Task, member: Member, change: WeightedChange | None, deadline: float
@@ -204,24 +214,24 @@ class Federation:
             by_client = {name: evaluation_sums(reply.evaluations[split]) for name, reply in replies.items()}
             self.record.scored(self.history, step, split, by_client)
 
-    def _evaluate(self, step: int, splits: str, *, last: bool) -> None:
-        members = self.roster.gather()
+    def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], *, last: bool) -> None:
         self.record.members(members)  # one may have come during the last round
         tasks = {
             name: dataclasses.replace(task, last=last)
             for name, task in self._tasks("evaluate", step, members, splits).items()
         }
         replies = self._exchange(tasks, members, None)
-        self._require_enough(replies, members, step, kept=step)
+        if splits:
+            self._require_enough(replies, members, step, kept=step)
         self._score(step, replies, splits)
 
     def _evaluate_at_end(self, last_round: int) -> None:
-        """Score the last model; then the best one on test, unless the curve has that point already."""
-        every_round_is_tested = self.settings.federation.test_every_rounds == 1
-        self._evaluate(last_round, "val test", last=every_round_is_tested)
-        if every_round_is_tested:
-            return
-        last_model = self.model
-        self.model = self.checkpoints.load(self.history.best_round)
-        self._evaluate(self.history.best_round, "val test", last=True)
+        """Score the last model; then hand out the best one for good, scored on test unless the curve has that point."""
+        self._evaluate(last_round, "val test", self.roster.gather(), last=False)
+        best, last_model = self.history.best_round, self.model
+        self.model = self.checkpoints.load(best)
+        if self.history.tested(best):  # a farewell: the run is whole without it, so nobody is waited for
+            self._evaluate(best, "", self.roster.members(), last=True)
+        else:
+            self._evaluate(best, "val test", self.roster.gather(), last=True)
         self.model = last_model

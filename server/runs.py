@@ -1,12 +1,30 @@
-"""The beginning of a federated run's record."""
+"""The beginning of a run's record, the same for all modes: its files, and what the tracking is told first."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config
-from common.checkpoints import write_bytes
+from common.checkpoints import write_bytes, write_json
 from common.config import Settings
 from common.tracking.run import TrackedRun, open_run
 from common.version import facefed_version
+
+RUN_FILE = "run.json"  # what kind of run a folder holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunKind:
+    """What a run is, beside its settings."""
+
+    mode: str  # local | centralized | federated
+    experiment: str  # without the prefix
+    label: str  # opens the run's name in the tracking
+    clients: Sequence[str] = ()  # in order of their names; a federation's are known later
+    strategy: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)  # client -> key of its pack, to go on with the same data
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, object] = field(default_factory=dict)
 
 
 def flat_params(settings: Settings) -> dict[str, object]:
@@ -14,25 +32,61 @@ def flat_params(settings: Settings) -> dict[str, object]:
     return {f"{section}.{k}": v for section, values in config.to_mapping(settings).items() for k, v in values.items()}
 
 
-def begin_tracking(settings: Settings, folder: Path, commit: str) -> TrackedRun:
-    """Begin the federated run's record, with its settings as parameters and as the artifact config.toml."""
-    federation, model = settings.federation, settings.model
+def _guide_params(settings: Settings) -> dict[str, object]:
+    """The settings most looked for, under their short names too."""
+    return {
+        "model": settings.model.backbone,
+        "learning_rate": settings.training.lr,
+        "batch_size": settings.training.batch_size,
+        "max_identities": settings.data.max_people,
+    }
+
+
+def federated_kind(settings: Settings) -> RunKind:
+    """The kind of a federated run."""
+    federation = settings.federation
+    return RunKind(
+        mode="federated",
+        experiment=f"federated_{federation.strategy}",
+        label=f"{settings.model.backbone}_{federation.strategy}",
+        strategy=federation.strategy,
+        tags={"strategy": federation.strategy},
+        params={"method": federation.strategy, "rounds": federation.rounds, "epochs": federation.local_epochs},
+    )
+
+
+def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Sequence[str]) -> None:
+    """Say in RUN/run.json what the folder holds, for whoever looks for a model later."""
+    about = {
+        "mode": kind.mode,
+        "strategy": kind.strategy,
+        "backbone": settings.model.backbone,
+        "normalisation": settings.model.normalisation,
+        "clients": sorted(clients),
+        "data": dict(kind.data),
+    }
+    write_json(folder / RUN_FILE, about)
+
+
+def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
+    """Begin a run's record (or go on with it), with its settings as parameters and as the artifact config.toml."""
     write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+    write_run_file(folder, settings, kind, kind.clients)
     tracked = open_run(
         settings.tracking,
         uri=settings.tracking.uri,
         folder=folder,
-        experiment=f"{settings.tracking.experiment_prefix}_federated_{federation.strategy}",
-        run_name=f"{model.backbone}_{federation.strategy}_{folder.name}",
+        experiment=f"{settings.tracking.experiment_prefix}_{kind.experiment}",
+        run_name=f"{kind.label}_{folder.name}",
         tags={
-            "mode": "federated",
-            "model_type": model.backbone,
-            "strategy": federation.strategy,
+            "mode": kind.mode,
+            "model_type": settings.model.backbone,
             "facefed_version": facefed_version(),
             "git_commit": commit,
             "run_folder": folder.name,
+            **kind.tags,
         },
-        params=flat_params(settings),
+        params={**flat_params(settings), **_guide_params(settings), **kind.params},
     )
     tracked.log_file(folder / "config.toml", "config.toml")
     return tracked

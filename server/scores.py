@@ -6,7 +6,6 @@ from typing import Any
 from common.errors import DataError
 from common.evaluation import EvaluationSums
 from common.metrics.classification import ClosedSetSums
-from common.metrics.verification import open_set_scores
 from common.wire import Reply, SplitSums
 
 INTEGER_SUMS = ("num_examples", "correct", "num_classes")
@@ -15,16 +14,7 @@ INTEGER_SUMS = ("num_examples", "correct", "num_classes")
 def evaluation_sums(sums: SplitSums) -> EvaluationSums:
     """The sums of one reply in the form of `common.evaluation`."""
     values: dict[str, Any] = {k: int(v) if k in INTEGER_SUMS else float(v) for k, v in sums.closed.items()}
-    return EvaluationSums(closed=ClosedSetSums(**values), pairs=sums.pairs)
-
-
-def pooled(replies: Mapping[str, EvaluationSums]) -> EvaluationSums:
-    """All clients' sums added: pairs within each client's people, summed."""
-    first, *others = replies.values()
-    total = first
-    for sums in others:
-        total = total + sums
-    return total
+    return EvaluationSums(closed=ClosedSetSums(**values), pairs=sums.pairs, folds=sums.folds, confusion=sums.confusion)
 
 
 def closed_scores(sums: EvaluationSums) -> dict[str, float]:
@@ -33,9 +23,9 @@ def closed_scores(sums: EvaluationSums) -> dict[str, float]:
 
 
 def open_scores(sums: EvaluationSums) -> dict[str, float]:
-    """roc_auc, eer, tar_at_far_*; empty when there are no genuine or no impostor pairs."""
+    """roc_auc, eer, tar_at_far_*, ten_fold_accuracy; empty when there are no genuine or no impostor pairs."""
     try:
-        return open_set_scores(sums.pairs)
+        return sums.open_scores()
     except DataError:
         return {}
 

@@ -1,162 +1,82 @@
 """Training without a federation, with the federation's own training step and evaluation, and the same budget."""
 
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from clients.local_update import Workplace, open_workplace, val_people_digest
 from clients.site import SiteSettings
-from common import config
-from common.checkpoints import read_tensors, write_bytes, write_tensors
 from common.config import Settings
-from common.evaluation import EvaluationSums, evaluate
 from common.faces.pack import FacePack
-from common.metrics.verification import roc_auc, roc_curve
-from common.models.pretrained import load_pretrained
-from common.models.recogniser import EmbeddingModel
-from common.plots import curves, verification
-from common.precision import resolve_compute, threads_for
-from common.runtime import num_cores
-from common.tracking.registry import register_model
-from common.tracking.run import TrackedRun, open_run
-from common.training import Compute, make_optimiser, train_epochs
-from common.version import facefed_version, git_commit
-from server.run_folder import new_run_folder
-from server.runs import flat_params
-from server.scores import closed_scores, open_scores
+from common.tracking.run import TrackedRun
+from common.version import git_commit
+from server.runs import RunKind, begin_tracking
+from simulation.epochs import Epochs
+from simulation.results import record_datasets, record_results, register_models
+from simulation.trainee import Trainee, centralized_trainee, local_trainee
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalSummary:
-    """How local training ended."""
+class BaselineSummary:
+    """How a run ended."""
 
     folder: Path
     epochs: int
     best_epoch: int
     untrained_auc: float
     test_auc: float
-    registered: str
+    registered: list[str]
 
 
-@dataclass(kw_only=True)
-class LocalRun:
-    """One holder's training: what it needs, and the best epoch so far (by validation AUC, never by test)."""
-
-    settings: Settings
-    workplace: Workplace
-    compute: Compute
-    tracked: TrackedRun
-    folder: Path
-    best_epoch: int = 0
-    best_val_auc: float = float("-inf")
-
-    def train(self, out: TextIO) -> list[dict[str, float]]:
-        """All epochs; returns one row of figures for each, and leaves the best and the last model in checkpoints/."""
-        epochs = self.settings.local_training_epochs
-        recogniser = self.workplace.recogniser
-        self.compute.place(recogniser)
-        optimiser = make_optimiser(recogniser, self.settings.training)
-        rows = []
-        for epoch in range(epochs):
-            started = time.perf_counter()
-            sums = train_epochs(
-                recogniser,
-                optimiser,
-                self.workplace.pack,
-                settings=self.settings,
-                compute=self.compute,
-                epochs=range(epoch, epoch + 1),
-                total_epochs=epochs,
-                stream_name=self.workplace.site.name,
-            )
-            row = {**sums.merged(), "learning_rate": sums.lr_last, "epoch_seconds": time.perf_counter() - started}
-            row |= self._validate(epoch + 1)
-            self.tracked.log_metrics(row, step=epoch + 1)
-            rows.append({"step": float(epoch + 1), **row})
-            out.write(
-                f"epoch {epoch + 1} of {epochs}: train loss {row['train_loss']:.3f}, val AUC {row['val_roc_auc']:.3f},"
-                f" {row['epoch_seconds']:.1f} s\n"
-            )
-            out.flush()
-        self._save("last", epochs)
-        return rows
-
-    def _validate(self, epoch: int) -> dict[str, float]:
-        scores = figures(evaluate(self.workplace.recogniser, self.workplace.pack, "val", self.compute))
-        if scores["roc_auc"] > self.best_val_auc:
-            self.best_epoch, self.best_val_auc = epoch, scores["roc_auc"]
-            self._save("best", epoch)
-        names = {"val_loss": "loss", "val_acc": "accuracy", "val_roc_auc": "roc_auc"}
-        return {name: scores[key] for name, key in names.items() if key in scores}
-
-    def checkpoint(self, role: str) -> Path:
-        """The file of the "best" or the "last" model."""
-        return self.folder / "checkpoints" / f"{role}.safetensors"
-
-    def _save(self, role: str, epoch: int) -> None:
-        write_tensors(self.checkpoint(role), self.workplace.recogniser.state_dict(), {"epoch": str(epoch)})
-
-    def load(self, role: str) -> None:
-        """Put the "best" or the "last" model back into the recogniser."""
-        tensors, _ = read_tensors(self.checkpoint(role))
-        self.workplace.recogniser.load_state_dict(tensors)
-
-    def test(self) -> EvaluationSums:
-        """The present model on the test split."""
-        return evaluate(self.workplace.recogniser, self.workplace.pack, "test", self.compute)
-
-
-def figures(sums: EvaluationSums) -> dict[str, float]:
-    """The scores of both sets; those of the closed set are missing when no picture was left for it."""
-    return closed_scores(sums) | open_scores(sums)
-
-
-def _begin_tracking(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path) -> TrackedRun:
-    write_bytes(folder / "config.toml", config.to_toml(settings).encode())
-    tracked = open_run(
-        settings.tracking,
-        uri=settings.tracking.uri,
-        folder=folder,
-        experiment=f"{settings.tracking.experiment_prefix}_local_{site.name}",
-        run_name=f"{site.name}_{settings.model.backbone}_{folder.name}",
+def _kind(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> RunKind:
+    backbone = trainee.settings.model.backbone
+    local = mode == "local"
+    return RunKind(
+        mode=mode,
+        experiment=f"local_{trainee.name}" if local else mode,
+        label=f"{trainee.name}_{backbone}" if local else f"{backbone}_{mode}",
+        clients=list(trainee.clients),
+        data={name: pack.key for name, pack in trainee.clients.items()},
         tags={
-            "mode": "local",
-            "model_type": settings.model.backbone,
-            "dataset": site.dataset,
-            "dataset_size": str(len(pack.person)),
-            "device": site.device,
-            "facefed_version": facefed_version(),
-            "git_commit": git_commit(),
+            "dataset": "+".join(site.dataset for site in sites.values()),
+            "dataset_size": str(len(trainee.pack)),
+            "device": trainee.compute.device,
         },
-        params={**flat_params(settings), "client": site.name, "num_training_people": pack.num_classes},
+        params={
+            "client": "+".join(trainee.clients),
+            "epochs": trainee.settings.local_training_epochs,
+            **trainee.sizes(),
+        },
     )
-    tracked.log_file(folder / "config.toml", "config.toml")
-    return tracked
 
 
-def run_local(settings: Settings, site: SiteSettings, pack: FacePack, out: TextIO) -> LocalSummary:
-    """Train one holder alone, score the best epoch on test, register it.  Raises TrainingFailed."""
-    folder = new_run_folder(settings)
-    tracked = _begin_tracking(settings, site, pack, folder)
+def run_local(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
+    """Train one holder alone into the run's folder, or go on there; score the best epoch on test, register it.
+
+    Raises TrainingFailed, CheckpointError.
+    """
+    trainee = local_trainee(settings, site, pack)
+    return _run("local", trainee, {site.name: site}, f"{site.name}_{settings.model.backbone}_local", folder, out)
+
+
+def run_centralized(
+    settings: Settings, sites: Mapping[str, SiteSettings], packs: Mapping[str, FacePack], folder: Path, out: TextIO
+) -> BaselineSummary:
+    """Train on all holders' pictures in one place, what a federation is measured against; otherwise as `run_local`.
+
+    sites, packs: by client, in order of their names.
+    """
+    trainee = centralized_trainee(settings, sites, packs)
+    return _run("centralized", trainee, sites, f"{settings.model.backbone}_centralized", folder, out)
+
+
+def _run(
+    mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
+) -> BaselineSummary:
+    tracked = begin_tracking(trainee.settings, folder, git_commit(), _kind(mode, trainee, sites))
     status = "FAILED"
     try:
-        compute = resolve_compute(
-            settings, device=site.device, threads=threads_for(settings, 1, num_cores()), cache_dir=site.cache_dir
-        )
-        workplace = open_workplace(site, settings)
-        # In a federation the server loads these weights and sends them; here nobody else does.
-        load_pretrained(
-            workplace.recogniser.backbone, name=settings.model.backbone, pretrained=settings.model.pretrained
-        )
-        run = LocalRun(
-            settings=settings,
-            workplace=workplace,
-            compute=compute,
-            tracked=tracked,
-            folder=folder,
-        )
-        summary = _train_and_test(run, out)
+        summary = _train_and_test(mode, trainee, tracked, model_name, out)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -166,58 +86,19 @@ def run_local(settings: Settings, site: SiteSettings, pack: FacePack, out: TextI
     return summary
 
 
-def _train_and_test(run: LocalRun, out: TextIO) -> LocalSummary:
-    untrained = run.test()
-    rows = run.train(out)
-    run.load("best")
-    tested = run.test()
-    scores = figures(tested)
-    run.tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=run.best_epoch)
-    results: dict[str, Any] = {
-        "best_epoch": run.best_epoch,
-        "best_val_auc": run.best_val_auc,
-        "test": scores,
-        "untrained": figures(untrained),
-        "epochs": rows,
-    }
-    run.tracked.log_dict(results, "metrics.json")
-    _draw(run, rows, untrained, tested)
-    return LocalSummary(
-        folder=run.folder,
-        epochs=run.settings.local_training_epochs,
-        best_epoch=run.best_epoch,
-        untrained_auc=roc_auc(untrained.pairs),
-        test_auc=scores["roc_auc"],
-        registered=_register(run),
+def _train_and_test(mode: str, trainee: Trainee, tracked: TrackedRun, model_name: str, out: TextIO) -> BaselineSummary:
+    record_datasets(tracked, trainee)
+    epochs = Epochs(trainee=trainee, tracked=tracked, folder=tracked.folder / "checkpoints")
+    untrained = trainee.evaluate("test")
+    epochs.restore()
+    epochs.run(out)
+    registered = register_models(epochs, model_name)
+    results = record_results(epochs, mode, untrained)
+    return BaselineSummary(
+        folder=tracked.folder,
+        epochs=epochs.progress.epoch,
+        best_epoch=epochs.progress.best_epoch,
+        untrained_auc=results["untrained"]["roc_auc"],
+        test_auc=results["test"]["roc_auc"],
+        registered=registered,
     )
-
-
-def _draw(run: LocalRun, rows: list[dict[str, float]], untrained: EvaluationSums, tested: EvaluationSums) -> None:
-    if run.settings.tracking.plots == "none":
-        return
-    run.tracked.log_figure(curves.training_curves(rows), "plots/training.png")
-    shown = {
-        label: (*roc_curve(sums.pairs), roc_auc(sums.pairs))
-        for label, sums in (("untrained", untrained), ("local", tested))
-    }
-    run.tracked.log_figure(verification.roc(shown), "plots/roc.png")
-    run.tracked.log_figure(verification.score_histograms(tested.pairs), "plots/score_histograms.png")
-
-
-def _register(run: LocalRun) -> str:
-    settings, site = run.settings, run.workplace.site
-    if not settings.tracking.enabled:
-        return ""
-    name = f"{site.name}_{settings.model.backbone}_local"
-    version = register_model(
-        run.tracked,
-        EmbeddingModel(run.workplace.recogniser.backbone).eval(),
-        name=name,
-        image_size=settings.data.image_size,
-        step=run.best_epoch,
-        role="best",
-        val_auc=run.best_val_auc,
-        val_people=val_people_digest(run.workplace.pack),
-        metrics={},
-    )
-    return f"models:/{name}/{version}" if version else ""

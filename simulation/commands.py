@@ -1,4 +1,4 @@
-"""What `flower-simulation` and `facefed train` do between their flags and the work."""
+"""What `flower-simulation` does between its flags and the work."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ from common import config
 from common.checkpoints import read_json
 from common.config import Settings
 from common.console import Follower, RunView, summary_lines, tracking_line
-from common.errors import CheckpointError, UserError
+from common.errors import CheckpointError
 from common.events import OUTCOME_FILE, EventReader
 from common.tracking.settings import with_absolute_uri
+from server.public_set import open_public_set, with_absolute_public_set
 from server.run_folder import new_run_folder
-from simulation.sites import ClientOption, pack_at_the_door, parse_clients, site_of
+from simulation.sites import pack_at_the_door, parse_clients, site_of
 
 
 def federate_here(
@@ -20,13 +21,14 @@ def federate_here(
 ) -> int:
     """`flower-simulation`: check and pack every client's data, then federate them under Ray."""
     options = parse_clients(clients)
-    settings = with_absolute_uri(settings, Path.cwd())
+    settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
     settings = config.with_value(settings, "federation", "min_clients", len(options))
     state = Path(settings.run.out).expanduser() / "clients"
     sites = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
     for site in sites:
         pack_at_the_door(site, settings, out)
-    _check_pretrained(settings)
+    check_pretrained(settings)
+    open_public_set(settings)  # what it refuses is told before a run is begun
     run_folder = new_run_folder(settings)
     from simulation.run import simulate
 
@@ -40,7 +42,7 @@ def federate_here(
     return exit_code
 
 
-def _check_pretrained(settings: Settings) -> None:
+def check_pretrained(settings: Settings) -> None:
     """Weights that cannot be had are told before a run is begun that would be left behind.  Raises UserError."""
     if settings.model.pretrained != "none":
         from server.app import initial_model
@@ -53,29 +55,3 @@ def _failure(run_folder: Path) -> str:
         return str(read_json(run_folder / OUTCOME_FILE)["line"])
     except CheckpointError:
         return f"the run ended without a word; see {run_folder}."
-
-
-def train_local(
-    settings: Settings, options: Sequence[ClientOption], *, device: str, cache_dir: Path, out: TextIO
-) -> int:
-    """`facefed train local`: one holder alone."""
-    if len(options) != 1:
-        raise UserError(f"train local trains one holder, {len(options)} were named; give one --client NAME.")
-    settings = with_absolute_uri(settings, Path.cwd())
-    state = Path(settings.run.out).expanduser() / "clients"
-    if device == "auto":
-        device = settings.training.device
-    site = site_of(options[0], device=device, cache_dir=cache_dir, state_dir=state)
-    pack = pack_at_the_door(site, settings, out)
-    _check_pretrained(settings)
-    from simulation.baselines import run_local
-
-    summary = run_local(settings, site, pack, out)
-    out.write(
-        f"\ntest AUC on people never seen: untrained {summary.untrained_auc:.3f} -> local {summary.test_auc:.3f}\n"
-    )
-    out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
-    if summary.registered:
-        out.write(f"registered: {summary.registered}\n")
-    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
-    return 0

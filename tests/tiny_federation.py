@@ -24,6 +24,7 @@ from common.config import Settings
 from common.events import EventLog
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.models.recogniser import build_recogniser, private_names, shared_names
 from common.parameters import Manifest, manifest_of
@@ -34,7 +35,7 @@ from server.optimiser import ServerOptimiser
 from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation
-from server.runs import begin_tracking
+from server.runs import begin_tracking, federated_kind
 
 SIDE = 32
 NUM_TRAINING_PICTURES = 24
@@ -90,6 +91,7 @@ def site_named(name: str, **values: object) -> Site:
         num_training_pictures=50,
         num_quarantined=0,
         val_people="0123",
+        test_pairs="4567",
         machine="here",
         cores=2,
         device="cpu",
@@ -105,7 +107,20 @@ def sums_with(auc: float) -> SplitSums:
     pairs[1, 4000] = 100
     pairs[0, 5000], pairs[0, 3000] = round(100 * auc), 100 - round(100 * auc)
     closed = dict.fromkeys(CLOSED_FIELDS, 1)
-    return SplitSums(closed=closed | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0}, pairs=pairs)
+    return SplitSums(
+        closed=closed | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0},
+        pairs=pairs,
+        folds=folds_with(auc),
+        confusion=np.ones((2, 2), dtype=np.int64),
+    )
+
+
+def folds_with(auc: float) -> NDArray[np.int64]:
+    """Ten folds of ten genuine pairs, of which a part lies above all ten impostor pairs."""
+    folds = np.zeros((NUM_FOLDS, 2, FOLD_BINS), dtype=np.int64)
+    folds[:, 1, 500] = 10
+    folds[:, 0, 600], folds[:, 0, 400] = round(10 * auc), 10 - round(10 * auc)
+    return folds
 
 
 def reply_to(
@@ -191,7 +206,7 @@ def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) 
         roster=roster_over(mailbox, settings, folder),
         patience=Patience(lambda: False),
         checkpoints=RunCheckpoints(folder / "checkpoints", MANIFEST),
-        record=Record(begin_tracking(settings, folder, "none"), EventLog(folder), settings),
+        record=Record(begin_tracking(settings, folder, "none", federated_kind(settings)), EventLog(folder), settings),
     )
 
 

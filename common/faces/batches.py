@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import AugmentationSettings
+from common.faces.pack import Pictures
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601 weights of R, G, B
 
@@ -92,7 +93,7 @@ def num_batches(num_pictures: int, batch_size: int) -> int:
 
 
 def training_batches(
-    pictures: NDArray[np.uint8],
+    pictures: Pictures,
     labels: NDArray[np.int64],
     *,
     chosen: NDArray[np.int64],
@@ -115,9 +116,7 @@ def training_batches(
         yield augment(to_float(batch), augmentation, stream), targets
 
 
-def evaluation_batches(
-    pictures: NDArray[np.uint8], indices: NDArray[Any], *, batch_size: int, device: str
-) -> Iterator[Tensor]:
+def evaluation_batches(pictures: Pictures, indices: NDArray[Any], *, batch_size: int, device: str) -> Iterator[Tensor]:
     """The chosen pictures in order, unchanged: [B, 3, S, S] float32 in [-1, 1] on `device`."""
     for start in range(0, len(indices), batch_size):
         yield to_float(torch.from_numpy(pictures[indices[start : start + batch_size]]).to(device))

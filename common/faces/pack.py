@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,17 @@ _CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
 logger = logging.getLogger("facefed.faces")
 
 
+class Pictures(Protocol):
+    """What batches need of a pack's pictures: an array of them, or several behind one face."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, S, S, 3)."""
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]:
+        """The pictures of these rows, [len(rows), S, S, 3] uint8."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FacePack:
     """The aligned pictures of one data set, ready for training.
@@ -40,7 +52,7 @@ class FacePack:
     quarantined: (path, reason), sorted by path.
     """
 
-    pictures: NDArray[np.uint8]
+    pictures: Pictures
     person: NDArray[np.int64]
     people: tuple[str, ...]
     split: NDArray[np.int8]

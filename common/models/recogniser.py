@@ -53,6 +53,7 @@ class EmbeddingModel(nn.Module):
         """Keeps a copy of the backbone, so that its mode and its gradients stay as they are."""
         super().__init__()
         self.backbone = copy.deepcopy(backbone).float().requires_grad_(requires_grad=False)
+        self.backbone.to(memory_format=torch.contiguous_format)  # as the export wants its weights
         self.eval()
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -101,6 +102,17 @@ def build_recogniser(
         head = build_head(model, num_people=num_people)
     load_pretrained(backbone, name=model.backbone, pretrained=model.pretrained)
     return Recogniser(backbone, head)
+
+
+def for_people(recogniser: Recogniser, people: slice) -> Recogniser:
+    """The recogniser with the head's rows of some people only; the backbone is the same module, not a copy.
+
+    people: labels of the given recogniser; label k of the new one is `people.start + k`.
+    """
+    head = copy.deepcopy(recogniser.head)
+    for parameter in head.parameters():  # each has one row a person
+        parameter.data = parameter.data[people].clone()
+    return Recogniser(recogniser.backbone, head)
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ cannot take an entry now; an entry that no server would ever take is skipped wit
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import shutil
@@ -74,6 +75,8 @@ class Delivery:
             self._send_params(run, entry["values"])
         elif kind == "tags":
             self._send_tags(run, entry["values"])
+        elif kind == "dataset":
+            self._send_dataset(run, entry)
         elif kind == "artifact":
             self._send_artifact(run, entry["file"], entry["name"])
         elif kind == "finish":
@@ -160,6 +163,20 @@ class Delivery:
         from mlflow.entities import RunTag
 
         self._log_batch(run, "tags", [RunTag(k, v) for k, v in values.items()], NAMES_PER_CALL)
+
+    def _send_dataset(self, run: str, entry: Mapping[str, Any]) -> None:
+        """What `mlflow.log_input` does, for a run that is not this thread's active one; MLflow keeps equal ones once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=entry["name"],
+            digest=entry["digest"],
+            source_type="facefed",
+            source=json.dumps({"client": entry["name"]}),
+            profile=json.dumps(entry["profile"]),
+        )
+        context = InputTag(key="mlflow.data.context", value=entry["context"])
+        self._client.log_inputs(self._run_id(run), datasets=[DatasetInput(dataset=dataset, tags=[context])])
 
     def _log_batch(self, run: str, kind: str, items: Sequence[Any], most: int) -> None:
         """Send items of one kind; where MLflow refuses a batch for good, only the item at fault is left out."""

@@ -63,6 +63,11 @@ class TrackedRun:
         time_ms = now_ms()
         self._append(b"".join(metric_line(self._name, k, float(v), int(step), time_ms) for k, v in metrics.items()))
 
+    def log_missing_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record those values of a step that the spool lacks: a run that goes on after kill -9 may not have told all."""
+        told = {e.get("key") for e in self._spool.entries() if e["run"] == self._name and e.get("step") == step}
+        self.log_metrics({key: value for key, value in metrics.items() if key not in told}, step)
+
     def log_params(self, params: Mapping[str, object]) -> None:
         """Record settings; MLflow keeps the first value of each name."""
         self._event("params", values={key: str(value) for key, value in params.items()})
@@ -70,6 +75,13 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags; a later value replaces an earlier one."""
         self._event("tags", values={key: str(value) for key, value in tags.items()})
+
+    def log_dataset(self, *, name: str, digest: str, context: str, profile: Mapping[str, int]) -> None:
+        """Record which data the run used, as MLflow's "dataset": its name, a digest and counts, never where it lies.
+
+        digest: at most 36 characters.  context: "training" or "testing".
+        """
+        self._event("dataset", name=name, digest=digest[:36], context=context, profile=dict(profile))
 
     def log_figure(self, figure: SavesFigure, name: str) -> Path:
         """Keep a figure as RUN/`name` (for example "plots/roc.png") and among MLflow's artifacts; returns its path."""

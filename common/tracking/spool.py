@@ -14,13 +14,14 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 SPOOL_NAME = "spool.jsonl"
 SENT_NAME = "spool.sent.json"
 SYNC_INTERVAL_S = 1.0
+_ENTRIES_AT_ONCE = 1000
 
 _log = logging.getLogger("facefed.tracking")
 
@@ -66,6 +67,15 @@ class Spool:
     def size(self) -> int:
         """Bytes written so far."""
         return self._size
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every whole entry written so far, also by earlier processes."""
+        offset = 0
+        while True:
+            entries, offset, _ = read_lines(self.path, offset, _ENTRIES_AT_ONCE)
+            yield from entries
+            if len(entries) < _ENTRIES_AT_ONCE:
+                return
 
     def append(self, lines: bytes) -> None:
         """Write whole lines.  A disk that is full is reported once and does not raise: training is worth more."""

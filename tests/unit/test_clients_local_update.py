@@ -85,7 +85,7 @@ def test_the_change_is_exactly_as_long_as_the_shared_parameters(tmp_path, normal
     content = wire.reply_content(reply)
     assert reply.change.nbytes == workplace.manifest.num_bytes == 4 * num_shared
     assert len(content["arrays"]["change"].data) == 128 + 4 * num_shared
-    assert set(content["arrays"]) == {"change", "val-pairs", "test-pairs"}
+    assert set(content["arrays"]) == {"change", "val-counts", "test-counts"}
     sent = on_the_wire(reply)
     assert first_bytes(torch.from_numpy(reply.change)) in sent
     for name in workplace.private:

@@ -1,12 +1,14 @@
 """The choice of the best round, and pooled scores from merged counts."""
 
+import dataclasses
+
 import pytest
 from sklearn.metrics import roc_auc_score
 from tiny_federation import sums_with
 
-from common.wire import SplitSums
+from common.evaluation import pooled
 from server.history import History
-from server.scores import evaluation_sums, pooled
+from server.scores import evaluation_sums
 
 
 def sums(auc):
@@ -35,7 +37,7 @@ def test_pooled_auc_is_that_of_all_pairs_and_no_mean_of_the_clients_aucs():
     Each client alone: AUC 1.0. Together, scikit-learn over the 200 + 200 scores says 0.75.
     """
     alpha = sums_with(1.0)
-    shifted = SplitSums(closed=alpha.closed, pairs=alpha.pairs.copy())
+    shifted = dataclasses.replace(alpha, pairs=alpha.pairs.copy())
     shifted.pairs[:, 2500:] = alpha.pairs[:, :-2500]
     shifted.pairs[:, :2500] = 0
     both = {"alpha": evaluation_sums(alpha), "beta": evaluation_sums(shifted)}
@@ -49,7 +51,7 @@ def test_pooled_auc_is_that_of_all_pairs_and_no_mean_of_the_clients_aucs():
 def test_pooled_loss_and_accuracy_weigh_pictures_and_not_clients():
     """1 of 4 and 3 of 4 right are 4 of 8; with 12 more all wrong at the second: 4 of 20.  Loss: (2 + 2) / 20."""
     small = sums_with(0.5)
-    large = SplitSums(closed={**small.closed, "num_examples": 16, "correct": 3}, pairs=small.pairs)
+    large = dataclasses.replace(small, closed={**small.closed, "num_examples": 16, "correct": 3})
     metrics = History().score(1, "test", {"a": evaluation_sums(small), "b": evaluation_sums(large)})
     assert metrics["round_test_acc"] == pytest.approx(4 / 20)
     assert metrics["round_test_loss"] == pytest.approx(4.0 / 20)

@@ -53,13 +53,18 @@ def test_two_rounds_add_the_weighted_mean_twice(tmp_path):
     assert outcome.sha256 == buffer_sha256(federation.model)
     assert outcome.last_round == 2
     sent = [model for model in federation.mailbox.models if model is not None]
-    assert [model[0] for model in sent] == [0.0, 0.0, 2.5, 2.5, 5.0, 5.0]
+    assert [model[0] for model in sent] == [0.0, 0.0, 2.5, 2.5, 5.0, 5.0, 2.5, 2.5]  # the best, round 1's, for good
 
 
 def test_each_client_gets_one_message_a_round_and_the_last_says_that_it_is_over(tmp_path):
     federation, _ = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=3)
     sent = [(task.kind, task.server_round, task.last) for node, task in federation.mailbox.tasks if node == 1]
-    assert sent == [("join", 0, False), *(("train", r, False) for r in (1, 2, 3)), ("evaluate", 3, True)]
+    assert sent == [
+        ("join", 0, False),
+        *(("train", r, False) for r in (1, 2, 3)),
+        ("evaluate", 3, False),
+        ("evaluate", 1, True),
+    ]
 
 
 def test_scores_of_a_model_belong_to_its_round_though_they_arrive_with_the_next(tmp_path):
@@ -110,7 +115,7 @@ def test_the_clients_are_told_the_best_round_whose_private_state_they_must_keep(
     nodes = {1: client("alpha", answer), 2: client("beta", answer)}
     federation, _ = run(tmp_path, nodes, federation__rounds=4)
     told = [task.best_round for node, task in federation.mailbox.tasks if node == 1 and task.kind != "join"]
-    assert told == [0, 0, 1, 1, 1]
+    assert told == [0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("every", "tested"), [(1, [0, 1, 2, 3, 4]), (2, [0, 1, 2, 4]), (9, [0, 1, 4])])

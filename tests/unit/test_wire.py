@@ -10,11 +10,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
 from common.errors import ReplyRefused
+from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 
 SHARED = np.linspace(-1, 1, 7, dtype=np.float32)
 PAIRS = np.arange(2 * NUM_BINS, dtype=np.int64).reshape(2, NUM_BINS)
+FOLDS = np.arange(NUM_FOLDS * 2 * FOLD_BINS, dtype=np.int64).reshape(NUM_FOLDS, 2, FOLD_BINS)
+CONFUSION = np.arange(9, dtype=np.int64).reshape(3, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,7 @@ def site() -> Site:
         num_training_pictures=50,
         num_quarantined=0,
         val_people="0123",
+        test_pairs="4567",
         machine="here",
         cores=2,
         device="cpu",
@@ -65,7 +69,12 @@ def reply() -> Reply:
         num_examples=50,
         train={name: float(number) for number, name in enumerate(TRAIN_FIELDS)},
         evaluations={
-            split: SplitSums(closed={name: n + 1 for n, name in enumerate(CLOSED_FIELDS)}, pairs=PAIRS + shift)
+            split: SplitSums(
+                closed={name: n + 1 for n, name in enumerate(CLOSED_FIELDS)},
+                pairs=PAIRS + shift,
+                folds=FOLDS + shift,
+                confusion=CONFUSION + shift,
+            )
             for shift, split in enumerate(("val", "test"))
         },
         change=SHARED,
@@ -158,7 +167,9 @@ def test_a_reply_comes_back_as_it_went():
     np.testing.assert_array_equal(back.change, SHARED)
     for split in ("val", "test"):
         assert back.evaluations[split].closed == reply().evaluations[split].closed
-        np.testing.assert_array_equal(back.evaluations[split].pairs, reply().evaluations[split].pairs)
+        for name in ("pairs", "folds", "confusion"):
+            sent, came = getattr(reply().evaluations[split], name), getattr(back.evaluations[split], name)
+            np.testing.assert_array_equal(came, sent)
 
 
 def test_an_evaluation_reply_holds_no_change_and_no_training():
@@ -201,6 +212,13 @@ def test_malformed_numbers_are_refused(values):
         wire.read_reply(message_with(with_sums(**values)), "val test")
 
 
+def test_a_confusion_matrix_of_more_groups_than_agreed_is_refused():
+    bad = dataclasses.replace(reply().evaluations["val"], confusion=np.zeros((65, 65), dtype=np.int64))
+    content = wire.reply_content(dataclasses.replace(reply(), evaluations={"val": bad}))
+    with pytest.raises(ReplyRefused, match="val-counts is"):
+        wire.read_reply(message_with(content), "val")
+
+
 @pytest.mark.parametrize("record", ["sums", "arrays", "task"])
 def test_a_missing_record_is_refused(record):
     content = wire.reply_content(reply())
@@ -210,20 +228,22 @@ def test_a_missing_record_is_refused(record):
 
 
 @pytest.mark.parametrize(
-    "pairs",
+    "spoil",
     [
-        PAIRS.astype(np.int32),
-        PAIRS.astype(np.float64),
-        PAIRS.astype(">i8"),
-        PAIRS[:, :-1],
-        PAIRS.reshape(-1),
-        np.where(PAIRS == 5, -1, PAIRS),
+        lambda counts: counts.astype(np.int32),
+        lambda counts: counts.astype(np.float64),
+        lambda counts: counts.astype(">i8"),
+        lambda counts: counts[:-1],
+        lambda counts: counts[:100],
+        lambda counts: counts.reshape(1, -1),
+        lambda counts: np.where(counts == 5, -1, counts),
     ],
 )
-def test_a_histogram_that_is_no_counts_is_refused(pairs):
-    bad = dataclasses.replace(reply().evaluations["val"], pairs=pairs)
-    content = wire.reply_content(dataclasses.replace(reply(), evaluations={"val": bad}))
-    with pytest.raises(ReplyRefused, match="the val histogram is"):
+def test_an_array_that_is_no_counts_is_refused(spoil):
+    content = wire.reply_content(reply())
+    good = content["arrays"]["val-counts"].numpy()
+    content["arrays"]["val-counts"] = Array(spoil(good))
+    with pytest.raises(ReplyRefused, match="val-counts (is|holds) .*, not"):
         wire.read_reply(message_with(content), "val")
 
 
@@ -258,7 +278,7 @@ BAD_BYTES = {
 
 
 @pytest.mark.parametrize("what", BAD_BYTES)
-@pytest.mark.parametrize("name", ["change", "val-pairs"])
+@pytest.mark.parametrize("name", ["change", "val-counts"])
 def test_bytes_that_are_no_array_are_refused(name, what):
     content = wire.reply_content(reply())
     arrays = dict(content["arrays"])
@@ -279,13 +299,13 @@ def test_an_array_in_another_library_format_is_refused():
 # ------------------------------------------------------------------------------------------------------- what leaves
 
 
-def test_a_reply_is_at_most_four_objects_and_holds_what_the_ledger_says():
+def test_a_reply_is_at_most_three_arrays_and_holds_what_the_ledger_says():
     content = wire.reply_content(reply())
     assert len(content["arrays"]) == 3
     rows = {row["name"]: row for row in wire.describe(content)}
     assert rows["arrays.change"]["shape"] == [7]
     assert rows["arrays.change"]["data"] == SHARED.tobytes()
-    assert rows["arrays.val-pairs"]["dtype"] == "int64"
+    assert rows["arrays.val-counts"]["dtype"] == "int64"
     assert rows["sums.num-examples"] == {"name": "sums.num-examples", "shape": [], "dtype": "int", "data": b"50"}
     total = sum(len(record) for record in content.values())
     assert len(rows) == total, "every value of every record is named"

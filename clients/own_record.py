@@ -1,0 +1,74 @@
+"""What a site keeps of a run for itself: its own model, its test figures and pictures, a tracking of its own."""
+
+import logging
+from pathlib import Path
+
+from clients.site import SiteSettings
+from common.checkpoints import write_tensors
+from common.config import Settings, TrackingSettings
+from common.errors import FaceFedError
+from common.evaluation import evaluate
+from common.faces.pack import FacePack
+from common.gallery import private_pictures
+from common.models.recogniser import Recogniser
+from common.tracking.run import open_run
+from common.training import Compute
+from common.version import facefed_version
+from common.wire import Task
+
+log = logging.getLogger("facefed.client")
+
+
+def own_folder(site: SiteSettings, run_id: str) -> Path:
+    """Where the site keeps what it draws and measures of a run; nothing of it is sent to the server."""
+    return site.state_dir / "runs" / run_id
+
+
+def export_own_model(site: SiteSettings, task: Task, settings: Settings, recogniser: Recogniser) -> None:
+    """With private normalisation there is no single global model: each site keeps its own, whole, backbone."""
+    if settings.model.normalisation == "private":
+        backbone = {k: v for k, v in recogniser.state_dict().items() if k.startswith("backbone.")}
+        notes = {"round": str(task.server_round), "backbone": settings.model.backbone}
+        write_tensors(site.state_dir / "export" / f"{task.run_id}.safetensors", backbone, notes)
+
+
+def keep_own_record(
+    site: SiteSettings, task: Task, settings: Settings, recogniser: Recogniser, pack: FacePack, compute: Compute
+) -> None:
+    """Draw and measure the best global model on this site's own test data, into this site's own folder and tracking.
+
+    A failure costs a warning, never the run.
+    """
+    if settings.tracking.plots == "none":
+        return
+    tracked = open_run(
+        TrackingSettings(enabled=bool(site.tracking_uri)),
+        uri=site.tracking_uri,
+        folder=own_folder(site, task.run_id),
+        experiment=f"{settings.tracking.experiment_prefix}_client_{site.name}",
+        run_name=f"{site.name}_{task.run_id}",
+        tags={
+            "mode": "federated_client",
+            "model_type": settings.model.backbone,
+            "dataset": site.dataset,
+            "dataset_size": str(len(pack)),
+            "device": site.device,
+            "facefed_version": facefed_version(),
+            "run_folder": task.run_id,
+        },
+        params={"client": site.name, "model": settings.model.backbone, "method": settings.federation.strategy},
+    )
+    status = "FAILED"
+    try:
+        scores = evaluate(recogniser, pack, "test", compute).scores()
+        tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=task.server_round)
+        tracked.log_dict({"round": task.server_round, "test": scores}, "metrics.json")
+        for name, figure in private_pictures(
+            recogniser, pack, compute, client=site.name, seed=settings.run.seed
+        ).items():
+            tracked.log_figure(figure, f"plots/{name}")
+        status = "FINISHED"
+    except FaceFedError as error:
+        log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
+    finally:
+        tracked.finish(status)

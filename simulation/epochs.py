@@ -1,0 +1,161 @@
+"""The epochs of training without a federation: train, validate, keep the best, stop early, go on after a break.
+
+After each epoch RUN/checkpoints/resume holds the whole state, so that a run that was stopped or killed goes on where it
+was: resumed equals uninterrupted, bit for bit (every random stream is named by seed and epoch, none is carried along).
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from clients.private_state import load_private, prune, save_private
+from common.checkpoints import read_json, read_tensors, write_json, write_tensors
+from common.errors import CheckpointError
+from common.evaluation import EvaluationSums
+from common.tracking.run import TrackedRun
+from common.training import make_optimiser, train_epochs, warm_up_head
+from server.scores import closed_scores, open_scores
+from simulation.trainee import Trainee
+
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is. One row of figures for each epoch; best: by validation AUC, never by test."""
+
+    epoch: int = 0  # epochs done
+    best_epoch: int = 0
+    best_val_auc: float = -1.0
+    num_pictures: int = 0  # processed in training
+    num_steps: int = 0
+    num_warmup_pictures: int = 0  # seen by the new head alone, before
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+
+def figures(sums: EvaluationSums) -> dict[str, float]:
+    """The scores of both sets; those of the closed set are missing when no picture was left for it."""
+    return closed_scores(sums) | open_scores(sums)
+
+
+@dataclass(kw_only=True)
+class Epochs:
+    """One run's epochs."""
+
+    trainee: Trainee
+    tracked: TrackedRun
+    folder: Path  # RUN/checkpoints
+    progress: Progress = field(default_factory=Progress)
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trainee.compute.place(self.trainee.recogniser)
+        self.optimiser = make_optimiser(self.trainee.recogniser, self.trainee.settings.training)
+
+    @property
+    def total(self) -> int:
+        """How many epochs the schedule is made for."""
+        return self.trainee.settings.local_training_epochs
+
+    def checkpoint(self, role: str) -> Path:
+        """The file of the "best" or the "last" model."""
+        return self.folder / f"{role}.safetensors"
+
+    def load(self, role: str) -> None:
+        """Put the "best" or the "last" model back into the recogniser.  Raises CheckpointError."""
+        tensors, _ = read_tensors(self.checkpoint(role))
+        self.trainee.recogniser.load_state_dict(tensors)
+
+    def run(self, out: TextIO) -> None:
+        """All epochs that are left; the best and the last model are in RUN/checkpoints then.  Raises TrainingFailed."""
+        if self.progress.epoch == 0:
+            self._warm_up()
+        while self.progress.epoch < self.total and not self._is_out_of_patience():
+            self._epoch(out)
+        if self.progress.epoch < self.total:
+            patience = self.trainee.settings.training.patience
+            out.write(f"stopped early after epoch {self.progress.epoch}: {patience} validations without a better AUC\n")
+        self._save_model("last")
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.trainee.settings.training.patience
+        return isinstance(patience, int) and self.progress.epoch - self.progress.best_epoch >= patience
+
+    def _warm_up(self) -> None:
+        sums = warm_up_head(
+            self.trainee.recogniser,
+            self.trainee.pack,
+            settings=self.trainee.settings,
+            compute=self.trainee.compute,
+            stream_name=self.trainee.name,
+        )
+        self.progress.num_warmup_pictures = sums.num_warmup_pictures
+
+    def _epoch(self, out: TextIO) -> None:
+        started = time.perf_counter()
+        epoch, progress = self.progress.epoch, self.progress
+        sums = train_epochs(
+            self.trainee.recogniser,
+            self.optimiser,
+            self.trainee.pack,
+            settings=self.trainee.settings,
+            compute=self.trainee.compute,
+            epochs=range(epoch, epoch + 1),
+            total_epochs=self.total,
+            stream_name=self.trainee.name,
+        )
+        seconds = time.perf_counter() - started
+        row = {**sums.merged(), "learning_rate": sums.lr_last, "epoch_seconds": seconds} | self._validate()
+        progress.epoch = epoch + 1
+        progress.num_pictures += sums.num_pictures
+        progress.num_steps += sums.num_steps
+        progress.rows.append({"step": float(epoch + 1), **row})
+        if row.get("val_roc_auc", 0.0) > progress.best_val_auc:
+            progress.best_epoch, progress.best_val_auc = epoch + 1, row.get("val_roc_auc", 0.0)
+            self._save_model("best")
+        self._save()
+        self.tracked.log_metrics(row, step=epoch + 1)
+        out.write(
+            f"epoch {epoch + 1} of {self.total}: train loss {row['train_loss']:.3f},"
+            f" val AUC {row.get('val_roc_auc', float('nan')):.3f}, {seconds:.1f} s\n"
+        )
+        out.flush()
+
+    def _validate(self) -> dict[str, float]:
+        scores = figures(self.trainee.evaluate_pooled("val"))
+        names = {"val_loss": "loss", "val_acc": "accuracy", "val_roc_auc": "roc_auc"}
+        return {name: scores[key] for name, key in names.items() if key in scores}
+
+    def _save_model(self, role: str) -> None:
+        state = self.trainee.recogniser.state_dict()
+        write_tensors(self.checkpoint(role), state, {"epoch": str(self.progress.epoch)})
+
+    def _save(self) -> None:
+        """The whole state; progress.json is written between the new state and the end of the old one."""
+        resume, recogniser = self.folder / "resume", self.trainee.recogniser
+        save_private(resume, self.progress.epoch, recogniser, self.optimiser, recogniser.state_dict())
+        write_json(resume / PROGRESS_FILE, dataclasses.asdict(self.progress))
+        prune(resume, {self.progress.epoch})
+
+    def restore(self) -> None:
+        """Go on where RUN/checkpoints/resume stands; a run without one starts anew.  Raises CheckpointError."""
+        resume, recogniser = self.folder / "resume", self.trainee.recogniser
+        if not (resume / PROGRESS_FILE).exists():
+            return
+        values: dict[str, Any] = read_json(resume / PROGRESS_FILE)
+        try:
+            self.progress = Progress(**values)
+        except TypeError:
+            raise CheckpointError(f"{resume / PROGRESS_FILE} is not a file of ours.") from None
+        found = load_private(resume, self.progress.epoch, recogniser, self.optimiser, recogniser.state_dict())
+        if found != self.progress.epoch:
+            raise CheckpointError(f"{resume}: the state of epoch {self.progress.epoch} is missing; start a new run.")
+        self.tracked.log_missing_metrics(self._last_row(), step=self.progress.epoch)
+
+    def _last_row(self) -> dict[str, float]:
+        """What was saved but perhaps not logged when the run was killed."""
+        return {name: value for name, value in self.progress.rows[-1].items() if name != "step"}

@@ -1,0 +1,135 @@
+"""What `facefed train` does between its flags and the work."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from clients.site import SiteSettings
+from common import config
+from common.checkpoints import read_json
+from common.config import Settings
+from common.console import tracking_line
+from common.errors import CheckpointError, UserError
+from common.faces.pack import FacePack
+from common.tracking.settings import with_absolute_uri
+from server.run_folder import new_run_folder
+from server.runs import RUN_FILE
+from simulation.baselines import BaselineSummary, run_centralized, run_local
+from simulation.commands import check_pretrained, federate_here
+from simulation.sites import ClientOption, data_options, pack_at_the_door, site_of
+
+USUAL_CLIENTS = ("celeba", "vggface2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the command line says of this machine."""
+
+    clients: Sequence[str]  # --client
+    data_dirs: Sequence[str]  # --data-dir
+    device: str
+    cache_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resumed:
+    """A run that is to go on."""
+
+    folder: Path
+    settings: Settings
+    clients: Sequence[str]
+    data: Mapping[str, str]  # client -> key of the pack it was trained on
+
+
+def several_options(machine: Machine) -> list[ClientOption]:
+    """The clients that are meant where several may be: those named, or celeba and vggface2.  Raises UserError."""
+    named = machine.clients or sorted(text.partition("=")[0] for text in machine.data_dirs if "=" in text)
+    return data_options(named or USUAL_CLIENTS, machine.data_dirs)
+
+
+def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
+    """The unfinished run that `--resume` means, by its id or its folder.  Raises UserError."""
+    folders = [Path(run).expanduser(), Path(out).expanduser() / run]
+    folder = next((folder.resolve() for folder in folders if (folder / RUN_FILE).is_file()), None)
+    if folder is None:
+        raise UserError(f"--resume {run}: no run is at {folders[0]} or {folders[1]}; give its id or its folder.")
+    about = read_json(folder / RUN_FILE)
+    if about.get("mode") != mode:
+        raise UserError(f"--resume {run}: that run is {about.get('mode')}, not {mode}; use the command that began it.")
+    if (folder / "metrics.json").exists():
+        raise UserError(f"--resume {run}: that run is finished; its results are in {folder / 'metrics.json'}.")
+    try:
+        clients, data = list(about["clients"]), dict(about["data"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / RUN_FILE} is not a file of ours.") from None
+    return _Resumed(folder=folder, settings=config.load(folder / "config.toml"), clients=clients, data=data)
+
+
+def _door(
+    options: Sequence[ClientOption], settings: Settings, machine: Machine, out: TextIO
+) -> tuple[dict[str, SiteSettings], dict[str, FacePack]]:
+    """Check and pack every client's data."""
+    device = settings.training.device if machine.device == "auto" else machine.device
+    state = Path(settings.run.out).expanduser() / "clients"
+    sites = {
+        option.name: site_of(option, device=device, cache_dir=machine.cache_dir, state_dir=state) for option in options
+    }
+    return sites, {name: pack_at_the_door(site, settings, out) for name, site in sites.items()}
+
+
+def _check_same_data(resumed: _Resumed, packs: Mapping[str, FacePack]) -> None:
+    changed = sorted(name for name, pack in packs.items() if resumed.data.get(name) != pack.key)
+    if changed or set(packs) != set(resumed.data):
+        raise UserError(
+            f"--resume {resumed.folder.name}: the data of {', '.join(changed) or 'the clients'} are not those that the"
+            f" run began with ({', '.join(sorted(resumed.data))}); give the same --data-dir, or start a new run."
+        )
+
+
+def _show(summary: BaselineSummary, label: str, settings: Settings, out: TextIO) -> int:
+    out.write(
+        f"\ntest AUC on people never seen: untrained {summary.untrained_auc:.3f} -> {label} {summary.test_auc:.3f}\n"
+    )
+    out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
+    out.writelines(f"registered: {name}\n" for name in summary.registered)
+    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
+    return 0
+
+
+def _settled(
+    mode: str, settings: Settings, machine: Machine, resume: str, out: TextIO
+) -> tuple[Settings, dict[str, SiteSettings], dict[str, FacePack], Path]:
+    """Settings, checked data and the run's folder: a new one's, or those of the run that goes on."""
+    resumed = _run_to_resume(resume, settings.run.out, mode) if resume else None
+    if resumed and not machine.clients:
+        machine = dataclasses.replace(machine, clients=resumed.clients)
+    options = data_options(machine.clients, machine.data_dirs) if mode == "local" else several_options(machine)
+    if mode == "local" and len(options) != 1:
+        raise UserError(f"train local trains one holder, {len(options)} were named; give one --client NAME.")
+    settings = resumed.settings if resumed else with_absolute_uri(settings, Path.cwd())
+    sites, packs = _door(options, settings, machine, out)
+    if resumed:
+        _check_same_data(resumed, packs)
+    check_pretrained(settings)
+    return settings, sites, packs, resumed.folder if resumed else new_run_folder(settings)
+
+
+def train_local(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
+    """`facefed train local`: one holder alone.  resume: a run's id or folder, or ""."""
+    settings, sites, packs, folder = _settled("local", settings, machine, resume, out)
+    [site], [pack] = sites.values(), packs.values()
+    return _show(run_local(settings, site, pack, folder, out), "local", settings, out)
+
+
+def train_centralized(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
+    """`facefed train centralized`: all holders' pictures in one place.  resume: a run's id or folder, or ""."""
+    settings, sites, packs, folder = _settled("centralized", settings, machine, resume, out)
+    return _show(run_centralized(settings, sites, packs, folder, out), "centralised", settings, out)
+
+
+def train_federated(settings: Settings, machine: Machine, out: TextIO, err: TextIO) -> int:
+    """`facefed train federated`: the Ray simulation, as `flower-simulation` runs it."""
+    clients = [f"{option.name}:{option.dataset}={option.data_dir}" for option in several_options(machine)]
+    return federate_here(settings, clients, device=machine.device, cache_dir=machine.cache_dir, out=out, err=err)
