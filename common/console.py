@@ -75,7 +75,7 @@ def counts(values: Mapping[str, object]) -> str:
 
 def _score_text(event: Mapping[str, Any]) -> str:
     split = event["split"]
-    names = {"auc": "AUC", "eer": "EER", "acc": "accuracy"}
+    names = {"auc": "AUC", "eer": "EER", "acc": "accuracy", "accuracy": "ten-fold accuracy"}
     parts = [
         f"{label} {event[f'round_{split}_{key}']:.3f}"
         for key, label in names.items()

@@ -60,14 +60,16 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(settings.run.log_level)
     from common.tracking.settings import with_absolute_uri
     from server.launch import Launch, ServerOptions
+    from server.public_set import open_public_set, with_absolute_public_set
     from server.run_folder import new_run_folder
 
-    settings = with_absolute_uri(settings, Path.cwd())
+    settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
     require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
     if settings.model.pretrained != "none":
         from server.app import initial_model
 
         initial_model(settings)
+    open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
     run_folder = new_run_folder(settings)
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
     launch = Launch(settings, ServerOptions(host=host, port=port, database=database), run_folder)

@@ -56,6 +56,11 @@ class Patience:
         """stopped: asked at each look; True raises InterruptedRun."""
         self._stopped = stopped
 
+    def check(self) -> None:
+        """Raise InterruptedRun when the run is stopped."""
+        if self._stopped():
+            raise InterruptedRun("stopped by the user")
+
     def until(self, look: Callable[[], T | None], deadline: float) -> T | None:
         """The first result of `look` that is not None, or None at the deadline (a time.monotonic() value).
 
@@ -63,8 +68,7 @@ class Patience:
         """
         pause = FIRST_PAUSE_S
         while True:
-            if self._stopped():
-                raise InterruptedRun("stopped by the user")
+            self.check()
             seen = look()
             if seen is not None or time.monotonic() >= deadline:
                 return seen

@@ -23,12 +23,12 @@ def federate_here(
     options = parse_clients(clients)
     settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
     settings = config.with_value(settings, "federation", "min_clients", len(options))
+    open_public_set(settings)  # what it refuses is told before a run is begun
     state = Path(settings.run.out).expanduser() / "clients"
     sites = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
     for site in sites:
         pack_at_the_door(site, settings, out)
     check_pretrained(settings)
-    open_public_set(settings)  # what it refuses is told before a run is begun
     run_folder = new_run_folder(settings)
     from simulation.run import simulate
 

@@ -63,7 +63,8 @@ def _genuine(numbers: NDArray[np.int64], sizes: NDArray[np.int64], ends: NDArray
     later = ((1 + np.sqrt(1 + 8 * within.astype(np.float64))) / 2).astype(np.int64)
     later -= later * (later - 1) // 2 > within  # the root may be rounded up
     earlier = within - later * (later - 1) // 2
-    return np.stack([earlier, later]) + (ends - sizes)[who]
+    places: NDArray[np.int64] = np.stack([earlier, later]) + (ends - sizes)[who]
+    return places
 
 
 def _impostor(numbers: NDArray[np.int64], num_later: NDArray[np.int64]) -> NDArray[np.int64]:

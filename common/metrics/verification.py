@@ -70,6 +70,12 @@ def score_bins(scores: Tensor) -> Tensor:
     return scores.add_(1.0).mul_(NUM_BINS / 2).to(torch.int32).clamp_(0, NUM_BINS - 1)
 
 
+def score_histogram(scores: NDArray[np.float32], genuine: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Counts of given cosines, as `pair_histogram` makes them.  scores, genuine: [M].  Returns [2, NUM_BINS] int64."""
+    codes = score_bins(torch.from_numpy(scores.astype(np.float32))).numpy() + NUM_BINS * ~genuine
+    return np.bincount(codes, minlength=2 * NUM_BINS).reshape(2, NUM_BINS)
+
+
 def _block_counts(unit: Tensor, numbers: Tensor, rows: slice, columns: slice) -> Tensor:
     """Counts [2 * NUM_BINS] of the pairs (row, column) with row < column: impostors, the common case, then genuine."""
     codes = score_bins(unit[rows] @ unit[columns].T)

@@ -382,6 +382,56 @@ def test_a_round_waits_for_its_replies_so_long(faces, tmp_path):
     assert "alpha: no answer within 0.25 s" in outcome["line"]
 
 
+# ------------------------------------------------------------------------------------------------------ verification
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> Path:
+    """Eight people of three random pictures, and two lists of their pairs."""
+    root = tmp_path_factory.mktemp("public")
+    random = np.random.default_rng(7)
+    for who in range(8):
+        (root / f"V{who}").mkdir()
+        for number in (1, 2, 3):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"V{who}/V{who}_{number:04d}.jpg")
+    for name, shift in (("pairs.txt", 1), ("other.txt", 3)):
+        folds = [
+            [f"V{who}\t1\t{2 + shift // 2}" for who in range(at, at + 4)]
+            + [f"V{who}\t2\tV{(who + shift) % 8}\t{shift}" for who in range(at, at + 4)]
+            for at in (0, 4)
+        ]
+        (root / name).write_text("\n".join(["2\t4", *folds[0], *folds[1]]) + "\n")
+    return root
+
+
+@proves("verification.public_dir", "verification.public_pairs", "verification.public_crop")
+def test_the_public_pairs_give_each_round_scores(faces, public, tmp_path):
+    base = changed(BASE, federation__rounds=1)
+    named = changed(base, verification__public_dir=str(public), verification__public_pairs=str(public / "pairs.txt"))
+    variants = {
+        "none": base,
+        "some": named,
+        "again": named,
+        "other pairs": changed(named, verification__public_pairs=str(public / "other.txt")),
+        "other crop": changed(named, verification__public_crop=0.5),
+    }
+    scores = {}
+    for name, settings in variants.items():
+        site = site_at(tmp_path / name / "site", "folder", faces)
+        table = rounds_table(federate_in(tmp_path / name / "run", settings, LocalMailbox([site])))
+        assert table.keys() == {0, 1}
+        scores[name] = [
+            {key: value for key, value in table[step].items() if key.startswith("round_public_")} for step in (0, 1)
+        ]
+    assert scores["none"] == [{}, {}]
+    names = {"round_public_accuracy", "round_public_auc", "round_public_eer"}
+    assert [row.keys() for row in scores["some"]] == [names, names]
+    assert scores["again"] == scores["some"]
+    assert scores["other pairs"] != scores["some"]
+    assert scores["other crop"] != scores["some"]
+
+
 # ---------------------------------------------------------------------------------------------------------- tracking
 
 
