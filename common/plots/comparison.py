@@ -152,7 +152,7 @@ def client_comparison(
         dress(axes, title=_named(metric), x_label="", y_label="")
         if pooled is not None and math.isfinite(pooled.get(metric, math.nan)):
             axes.plot([pooled[metric]] * 2, [-0.6, len(rows) - 0.4], color=BLACK, linestyle="--", linewidth=1.2)
-            axes.set_xlabel(f"all clients: {pooled[metric]:.3f}", fontsize=9)
+            axes.set_xlabel(f"dashed: all clients, {pooled[metric]:.3f}", fontsize=9)
         _draw_dots(axes, values, rows)
     return figure
 

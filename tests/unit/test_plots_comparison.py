@@ -82,7 +82,7 @@ def test_each_client_has_a_row_in_each_panel_in_its_own_colour():
     assert (_written(accuracy), _written(auc)) == (["0.250", "0.500"], ["none", "0.800"])
     dots = {line.get_color(): list(line.get_xdata()) for line in accuracy.get_lines()}
     assert dots == {style.CLIENT_COLOURS["celeba"]: [0.25], style.CLIENT_COLOURS["vggface2"]: [0.5]}
-    assert auc.get_xlabel() == "all clients: 0.750"
+    assert auc.get_xlabel() == "dashed: all clients, 0.750"
     assert [list(line.get_xdata()) for line in auc.get_lines()] == [[0.75, 0.75], [0.8]]
     assert accuracy.get_xlabel() == ""
 
