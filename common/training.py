@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +17,12 @@ from common.errors import TrainingFailed
 from common.faces.batches import num_batches, training_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.models.heads import spreadout
 from common.models.recogniser import Recogniser
 from common.runtime import random_stream, use_threads
 
 Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
+HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class TrainSums:
     correct: int = 0
     loss_sum: float = 0.0  # over pictures
     gradient_norm_sum: float = 0.0  # over steps, before clipping
+    num_warmup_pictures: int = 0  # seen by a new head alone, before training; in none of the sums above
+    num_warmup_steps: int = 0
     lr_last: float = field(default=0.0)
 
     def merged(self) -> dict[str, float]:
@@ -81,12 +86,12 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     return training.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
 
 
-def make_optimiser(recogniser: Recogniser, training: TrainingSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW over all parameters.
+def make_optimiser(module: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW over all parameters of a recogniser, or of its head alone.
 
     Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1).
     """
-    named = [(name, p) for name, p in recogniser.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
@@ -128,8 +133,11 @@ def _step(  # one optimiser step
         embeddings = recogniser.embed(compute.laid_out(pictures))
     logits = recogniser.head(embeddings.float(), labels)
     loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    objective = loss
+    if training.spreadout > 0.0:
+        objective = loss + training.spreadout * spreadout(recogniser.head.identity_vectors, training.spreadout_margin)
+    recogniser.zero_grad(set_to_none=True)  # also of what this optimiser does not hold, or it would count in the norm
+    objective.backward()  # type: ignore[no-untyped-call]
     if penalty is not None:
         penalty()
     norm = float(nn.utils.clip_grad_norm_(recogniser.parameters(), training.clip_norm))
@@ -158,6 +166,56 @@ def epoch_batches(
         stream=random_stream(settings.run.seed, stream_name, "epoch", epoch),
         device=compute.device,
     )
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """In here the module neither learns nor gathers statistics; its mode is left as evaluation."""
+    learned = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in learned:
+        parameter.requires_grad_(requires_grad=False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(requires_grad=True)
+
+
+def warm_up_head(
+    recogniser: Recogniser, pack: FacePack, *, settings: Settings, compute: Compute, stream_name: str
+) -> TrainSums:
+    """Train a new head alone for training.head_warmup_epochs on the backbone as it is, which does not change.
+
+    The learning rate is training.lr throughout, the optimiser the run's kind with a state of its own. Batches come from
+    streams of their own, so training afterwards sees the same as without. Does nothing when the epochs are 0.
+
+    Returns sums with num_warmup_pictures and num_warmup_steps only: they are no part of the budget of training.
+    Raises TrainingFailed when a loss or gradient is not finite.
+    """
+    sums = TrainSums()
+    if settings.training.head_warmup_epochs == 0:
+        return sums
+    compute.place(recogniser)
+    optimiser = make_optimiser(recogniser.head, settings.training)
+    with _frozen(recogniser.backbone):
+        for epoch in range(settings.training.head_warmup_epochs):
+            batches = epoch_batches(
+                pack, settings, compute, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
+            )
+            for step, batch in enumerate(batches):
+                _step(
+                    recogniser,
+                    optimiser,
+                    batch,
+                    training=settings.training,
+                    compute=compute,
+                    penalty=None,
+                    where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}",
+                )
+                sums.num_warmup_pictures += len(batch[1])
+                sums.num_warmup_steps += 1
+    return sums
 
 
 def train_epochs(

@@ -14,6 +14,7 @@ MarginFunction = Callable[[Tensor, Tensor, float, float], Tensor]
 
 # sin(theta) is kept above this, so that its gradient, -cos / sin, stays finite at theta = 0 and pi.
 _SMALLEST_SIN_SQUARED: Final = 1e-6
+_SMALLEST_SQUARED_DISTANCE: Final = 1e-6
 
 
 def cosface_logits(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
@@ -44,6 +45,23 @@ def arcface_logits(cosine: Tensor, labels: Tensor, margin_rad: float, scale: flo
     return scale * cosine.scatter(1, column, with_margin)
 
 
+def spreadout(vectors: Tensor, margin: float) -> Tensor:
+    """How much identity vectors crowd (FedAwS, arXiv:2004.10342, eq. 7): their mean squared lack of distance.
+
+    With w_c the rows at unit length: the sum over pairs c != c' of max(0, margin - ||w_c - w_c'||)^2, divided by the
+    number of those pairs, so that its weight means the same for any number of people.
+
+    vectors: [C, D] float, one row a person.  margin: distance of unit vectors, in (0, 2].
+    Returns a scalar in [0, margin^2], 0 for one person. Takes memory for a few matrices [C, C].
+    """
+    unit = F.normalize(vectors, dim=1)
+    # Kept above 0, so that the gradient of the root stays finite; rows that coincide have no direction to part in.
+    distances = (2.0 - 2.0 * unit @ unit.T).clamp_min(_SMALLEST_SQUARED_DISTANCE).sqrt()
+    lacks = (margin - distances).clamp_min(0.0).square()
+    num_pairs = max(len(vectors) * (len(vectors) - 1), 1)
+    return (lacks.sum() - lacks.diagonal().sum()) / num_pairs
+
+
 class SoftmaxHead(nn.Module):
     """A linear layer on the raw embedding."""
 
@@ -56,6 +74,11 @@ class SoftmaxHead(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002 - as the heads with a margin
         """embeddings: [B, D], any float dtype.  labels: [B] int64, not used.  Returns logits [B, C] float32."""
         return self.class_logits(embeddings)
+
+    @property
+    def identity_vectors(self) -> nn.Parameter:
+        """One row a person, [C, D] float32."""
+        return self.linear.weight
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """The same logits: there is no margin."""
@@ -83,6 +106,11 @@ class CosineHead(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings: [B, D], any float dtype.  labels: [B] int64 in [0, C).  Returns logits [B, C] float32."""
         return self.add_margin(self._cosine(embeddings), labels, self.margin, self.scale)
+
+    @property
+    def identity_vectors(self) -> nn.Parameter:
+        """One row a person, [C, D] float32, of any length."""
+        return self.weight
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """embeddings: [B, D].  Returns scale x cosine, [B, C] float32, without margin."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import ModelSettings
-from common.models.heads import CosineHead, arcface_logits, build_head, cosface_logits
+from common.models.heads import CosineHead, arcface_logits, build_head, cosface_logits, spreadout
 
 NUM_PEOPLE, SIZE = 6, 16
 
@@ -129,3 +129,46 @@ def test_logits_stay_float32_under_autocast(name: str) -> None:
         logits, class_logits = head(embeddings, labels), head.class_logits(embeddings)
     assert logits.dtype == class_logits.dtype == torch.float32
     assert torch.equal(logits, expected)
+
+
+def test_spreadout_by_hand() -> None:
+    # Directions (1, 0), (0.6, 0.8), (-1, 0), of lengths 1, 5, 2: distances sqrt(0.8), 2 and sqrt(3.2) > 1.5.
+    # The first pair lacks 1.5 - sqrt(0.8), in both orders: 2 x 0.605573^2 over 6 ordered pairs.
+    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0], [-2.0, 0.0]], dtype=torch.float64)
+    expected = 2 * (1.5 - math.sqrt(0.8)) ** 2 / 6
+    assert spreadout(vectors, 1.5).item() == pytest.approx(expected, rel=1e-12)
+    assert spreadout(vectors, 0.7).item() == 0.0
+    assert spreadout(vectors[:1], 0.7).item() == 0.0  # one person alone crowds nobody
+
+
+@pytest.mark.parametrize("margin", [0.7, 1.4, 2.0])
+def test_spreadout_and_its_gradient_are_those_of_a_loop_over_pairs_in_float64(margin: float) -> None:
+    stream = torch.Generator().manual_seed(4)
+    vectors = torch.randn(9, 3, generator=stream, dtype=torch.float64, requires_grad=True)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    pairs = [(c, other) for c in range(9) for other in range(9) if c != other]
+    lacks = torch.stack([(margin - (unit[c] - unit[other]).norm()).clamp_min(0.0) for c, other in pairs])
+    expected = lacks.square().sum() / len(pairs)
+    seen = spreadout(vectors, margin)
+    assert 0.0 < expected.item() <= margin**2
+    torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-12)
+    wanted = torch.autograd.grad(expected, vectors)[0]
+    torch.testing.assert_close(torch.autograd.grad(seen, vectors)[0], wanted, rtol=1e-8, atol=1e-12)
+    in_float32 = spreadout(vectors.detach().float(), margin)
+    assert in_float32.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_spreadout_of_rows_that_coincide_or_oppose_is_finite() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    value = spreadout(vectors, 2.0)
+    value.backward()
+    assert vectors.grad is not None
+    assert torch.isfinite(value)
+    assert torch.isfinite(vectors.grad).all()
+
+
+@pytest.mark.parametrize("name", ["softmax", "cosface", "arcface"])
+def test_identity_vectors_are_one_row_a_person_of_the_head_itself(name: str) -> None:
+    head = build_head(ModelSettings(head=name, embedding_size=SIZE), num_people=NUM_PEOPLE)
+    assert head.identity_vectors.shape == (NUM_PEOPLE, SIZE)
+    assert any(head.identity_vectors is parameter for parameter in head.parameters())

@@ -18,12 +18,14 @@ from clients.local_update import Workplace, join, open_workplace, train
 from clients.site import SiteSettings
 from common import config
 from common.config import Settings
+from common.models.recogniser import trainable_names
 from common.parameters import flatten
 from common.precision import threads_for
 from common.runtime import num_cores
 from common.wire import Reply, Task
 from server.app import Surroundings, federate, initial_model
 from server.mailbox import Mailbox
+from server.optimiser import ServerOptimiser
 
 
 def enter_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,10 +62,11 @@ def two_rounds(settings: Settings, site: SiteSettings) -> tuple[np.ndarray, list
     workplace = open_workplace(site, settings)
     recogniser, manifest = initial_model(settings)
     model = flatten(recogniser.state_dict(), manifest)
+    optimiser = ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser))
     replies = []
     for server_round in range(1, settings.federation.rounds + 1):
         reply = train(workplace, task_for(workplace, settings, server_round), model)
-        model = model + reply.change
+        optimiser.apply(model, reply.change)
         replies.append(reply)
     return model, replies
 

@@ -74,12 +74,26 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "training.label_smoothing": 0.2,
     "training.clip_norm": 0.1,
     "training.precision": "bfloat16",
+    "training.head_warmup_epochs": 1,
+    "training.spreadout": 5.0,
+    "training.spreadout_margin": 2.0,
     "federation.strategy": "fedprox",
+    "federation.server_lr": 0.5,
+    "federation.server_momentum": 0.5,
+    "federation.server_beta2": 0.5,
+    "federation.server_adaptivity": 0.1,
     "federation.rounds": 3,
     "federation.local_epochs": 2,
     "federation.proximal_mu": 0.05,
 }
-NEEDS: dict[str, tuple[str, object]] = {"federation.proximal_mu": ("federation.strategy", "fedprox")}
+NEEDS: dict[str, tuple[str, object]] = {
+    "federation.proximal_mu": ("federation.strategy", "fedprox"),
+    "federation.server_momentum": ("federation.strategy", "fedavgm"),
+    "federation.server_beta2": ("federation.strategy", "fedadam"),
+    "federation.server_adaptivity": ("federation.strategy", "fedyogi"),
+    "training.spreadout": ("training.spreadout_margin", 2.0),
+    "training.spreadout_margin": ("training.spreadout", 5.0),
+}
 
 # setting -> another value, and what of the pack it changes
 CHANGES_THE_PACK: dict[str, tuple[object, str]] = {
@@ -360,6 +374,27 @@ def test_the_test_curve_has_a_point_every_so_many_rounds(faces, tmp_path):
         assert all("round_val_auc" in row for row in table.values())
         best = read_json(folder / "metrics.json")["best_round"]
         assert {step for step, row in table.items() if "round_test_auc" in row} == expected | {best}
+
+
+@proves("training.patience")
+def test_a_federation_stops_when_its_patience_is_over(faces, tmp_path):
+    """Where, follows from the validation AUCs of a run without patience, which trains the same rounds first."""
+
+    def table_with(patience):
+        site = site_at(tmp_path / f"site-{patience}", "folder", faces)
+        settings = changed(BASE, federation__rounds=6, training__patience=patience)
+        return rounds_table(federate_in(tmp_path / f"run-{patience}", settings, LocalMailbox([site])))
+
+    aucs = {step: row["round_val_auc"] for step, row in table_with("off").items() if step > 0}
+    assert set(aucs) == set(range(1, 7))
+    # The score of model k is known after round k + 1; no better than one before it, it ends the run there.
+    worse = next(k for k in range(2, 6) if aucs[k] <= max(aucs[before] for before in range(1, k)))
+    assert worse + 1 < 6
+    seen = table_with(1)
+    assert max(seen) == worse + 1
+    assert {step: row["round_val_auc"] for step, row in seen.items() if step > 0} == {
+        step: auc for step, auc in aucs.items() if step <= worse + 1
+    }
 
 
 @proves("federation.min_clients", "federation.join_timeout_s")

@@ -12,6 +12,7 @@ from clients.local_update import evaluate_global, join, train
 from common import wire
 from common.errors import CheckpointError, ReplyRefused, TrainingFailed
 from common.parameters import flatten
+from common.training import TrainSums
 from common.wire import TRAIN_FIELDS
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -228,3 +229,51 @@ def test_a_buffer_of_another_length_is_refused(tmp_path, shape):
     workplace, _ = workplace_in(tmp_path)
     with pytest.raises(CheckpointError, match="is not this model's"):
         train(workplace, task_of(workplace), np.zeros(shape, dtype=np.float32))
+
+
+# ---- a new head, alone
+
+
+def test_a_new_head_is_warmed_up_once_and_counted_apart(tmp_path):
+    """24 pictures in batches of 8 are 3 steps an epoch; round 2 finds the head that round 1 left."""
+    workplace, shared = workplace_in(tmp_path, training__head_warmup_epochs=2)
+    first = train(workplace, task_of(workplace), shared).train
+    second = train(workplace, task_of(workplace, server_round=2), shared).train
+    counts = ("num_pictures", "num_steps", "num_warmup_pictures", "num_warmup_steps")
+    assert [first[name] for name in counts] == [24, 3, 48, 6]
+    assert [second[name] for name in counts] == [24, 3, 0, 0]
+    assert first["warmup_seconds"] > 0.0
+
+
+def test_a_repeated_first_round_warms_up_again_and_a_late_client_too(tmp_path):
+    """Else the same round would leave another head, according to how often it was asked for."""
+    workplace, shared = workplace_in(tmp_path / "a", training__head_warmup_epochs=1)
+    first = timeless(train(workplace, task_of(workplace), shared))
+    assert timeless(train(workplace, task_of(workplace), shared)) == first
+    late, _ = workplace_in(tmp_path / "b", training__head_warmup_epochs=1)
+    reply = train(late, task_of(late, server_round=2), shared)
+    assert reply.train["num_warmup_pictures"] == NUM_TRAINING_PICTURES
+    assert timeless(train(late, task_of(late, server_round=2), shared)) == timeless(reply)
+
+
+def test_the_received_model_is_scored_with_the_head_that_came_before_the_warm_up(tmp_path):
+    """Its figures are then the same with and without, and what follows is not."""
+    replies = []
+    for epochs in (0, 3):
+        workplace, shared = workplace_in(tmp_path / str(epochs), training__head_warmup_epochs=epochs)
+        replies.append(train(workplace, task_of(workplace), shared))
+    without, with_it = replies
+    assert timeless(without)[2] == timeless(with_it)[2]
+    assert without.change.tobytes() != with_it.change.tobytes()
+    assert without.train["num_warmup_pictures"] == 0
+
+
+def test_private_normalisation_does_not_move_in_the_warm_up(tmp_path, monkeypatch):
+    """What trains afterwards is left out here, so the state that is kept is that of the warm-up."""
+    monkeypatch.setattr("clients.local_update.train_epochs", lambda *_, **__: TrainSums())
+    workplace, shared = workplace_in(tmp_path, training__head_warmup_epochs=1, model__normalisation="private")
+    train(workplace, task_of(workplace), shared)
+    state = workplace.recogniser.state_dict()
+    moved = {name for name in workplace.private if not torch.equal(state[name], workplace.fresh[name])}
+    assert moved == {"head.weight"}
+    assert flatten(state, workplace.manifest).tobytes() == shared.tobytes()

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from common.config import BACKBONES, HEADS, ModelSettings
-from common.models.recogniser import Recogniser, build_recogniser, named_state, private_names, shared_names
+from common.models.recogniser import (
+    Recogniser,
+    build_recogniser,
+    named_state,
+    private_names,
+    shared_names,
+    trainable_names,
+)
 
 
 def recogniser(backbone: str = "cnn", head: str = "cosface") -> Recogniser:
@@ -88,3 +95,15 @@ def test_named_state_is_the_models_own_memory() -> None:
 def test_unknown_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'private'"):
         shared_names(recogniser(), "privat")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_is_shared_and_not_trainable_are_the_statistics_of_normalisation(backbone: str) -> None:
+    built = recogniser(backbone)
+    shared = set(shared_names(built, "shared"))
+    statistics = {name for name in shared if name.endswith(("running_mean", "running_var"))}
+    assert statistics
+    assert shared - trainable_names(built) == statistics
+    assert set(shared_names(built, "private")) <= trainable_names(built)
+    assert trainable_names(built.backbone) == {name for name in trainable_names(built) if name.startswith("backbone.")}
+    assert "head.weight" in trainable_names(built)

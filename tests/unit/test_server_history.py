@@ -69,3 +69,14 @@ def test_rows_are_in_the_order_of_rounds_with_the_clients_beside():
 def test_pooling_one_client_changes_nothing():
     one = sums(0.6)
     assert pooled({"alpha": one}).scores() == one.scores()
+
+
+def test_validations_since_the_best_counts_models_scored_and_no_better():
+    """Test scores do not count, nor does a round whose validation was not scored; a better model starts anew."""
+    history = History()
+    assert history.validations_since_best() == 0
+    for step, auc, expected in ((0, 0.9, 1), (1, 0.6, 0), (2, 0.5, 1), (4, 0.6, 2), (5, 0.7, 0), (6, 0.7, 1)):
+        history.score(step, "val", {"alpha": sums(auc)})
+        assert history.validations_since_best() == (expected if step > 0 else 0)
+    history.score(7, "test", {"alpha": sums(0.9)})
+    assert history.validations_since_best() == 1

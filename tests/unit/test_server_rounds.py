@@ -180,7 +180,7 @@ def test_a_client_that_answers_with_an_error_is_left_out_in_its_own_words(tmp_pa
 
 def test_a_reply_later_than_the_deadline_is_left_out_and_named(tmp_path):
     def late(task):
-        return None if task.server_round == 1 else reply_to(task)
+        return None if task.server_round == 1 and task.kind == "train" else reply_to(task)
 
     nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", late)}
     federation, _ = run(tmp_path, nodes)
@@ -280,3 +280,98 @@ def test_clients_of_one_machine_share_its_cores_and_compute_alike(tmp_path):
     federation, _ = run(tmp_path, nodes, training__threads="auto", federation__min_clients=3)
     seen = {node: (task.threads, task.precision) for node, task in federation.mailbox.tasks if task.kind == "train"}
     assert seen == {1: (3, "bfloat16"), 2: (3, "bfloat16"), 3: (4, "float32")}
+
+
+# ---- patience
+
+
+def val_aucs(*aucs, **others):
+    """An answer in which the model of round r scores aucs[r - 1] on validation; later models score the last."""
+    return lambda task: reply_to(task, auc=aucs[max(0, min(task.server_round - 2, len(aucs) - 1))], **others)
+
+
+def patient(folder, patience, *aucs, rounds=9):
+    answer = val_aucs(*aucs)
+    nodes = {1: client("alpha", answer), 2: client("beta", answer)}
+    return run(folder, nodes, federation__rounds=rounds, training__patience=patience)
+
+
+def test_training_stops_when_validation_has_not_become_better_for_long_enough(tmp_path):
+    """The models of rounds 1, 2, 3 score 0.8, 0.7, 0.7, known after round 4: two are no better, so no round 5.
+
+    The last model, that of round 4, is scored and kept as always.
+    """
+    federation, outcome = patient(tmp_path, 2, 0.8, 0.7, 0.7)
+    assert (outcome.last_round, outcome.history.best_round) == (4, 1)
+    assert federation.model.tolist() == [4 * 0.5] * MANIFEST.size
+    assert outcome.sha256 == buffer_sha256(federation.model)
+    assert [task.server_round for _, task in federation.mailbox.tasks if task.kind == "train"][-1] == 4
+    assert ("evaluate", 4) in {(task.kind, task.server_round) for _, task in federation.mailbox.tasks}
+    assert outcome.history.tested(4)
+    assert federation.mailbox.tasks[-1][1].last
+    state = json.loads((tmp_path / "checkpoints" / "state.json").read_text())
+    assert (state["round"], state["sha256"]) == (4, outcome.sha256)
+
+
+def test_an_early_stop_is_told_in_the_event_the_summary_and_a_tag(tmp_path):
+    federation, outcome = patient(tmp_path, 2, 0.8, 0.7, 0.7)
+    summary = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
+    assert (summary["rounds"], summary["stopped_early"], summary["best_round"]) == (4, True, 1)
+    assert summary["last"] != {}
+    [event] = [event for event in EventReader(tmp_path).new_events() if event["kind"] == "stopped_early"]
+    assert event["round"] == 4
+    line = "stopped early after round 4 of 9: 2 validations without a better AUC than round 1's"
+    assert event["line"] == line
+    assert "after round 4" in (tmp_path / "spool.jsonl").read_text()
+
+
+def test_a_better_model_gives_new_patience(tmp_path):
+    """Round 3's 0.9 is better, so the two that count are those of rounds 4 and 5, known after round 6."""
+    _, outcome = patient(tmp_path, 2, 0.8, 0.7, 0.9, 0.7, 0.7)
+    assert (outcome.last_round, outcome.history.best_round) == (6, 3)
+
+
+def test_an_equal_score_is_no_better_one(tmp_path):
+    _, outcome = patient(tmp_path, 1, 0.8)
+    assert outcome.last_round == 3
+
+
+@pytest.mark.parametrize("patience", ["off", 3])
+def test_without_patience_or_with_enough_all_rounds_are_trained(tmp_path, patience):
+    """With 4 rounds the scores of at most 3 models are known before the last; one of them is the best."""
+    federation, outcome = patient(tmp_path, patience, 0.8, 0.7, rounds=4)
+    assert outcome.last_round == 4
+    summary = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
+    assert (summary["rounds"], summary["stopped_early"]) == (4, False)
+
+
+def test_the_untrained_models_score_is_not_one_of_them(tmp_path):
+    """It arrives in round 1, 0.99 here; training goes on though nothing reaches it."""
+    answer = answering(r1={"auc": 0.99}, r2={"auc": 0.5}, r3={"auc": 0.6}, r4={"auc": 0.7})
+    nodes = {1: client("alpha", answer), 2: client("beta", answer)}
+    _, outcome = run(tmp_path, nodes, federation__rounds=4, training__patience=1)
+    assert outcome.last_round == 4
+
+
+# ---- the server's optimiser in the loop
+
+
+def test_the_strategys_moments_are_kept_with_each_rounds_model(tmp_path):
+    """Changes of 0.5 with momentum 0.5 and lr 2: v = 0.5, w = 1; v = 0.75, w = 2.5; on disk beside that model."""
+    rates = {"federation__server_lr": 2.0, "federation__server_momentum": 0.5}
+    nodes = {1: client("alpha"), 2: client("beta")}
+    federation, outcome = run(tmp_path, nodes, federation__strategy="fedavgm", **rates)
+    assert federation.model.tolist() == [2.5] * MANIFEST.size
+    assert federation.checkpoints.load(1).tolist() == [1.0] * MANIFEST.size
+    moments = federation.checkpoints.load_moments(2, outcome.sha256)
+    assert moments["momentum"].tolist() == [0.75] * MANIFEST.size
+    first = federation.checkpoints.load_moments(1, buffer_sha256(federation.checkpoints.load(1)))
+    assert first["momentum"].tolist() == [0.5] * MANIFEST.size
+
+
+def test_server_settings_of_another_strategy_change_nothing(tmp_path):
+    nodes = {1: client("alpha"), 2: client("beta")}
+    federation, outcome = run(tmp_path, nodes, federation__server_momentum=0.1, federation__server_beta2=0.3)
+    assert federation.model.tolist() == [1.0] * MANIFEST.size
+    assert not list((tmp_path / "checkpoints").glob("moments-*"))
+    assert outcome.last_round == 2

@@ -10,7 +10,15 @@ from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 from common import config, training
 from common.config import TrainingSettings
 from common.errors import TrainingFailed
-from common.training import Compute, TrainSums, learning_rate, make_optimiser, proximal, train_epochs
+from common.training import (
+    Compute,
+    TrainSums,
+    learning_rate,
+    make_optimiser,
+    proximal,
+    train_epochs,
+    warm_up_head,
+)
 
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})
 
@@ -254,3 +262,120 @@ def test_bfloat16_computes_otherwise_and_keeps_float32_parameters():
     full, _ = run()
     assert not same_bits(half, full)
     assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
+# ---- identity vectors apart
+
+
+def distances(recogniser):
+    unit = torch.nn.functional.normalize(recogniser.head.weight.detach(), dim=1)
+    return torch.pdist(unit)
+
+
+def test_without_weight_spreadout_is_not_even_worked_out(monkeypatch):
+    plain, _ = run()
+    monkeypatch.setattr(training, "spreadout", lambda *_: pytest.fail("it costs something"))
+    same, _ = run(config.with_value(SETTINGS, "training", "spreadout_margin", 2.0))
+    assert same_bits(plain, same)
+
+
+def test_spreadout_parts_identity_vectors_and_is_no_part_of_the_loss_told():
+    """Its gradient is added, with the weight, to that of the cross-entropy, whose value alone is told."""
+    wide = config.with_value(SETTINGS, "training", "spreadout_margin", 2.0)
+    plain, without = run(wide, epochs=range(4), total=4)
+    parted, with_it = run(config.with_value(wide, "training", "spreadout", 30.0), epochs=range(4), total=4)
+    assert distances(parted).min() > distances(plain).min() + 0.01
+    assert with_it.loss_sum < without.loss_sum + 40 * 4.0  # 30 x (2 - 1.6)^2 on each of 80 pictures would be more
+
+
+def test_a_margin_that_all_vectors_keep_changes_no_bit():
+    """Four random directions in 16 dimensions are more than 0.1 apart, and stay so."""
+    tight = config.with_value(SETTINGS, "training", "spreadout_margin", 0.1)
+    plain, _ = run(tight)
+    same, _ = run(config.with_value(tight, "training", "spreadout", 5.0))
+    assert same_bits(plain, same)
+
+
+# ---- a new head, alone
+
+
+def warm_up(epochs, *, seed=1, name="alpha", dropout=0.0):
+    """A fresh recogniser after the warm-up, a copy of its state before, and the sums."""
+    pack = memory_pack()
+    recogniser = recogniser_for(pack, dataclasses.replace(recogniser_settings(), dropout=dropout))
+    with torch.no_grad():  # statistics that no batch of ours has, so that one batch would move them
+        for key, tensor in recogniser.backbone.state_dict().items():
+            if key.endswith("running_mean"):
+                tensor.fill_(0.25)
+    before = {key: tensor.clone() for key, tensor in recogniser.state_dict().items()}
+    settings = config.with_value(SETTINGS, "training", "head_warmup_epochs", epochs)
+    settings = config.with_value(settings, "run", "seed", seed)
+    sums = warm_up_head(recogniser, pack, settings=settings, compute=CPU, stream_name=name)
+    return recogniser, before, sums
+
+
+def test_the_head_learns_alone_and_of_the_backbone_not_one_bit_moves():
+    recogniser, before, _ = warm_up(2)
+    after = recogniser.state_dict()
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert moved == {"head.weight"}
+    assert all(parameter.requires_grad for parameter in recogniser.parameters())  # and may be trained afterwards
+
+
+def test_the_warm_up_is_counted_apart():
+    """20 pictures in batches of 8 are 3 steps an epoch."""
+    _, _, sums = warm_up(2)
+    assert (sums.num_warmup_pictures, sums.num_warmup_steps) == (40, 6)
+    assert dataclasses.replace(sums, num_warmup_pictures=0, num_warmup_steps=0) == TrainSums()
+
+
+def test_no_warm_up_changes_and_counts_nothing():
+    recogniser, before, sums = warm_up(0)
+    assert sums == TrainSums()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in recogniser.state_dict().items())
+
+
+def test_the_warm_up_is_repeatable_whatever_the_global_state_and_depends_on_seed_and_client():
+    torch.manual_seed(1)
+    one, _, _ = warm_up(1, dropout=0.5)
+    torch.manual_seed(2)
+    assert same_bits(one, warm_up(1, dropout=0.5)[0])
+    assert not same_bits(one, warm_up(1, dropout=0.5, name="beta")[0])
+    assert not torch.equal(one.head.weight, warm_up(1, seed=2)[0].head.weight)
+
+
+def test_the_warm_up_lowers_the_heads_loss():
+    """Measured on the training pictures as they are, in evaluation mode."""
+
+    def loss(recogniser):
+        pack = memory_pack()
+        chosen = pack.indices(training.Split.TRAIN)
+        pictures = torch.from_numpy(pack.pictures[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        labels = torch.from_numpy(pack.training_labels[chosen])
+        recogniser.eval()
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(recogniser(pictures, labels), labels))
+
+    assert loss(warm_up(10)[0]) < 0.9 * loss(warm_up(0)[0])
+
+
+def test_stale_gradients_of_the_backbone_do_not_count_in_the_clipped_norm():
+    """A recogniser that was trained before still holds them."""
+    fresh, _, _ = warm_up(1)
+    pack = memory_pack()
+    stale = recogniser_for(pack)
+    with torch.no_grad():
+        for key, tensor in stale.backbone.state_dict().items():
+            if key.endswith("running_mean"):
+                tensor.fill_(0.25)
+    for parameter in stale.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    settings = config.with_value(SETTINGS, "training", "head_warmup_epochs", 1)
+    warm_up_head(stale, pack, settings=settings, compute=CPU, stream_name="alpha")
+    assert torch.equal(stale.head.weight, fresh.head.weight)
+
+
+def test_a_warm_up_that_diverges_says_where(monkeypatch):
+    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * math.nan)
+    with pytest.raises(TrainingFailed, match=r"at epoch 1 of the head's warm-up, step 1; lower training.lr"):
+        warm_up(1)
