@@ -42,7 +42,7 @@ class ModelFiles:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the checkpoint, or of the registered model.  Raises CheckpointError or TrackingError."""
         if self.found.registered is not None:
-            return load_state(self.found.settings.tracking, self.found.registered)
+            return load_state(self.found.registered)
         return read_tensors(self.found.checkpoint)[0]
 
     @property

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.config import DataSettings
 from common.errors import DataError, UserError
-from common.evaluation import EvaluationSums, embed, evaluate, people_digest
+from common.evaluation import EvaluationSums, embed, evaluate, people_digest, pooled
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.bootstrap import bootstrap_histograms, bootstrap_scores, coarse_bins, interval, person_weights
@@ -85,7 +85,7 @@ def check_same_pairs(models: Sequence[FoundModel], packs: Packs, clients: Sequen
         for model in models:
             if people_digest(packs[model.settings.data][client], "test") != wanted:
                 raise UserError(_different_pairs(first, model, client))
-            recorded = model.test_pairs.get(client, wanted)
+            recorded = model.test_pairs.get(client) or wanted
             if recorded != wanted:
                 raise UserError(
                     f"{model.name} ({model.source}) was tested on other pairs of {client} than there are now"
@@ -149,7 +149,7 @@ def score(
         people = packs[name].indices(Split.TEST_PEOPLE)
         embeddings[name] = embed(ready.recogniser, packs[name], people, compute).numpy()
         no_head[name] = ready.no_head
-    bins = coarse_bins(sum(one.pairs for one in sums.values()))  # of all clients, so that theirs add up
+    bins = coarse_bins(pooled(sums).pairs)  # of all clients, so that theirs add up
     histograms = {}
     for name in clients:
         person = packs[name].person[packs[name].indices(Split.TEST_PEOPLE)]
@@ -157,11 +157,8 @@ def score(
         histograms[name] = bootstrap_histograms(embeddings[name], person, weights, bins)
     scored = {name: _scored(sums[name], histograms[name], no_head[name]) for name in clients}
     if len(clients) > 1:
-        whole = sums[clients[0]]
-        for name in clients[1:]:
-            whole = whole + sums[name]
         lacking = "; ".join(f"{name}: {why}" for name, why in no_head.items() if why)
-        scored[POOLED] = _scored(whole, np.sum(list(histograms.values()), axis=0), lacking)
+        scored[POOLED] = _scored(pooled(sums), np.sum(list(histograms.values()), axis=0), lacking)
     return scored
 
 

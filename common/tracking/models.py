@@ -29,6 +29,7 @@ class Registered:
     """One version of a registered model, and what its run wrote down."""
 
     uri: str  # models:/NAME/VERSION
+    address: str  # of the registry, resolved; the run may have been recorded under another one
     step: int  # the epoch or round it stands for
     settings: Mapping[str, Any]  # the run's config.toml
     metrics: Mapping[str, Any]  # the run's metrics.json; empty where it has none
@@ -74,14 +75,14 @@ def read_registered(tracking: TrackingSettings, uri: str) -> Registered:
         raise TrackingError(f"{uri}: not found at {shown_uri(tracking.uri)} ({reason}); name one that is.") from None
 
 
-def load_state(tracking: TrackingSettings, registered: Registered) -> "dict[str, Tensor]":
+def load_state(registered: Registered) -> "dict[str, Tensor]":
     """The tensors of a registered model under its backbone's names, "backbone.linear.weight".  Raises TrackingError."""
     quieten()
     import mlflow.pytorch
 
     # load_model takes its server from here.
-    mlflow.set_tracking_uri(tracking.uri)
-    mlflow.set_registry_uri(tracking.uri)
+    mlflow.set_tracking_uri(registered.address)
+    mlflow.set_registry_uri(registered.address)
     try:
         state: dict[str, Tensor] = mlflow.pytorch.load_model(registered.uri).state_dict()
     except Exception as error:
@@ -123,7 +124,8 @@ def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN4
         metrics: dict[str, Any] = {}
         if any(file.path == "metrics.json" for file in client.list_artifacts(version.run_id)):
             metrics = read_json(Path(client.download_artifacts(version.run_id, "metrics.json", folder)))
-    return Registered(uri=uri, step=int(version.tags.get("step", 0)), settings=settings, metrics=metrics)
+    step = int(version.tags.get("step", 0))
+    return Registered(uri=uri, address=tracking.uri, step=step, settings=settings, metrics=metrics)
 
 
 def _client(tracking: TrackingSettings) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from comparable_models import write_run
 
 from common.errors import CheckpointError, TrackingError, UserError
 from simulation.found_models import Search, Wanted, explicit_runs, find_models, wanted_models
+from tests.comparable_models import write_run
 from tests.tiny_federation import settings_with
 
 BOTH = ("alpha", "beta")

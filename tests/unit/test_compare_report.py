@@ -8,13 +8,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from comparable_models import CLIENTS, CPU, PACKS, write_run
 
 from simulation.compare import Comparison, gaps_of, notes_of, with_pooled
 from simulation.found_models import Search, Wanted, find_models
 from simulation.report import csv_text, json_content, metrics, terminal_lines
 from simulation.report_page import page
 from simulation.scoring import describe, score
+from tests.comparable_models import CLIENTS, CPU, PACKS, write_run
 from tests.tiny_federation import settings_with
 
 WANTED = (*(Wanted(kind="local", client=name) for name in CLIENTS), Wanted(kind="centralized"), Wanted(kind="fedavg"))

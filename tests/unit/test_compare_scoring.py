@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from comparable_models import CLIENTS, CPU, PACKS, one_person_test, write_private, write_run
 
 from common.errors import CheckpointError, DataError, UserError
 from common.evaluation import evaluate, people_digest
@@ -14,6 +13,7 @@ from common.models.recogniser import for_people
 from simulation.compare import gaps_of, notes_of, with_pooled
 from simulation.found_models import Search, Wanted, find_models
 from simulation.scoring import POOLED, Estimate, check_same_pairs, describe, gap, score, wilson
+from tests.comparable_models import CLIENTS, CPU, PACKS, one_person_test, write_private, write_run
 from tests.tiny_federation import settings_with
 
 FEDAVG, FEDBN = Wanted(kind="fedavg"), Wanted(kind="fedbn")
