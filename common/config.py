@@ -125,7 +125,7 @@ class FederationSettings:
     server_lr: float | str = setting("auto", above=0.0, word="auto")  # of the server's step; auto: the strategy's own
     server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
     server_beta2: float = setting(0.99, low=0.0, high=0.9999)  # fedadam, fedyogi
-    server_adaptivity: float = setting(1e-3, above=0.0)  # fedadam, fedyogi: tau, added to the root of the moment
+    server_adaptivity: float = setting(1e-3, low=1e-9)  # fedadam, fedyogi: tau, added to the root of the moment
     min_clients: int = setting(2, low=1)
     join_timeout_s: float = setting(300.0, above=0.0)
     round_timeout_s: float = setting(3600.0, above=0.0)

@@ -174,12 +174,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     learned = [p for p in module.parameters() if p.requires_grad]
     module.eval()
     for parameter in learned:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
     try:
         yield
     finally:
         for parameter in learned:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
 
 
 def warm_up_head(

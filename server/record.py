@@ -34,7 +34,7 @@ class Record:
         self._tracked, self._events, self._settings = tracked, events, settings
         self._children: dict[str, TrackedRun] = {}
         self._sites: dict[str, Site] = {}
-        self._num_pictures = self._num_steps = 0.0
+        self._num_pictures = self._num_steps = self._num_warmup_pictures = 0.0
         self._refusals: dict[int, dict[str, str]] = {}
         self._num_refused = 0
 
@@ -119,6 +119,7 @@ class Record:
         merged = merged_train(replies)
         self._num_pictures += merged["num_pictures"]
         self._num_steps += merged["num_steps"]
+        self._num_warmup_pictures += merged["num_warmup_pictures"]
         train = train_metrics(merged)
         record = history.at(server_round)
         record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **costs}
@@ -167,6 +168,7 @@ class Record:
             "best_val_auc": history.best_val_auc,
             "num_pictures_processed": self._num_pictures,
             "num_gradient_steps": self._num_steps,
+            "num_warmup_pictures": self._num_warmup_pictures,
             "test_pairs": {name: site.test_pairs for name, site in self._sites.items()},
             "clients": {
                 name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
@@ -177,7 +179,8 @@ class Record:
         for name, figures in summary["clients"].items():
             final |= {f"{name}_{key}": value for key, value in figures.items()}
         final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
-        final |= {name: summary[name] for name in ("num_pictures_processed", "num_gradient_steps")}
+        budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
+        final |= {name: summary[name] for name in budget}
         self._tracked.log_metrics(final, step=best)
         self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
         self._tracked.log_dict(summary, "metrics.json")

@@ -203,7 +203,8 @@ class Federation:
             "bytes_down": float(num_sent * self.manifest.num_bytes),
             "bytes_up": float(
                 sum(
-                    self.manifest.num_bytes + sum(sums.pairs.nbytes for sums in reply.evaluations.values())
+                    self.manifest.num_bytes
+                    + sum(s.pairs.nbytes + s.folds.nbytes + s.confusion.nbytes for s in reply.evaluations.values())
                     for reply in replies.values()
                 )
             ),

@@ -44,9 +44,13 @@ def client_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
 
 
 def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
-    """train_loss, train_acc, gradient_norm, images_per_second from a reply's (or merged) training sums."""
+    """train_loss, train_acc, gradient_norm, images_per_second from a reply's (or merged) training sums.
+
+    The warm-up of new heads has figures of its own, where there was one.
+    """
     pictures, steps = max(train["num_pictures"], 1.0), max(train["num_steps"], 1.0)
-    return {
+    warmup = {name: train[name] for name in ("num_warmup_pictures", "warmup_seconds")}
+    figures = {
         "train_loss": train["loss_sum"] / pictures,
         "train_acc": train["correct"] / pictures,
         "gradient_norm": train["gradient_norm_sum"] / steps,
@@ -54,6 +58,7 @@ def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
         "train_seconds": train["seconds"],
         "evaluate_seconds": train["evaluate_seconds"],
     }
+    return figures | warmup if train["num_warmup_pictures"] > 0 else figures
 
 
 def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:

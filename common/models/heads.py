@@ -76,7 +76,7 @@ class SoftmaxHead(nn.Module):
         return self.class_logits(embeddings)
 
     @property
-    def identity_vectors(self) -> nn.Parameter:
+    def identity_vectors(self) -> Tensor:
         """One row a person, [C, D] float32."""
         return self.linear.weight
 
@@ -108,7 +108,7 @@ class CosineHead(nn.Module):
         return self.add_margin(self._cosine(embeddings), labels, self.margin, self.scale)
 
     @property
-    def identity_vectors(self) -> nn.Parameter:
+    def identity_vectors(self) -> Tensor:
         """One row a person, [C, D] float32, of any length."""
         return self.weight
 

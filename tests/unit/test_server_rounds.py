@@ -12,6 +12,7 @@ from tiny_federation import (
     federation_over,
     reply_to,
     settings_with,
+    sums_with,
 )
 
 from common import wire
@@ -375,3 +376,33 @@ def test_server_settings_of_another_strategy_change_nothing(tmp_path):
     assert federation.model.tolist() == [1.0] * MANIFEST.size
     assert not list((tmp_path / "checkpoints").glob("moments-*"))
     assert outcome.last_round == 2
+
+
+# ---- what is counted
+
+
+def test_the_warm_up_of_new_heads_is_counted_apart_in_the_summary_and_at_the_client(tmp_path):
+    """Each made-up reply tells of one picture trained on, and alpha in round 1 of five in a warm-up of two seconds."""
+
+    def alpha(task):
+        reply = reply_to(task)
+        warmup = {"num_warmup_pictures": 5.0, "warmup_seconds": 2.0} if task.server_round == 1 else {}
+        return dataclasses.replace(reply, train=reply.train and {**reply.train, "num_warmup_pictures": 0.0, **warmup})
+
+    def beta(task):
+        reply = reply_to(task)
+        return dataclasses.replace(reply, train=reply.train and {**reply.train, "num_warmup_pictures": 0.0})
+
+    federation, outcome = run(tmp_path, {1: client("alpha", alpha), 2: client("beta", beta)})
+    summary = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
+    assert (summary["num_warmup_pictures"], summary["num_pictures_processed"]) == (5.0, 4.0)
+    told = {(key, step): value for (_, key, step), value in spooled(tmp_path).items() if "warmup" in key}
+    assert told == {("num_warmup_pictures", 1): 5.0, ("warmup_seconds", 1): 2.0}
+
+
+def test_the_bytes_received_are_those_of_all_arrays(tmp_path):
+    """Two clients, two splits: the change of 7 numbers, and every array of counts."""
+    federation, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=1)
+    counts = sum(array.nbytes for array in (vars(sums_with(0.5))[name] for name in ("pairs", "folds", "confusion")))
+    assert outcome.history.at(1).metrics["bytes_up"] == 2 * (MANIFEST.num_bytes + 2 * counts)
+    assert federation.model.tolist() == [0.5] * MANIFEST.size
