@@ -1,4 +1,5 @@
-"""What federation buys on two folders of real faces: FedAvg and FedProx against each holder's own local-only model.
+"""What federation buys, and what privacy costs, on two folders of real faces: FedAvg and FedProx against each holder's
+own local-only model and against training on all pictures in one place.
 
     python -m bench.real_faces --celeba DIR --vggface2 DIR [--seeds 1 2 3] [--out DIR]
 
@@ -123,6 +124,21 @@ def local(arguments: argparse.Namespace, owner: str, seed: int) -> dict[str, Any
     return {**pooled_auc_of_local(settings, sites, newest_run(out)), **cost}
 
 
+def centralized(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One run of `facefed train centralized`; its own summary's figures."""
+    out = arguments.out / f"centralized-{seed}"
+    command = [
+        str(PROGRAMS / "facefed"), "train", "centralized", "--config", CONFIGS["fedavg"], "--seed", str(seed),
+        "--data-dir", f"celeba={arguments.celeba}", "--data-dir", f"vggface2={arguments.vggface2}", "--out", str(out),
+        "--device", "cpu", "--cache-dir", str(arguments.out / "packs"), "--no-mlflow", "--set", "tracking.plots=final",
+        *COMPUTE,
+    ]  # fmt: skip
+    cost = run(command, out)
+    summary = json.loads((newest_run(out) / "metrics.json").read_text())
+    clients = {name: figures["roc_auc"] for name, figures in summary["clients"].items()}
+    return {"pooled": summary["test"]["roc_auc"], "eer": summary["test"]["eer"], **clients, **cost}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celeba", required=True)
@@ -135,10 +151,11 @@ def main() -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {}
     jobs = [("fedavg", lambda seed: federated(arguments, "fedavg", seed))]
     jobs += [(f"local {name}", lambda seed, name=name: local(arguments, name, seed)) for name in ("celeba", "vggface2")]
+    jobs += [("centralized", lambda seed: centralized(arguments, seed))]
     jobs += [("fedprox", lambda seed: federated(arguments, "fedprox", seed))]
     for seed in arguments.seeds:
-        with ThreadPoolExecutor(2) as pool:  # the two local runs share the machine as two clients do
-            made = {name: pool.submit(job, seed) for name, job in jobs if name.startswith("local")}
+        with ThreadPoolExecutor(2) as pool:  # runs of one thread share the machine as two clients do
+            made = {name: pool.submit(job, seed) for name, job in jobs if name.startswith(("local", "central"))}
         figures_of = {name: made[name].result() if name in made else job(seed) for name, job in jobs}
         for name, figures in figures_of.items():
             results.setdefault(name, {})[seed] = figures

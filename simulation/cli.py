@@ -3,14 +3,20 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.console import run_program, set_up_logging
-from common.flags import add_run_settings, read_run_settings
+from common.flags import add_run_settings, read_run_settings, refuse_run_settings
 from common.runtime import go_silent
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 DATA_LAYOUTS = ("celeba", "vggface2")
+# Of training alone: models are compared as they were trained.
+TRAINING_FLAGS = (
+    "--strategy", "--rounds", "--local-epochs", "--proximal-mu", "--head", "--lr", "--batch-size", "--epochs",
+    "--max-identities",
+)  # fmt: skip
 
 
 def _add_site_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +103,24 @@ def _add_data_sources(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = commands.add_parser("train", help="train one holder alone, all in one place, or federated here")
+    actions = train.add_subparsers(dest="action", required=True)
+    for name, text in (
+        ("local", "one holder alone, each picture processed as often as in the federation"),
+        ("centralized", "all holders' pictures in one place: what a federation is measured against"),
+        ("federated", "the Ray simulation, as flower-simulation runs it"),
+    ):
+        command = actions.add_parser(name, help=text)
+        _add_data_sources(command)
+        _add_site_options(command)
+        if name == "federated":
+            add_run_settings(command, without=("--epochs",))
+            continue
+        command.add_argument("--resume", default="", metavar="RUN", help="go on with a stopped run: its id or folder")
+        add_run_settings(command)
+
+
 def facefed_parser() -> argparse.ArgumentParser:
     """The parser of `facefed`."""
     parser = argparse.ArgumentParser(
@@ -104,12 +128,51 @@ def facefed_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _data_parser(commands)
-    train = commands.add_parser("train", help="train without a federation").add_subparsers(dest="action", required=True)
-    local = train.add_parser("local", help="one holder alone, each picture processed as often as in the federation")
-    _add_data_sources(local)
-    _add_site_options(local)
-    add_run_settings(local)
+    _train_parser(commands)
+    _evaluate_parser(commands)
     return parser
+
+
+def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser("evaluate", help="compare local, centralised and federated models on the same pairs")
+    evaluate.add_argument(
+        "--mode", choices=("single", "all"), default="all", help="one client's test people, or all clients' (default)"
+    )
+    evaluate.add_argument(
+        "--compare",
+        default="local,centralized,fedavg,fedprox",
+        metavar="KIND,...",
+        help="of local, centralized, fedavg, fedprox, fedavgm, fedadam, fedyogi, fedbn (default: the first four)",
+    )
+    evaluate.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="KIND=RUN",
+        help="use this run, such as fedavg=ID, local-celeba=FOLDER or centralized=models:/NAME@champion; repeatable"
+        " (default: the newest that fits)",
+    )
+    _add_data_sources(evaluate)
+    _add_site_options(evaluate)
+    add_run_settings(evaluate, without=TRAINING_FLAGS)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    set_up_logging(settings.run.log_level)
+    from simulation.evaluate import Request, evaluate_models
+
+    request = Request(
+        mode=arguments.mode,
+        compare=arguments.compare,
+        runs=arguments.run,
+        clients=arguments.client,
+        data_dirs=arguments.data_dir,
+        device=arguments.device,
+        cache_dir=Path(arguments.cache_dir),
+        config_name=arguments.config or "",
+    )
+    return evaluate_models(settings, request, sys.stdout)
 
 
 def _synth(arguments: argparse.Namespace) -> int:
@@ -125,21 +188,38 @@ def _synth(arguments: argparse.Namespace) -> int:
     )
 
 
-def _with_settings(arguments: argparse.Namespace, name: str) -> int:
+def _data(arguments: argparse.Namespace, name: str) -> int:
     settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
     from simulation import data_commands
-    from simulation.commands import train_local
     from simulation.sites import data_options
 
     options = data_options(arguments.client, arguments.data_dir)
     device, cache_dir = arguments.device, Path(arguments.cache_dir)
     if name == "prepare":
         return data_commands.prepare(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
-    if name == "audit":
-        shape = "json" if arguments.json else "text"
-        return data_commands.audit_data(settings, options, shape=shape, out=sys.stdout)
-    return train_local(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
+    shape = "json" if arguments.json else "text"
+    return data_commands.audit_data(settings, options, shape=shape, out=sys.stdout)
+
+
+def _train(arguments: argparse.Namespace, name: str) -> int:
+    resume = getattr(arguments, "resume", "")
+    if resume:
+        refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    set_up_logging(settings.run.log_level)
+    from simulation import train_commands
+
+    machine = train_commands.Machine(
+        clients=arguments.client,
+        data_dirs=arguments.data_dir,
+        device=arguments.device,
+        cache_dir=Path(arguments.cache_dir),
+    )
+    if name == "federated":
+        return train_commands.train_federated(settings, machine, sys.stdout, sys.stderr)
+    train = train_commands.train_local if name == "local" else train_commands.train_centralized
+    return train(settings, machine, resume, sys.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,11 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = facefed_parser().parse_args(argv)
     table: dict[tuple[str, str], Callable[[], int]] = {
         ("data", "synth"): lambda: _synth(arguments),
-        ("data", "prepare"): lambda: _with_settings(arguments, "prepare"),
-        ("data", "audit"): lambda: _with_settings(arguments, "audit"),
-        ("train", "local"): lambda: _with_settings(arguments, "local"),
+        ("data", "prepare"): lambda: _data(arguments, "prepare"),
+        ("data", "audit"): lambda: _data(arguments, "audit"),
+        **{("train", name): partial(_train, arguments, name) for name in ("local", "centralized", "federated")},
+        ("evaluate", ""): lambda: _evaluate(arguments),
     }
-    return run_program("facefed", table[(arguments.command, arguments.action)], sys.stderr)
+    return run_program("facefed", table[(arguments.command, getattr(arguments, "action", ""))], sys.stderr)
 
 
 if __name__ == "__main__":

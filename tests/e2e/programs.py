@@ -153,9 +153,9 @@ class Programs:
             program.kill()
 
 
-def run_folder(cwd: Path) -> Path:
+def run_folder(cwd: Path, out: str = "runs") -> Path:
     """The newest run of a folder."""
-    return max(path for path in (cwd / "runs").iterdir() if path.name != "clients")
+    return max(path for path in (cwd / out).iterdir() if path.name != "clients")
 
 
 def mlflow_status(cwd: Path) -> dict[str, str]:

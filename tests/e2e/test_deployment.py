@@ -77,10 +77,11 @@ def test_separate_processes_give_the_simulations_model(simulated, federation):
     assert federation.celeba.process.poll() is None  # it stays
     run = run_folder(federation.programs.cwd)
     assert state_of(run)["round"] == 2
+    best = state_of(run)["best_round"]
     for name in ("celeba", "vggface2"):
         ledger = federation.ledger(name)
         assert [(line["answer_to"], line["round"]) for line in ledger] == [
-            ("join", 0), ("train", 1), ("train", 2), ("evaluate", 2)
+            ("join", 0), ("train", 1), ("train", 2), ("evaluate", 2), ("evaluate", best)
         ]  # fmt: skip
         for line in ledger:
             assert line["client"] == name
@@ -98,7 +99,7 @@ def test_the_next_server_on_the_same_port_finds_the_client_again(faces, federati
     ended = federation.ended(federation.server(*bfloat16))
     assert ended.code == 0, ended
     once.ended(60)
-    assert len(federation.ledger("celeba")) == 4
+    assert len(federation.ledger("celeba")) == 5
     assert federation.celeba.out.count("the run is over") == 2
     here = programs.run("flower-simulation", *faces.clients, *faces.small, *faces.cache, "--no-mlflow", *bfloat16)
     assert here.code == 0, here

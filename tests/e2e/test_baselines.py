@@ -1,0 +1,133 @@
+"""`facefed train centralized`, `train federated` and `--resume`, as a user runs them."""
+
+import json
+import re
+import signal
+
+import pytest
+from programs import assert_one_line, run_folder
+
+from common.checkpoints import read_tensors
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+]
+
+
+def data_dirs(faces):
+    return "--data-dir", f"celeba={faces.celeba}", "--data-dir", f"vggface2={faces.vggface2}"
+
+
+def test_all_in_one_place(faces, programs):
+    program = programs.start(
+        "facefed", "train", "centralized", *data_dirs(faces), "--epochs", 2, "--max-identities", 10, *faces.small,
+        *faces.cache,
+    )  # fmt: skip
+    ended = program.ended()
+    assert ended.code == 0, ended
+    assert ended.err == ""
+    assert re.search(r"^test AUC .*: untrained 0\.\d{3} -> centralised 0\.\d{3}$", ended.out, re.MULTILINE)
+    assert "registered: models:/cnn_centralized/1 (last, epoch 2)\n" in ended.out
+    program.assert_nothing_left()
+    run = run_folder(programs.cwd)
+    pictures = {str(path.relative_to(run / "plots")) for path in (run / "plots").rglob("*.png")}
+    both = {f"{client}/{name}.png" for client in ("celeba", "vggface2") for name in ("confusion", "embeddings")}
+    names = ("training", "roc", "det", "score_histograms", "client_comparison")
+    assert pictures == {f"{name}.png" for name in names} | both
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{programs.cwd}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment = client.get_experiment_by_name("facial_recognition_centralized")
+    [found] = client.search_runs([experiment.experiment_id])
+    wanted = {"client", "model", "epochs", "learning_rate", "batch_size", "max_identities", "num_training_pictures"}
+    assert wanted <= set(found.data.params)
+    assert found.data.params["max_identities"] == "10"
+    scores = ("accuracy", "precision", "recall", "f1", "roc_auc", "eer", "tar_at_far_1e-2", "ten_fold_accuracy")
+    assert {f"test_{name}" for name in scores} <= set(found.data.metrics)
+    assert {
+        "celeba_test_accuracy",
+        "vggface2_test_accuracy",
+        "train_acc",
+        "val_acc",
+        "val_loss",
+        "learning_rate",
+    } <= set(found.data.metrics)
+    inputs = {(given.dataset.name, tag.value) for given in found.inputs.dataset_inputs for tag in given.tags}
+    assert inputs == {(name, use) for name in ("celeba", "vggface2") for use in ("training", "testing")}
+    roles = {v.tags["role"] for v in client.search_model_versions("name='cnn_centralized'")}
+    assert roles == {"best", "last"}
+
+
+def test_the_federation_under_the_guides_name(faces, programs):
+    """`train federated` is `flower-simulation`; each client draws its own people, here and only here."""
+    ended = programs.run(
+        "facefed", "train", "federated", "--method", "fedprox", *data_dirs(faces), *faces.small, *faces.cache,
+        "--no-mlflow",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    run = run_folder(programs.cwd)
+    about = json.loads((run / "run.json").read_text())
+    assert (about["mode"], about["strategy"], about["clients"]) == ("federated", "fedprox", ["celeba", "vggface2"])
+    results = json.loads((run / "metrics.json").read_text())
+    assert set(results["test_pairs"]) == {"celeba", "vggface2"}
+    assert results["num_pictures_processed"] > 0
+    for client in ("celeba", "vggface2"):
+        own = programs.cwd / "runs" / "clients" / client / "runs" / run.name
+        assert {path.name for path in (own / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
+        told = json.loads((own / "metrics.json").read_text())
+        assert told["test"]["roc_auc"] == pytest.approx(results["clients"][client]["test_roc_auc"])
+        assert not list(run.rglob("embeddings.png")), "embeddings stay where the pictures are"
+
+
+def test_a_killed_run_goes_on_to_the_same_model(faces, programs):
+    command = ("facefed", "train", "local", "--client", f"celeba={faces.celeba}", *faces.cache)
+    settings = (*faces.small, "--epochs", 4, "--no-mlflow")
+    whole = programs.run(*command, *settings, "--out", "whole")
+    assert whole.code == 0, whole
+    program = programs.start(*command, *settings, "--out", "killed")
+    program.wait_for(r"epoch 2 of 4")
+    program.signal(signal.SIGKILL)
+    program.process.wait()
+    program.assert_nothing_left(15)
+    run = run_folder(programs.cwd, "killed")
+    resumed = programs.run(*command, "--resume", run)
+    assert resumed.code == 0, resumed
+    assert re.findall(r"^epoch (\d)", resumed.out, re.MULTILINE)[0] in "34"
+    one, other = (
+        read_tensors(folder / "checkpoints" / "last.safetensors")[0]
+        for folder in (run, run_folder(programs.cwd, "whole"))
+    )
+    assert all(one[name].equal(other[name]) for name in one)
+    again = programs.run(*command, "--resume", run.name, "--out", "killed")
+    assert_one_line(again, "facefed", "that run is finished", str(run), code=2)
+
+
+def test_a_run_goes_on_with_its_own_data_only(faces, programs):
+    program = programs.start(
+        "facefed", "train", "local", "--client", f"celeba={faces.celeba}", *faces.small, *faces.cache, "--no-mlflow",
+        "--epochs", 50,
+    )  # fmt: skip
+    program.wait_for(r"epoch 1 of 50")
+    program.signal(signal.SIGTERM)
+    assert program.ended().code == 130
+    other = programs.run(
+        "facefed", "train", "local", "--client", f"celeba:vggface2={faces.vggface2}", *faces.cache, "--resume",
+        run_folder(programs.cwd),
+    )  # fmt: skip
+    assert_one_line(other, "facefed", "the data of celeba are not those", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("local", "--client", "celeba", "--resume", "nothing"), ("--resume nothing: no run is at",)),
+        (("local", "--client", "celeba", "--resume", "x", "--lr", 1), ("leave --lr out",)),
+        (("centralized", "--data-dir", "plain"), ("write --data-dir NAME=DIR",)),
+        (("centralized", "--client", "celeba", "--max-identities", 1), ("data.max_people = 1 must be at least 2",)),
+        (("federated", "--client", "celebra"), ("'celebra' is unknown",)),
+    ],
+)
+def test_bad_input_is_one_line(programs, arguments, told):
+    assert_one_line(programs.run("facefed", "train", *arguments), "facefed", *told, code=2)
