@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.checkpoints import write_tensors
 from common.errors import CheckpointError, DataError, UserError
-from common.evaluation import evaluate, people_digest
+from common.evaluation import embed, evaluate, people_digest
+from common.faces.splits import Split
 from common.metrics.verification import open_set_scores
 from common.models.recogniser import for_people
 from simulation.compare import gaps_of, notes_of, with_pooled
@@ -53,13 +55,26 @@ def test_a_local_model_at_home_and_away(tmp_path):
     assert {name: _value(scored[POOLED], name) for name in pooled} == pytest.approx(pooled)
 
 
+def _know_everyone(trained, checkpoint):
+    """Give each person's row of the head the mean embedding of its training pictures, in the checkpoint too."""
+    for number, name in enumerate(CLIENTS):
+        pack = PACKS[name]
+        for label in range(pack.num_classes):
+            rows = np.flatnonzero((pack.training_labels == label) & (pack.split == Split.TRAIN))
+            mean = embed(trained, pack, rows, CPU).mean(0)
+            with torch.no_grad():
+                trained.head.weight[number * pack.num_classes + label] = mean
+    write_tensors(checkpoint, trained.state_dict(), {})
+
+
 def test_the_centralised_heads_rows_are_each_clients_own_people(tmp_path):
     trained = write_run(tmp_path, "1", mode="centralized", clients=CLIENTS)
     [model] = _find(tmp_path, CENTRALIZED)
+    _know_everyone(trained, model.checkpoint)
     scored = _score(model)
     for name, rows in (("alpha", slice(0, 6)), ("beta", slice(6, 12))):
         own = evaluate(for_people(trained, rows), PACKS[name], "test", CPU).closed.scores()["accuracy"]
-        assert _value(scored[name], "accuracy") == own
+        assert _value(scored[name], "accuracy") == own > 0.8  # with other rows it would be about 1 in 6
     alone = {name: _score(model, {name: PACKS[name]}, (name,))[name] for name in CLIENTS}
     for name in CLIENTS:  # the other client's data need not be here
         assert _value(alone[name], "accuracy") == _value(scored[name], "accuracy")
