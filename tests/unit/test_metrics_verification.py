@@ -13,6 +13,7 @@ from common.metrics.verification import (
     pair_histogram,
     roc_auc,
     roc_curve,
+    score_histogram,
     tar_at_far,
 )
 
@@ -102,6 +103,16 @@ def test_merged_histograms_are_those_of_the_union_of_pairs() -> None:
     merged = sum((pair_histogram(*part) for part in parts), start=np.zeros((2, NUM_BINS), dtype=np.int64))
     union = sum((counted_one_by_one(*part) for part in parts), start=np.zeros((2, NUM_BINS), dtype=np.int64))
     np.testing.assert_array_equal(merged, union)
+
+
+def test_given_scores_are_counted_as_pairs_are_and_left_as_they_were() -> None:
+    embeddings, person = signs(60, 15), people(60, 6, 16)
+    first, second = np.triu_indices(60, k=1)
+    scores = ((embeddings @ embeddings.T)[first, second] / 64).astype(np.float32)
+    before = scores.copy()
+    histogram = score_histogram(scores, person[first] == person[second])
+    np.testing.assert_array_equal(histogram, counted_one_by_one(embeddings, person))
+    np.testing.assert_array_equal(scores, before)
 
 
 def test_curve_by_hand() -> None:
