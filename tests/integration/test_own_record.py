@@ -1,0 +1,78 @@
+"""What a site keeps for itself: pictures and figures in its own folder, and in its own MLflow where it has one."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_federation import settings_with, task_for, tiny_workplace
+
+from clients import own_record
+from clients.own_record import export_own_model, keep_own_record, own_folder
+from common.checkpoints import read_tensors
+from common.errors import DataError
+from common.training import Compute
+
+CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
+
+
+def keep(tmp_path, tracking_uri="", **values):
+    settings = settings_with(**({"tracking__plots": "final"} | values))
+    workplace = tiny_workplace(settings, tmp_path)
+    site = dataclasses.replace(workplace.site, tracking_uri=tracking_uri)
+    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=2, last=True)
+    keep_own_record(site, task, settings, workplace.recogniser, workplace.pack, CPU)
+    return own_folder(site, task.run_id)
+
+
+def test_pictures_and_figures_lie_in_the_sites_own_folder(tmp_path):
+    folder = keep(tmp_path)
+    assert folder == tmp_path / "alpha" / "runs" / "run-1"
+    assert {path.name for path in (folder / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
+    told = json.loads((folder / "metrics.json").read_text())
+    assert told["round"] == 2
+    assert {"accuracy", "f1", "roc_auc", "ten_fold_accuracy"} <= set(told["test"])
+
+
+def test_without_plots_nothing_is_drawn(tmp_path):
+    assert not keep(tmp_path, tracking__plots="none").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_a_sites_own_mlflow_gets_them_whatever_the_servers_tracking_is(tmp_path):
+    uri = f"sqlite:///{tmp_path}/own.db"
+    keep(tmp_path, uri, tracking__enabled=False)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("facial_recognition_client_alpha")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test_roc_auc"] > 0
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "plots")} == {
+        "plots/confusion.png",
+        "plots/embeddings.png",
+    }
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_not_the_answer(tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise DataError("no pictures")
+
+    monkeypatch.setattr(own_record, "private_pictures", fail)
+    folder = keep(tmp_path)
+    assert "this client's own pictures of run run-1 are not complete: no pictures" in caplog.text
+    assert (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("normalisation", "kept"), [("shared", False), ("private", True)])
+def test_a_site_keeps_its_own_model_only_where_there_is_no_common_one(tmp_path, normalisation, kept):
+    settings = settings_with(model__normalisation=normalisation)
+    workplace = tiny_workplace(settings, tmp_path)
+    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=2)
+    export_own_model(workplace.site, task, settings, workplace.recogniser)
+    path = tmp_path / "alpha" / "export" / "run-1.safetensors"
+    assert path.exists() == kept
+    if kept:
+        tensors, notes = read_tensors(path)
+        assert set(tensors) == {f"backbone.{name}" for name in workplace.recogniser.backbone.state_dict()}
+        assert notes["round"] == "2"
