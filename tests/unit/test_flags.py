@@ -8,7 +8,7 @@ import pytest
 from common import config
 from common.config import Settings
 from common.errors import ConfigError
-from common.flags import FLAGS, add_run_settings, read_run_settings
+from common.flags import FLAGS, add_run_settings, read_run_settings, refuse_run_settings
 
 OTHER = {
     ("federation", "strategy"): "fedprox",
@@ -151,3 +151,26 @@ def test_mlflows_own_variable_is_read_and_a_flag_wins(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5999")
     assert read().tracking.uri == "http://127.0.0.1:5999"
     assert read("--tracking-uri", "sqlite:///other.db").tracking.uri == "sqlite:///other.db"
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--lr", "0.1"], "--lr"),
+        (["--config", "demo"], "--config"),
+        (["--set", "data.image_size=64"], "--set"),
+        (["--no-mlflow"], "--no-mlflow"),
+        (["--rounds", "3", "--seed", "2"], "--rounds, --seed"),
+    ],
+)
+def test_settings_beside_a_flag_that_brings_its_own_are_refused(argv, told):
+    parser = argparse.ArgumentParser()
+    add_run_settings(parser)
+    with pytest.raises(ConfigError, match=f"leave {told} out"):
+        refuse_run_settings(parser.parse_args(argv), "--resume", but=("run.out",))
+
+
+def test_what_may_be_given_beside_it_is_not_refused():
+    parser = argparse.ArgumentParser()
+    add_run_settings(parser)
+    refuse_run_settings(parser.parse_args(["--out", "elsewhere"]), "--resume", but=("run.out",))
