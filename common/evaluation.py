@@ -64,7 +64,8 @@ def pooled(by_client: Mapping[str, EvaluationSums]) -> EvaluationSums:
 def people_digest(pack: FacePack, split: str) -> str:
     """A digest of who is on which picture of the open set of a split ("val" or "test").
 
-    Models may be compared only on equal test pairs, and equal digests mean equal pairs. It does not depend on how the pictures were aligned or how large they are.
+    Models may be compared only on equal test pairs, and equal digests mean equal pairs. It does not depend on how the
+    pictures were aligned or how large they are.
     """
     _, people = SPLITS[split]
     named = "\n".join(pack.people[person] for person in pack.person[pack.indices(people)].tolist())
@@ -117,11 +118,21 @@ def _closed_set(
     return closed_set_sums(predicted, labels, float(loss_sum)), grouped_confusion(predicted, labels, logits.shape[1])
 
 
-def evaluate(recogniser: Recogniser, pack: FacePack, split: str, compute: Compute) -> EvaluationSums:
-    """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open)."""
+def evaluate(
+    recogniser: Recogniser,
+    pack: FacePack,
+    split: str,
+    compute: Compute,
+    *,
+    open_embeddings: NDArray[np.float32] | None = None,
+) -> EvaluationSums:
+    """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open).
+
+    open_embeddings: [N, D] of the split's open set in the pack's order, where the caller has them already.
+    """
     pictures, people = SPLITS[split]
     indices = pack.indices(people)
-    embeddings = F.normalize(embed(recogniser, pack, indices, compute)).numpy()
+    embeddings = embed(recogniser, pack, indices, compute).numpy() if open_embeddings is None else open_embeddings
     closed, confusion = _closed_set(recogniser, pack, pictures, compute)
     chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
     return EvaluationSums(

@@ -138,7 +138,7 @@ def read_run_settings(arguments: argparse.Namespace, *, default_config: str | No
 
 
 def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Sequence[str] = ()) -> None:
-    """Refuse settings given beside a flag that brings its own.  but: settings that may be given.  Raises ConfigError."""
+    """Refuse settings beside a flag that brings its own.  but: settings that may be given.  Raises ConfigError."""
     names = {f"{flag.section}.{flag.key}": flag.names[0] for flag in FLAGS}
     given = [names[dotted] for dotted, text in vars(arguments).items() if dotted in names and text is not None]
     given = [name for name in given if name not in {names[dotted] for dotted in but}]

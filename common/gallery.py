@@ -3,6 +3,8 @@
 They may name people: a site keeps them in its own folder and sends them, if anywhere, to a tracking of its own.
 """
 
+import contextlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,10 +38,8 @@ def _maps(recogniser: Recogniser, pack: FacePack, compute: Compute, *, client: s
     embeddings = embed(recogniser, pack, indices, compute).numpy()
     points, explained = pca(embeddings)
     projections = [Projection(points, "PCA", explained)]
-    try:
+    with contextlib.suppress(DataError):  # too few pictures for neighbours
         projections.append(Projection(tsne(embeddings, stream_seed(seed, "tsne") % 2**32), "t-SNE"))
-    except DataError:  # too few pictures for neighbours
-        pass
     return embedding_maps(
         projections, pack.person[indices], title=f"Embeddings of people never seen in training, {client}"
     )

@@ -145,9 +145,9 @@ def score(
     no_head: dict[str, str] = {}
     for name in clients:
         ready = files.at(name, packs[name], num_people)
-        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute)
         people = packs[name].indices(Split.TEST_PEOPLE)
         embeddings[name] = embed(ready.recogniser, packs[name], people, compute).numpy()
+        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=embeddings[name])
         no_head[name] = ready.no_head
     bins = coarse_bins(pooled(sums).pairs)  # of all clients, so that theirs add up
     histograms = {}

@@ -165,7 +165,7 @@ class Delivery:
         self._log_batch(run, "tags", [RunTag(k, v) for k, v in values.items()], NAMES_PER_CALL)
 
     def _send_dataset(self, run: str, entry: Mapping[str, Any]) -> None:
-        """What `mlflow.log_input` does, for a run that is not this thread's active one; MLflow keeps equal ones once."""
+        """What `mlflow.log_input` does, for a run that is not this thread's active one; equal ones are kept once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(

@@ -64,7 +64,7 @@ class TrackedRun:
         self._append(b"".join(metric_line(self._name, k, float(v), int(step), time_ms) for k, v in metrics.items()))
 
     def log_missing_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record those values of a step that the spool lacks: a run that goes on after kill -9 may not have told all."""
+        """Record those values of a step that the spool lacks: a run that was killed may not have told all."""
         told = {e.get("key") for e in self._spool.entries() if e["run"] == self._name and e.get("step") == step}
         self.log_metrics({key: value for key, value in metrics.items() if key not in told}, step)
 

@@ -243,7 +243,7 @@ def test_an_array_that_is_no_counts_is_refused(spoil):
     content = wire.reply_content(reply())
     good = content["arrays"]["val-counts"].numpy()
     content["arrays"]["val-counts"] = Array(spoil(good))
-    with pytest.raises(ReplyRefused, match="val-counts (is|holds) .*, not"):
+    with pytest.raises(ReplyRefused, match=r"val-counts (is|holds) .*, not"):
         wire.read_reply(message_with(content), "val")
 
 
