@@ -25,8 +25,7 @@ from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.parameters import buffer_sha256, flatten
 from server.app import initial_model
-from simulation.commands import train_local
-from simulation.sites import ClientOption
+from simulation.train_commands import Machine, train_local
 
 PEOPLE = {f"p{number}": 8 for number in range(8)} | {"q0": 3, "q1": 3}
 
@@ -265,24 +264,28 @@ def test_pretrained_weights_are_the_first_global_model_and_the_first_local_one(f
     seen = []
     monkeypatch.setattr(
         "simulation.baselines._train_and_test",
-        lambda run, _out: seen.append(flatten(run.workplace.recogniser.state_dict(), manifest)) or _no_summary(run),
+        lambda _mode, trainee, tracked, *_: (
+            seen.append(flatten(trainee.recogniser.state_dict(), manifest)) or _no_summary(tracked)
+        ),
     )
     local(settings, faces, tmp_path)
     np.testing.assert_array_equal(seen[0], expected)
 
 
-def _no_summary(run):
-    from simulation.baselines import LocalSummary
+def _no_summary(tracked):
+    from simulation.baselines import BaselineSummary
 
-    return LocalSummary(folder=run.folder, epochs=0, best_epoch=0, untrained_auc=0.0, test_auc=0.0, registered="")
+    return BaselineSummary(
+        folder=tracked.folder, epochs=0, best_epoch=0, untrained_auc=0.0, test_auc=0.0, registered=[]
+    )
 
 
 def local(settings: Settings, faces: Path, tmp_path: Path, device: str = "auto") -> str:
     """`facefed train local` in this process; returns what it prints."""
     out = io.StringIO()
     settings = changed(settings, run__out=str(tmp_path / "runs"))
-    option = ClientOption(name="alpha", dataset="folder", data_dir=faces)
-    train_local(settings, [option], device=device, cache_dir=tmp_path / "packs", out=out)
+    machine = Machine(clients=[f"alpha:folder={faces}"], data_dirs=[], device=device, cache_dir=tmp_path / "packs")
+    train_local(settings, machine, "", out)
     return out.getvalue()
 
 
@@ -301,7 +304,9 @@ def test_local_training_runs_its_epochs_into_its_folder(faces, tmp_path):
 @proves("training.device")
 def test_local_training_takes_the_device_of_the_settings_unless_one_is_given(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    monkeypatch.setattr(
+        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+    )
     with pytest.raises(UserError, match="mps is not on this machine"):
         local(changed(BASE, training__device="mps"), faces, tmp_path)
     assert local(changed(BASE, training__device="mps"), faces, tmp_path, device="cpu")
@@ -474,7 +479,9 @@ def test_the_public_pairs_give_each_round_scores(faces, public, tmp_path):
 def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr("common.tracking.run._sender", lambda _spool, uri, *_: asked.append(uri))
-    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    monkeypatch.setattr(
+        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+    )
     monkeypatch.chdir(tmp_path)
     local(BASE, faces, tmp_path)
     assert asked == []
@@ -485,7 +492,9 @@ def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
 
 @proves("tracking.experiment_prefix")
 def test_the_prefix_begins_every_experiments_name(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.baselines._train_and_test", lambda run, _out: _no_summary(run))
+    monkeypatch.setattr(
+        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+    )
     settings = changed(BASE, tracking__experiment_prefix="mine")
     local(settings, faces, tmp_path)
     federated = federate_in(
