@@ -109,7 +109,7 @@ def event_line(event: Mapping[str, Any]) -> str:
         name = "untrained model" if event["round"] == 0 else f"model of round {event['round']}"
         return f"{name}: {_score_text(event)}" if _score_text(event) else ""
     if kind == "saving":
-        return "saving and registering the model"
+        return "registering the model"
     return str(event.get("line", "")) if kind in ("warning", "stopped_early") else ""
 
 

@@ -145,7 +145,8 @@ def _federate(
     del recogniser
     outcome = federation.run()
     summary: dict[str, object] = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
-    events.emit("saving")
+    if settings.tracking.enabled:
+        events.emit("saving")
     summary["registered"] = _register(tracked, federation, outcome)
     return summary
 

@@ -44,24 +44,33 @@ class RunCheckpoints:
         if moments:
             tensors = {name: torch.from_numpy(buffer) for name, buffer in moments.items()}
             write_tensors(self.moments_path(step), tensors, notes)
+        self.write_state(step, sha256, history)
+        self._prune(step, history)
+        return sha256
+
+    def write_state(self, step: int, sha256: str, history: History) -> None:
+        """Say in state.json what is known of the run after round `step`, whose model is on disk already."""
+        moments = self.moments_path(step)
         write_json(
             self._folder / "state.json",
             {
                 "round": step,
                 "best_round": history.best_round,
                 "model": self.path(step).name,
-                "moments": self.moments_path(step).name if moments else "",
+                "moments": moments.name if moments.exists() else "",
                 "sha256": sha256,
                 "manifest": self._manifest.digest,
                 "rounds": history.rows(),
             },
         )
+
+    def _prune(self, step: int, history: History) -> None:
+        """Keep the models of the last two rounds and of the best one."""
         keep = {self.path(kept) for kept in (step, step - 1, history.best_round)}
         keep |= {self.moments_path(kept) for kept in (step, step - 1)}
         for pattern in ("round-*.safetensors", "moments-*.safetensors"):
             for old in set(self._folder.glob(pattern)) - keep:
                 old.unlink()
-        return sha256
 
     def load(self, step: int) -> Buffer:
         """The global model of that round, [manifest.size] float32.  Raises CheckpointError."""

@@ -70,13 +70,10 @@ class Roster:
         if found is None and len(self._members) < self._federation.min_clients:
             raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
         self._complete = True
-        return self._sorted()
+        return self.members()
 
     def members(self) -> dict[str, Member]:
         """The members as last seen, in order of their names."""
-        return self._sorted()
-
-    def _sorted(self) -> dict[str, Member]:
         return dict(sorted(self._members.items()))
 
     def _still_answering(self) -> bool:

@@ -68,7 +68,7 @@ class Federation:
         if last_round < rounds:
             self.record.stopped_early(last_round, self.history)
         self._evaluate_at_end(last_round)
-        self._save(last_round)
+        self.checkpoints.write_state(last_round, sha256, self.history)  # with the scores that came last
         return Outcome(history=self.history, last_round=last_round, sha256=sha256)
 
     def _save(self, step: int) -> str:

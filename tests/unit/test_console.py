@@ -56,7 +56,7 @@ EVENTS = [
     ),
     ({"kind": "scored", "round": 2, "split": "test", "round_test_auc": 0.75}, "model of round 2: test: AUC 0.750"),
     ({"kind": "scored", "round": 2, "split": "test"}, ""),
-    ({"kind": "saving"}, "saving and registering the model"),
+    ({"kind": "saving"}, "registering the model"),
     ({"kind": "warning", "line": "a word"}, "a word"),
     ({"kind": "stopped_early", "round": 3, "line": "stopped early after round 3"}, "stopped early after round 3"),
     (MEMBERS, ""),
