@@ -7,8 +7,9 @@ from typing import TextIO
 
 from clients.site import SiteSettings
 from common.config import Settings
+from common.errors import InterruptedRun
 from common.faces.pack import FacePack
-from common.tracking.run import TrackedRun
+from common.tracking.run import TrackedRun, finishing
 from common.version import git_commit
 from server.runs import RunKind, begin_tracking
 from simulation.epochs import Epochs
@@ -74,16 +75,11 @@ def _run(
     mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
 ) -> BaselineSummary:
     tracked = begin_tracking(trainee.settings, folder, git_commit(), _kind(mode, trainee, sites))
-    status = "FAILED"
     try:
-        summary = _train_and_test(mode, trainee, tracked, model_name, out)
-        status = "FINISHED"
+        with finishing(tracked):
+            return _train_and_test(mode, trainee, tracked, model_name, out)
     except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracked.finish(status)
-    return summary
+        raise InterruptedRun(f"stopped; to go on: facefed train {mode} --resume {folder}") from None
 
 
 def _train_and_test(mode: str, trainee: Trainee, tracked: TrackedRun, model_name: str, out: TextIO) -> BaselineSummary:

@@ -20,7 +20,7 @@ from common.plots import verification
 from common.plots.style import LOCAL
 from common.precision import threads_for
 from common.runtime import num_cores, resolve_device
-from common.tracking.run import TrackedRun, open_run
+from common.tracking.run import TrackedRun, finishing, open_run
 from common.tracking.settings import with_absolute_uri
 from common.training import Compute
 from common.version import facefed_version, git_commit
@@ -177,15 +177,8 @@ def _record(compared: Comparison, settings: Settings) -> Path:
             **{f"{model.name}_run": model.source for model in compared.models},
         },
     )
-    status = "FAILED"
-    try:
+    with finishing(tracked):
         _write(compared, settings, tracked)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracked.finish(status)
     return folder
 
 

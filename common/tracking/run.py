@@ -6,10 +6,11 @@ Nothing here blocks on a server or raises because of one.  With `tracking.enable
 the same and MLflow is never imported.
 """
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -185,6 +186,20 @@ class TrackedRun:
         self._spool.append(lines)
         if self._sender:
             self._sender.wake()
+
+
+@contextlib.contextmanager
+def finishing(run: TrackedRun) -> Iterator[None]:
+    """Finish the run when the block ends: as "FINISHED", after Ctrl-C or SIGTERM as "KILLED", else as "FAILED"."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        run.finish(status)
 
 
 def open_run(
