@@ -24,7 +24,10 @@ def test_one_holder_alone(faces, programs):
     assert ended.err == ""
     assert re.search(r"^test AUC on people never seen: untrained 0\.\d{3} -> local 0\.\d{3}$", ended.out, re.MULTILINE)
     assert re.search(r"^best epoch [12] of 2$", ended.out, re.MULTILINE)
-    assert "registered: models:/celeba_cnn_local/1\n" in ended.out
+    registered = re.findall(
+        r"^registered: models:/celeba_cnn_local/(\d) \((last|best), epoch [12]\)$", ended.out, re.MULTILINE
+    )
+    assert registered == [("1", "last"), ("2", "best")]
     program.assert_nothing_left()
     from mlflow import MlflowClient
 
@@ -36,10 +39,10 @@ def test_one_holder_alone(faces, programs):
     assert found.data.tags["mode"] == "local"
     assert {"dataset", "dataset_size", "device", "model_type", "facefed_version", "git_commit"} <= set(found.data.tags)
     assert [p.step for p in client.get_metric_history(found.info.run_id, "train_loss")] == [1, 2]
-    assert str(client.get_model_version_by_alias("celeba_cnn_local", "champion").version) == "1"
+    assert str(client.get_model_version_by_alias("celeba_cnn_local", "champion").version) == "2"
     run = run_folder(programs.cwd)
     assert config.load(run / "config.toml").training.epochs == 2
-    for name in ("training", "roc", "score_histograms"):
+    for name in ("training", "roc", "det", "score_histograms", "confusion", "embeddings"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert read_tensors(run / "checkpoints" / "best.safetensors")[0]
 
