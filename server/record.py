@@ -15,7 +15,7 @@ from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
 from server.runs import federated_kind, write_run_file
-from server.scores import client_metrics, closed_scores, merged_train, open_scores, train_metrics
+from server.scores import client_metrics, figures, merged_train, open_scores, train_metrics
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
@@ -100,10 +100,10 @@ class Record:
         if metrics:
             self._tracked.log_metrics(metrics, step=step)
         for name, sums in by_client.items():
-            figures = client_metrics(split, sums)
-            history.at(step).clients.setdefault(name, {}).update(figures)
-            if figures:
-                self._children[name].log_metrics(figures, step=step)
+            scores = client_metrics(split, sums)
+            history.at(step).clients.setdefault(name, {}).update(scores)
+            if scores:
+                self._children[name].log_metrics(scores, step=step)
         self._events.emit("scored", round=step, split=split, best_round=history.best_round, **metrics)
 
     def public_scored(self, history: History, step: int, metrics: Mapping[str, float]) -> None:
@@ -125,9 +125,9 @@ class Record:
         record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **costs}
         self._tracked.log_metrics(record.metrics, step=server_round)
         for name, reply in replies.items():
-            figures = train_metrics(reply.train)
-            record.clients.setdefault(name, {}).update(figures)
-            self._children[name].log_metrics(figures, step=server_round)
+            own = train_metrics(reply.train)
+            record.clients.setdefault(name, {}).update(own)
+            self._children[name].log_metrics(own, step=server_round)
         self._events.emit(
             "round",
             round=server_round,
@@ -176,8 +176,8 @@ class Record:
             "rounds_table": history.rows(),
         }
         final = {f"test_{name}": value for name, value in summary["best"].items()}
-        for name, figures in summary["clients"].items():
-            final |= {f"{name}_{key}": value for key, value in figures.items()}
+        for name, scores in summary["clients"].items():
+            final |= {f"{name}_{key}": value for key, value in scores.items()}
         final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
         budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
         final |= {name: summary[name] for name in budget}
@@ -189,8 +189,7 @@ class Record:
     def _test_scores(self, history: History, step: int) -> dict[str, float]:
         if not history.tested(step):
             return {}
-        sums = history.pooled_test(step)
-        return closed_scores(sums) | open_scores(sums)
+        return figures(history.pooled_test(step))
 
     def _draw_curves(self, history: History) -> None:
         self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
@@ -218,10 +217,10 @@ class Record:
         """Each client's figures side by side, and its confusion matrix, from the counts it sent."""
         if not tested:
             return
-        scores = {name: closed_scores(sums) | open_scores(sums) for name, sums in tested.items()}
-        total = pooled(tested)
-        figure = client_comparison(scores, pooled=closed_scores(total) | open_scores(total))
-        self._tracked.log_figure(figure, "plots/client_comparison.png")
+        scores = {name: figures(sums) for name, sums in tested.items()}
+        self._tracked.log_figure(
+            client_comparison(scores, pooled=figures(pooled(tested))), "plots/client_comparison.png"
+        )
         for name, sums in tested.items():
             if sums.confusion is not None and sums.closed.num_examples > 0:
                 num_people = max(self._sites[name].num_training_people, len(sums.confusion))

@@ -30,6 +30,11 @@ def open_scores(sums: EvaluationSums) -> dict[str, float]:
         return {}
 
 
+def figures(sums: EvaluationSums) -> dict[str, float]:
+    """The scores of both sets, as far as there is anything to score."""
+    return closed_scores(sums) | open_scores(sums)
+
+
 def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
     """The round's metrics by the names that the tracking shows: round_test_auc, round_val_auc, ..."""
     closed, open_set = closed_scores(sums), open_scores(sums)
@@ -40,7 +45,7 @@ def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
 
 def client_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
     """One client's metrics: test_accuracy, test_precision, ..., test_roc_auc, test_eer, test_tar_at_far_1e-3."""
-    return {f"{split}_{name}": value for name, value in (closed_scores(sums) | open_scores(sums)).items()}
+    return {f"{split}_{name}": value for name, value in figures(sums).items()}
 
 
 def train_metrics(train: Mapping[str, float]) -> dict[str, float]:

@@ -15,10 +15,9 @@ import torch
 from clients.private_state import load_private, prune, save_private
 from common.checkpoints import read_json, read_tensors, write_json, write_tensors
 from common.errors import CheckpointError
-from common.evaluation import EvaluationSums
 from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head
-from server.scores import closed_scores, open_scores
+from server.scores import figures
 from simulation.trainee import Trainee
 
 PROGRESS_FILE = "progress.json"
@@ -35,11 +34,6 @@ class Progress:
     num_steps: int = 0
     num_warmup_pictures: int = 0  # seen by the new head alone, before
     rows: list[dict[str, float]] = field(default_factory=list)
-
-
-def figures(sums: EvaluationSums) -> dict[str, float]:
-    """The scores of both sets; those of the closed set are missing when no picture was left for it."""
-    return closed_scores(sums) | open_scores(sums)
 
 
 @dataclass(kw_only=True)

@@ -31,9 +31,7 @@ from simulation.found_models import FoundModel, Search, explicit_runs, find_mode
 from simulation.report import csv_text, json_content, metrics, terminal_lines
 from simulation.report_page import page
 from simulation.scoring import check_same_pairs, describe, score
-from simulation.sites import ClientOption, data_options, pack_at_the_door, site_of
-
-DEFAULT_CLIENTS = ("celeba", "vggface2")
+from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ def _options(request: Request) -> list[ClientOption]:
         if len(named) != 1:
             raise UserError(f"--mode single compares on one client, {len(named)} were named; give one --client NAME.")
     elif not (clients or request.data_dirs):
-        clients = DEFAULT_CLIENTS
+        clients = USUAL_CLIENTS
     return data_options(clients, request.data_dirs)
 
 

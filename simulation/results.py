@@ -11,17 +11,18 @@ from common.plots import curves, verification
 from common.plots.comparison import client_comparison
 from common.tracking.registry import register_model
 from common.tracking.run import TrackedRun
-from simulation.epochs import Epochs, figures
+from server.scores import figures
+from simulation.epochs import Epochs
 from simulation.trainee import Trainee
 
 
 def record_datasets(tracked: TrackedRun, trainee: Trainee) -> None:
     """Tell the tracking which data are used, by digest and counts."""
     for name, pack in trainee.clients.items():
-        for context, split in (("training", "val"), ("testing", "test")):
+        for context, digest in (("training", pack.key[:32]), ("testing", people_digest(pack, "test"))):
             tracked.log_dataset(
                 name=name,
-                digest=pack.key[:32] if context == "training" else people_digest(pack, split),
+                digest=digest,
                 context=context,
                 profile={"num_pictures": len(pack), "num_training_people": pack.num_classes},
             )

@@ -13,6 +13,8 @@ from common.faces.pack import FacePack, open_pack
 from common.faces.sources import DATASETS
 from common.runtime import num_cores, resolve_device
 
+USUAL_CLIENTS = ("celeba", "vggface2")  # where several may be meant and none is named
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOption:

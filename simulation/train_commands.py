@@ -18,9 +18,7 @@ from server.run_folder import new_run_folder
 from server.runs import RUN_FILE
 from simulation.baselines import BaselineSummary, run_centralized, run_local
 from simulation.commands import check_pretrained, federate_here
-from simulation.sites import ClientOption, data_options, pack_at_the_door, site_of
-
-USUAL_CLIENTS = ("celeba", "vggface2")
+from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
 
 
 @dataclass(frozen=True, kw_only=True)
