@@ -1,5 +1,6 @@
 """The beginning of a run's record, the same for all modes: its files, and what the tracking is told first."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,11 +69,10 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
     write_json(folder / RUN_FILE, about)
 
 
-def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
-    """Begin a run's record (or go on with it), with its settings as parameters and as the artifact config.toml."""
-    write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
+    """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json."""
     write_run_file(folder, settings, kind, kind.clients)
-    tracked = open_run(
+    return open_run(
         settings.tracking,
         uri=settings.tracking.uri,
         folder=folder,
@@ -86,7 +86,14 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
             "run_folder": folder.name,
             **kind.tags,
         },
-        params={**flat_params(settings), **_guide_params(settings), **kind.params},
+        params=kind.params,
     )
+
+
+def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
+    """The record of a run that trains: with its settings as parameters too, and as the artifact config.toml."""
+    write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+    params = {**flat_params(settings), **_guide_params(settings), **kind.params}
+    tracked = open_record(settings, folder, commit, dataclasses.replace(kind, params=params))
     tracked.log_file(folder / "config.toml", "config.toml")
     return tracked

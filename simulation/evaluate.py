@@ -20,12 +20,12 @@ from common.plots import verification
 from common.plots.style import LOCAL
 from common.precision import threads_for
 from common.runtime import num_cores, resolve_device
-from common.tracking.run import TrackedRun, finishing, open_run
+from common.tracking.run import TrackedRun, finishing
 from common.tracking.settings import with_absolute_uri
 from common.training import Compute
 from common.version import facefed_version, git_commit
 from server.run_folder import new_run_folder
-from server.runs import RunKind, write_run_file
+from server.runs import RunKind, open_record
 from simulation.compare import AUC, Comparison, gaps_of, notes_of, with_pooled
 from simulation.found_models import FoundModel, Search, explicit_runs, find_models, wanted_models
 from simulation.report import csv_text, json_content, metrics, terminal_lines
@@ -150,22 +150,14 @@ def _record(compared: Comparison, settings: Settings) -> Path:
     """Write RUN with tables, pictures and the page, and tell the tracking; returns the folder."""
     folder = new_run_folder(settings)
     clients = [name for name, test in compared.test_sets.items() if test.digest]
-    kind = RunKind(mode="evaluation", experiment="evaluation", label=f"{compared.mode}_{compared.backbone}")
-    write_run_file(folder, settings, kind, clients)
-    tracked = open_run(
-        settings.tracking,
-        uri=settings.tracking.uri,
-        folder=folder,
-        experiment=f"{settings.tracking.experiment_prefix}_{kind.experiment}",
-        run_name=f"{kind.label}_{folder.name}",
+    kind = RunKind(
+        mode="evaluation",
+        experiment="evaluation",
+        label=f"{compared.mode}_{compared.backbone}",
+        clients=clients,
         tags={
-            "mode": "evaluation",
-            "model_type": compared.backbone,
             "dataset": "+".join(clients),
             "dataset_size": str(compared.test_sets[compared.main].num_pictures),
-            "facefed_version": facefed_version(),
-            "git_commit": git_commit(),
-            "run_folder": folder.name,
         },
         params={
             "client": "+".join(clients),
@@ -175,6 +167,7 @@ def _record(compared: Comparison, settings: Settings) -> Path:
             **{f"{model.name}_run": model.source for model in compared.models},
         },
     )
+    tracked = open_record(settings, folder, git_commit(), kind)
     with finishing(tracked):
         _write(compared, settings, tracked)
     return folder
