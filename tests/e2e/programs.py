@@ -22,7 +22,7 @@ from common.parameters import buffer_sha256, flatten
 
 BIN = Path(sys.executable).parent
 MARK = "FACEFED_E2E_MARK"  # inherited by every child, whatever its session: so orphans are found
-DONE_WITHIN_S = 240.0
+DONE_WITHIN_S = 600.0  # a busy machine may take several times as long as an idle one
 
 
 def free_port() -> int:
@@ -50,6 +50,10 @@ class Ended:
     code: int
     out: str
     err: str
+
+    def __repr__(self) -> str:
+        """In full, unlike a dataclass's own: pytest cuts long lines, and the reason is at the end."""
+        return f"Ended with {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
 
     @property
     def error_lines(self) -> list[str]:
