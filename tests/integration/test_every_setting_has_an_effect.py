@@ -23,6 +23,7 @@ from common.config import Settings
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.faces.twin_batches import twin_batches
 from common.parameters import buffer_sha256, flatten
 from server.app import initial_model
 from simulation.commands import train_local
@@ -354,6 +355,29 @@ def test_the_learning_rate_travels_over_all_rounds_and_not_from_anew(faces, tmp_
     )
     assert apart == seen
     assert len(set(apart)) == len(apart) > 4
+
+
+# ------------------------------------------------------------------------------------------------------------- twins
+
+
+@proves("twins.genuine", "twins.stranger", "twins.twin", "twins.hard_negatives")
+def test_the_settings_of_twins_decide_which_pictures_train_together():
+    person = np.repeat(np.arange(12), 8)
+    pixels = np.zeros((96, 32, 32, 3), dtype=np.uint8)
+
+    def batches(settings: Settings) -> list[list[int]]:
+        made = twin_batches(
+            pixels, np.arange(96), person=person, family=person // 2, chosen=np.arange(96), batch_size=16,
+            augmentation=settings.augmentation, twins=settings.twins, stream=torch.Generator().manual_seed(1),
+            device="cpu",
+        )  # fmt: skip
+        return [labels.tolist() for _, labels, _ in made]
+
+    seen = [batches(BASE)]
+    assert batches(BASE) == seen[0]
+    for name, value in (("genuine", 0.1), ("stranger", 0.9), ("twin", 0.9), ("hard_negatives", False)):
+        seen.append(batches(changed(BASE, **{f"twins__{name}": value})))
+    assert all(one != other for k, one in enumerate(seen) for other in seen[:k])
 
 
 # -------------------------------------------------------------------------------------------------------- federation
