@@ -316,8 +316,8 @@ def _patch_conflicts(settings: Settings) -> list[str]:
         )
     if model.backbone == "vit_base" and model.pretrained == "imagenet" and (patch, model.depth) != (16, 12):
         problems.append(
-            f"model.patch_size = {patch} and model.depth = {model.depth}: vit_base's ImageNet weights are for 16 and 12;"
-            ' use those, or model.pretrained = "none".'
+            f"model.patch_size = {patch} and model.depth = {model.depth}: vit_base's ImageNet weights are for 16 and"
+            ' 12; use those, or model.pretrained = "none".'
         )
     return problems
 

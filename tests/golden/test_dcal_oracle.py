@@ -141,7 +141,7 @@ def test_glca_is_the_naive_one() -> None:
     scale, shift = (tensor.detach().double().numpy() for tensor in (branch.ln.weight, branch.ln.bias))
     for picture in range(BATCH):
         every = tokens[picture].double().numpy()
-        best = sorted(range(1, 1 + PATCHES), key=lambda patch: -float(row[picture, patch]))[:3]  # noqa: B023
+        best = sorted(range(1, 1 + PATCHES), key=lambda patch: -float(row[picture, patch]))[:3]
         told = layer_norm(Naive(branch.block)(every[[0, *best]], [every]), scale, shift)
         expected = torch.from_numpy(np.concatenate([told[0], told[1:].mean(0)]))
         torch.testing.assert_close(ours[picture].double(), expected, **TOLERANCE)

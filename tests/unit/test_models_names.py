@@ -14,7 +14,6 @@ from common.models.recogniser import (
     trainable_names,
 )
 
-
 CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)
 
 

@@ -1,4 +1,4 @@
-"""A ViT's given weights arrive bit for bit through construction, or are refused by name (they were once re-initialised)."""
+"""A ViT's given weights arrive bit for bit through construction, or are refused by name."""
 
 import dataclasses
 from pathlib import Path
