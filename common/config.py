@@ -128,7 +128,7 @@ class TrainingSettings:
 class TwinSettings:
     """[twins]: which pairs of pictures training batches are made of; the three numbers count relative to their sum."""
 
-    genuine: float = setting(0.5, low=0.0, high=1.0)  # of one person
+    genuine: float = setting(0.5, above=0.0, high=1.0)  # of one person
     stranger: float = setting(0.25, low=0.0, high=1.0)  # of two families
     twin: float = setting(0.25, low=0.0, high=1.0)  # of two siblings
     hard_negatives: bool = setting(default=True)  # genuine pairs of two siblings in one batch
@@ -276,8 +276,6 @@ def _read_section(section: str, kind: type, raw: object, problems: list[str]) ->
 
 def _conflicts(settings: Settings) -> list[str]:
     """Settings that are fine alone but not together."""
-    if settings.twins.genuine + settings.twins.stranger + settings.twins.twin <= 0.0:
-        return ["twins.genuine, twins.stranger and twins.twin are all 0; give one of the pairs a share."]
     if settings.model.pretrained == "imagenet" and settings.model.width != 1.0:
         return [f'model.width = {settings.model.width} has no ImageNet weights; use 1.0 or model.pretrained = "none".']
     if settings.model.normalisation == "private" and settings.model.pretrained != "none":

@@ -26,7 +26,9 @@ _FIRST_NUMBER = 90_001
 def twin_latent(seed: int, person: int, closeness: float) -> NDArray[np.float64]:
     """The latent of one twin, float64 [LATENT_SIZE]; people 2 f and 2 f + 1 are family f.  closeness: in [0, 1]."""
     family = family_latent(seed, LAYOUT, person // 2)
-    latent = np.sqrt(closeness) * family + np.sqrt(1.0 - closeness) * person_latent(seed, LAYOUT, person)
+    latent: NDArray[np.float64] = np.sqrt(closeness) * family + np.sqrt(1.0 - closeness) * person_latent(
+        seed, LAYOUT, person
+    )
     latent[_SHARED] = family[_SHARED]
     return latent
 

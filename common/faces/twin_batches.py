@@ -99,7 +99,7 @@ def _some(candidates: Sequence[list[Rows]], number: float, random: np.random.Gen
 def _across(queues: dict[int, Rows], people: list[int]) -> list[Rows]:
     """As many pairs of two siblings as a family's pictures give, always of the two with most pictures left."""
     left = {who: list(queues[who]) for who in people}
-    pairs = []
+    pairs: list[Rows] = []
     while True:
         one, *others = sorted((who for who in people if left[who]), key=lambda who: -len(left[who])) or [-1]
         if not others:
