@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
 from common import config, training
 from common.config import ModelSettings
+from common.evaluation import embed
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
 from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
@@ -159,6 +161,13 @@ def test_a_new_client_warms_up_both_heads_and_nothing_else():
     before = fresh.state_dict()
     moved = {name for name, tensor in recogniser.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"head.weight", "glca_head.weight"}
+
+
+def test_a_closed_set_without_pictures_is_evaluated_as_with_other_backbones():
+    """Its embeddings are none, of the right size."""
+    recogniser = recogniser_for(memory_pack(), DCAL)
+    found = embed(recogniser, memory_pack(), np.array([], dtype=np.int64), CPU)
+    assert found.shape == (0, DCAL.embedding_size)
 
 
 # ---- triplets
