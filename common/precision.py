@@ -54,7 +54,7 @@ def _one_step(recogniser: Recogniser, optimiser: torch.optim.Optimizer, pictures
         {name: recogniser.branch_logits(name, e.float(), labels).logsumexp(1).mean() for name, e in embeddings.items()}
     )
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     loss.item()  # waits for the device
     return _clock(compute.device) - start

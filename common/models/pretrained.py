@@ -111,7 +111,7 @@ def interpolated(positions: Tensor, num_tokens: int) -> Tensor:
     positions: [1, 1 + g^2, D] float.  num_tokens: 1 + h^2.  Returns [1, num_tokens, D].
     """
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
-    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (old, old))
+    grid = positions[:, 1:].transpose(1, 2).reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 

@@ -63,7 +63,9 @@ class Attention(nn.Module):
 
     def _by_head(self, projected: Tensor, num: int) -> Sequence[Tensor]:
         """[B, N, num x D] -> num tensors [B, heads, N, d]."""
-        return projected.unflatten(-1, (num, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        size = projected.shape[-1] // (num * self.num_heads)
+        split = projected.reshape(*projected.shape[:2], num, self.num_heads, size)
+        return split.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Block(nn.Module):

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
 from common import config, training
 from common.config import ModelSettings
+from common.evaluation import embed
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
 from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
@@ -66,10 +68,10 @@ def test_every_parameter_learns_the_loss_weights_too():
 
 
 def test_each_branch_lowers_its_loss_and_is_told_apart():
-    first, last = run(epochs=1)[1].merged(), run(epochs=8)[1].merged()
+    first, last = run(epochs=1)[1].merged(), run(epochs=16)[1].merged()
     names = {"train_loss", "train_loss_glca", "train_loss_pwca"}
     assert names <= first.keys()
-    assert all(last[name] < first[name] for name in names)  # a mean over eight epochs against the first
+    assert all(last[name] < first[name] for name in names)  # a mean over sixteen epochs against the first
     assert set(run(dataclasses.replace(DCAL, attention="sa"))[1].merged()) == {
         "train_loss",
         "train_acc",
@@ -159,6 +161,13 @@ def test_a_new_client_warms_up_both_heads_and_nothing_else():
     before = fresh.state_dict()
     moved = {name for name, tensor in recogniser.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"head.weight", "glca_head.weight"}
+
+
+def test_a_closed_set_without_pictures_is_evaluated_as_with_other_backbones():
+    """Its embeddings are none, of the right size."""
+    recogniser = recogniser_for(memory_pack(), DCAL)
+    found = embed(recogniser, memory_pack(), np.array([], dtype=np.int64), CPU)
+    assert found.shape == (0, DCAL.embedding_size)
 
 
 # ---- triplets
