@@ -97,17 +97,22 @@ def _people_parts(index: FaceIndex, count: NDArray[np.int64], data: DataSettings
 
 
 def _require_people(index: FaceIndex, part: NDArray[np.int8], data: DataSettings) -> None:
-    """Raise DataError when a part that needs people has fewer than two."""
+    """Raise DataError when a part that needs people has fewer than two, or an open set fewer than two families."""
+    family = _family_of(index)
     for code, what in (
         (Split.TRAIN, "training"),
         (Split.TEST_PEOPLE, "the test on unseen people"),
         (Split.VAL_PEOPLE, "the validation on unseen people"),
     ):
-        left = int((part == code).sum())
+        here = part == code
+        # One family alone has no strangers; each person is a family where none are known.
+        left = int(here.sum()) if code == Split.TRAIN else len(np.unique(family[here]))
         if left < MIN_PEOPLE:
+            counts_people = code == Split.TRAIN or index.family is None
+            kind, total = ("people", len(index.people)) if counts_people else ("families", len(np.unique(family)))
             raise DataError(
-                f"{index.root}: {left} of {len(index.people)} people left for {what}, and {MIN_PEOPLE} are needed; "
-                f"add people or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
+                f"{index.root}: {left} of {total} {kind} left for {what}, and {MIN_PEOPLE} are needed; "
+                f"add {kind} or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
                 f"data.max_people = {data.max_people}."
             )
 

@@ -186,6 +186,16 @@ def with_families(index: FaceIndex, sizes: list[int]) -> FaceIndex:
     return dataclasses.replace(index, family=shuffled[family[order]])
 
 
+def test_an_open_set_of_a_single_family_is_refused() -> None:
+    """Two siblings alone are no strangers to each other."""
+    index = with_families(index_of([3] * 16), [2] * 8)
+    assert index.family is not None
+    of_person = np.where(index.family == index.family[0], 2, 0).astype(np.int8)
+    index = dataclasses.replace(index, official_split=of_person[index.person])
+    with pytest.raises(DataError, match="1 of 8 families left for the test on unseen people"):
+        assign_splits(index, DataSettings())
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.integers(1, 3), min_size=8, max_size=25),
