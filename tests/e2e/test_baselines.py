@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_model(faces, programs):
     program.wait_for(r"epoch 2 of 4")
     program.signal(signal.SIGKILL)
     program.process.wait()
-    program.assert_nothing_left(15)
+    program.assert_nothing_left(60)
     run = run_folder(programs.cwd, "killed")
     resumed = programs.run(*command, "--resume", run)
     assert resumed.code == 0, resumed
