@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.processes import is_loopback, parse_address
 from common.runtime import go_silent, num_cores
 
-DATASETS = ("celeba", "vggface2", "folder")
+DATASETS = ("celeba", "vggface2", "twins", "folder")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -119,6 +119,7 @@ def split_sums(sums: EvaluationSums) -> SplitSums:
         pairs=sums.pairs,
         folds=sums.folds,
         confusion=sums.confusion,
+        twins=sums.twins,
     )
 
 

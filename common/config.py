@@ -17,7 +17,10 @@ from typing import Any
 from common.errors import ConfigError, unknown_name
 
 STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
-BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn")
+VITS = ("vit_tiny", "vit_small", "vit_base")
+BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
+ATTENTIONS = ("sa", "glca", "pwca", "dcal")
+INFERENCES = ("sa", "glca", "both")
 HEADS = ("softmax", "cosface", "arcface")
 ALIGNMENTS = ("landmarks", "box", "resize")
 # A client's name is shown on terminals and becomes part of folders, tags and metrics.
@@ -89,6 +92,11 @@ class ModelSettings:
     dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
     pretrained: str = setting("none")  # none | imagenet | a .safetensors file
     normalisation: str = setting("shared", choices=("shared", "private"))
+    patch_size: int = setting(16, low=2, high=64)  # px, of a ViT
+    depth: int = setting(12, low=1, high=64)  # blocks of a ViT
+    attention: str = setting("sa", choices=ATTENTIONS)  # a ViT's branches in training; dcal: all three
+    glca_fraction: float = setting(0.1, above=0.0, high=1.0)  # R: the patches that GLCA asks with
+    inference: str = setting("sa", choices=INFERENCES)  # which branch of a ViT embeds; both: the sum of the two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +116,22 @@ class TrainingSettings:
     head_warmup_epochs: int = setting(0, low=0)  # a new head alone, before the backbone moves
     spreadout: float = setting(0.0, low=0.0)  # weight of the regulariser that keeps identity vectors apart
     spreadout_margin: float = setting(0.7, above=0.0, high=2.0)  # distance of unit identity vectors that is enough
+    triplet: float = setting(0.0, low=0.0)  # weight of the batch-hard triplet loss
+    triplet_margin: float = setting(0.3, above=0.0, high=2.0)  # distance of unit embeddings
     device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
     threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwinSettings:
+    """[twins]: which pairs of pictures training batches are made of; the three numbers count relative to their sum."""
+
+    genuine: float = setting(0.5, above=0.0, high=1.0)  # of one person
+    stranger: float = setting(0.25, low=0.0, high=1.0)  # of two families
+    twin: float = setting(0.25, low=0.0, high=1.0)  # of two siblings
+    hard_negatives: bool = setting(default=True)  # genuine pairs of two siblings in one batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +180,7 @@ class Settings:
     augmentation: AugmentationSettings = AugmentationSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
+    twins: TwinSettings = TwinSettings()
     federation: FederationSettings = FederationSettings()
     verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -262,7 +283,41 @@ def _conflicts(settings: Settings) -> list[str]:
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
             ' with model.pretrained, or model.pretrained = "none".'
         ]
-    return []
+    return _attention_conflicts(settings.model) + _patch_conflicts(settings)
+
+
+def _attention_conflicts(model: ModelSettings) -> list[str]:
+    """What branches a backbone can have, and which of them can embed."""
+    problems = []
+    if model.attention != "sa" and model.backbone not in VITS:
+        problems.append(
+            f'model.attention = "{model.attention}" needs a ViT, and model.backbone = "{model.backbone}" is none; use'
+            f' "sa", or one of {", ".join(VITS)}.'
+        )
+    if model.inference != "sa" and model.attention not in ("glca", "dcal"):
+        problems.append(
+            f'model.inference = "{model.inference}" needs a GLCA branch, and model.attention = "{model.attention}" has'
+            ' none; use "glca" or "dcal", or model.inference = "sa".'
+        )
+    return problems
+
+
+def _patch_conflicts(settings: Settings) -> list[str]:
+    """A ViT cuts the picture into whole patches; given weights are made for theirs."""
+    model, size, patch = settings.model, settings.data.image_size, settings.model.patch_size
+    problems = []
+    if model.backbone in VITS and size % patch:
+        nearest = max(patch, patch * round(size / patch))
+        problems.append(
+            f"data.image_size = {size} is not divisible by model.patch_size = {patch}; use {nearest} px, or another"
+            " patch size."
+        )
+    if model.backbone == "vit_base" and model.pretrained == "imagenet" and (patch, model.depth) != (16, 12):
+        problems.append(
+            f"model.patch_size = {patch} and model.depth = {model.depth}: vit_base's ImageNet weights are for 16 and"
+            ' 12; use those, or model.pretrained = "none".'
+        )
+    return problems
 
 
 def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Settings:

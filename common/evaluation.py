@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.classification import ClosedSetSums, closed_set_sums, grouped_confusion
 from common.metrics.folds import choose_pairs, fold_histogram, pair_scores, ten_fold_accuracy
-from common.metrics.verification import open_set_scores, pair_histogram
+from common.metrics.twins import kind_scores, no_twins, pair_histograms, stranger_histogram
+from common.metrics.verification import open_set_scores, pair_histogram, roc_auc
 from common.models.recogniser import Recogniser
 from common.runtime import stream_seed
 from common.training import Compute
@@ -33,11 +34,15 @@ class EvaluationSums:
     pairs: NDArray[np.int64]  # [2, 8192]: genuine and impostor pairs by cosine
     folds: NDArray[np.int64]  # [10, 2, 1024]: the pairs of ten-fold accuracy, likewise
     confusion: NDArray[np.int64] | None = None  # [G, G] of one client's people; None for several clients' sum
+    twins: NDArray[np.int64] = field(default_factory=no_twins)  # [2, 8192]: of `pairs` those of twins; zeros: no twins
 
     def __add__(self, other: "EvaluationSums") -> "EvaluationSums":
         """Both clients' sums. Their people differ, so there is no common confusion matrix."""
         return EvaluationSums(
-            closed=self.closed + other.closed, pairs=self.pairs + other.pairs, folds=self.folds + other.folds
+            closed=self.closed + other.closed,
+            pairs=self.pairs + other.pairs,
+            folds=self.folds + other.folds,
+            twins=self.twins + other.twins,
         )
 
     def scores(self) -> dict[str, float]:
@@ -50,6 +55,16 @@ class EvaluationSums:
     def open_scores(self) -> dict[str, float]:
         """The scores of people never seen alone.  Raises DataError without genuine or without impostor pairs."""
         return open_set_scores(self.pairs) | {"ten_fold_accuracy": ten_fold_accuracy(self.folds)[0]}
+
+    def twin_scores(self) -> dict[str, float]:
+        """twins_roc_auc and twins_eer of the pairs of twins alone, strangers_roc_auc of all but those of siblings.
+
+        The last is missing where all are of one family.  Raises DataError when there are no pairs of twins.
+        """
+        twins = kind_scores(self.twins, "twins")
+        scores = {"twins_roc_auc": twins["roc_auc"], "twins_eer": twins["eer"]}
+        strangers = stranger_histogram(self.pairs, self.twins)
+        return scores | ({"strangers_roc_auc": roc_auc(strangers)} if strangers[1].any() else {})
 
 
 def pooled(by_client: Mapping[str, EvaluationSums]) -> EvaluationSums:
@@ -68,7 +83,10 @@ def people_digest(pack: FacePack, split: str) -> str:
     pictures were aligned or how large they are.
     """
     _, people = SPLITS[split]
-    named = "\n".join(pack.people[person] for person in pack.person[pack.indices(people)].tolist())
+    shown = pack.person[pack.indices(people)]
+    named = "\n".join(pack.people[person] for person in shown.tolist())
+    if pack.family is not None:  # which pairs are of twins is decided by it
+        named += "\n\n" + "\n".join(pack.people[first] for first in pack.family[shown].tolist())
     return hashlib.sha256(f"{pack.dataset}\n{named}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -79,7 +97,7 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
     Raises TrainingFailed when one is not finite.
     """
     if len(indices) == 0:  # people with too few pictures for a closed set: its sums are zeros, not an error
-        return torch.empty(0, recogniser.backbone.linear.out_features)
+        return torch.empty(0, recogniser.head.identity_vectors.shape[1])
     compute.place(recogniser)
     recogniser.eval()
     parts = []
@@ -135,9 +153,21 @@ def evaluate(
     embeddings = embed(recogniser, pack, indices, compute).numpy() if open_embeddings is None else open_embeddings
     closed, confusion = _closed_set(recogniser, pack, pictures, compute)
     chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
+    pairs, twins = _open_set(embeddings, pack, indices)
     return EvaluationSums(
         closed=closed,
-        pairs=pair_histogram(embeddings, pack.person[indices]),
+        pairs=pairs,
         folds=fold_histogram(pair_scores(embeddings, chosen), chosen),
         confusion=confusion,
+        twins=twins,
     )
+
+
+def _open_set(
+    embeddings: NDArray[np.float32], pack: FacePack, indices: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The histograms of all pairs and of the twins' among them."""
+    person = pack.person[indices]
+    if pack.family is None:
+        return pair_histogram(embeddings, person), no_twins()
+    return pair_histograms(embeddings, person, pack.family[person])

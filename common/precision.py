@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import read_json, write_json
-from common.config import Settings
+from common.config import VITS, Settings
 from common.errors import CheckpointError
 from common.models.recogniser import Recogniser, build_recogniser
 from common.runtime import machine_digest
@@ -47,11 +47,14 @@ def _one_step(recogniser: Recogniser, optimiser: torch.optim.Optimizer, pictures
     """Seconds of one training step."""
     labels = torch.arange(len(pictures), device=compute.device) % TRIAL_PEOPLE
     start = _clock(compute.device)
+    partners = torch.arange(len(pictures), device=compute.device).roll(1)
     with compute.autocast():
-        embeddings = recogniser.embed(compute.laid_out(pictures))
-    loss = recogniser.head(embeddings.float(), labels).logsumexp(1).mean()
+        embeddings = recogniser.branch_embeddings(compute.laid_out(pictures), partners)
+    loss = recogniser.combined(
+        {name: recogniser.branch_logits(name, e.float(), labels).logsumexp(1).mean() for name, e in embeddings.items()}
+    )
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     loss.item()  # waits for the device
     return _clock(compute.device) - start
@@ -94,6 +97,7 @@ def _trial_key(settings: Settings, device: str, threads: int) -> str:
         for part in (
             machine_digest(), torch.__version__, device, threads, model.backbone, model.width, model.embedding_size,
             data.image_size, settings.training.precision, settings.training.memory_format,
+            *((model.patch_size, model.depth, model.attention) if model.backbone in VITS else ()),
         )
     )  # fmt: skip
 

@@ -17,7 +17,9 @@ from common.errors import TrainingFailed
 from common.faces.batches import num_batches, training_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.models.dcal import Partners, random_partners
 from common.models.heads import spreadout
+from common.models.losses import batch_hard_triplet
 from common.models.recogniser import Recogniser
 from common.runtime import random_stream, use_threads
 
@@ -53,6 +55,15 @@ class Compute:
         module.to(self.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """What one optimiser step tells."""
+
+    losses: dict[str, float]  # mean cross-entropy by branch
+    correct: int  # pictures, by self-attention
+    gradient_norm: float  # before clipping
+
+
 @dataclass
 class TrainSums:
     """What training adds up; everything here merges by addition."""
@@ -60,19 +71,32 @@ class TrainSums:
     num_pictures: int = 0  # processed, so a picture counts once an epoch
     num_steps: int = 0
     correct: int = 0
-    loss_sum: float = 0.0  # over pictures
+    loss_sum: float = 0.0  # over pictures; the cross-entropy of self-attention where there are other branches
+    branch_loss_sums: dict[str, float] = field(default_factory=dict)  # over pictures, of those others, by name
     gradient_norm_sum: float = 0.0  # over steps, before clipping
     num_warmup_pictures: int = 0  # seen by a new head alone, before training; in none of the sums above
     num_warmup_steps: int = 0
     lr_last: float = field(default=0.0)
 
+    def add(self, stepped: Stepped, num_pictures: int) -> None:
+        """Count one step of training on so many pictures."""
+        self.num_pictures += num_pictures
+        self.num_steps += 1
+        self.correct += stepped.correct
+        self.loss_sum += stepped.losses["sa"] * num_pictures
+        self.gradient_norm_sum += stepped.gradient_norm
+        for name, loss in stepped.losses.items():
+            if name != "sa":
+                self.branch_loss_sums[name] = self.branch_loss_sums.get(name, 0.0) + loss * num_pictures
+
     def merged(self) -> dict[str, float]:
-        """The means the tracking shows: train_loss, train_acc, gradient_norm."""
+        """The means the tracking shows: train_loss, train_acc, gradient_norm; train_loss_glca, train_loss_pwca."""
+        num_pictures = max(self.num_pictures, 1)
         return {
-            "train_loss": self.loss_sum / max(self.num_pictures, 1),
-            "train_acc": self.correct / max(self.num_pictures, 1),
+            "train_loss": self.loss_sum / num_pictures,
+            "train_acc": self.correct / num_pictures,
             "gradient_norm": self.gradient_norm_sum / max(self.num_steps, 1),
-        }
+        } | {f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()}
 
 
 def learning_rate(training: TrainingSettings, progress: float) -> float:
@@ -117,6 +141,20 @@ def proximal(parameters: Sequence[nn.Parameter], mu: float) -> Penalty:
     return add_gradient
 
 
+def _branch_losses(
+    recogniser: Recogniser, embeddings: dict[str, Tensor], labels: Tensor, training: TrainingSettings
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of each branch the cross-entropy, and what is minimised: that and the triplet loss."""
+    told, minimised = {}, {}
+    for name, embedding in embeddings.items():
+        logits = recogniser.branch_logits(name, embedding.float(), labels)
+        told[name] = minimised[name] = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+        if training.triplet > 0.0:
+            triplet = batch_hard_triplet(embedding.float(), labels, training.triplet_margin)
+            minimised[name] = told[name] + training.triplet * triplet
+    return told, minimised
+
+
 def _step(  # one optimiser step
     recogniser: Recogniser,
     optimiser: torch.optim.Optimizer,
@@ -125,31 +163,34 @@ def _step(  # one optimiser step
     training: TrainingSettings,
     compute: Compute,
     penalty: Penalty | None,
+    partners: Tensor | None,
     where: str,
-) -> tuple[float, int, float]:
-    """Returns (mean loss, number of correct pictures, gradient norm).  Raises TrainingFailed if not finite."""
+) -> Stepped:
+    """partners: those of PWCA, [B] int64.  Raises TrainingFailed if loss or gradient is not finite."""
     pictures, labels = batch
     with compute.autocast():
-        embeddings = recogniser.embed(compute.laid_out(pictures))
-    logits = recogniser.head(embeddings.float(), labels)
-    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-    objective = loss
+        embeddings = recogniser.branch_embeddings(compute.laid_out(pictures), partners)
+    told, minimised = _branch_losses(recogniser, embeddings, labels, training)
+    objective = recogniser.combined(minimised)
     if training.spreadout > 0.0:
-        objective = loss + training.spreadout * spreadout(recogniser.head.identity_vectors, training.spreadout_margin)
+        apart = spreadout(recogniser.head.identity_vectors, training.spreadout_margin)
+        objective = objective + training.spreadout * apart
     recogniser.zero_grad(set_to_none=True)  # also of what this optimiser does not hold, or it would count in the norm
     objective.backward()  # type: ignore[no-untyped-call]
     if penalty is not None:
         penalty()
-    norm = float(nn.utils.clip_grad_norm_(recogniser.parameters(), training.clip_norm))
-    value = loss.item()
-    if not (math.isfinite(value) and math.isfinite(norm)):
+    norm = float(nn.utils.clip_grad_norm_(recogniser.network_parameters(), training.clip_norm))
+    values = {name: loss.item() for name, loss in told.items()}
+    if not all(math.isfinite(value) for value in (*values.values(), norm)):
         raise TrainingFailed(
-            f"the loss is {value} and the gradient norm {norm} at {where}; lower training.lr (now {training.lr})."
+            f"the loss is {values['sa']} and the gradient norm {norm} at {where}; lower training.lr"
+            f" (now {training.lr})."
         )
     with torch.no_grad():  # before the step, and without the margin, which would count right answers as wrong
-        correct = int((recogniser.class_logits(embeddings.detach().float()).argmax(1) == labels).sum())
+        logits = recogniser.head.class_logits(embeddings["sa"].detach().float())
+        correct = int((logits.argmax(1) == labels).sum())
     optimiser.step()
-    return value, correct, norm
+    return Stepped(losses=values, correct=correct, gradient_norm=norm)
 
 
 def epoch_batches(
@@ -197,7 +238,7 @@ def warm_up_head(
     if settings.training.head_warmup_epochs == 0:
         return sums
     compute.place(recogniser)
-    optimiser = make_optimiser(recogniser.head, settings.training)
+    optimiser = make_optimiser(recogniser.heads, settings.training)
     with _frozen(recogniser.backbone):
         for epoch in range(settings.training.head_warmup_epochs):
             batches = epoch_batches(
@@ -211,6 +252,7 @@ def warm_up_head(
                     training=settings.training,
                     compute=compute,
                     penalty=None,
+                    partners=None,
                     where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}",
                 )
                 sums.num_warmup_pictures += len(batch[1])
@@ -229,11 +271,13 @@ def train_epochs(
     total_epochs: int,
     stream_name: str,
     penalty: Penalty | None = None,
+    choose_partners: Partners = random_partners,
 ) -> TrainSums:
     """Train in place for `epochs`, a range within [0, total_epochs).
 
     The learning rate follows the position within all epochs, so rounds do not restart it; dropout and the like draw
-    from a stream named by (seed, stream_name, epoch).  Raises TrainingFailed when a loss or gradient is not finite.
+    from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA.
+    Raises TrainingFailed when a loss or gradient is not finite.
     """
     compute.place(recogniser)
     recogniser.train()
@@ -241,23 +285,21 @@ def train_epochs(
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     for epoch in epochs:
         torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", epoch).initial_seed())
+        partner_stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
         batches = epoch_batches(pack, settings, compute, stream_name=stream_name, epoch=epoch)
         for step, batch in enumerate(batches):
             sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
             for group in optimiser.param_groups:
                 group["lr"] = sums.lr_last
-            loss, correct, norm = _step(
+            stepped = _step(
                 recogniser,
                 optimiser,
                 batch,
                 training=settings.training,
                 compute=compute,
                 penalty=penalty,
+                partners=choose_partners(batch[1], partner_stream) if "pwca" in recogniser.branches else None,
                 where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}",
             )
-            sums.num_pictures += len(batch[1])
-            sums.num_steps += 1
-            sums.correct += correct
-            sums.loss_sum += loss * len(batch[1])
-            sums.gradient_norm_sum += norm
+            sums.add(stepped, len(batch[1]))
     return sums

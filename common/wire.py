@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from common.errors import ReplyRefused
 from common.metrics.classification import MOST_GROUPS
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
+from common.metrics.twins import no_twins
 from common.metrics.verification import NUM_BINS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
@@ -82,6 +83,7 @@ class SplitSums:
     pairs: NDArray[np.int64]  # [2, 8192]
     folds: NDArray[np.int64]  # [10, 2, 1024]
     confusion: NDArray[np.int64]  # [G, G], G at most 64: people in groups where they are more
+    twins: NDArray[np.int64] = dataclasses.field(default_factory=no_twins)  # [2, 8192]; zeros where nobody has a twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def reply_content(reply: Reply) -> RecordDict:
     arrays = {}
     for split, values in reply.evaluations.items():
         sums |= {f"{split}-{name}": value for name, value in values.closed.items()}
-        parts = (values.pairs, values.folds, values.confusion)
+        parts = (values.pairs, values.folds, values.twins, values.confusion)
         arrays[COUNTS.format(split=split)] = Array(np.concatenate([part.reshape(-1) for part in parts]))
     if reply.change is not None:
         arrays[CHANGE] = Array(reply.change)
@@ -184,19 +186,20 @@ def reply_content(reply: Reply) -> RecordDict:
 def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums:  # noqa: ANN401
     name = COUNTS.format(split=split)
     counts = _array(arrays, name)
-    num_pairs, num_folds = math.prod(_PAIRS_SHAPE), math.prod(_FOLDS_SHAPE)
-    groups = math.isqrt(max(counts.size - num_pairs - num_folds, 0))
-    size = num_pairs + num_folds + groups**2
+    ends = np.cumsum([math.prod(_PAIRS_SHAPE), math.prod(_FOLDS_SHAPE), math.prod(_PAIRS_SHAPE)]).tolist()
+    groups = math.isqrt(max(counts.size - ends[-1], 0))
+    size = ends[-1] + groups**2
     if counts.dtype != np.int64 or counts.shape != (size,) or groups > MOST_GROUPS:
         raise ReplyRefused(f"{name} is {counts.dtype} {counts.shape}, not this version's counts, int64 ({size},)")
     if bool((counts < 0).any()):
         raise ReplyRefused(f"{name} holds {counts.min()}, not counts")
-    pairs, folds, confusion = np.split(counts, [num_pairs, num_pairs + num_folds])
+    pairs, folds, twins, confusion = np.split(counts, ends)
     return SplitSums(
         closed={name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS},
         pairs=pairs.reshape(_PAIRS_SHAPE),
         folds=folds.reshape(_FOLDS_SHAPE),
         confusion=confusion.reshape(groups, groups),
+        twins=twins.reshape(_PAIRS_SHAPE),
     )
 
 

@@ -89,6 +89,8 @@ def _check_evaluations(reply: Reply, site: Site) -> None:
         most = site.num_pictures * (site.num_pictures - 1) // 2
         if float(sums.pairs.sum(dtype=np.float64)) > most:
             raise ReplyRefused(f"the {split} histogram counts more pairs than {site.num_pictures} pictures have")
+        if bool((sums.twins > sums.pairs).any()):
+            raise ReplyRefused(f"the {split} histogram counts more pairs of twins than pairs")
         if float(sums.folds.sum(dtype=np.float64)) > most:
             raise ReplyRefused(f"the {split} folds count more pairs than {site.num_pictures} pictures have")
         if float(sums.confusion.sum(dtype=np.float64)) > site.num_pictures:

@@ -9,12 +9,19 @@ from common.metrics.classification import ClosedSetSums
 from common.wire import Reply, SplitSums
 
 INTEGER_SUMS = ("num_examples", "correct", "num_classes")
+_ROUND_OPEN = ("roc_auc", "eer", "twins_roc_auc", "twins_eer", "strangers_roc_auc")
 
 
 def evaluation_sums(sums: SplitSums) -> EvaluationSums:
     """The sums of one reply in the form of `common.evaluation`."""
     values: dict[str, Any] = {k: int(v) if k in INTEGER_SUMS else float(v) for k, v in sums.closed.items()}
-    return EvaluationSums(closed=ClosedSetSums(**values), pairs=sums.pairs, folds=sums.folds, confusion=sums.confusion)
+    return EvaluationSums(
+        closed=ClosedSetSums(**values),
+        pairs=sums.pairs,
+        folds=sums.folds,
+        confusion=sums.confusion,
+        twins=sums.twins,
+    )
 
 
 def closed_scores(sums: EvaluationSums) -> dict[str, float]:
@@ -23,9 +30,20 @@ def closed_scores(sums: EvaluationSums) -> dict[str, float]:
 
 
 def open_scores(sums: EvaluationSums) -> dict[str, float]:
-    """roc_auc, eer, tar_at_far_*, ten_fold_accuracy; empty when there are no genuine or no impostor pairs."""
+    """roc_auc, eer, tar_at_far_*, ten_fold_accuracy; empty when there are no genuine or no impostor pairs.
+
+    Where there are twins also twins_roc_auc, twins_eer and strangers_roc_auc.
+    """
     try:
-        return sums.open_scores()
+        return sums.open_scores() | _twin_scores(sums)
+    except DataError:
+        return {}
+
+
+def _twin_scores(sums: EvaluationSums) -> dict[str, float]:
+    """twins_roc_auc, twins_eer, strangers_roc_auc; empty when there are no pairs of twins."""
+    try:
+        return sums.twin_scores()
     except DataError:
         return {}
 
@@ -39,7 +57,7 @@ def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
     """The round's metrics by the names that the tracking shows: round_test_auc, round_val_auc, ..."""
     closed, open_set = closed_scores(sums), open_scores(sums)
     shown = {"loss": closed.get("loss"), "acc": closed.get("accuracy")}
-    shown |= {"auc": open_set.get("roc_auc"), "eer": open_set.get("eer")}
+    shown |= {name.replace("roc_auc", "auc"): open_set.get(name) for name in _ROUND_OPEN}
     return {f"round_{split}_{name}": value for name, value in shown.items() if value is not None}
 
 

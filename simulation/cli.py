@@ -11,7 +11,7 @@ from common.flags import add_run_settings, read_run_settings, refuse_run_setting
 from common.runtime import go_silent
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
-DATA_LAYOUTS = ("celeba", "vggface2")
+DATA_LAYOUTS = ("celeba", "vggface2", "twins")
 # Of training alone: models are compared as they were trained.
 TRAINING_FLAGS = (
     "--strategy", "--rounds", "--local-epochs", "--proximal-mu", "--head", "--lr", "--batch-size", "--epochs",
@@ -74,7 +74,11 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     synth = data.add_parser("synth", help="write a synthetic data set in an official layout")
     synth.add_argument("--layout", required=True, choices=DATA_LAYOUTS)
     synth.add_argument("--out", dest="folder", required=True, metavar="DIR", help="the folder to make")
-    synth.add_argument("--people", type=int, metavar="N", help="how many people")
+    synth.add_argument("--people", type=int, metavar="N", help="how many people (not with twins)")
+    synth.add_argument("--families", type=int, metavar="N", help="twins: how many families of two siblings")
+    synth.add_argument(
+        "--closeness", type=float, metavar="X", help="twins: how alike siblings are, from 0 (strangers) to 1 (one face)"
+    )
     synth.add_argument("--pictures", type=int, metavar="N", help="pictures of each person")
     synth.add_argument("--seed", type=int, default=1, metavar="N")
     for name, text in (("prepare", "align and pack a data set once"), ("audit", "report what is in a data set")):
@@ -92,7 +96,7 @@ def _add_data_sources(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=DIR]",
-        help="a data set: celeba, vggface2, folder, or NAME:DATASET=DIR",
+        help="a data set: celeba, vggface2, twins, folder, or NAME:DATASET=DIR",
     )
     parser.add_argument(
         "--data-dir",
@@ -182,6 +186,8 @@ def _synth(arguments: argparse.Namespace) -> int:
         arguments.layout,
         Path(arguments.folder),
         people=arguments.people,
+        families=arguments.families,
+        closeness=arguments.closeness,
         pictures=arguments.pictures,
         seed=arguments.seed,
         out=sys.stdout,

@@ -1,5 +1,6 @@
 """`facefed data synth|prepare|audit`."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,24 +8,49 @@ from typing import TextIO
 
 from common.config import Settings
 from common.console import PackProgress
+from common.errors import UserError
 from common.faces.audit import audit, audit_overlap
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.runtime import num_cores
 from simulation.sites import ClientOption, pack_at_the_door, site_of
 
 
-def synth(layout: str, folder: Path, *, people: int | None, pictures: int | None, seed: int, out: TextIO) -> int:
-    """Write a synthetic data set in an official layout."""
-    chosen = {"num_people": people, "pictures_per_person": pictures}
-    settings = SynthSettings(layout=layout, seed=seed, **{k: v for k, v in chosen.items() if v is not None})
+def synth(
+    layout: str,
+    folder: Path,
+    *,
+    people: int | None,
+    families: int | None,
+    closeness: float | None,
+    pictures: int | None,
+    seed: int,
+    out: TextIO,
+) -> int:
+    """Write a synthetic data set in an official layout.  Raises UserError for an option of another layout."""
+    given = {"--people": people, "--families": families, "--closeness": closeness}
+    wrong = ("--people",) if layout == "twins" else ("--families", "--closeness")
+    for flag in wrong:
+        if given[flag] is not None:
+            other = "give --families N, for twins come in pairs" if layout == "twins" else "it is for --layout twins"
+            raise UserError(f"{flag} {given[flag]:g} does not go with --layout {layout}; {other}.")
+    if families is not None:
+        people = 2 * families
+    settings = SynthSettings(layout=layout, seed=seed)
+    if people is not None:
+        settings = dataclasses.replace(settings, num_people=people)
+    if pictures is not None:
+        settings = dataclasses.replace(settings, pictures_per_person=pictures)
+    if closeness is not None:
+        settings = dataclasses.replace(settings, closeness=closeness)
     progress = PackProgress(f"drawing {layout}", out)
     try:
         write_dataset(settings, folder, num_processes=num_cores(), progress=progress)
     finally:
         progress.close()
-    out.write(
-        f"{folder}: {settings.num_people} people, {settings.pictures_per_person} pictures each, {layout} layout\n"
-    )
+    held = f"{settings.num_people} people"
+    if layout == "twins":
+        held += f" ({settings.num_people // 2} pairs of twins, closeness {settings.closeness:g})"
+    out.write(f"{folder}: {held}, {settings.pictures_per_person} pictures each, {layout} layout\n")
     return 0
 
 

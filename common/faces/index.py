@@ -1,6 +1,7 @@
 """FaceIndex: every picture that a data set's layout names, before anything is decoded."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class FaceIndex:
         corner, right mouth corner, left and right as seen in the picture; a row of NaN is absent.  None: no such file.
     boxes: [N, 4] float32, px x, y, width, height of the face; a row of NaN is absent.  None: no such file.
     names: the people's real names where the data set has them, in the order of people; else None.
+    family: [P] int64, for each person the number in people of the first person of their family (its own for one without
+        siblings), so that people[family[p]] names the family of person p.  None: every person is their own family.
     """
 
     dataset: str
@@ -36,6 +39,7 @@ class FaceIndex:
     landmarks: NDArray[np.float32] | None
     boxes: NDArray[np.float32] | None
     names: tuple[str, ...] | None = None
+    family: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Number of pictures N."""
@@ -52,10 +56,12 @@ def build_index(
     landmarks: NDArray[np.float32] | None = None,
     boxes: NDArray[np.float32] | None = None,
     names: dict[str, str] | None = None,
+    siblings: Iterable[tuple[str, str]] | None = None,
 ) -> FaceIndex:
     """A FaceIndex from parallel columns in any order: sorted by path, people numbered in sorted order.
 
     people_of: [N] identifier of each picture's person.  names: identifier -> real name.
+    siblings: pairs of people of one family, each with pictures; None: the data set knows of no families.
     Raises DataError for a picture named twice or a data set without pictures.
     """
     if not paths:
@@ -80,7 +86,21 @@ def build_index(
         landmarks=None if landmarks is None else landmarks[order],
         boxes=None if boxes is None else boxes[order],
         names=None if names is None else tuple(names.get(identifier, identifier) for identifier in people),
+        family=None if siblings is None else _families(len(people), [(number[a], number[b]) for a, b in siblings]),
     )
+
+
+def _families(num_people: int, siblings: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """The first member of each person's family, [num_people] int64: families grow together along pairs of siblings."""
+    first = np.arange(num_people, dtype=np.int64)
+    members = {person: [person] for person in range(num_people)}
+    for one, other in siblings:
+        kept, gone = sorted((int(first[one]), int(first[other])))
+        if kept != gone:
+            joined = members.pop(gone)
+            first[joined] = kept
+            members[kept] += joined
+    return first
 
 
 def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
@@ -95,4 +115,5 @@ def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
         landmarks=None if index.landmarks is None else index.landmarks[rows],
         boxes=None if index.boxes is None else index.boxes[rows],
         names=index.names,
+        family=index.family,
     )

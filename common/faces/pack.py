@@ -49,7 +49,7 @@ class FacePack:
     pictures: uint8 RGB [N, S, S, 3], memory-mapped and read-only; quarantined pictures and unused people are left out.
     person: [N] int64, index into people (all people of the data set).  split: [N] int8 `Split` codes; UNUSED is rare:
     people that fell below the limits through quarantine.  key: SHA-256 hex of index and settings.
-    quarantined: (path, reason), sorted by path.
+    quarantined: (path, reason), sorted by path.  family: [P] int64, as in FaceIndex; None: everyone their own.
     """
 
     pictures: Pictures
@@ -59,6 +59,7 @@ class FacePack:
     key: str
     quarantined: tuple[tuple[str, str], ...]
     dataset: str
+    family: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Number of pictures N."""
@@ -86,6 +87,11 @@ class FacePack:
         label[self.training_people] = np.arange(self.num_classes)
         return np.where(np.isin(self.split, _CLOSED_SET), label[self.person], -1)
 
+    @property
+    def families(self) -> NDArray[np.int64]:
+        """The family of each person, [P] int64: the number of its first member; each their own where none are known."""
+        return np.arange(len(self.people), dtype=np.int64) if self.family is None else self.family
+
     def indices(self, split: Split) -> NDArray[np.int64]:
         """Which pictures serve `split`, ascending.  [M] int64."""
         return np.flatnonzero(self.split == split)
@@ -102,8 +108,8 @@ def open_pack(
 ) -> FacePack:
     """The pack of a data set: found in cache_dir/KEY, or made there by `workers` processes (1: in this one).
 
-    progress: called with (pictures done, pictures in all) while packing.  The key covers paths, people, landmarks,
-    boxes, splits, sizes and times of the pictures, and the settings, so a change of any of them packs anew.
+    progress: called with (pictures done, pictures in all) while packing.  The key covers paths, people, families,
+    landmarks, boxes, splits, sizes and times of the pictures, and the settings, so a change of any of them packs anew.
     Raises DataError: as read_index and assign_splits; too many quarantined pictures; no space; a cache folder that
     cannot be written. Raises CheckpointError when cache_dir/KEY holds a pack of another key.
     """
@@ -147,6 +153,7 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
         key=manifest["key"],
         quarantined=tuple((path, reason) for path, reason in manifest["quarantined"]),
         dataset=manifest["dataset"],
+        family=None if manifest["family"] is None else np.array(manifest["family"], dtype=np.int64),
     )
 
 
@@ -184,7 +191,7 @@ def _key(
     del settings["max_quarantined_fraction"]  # checked whenever a pack is opened
     if recipe.alignment != "box":
         del settings["box_margin"]
-    arrays = [index.person, index.landmarks, index.boxes, split, stamps]
+    arrays = [index.person, index.landmarks, index.boxes, split, stamps, index.family]
     parts = [
         json.dumps([pack_store.FORMAT, index.dataset, settings], sort_keys=True).encode(),
         "\n".join(index.people).encode("utf-8", "surrogateescape"),
@@ -233,5 +240,6 @@ def _write(
             pack_store.keep_rows(path, kept[written], size)
         np.save(temporary / pack_store.PERSON, index.person, allow_pickle=False)
         np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
-        about = {"key": folder.name, "dataset": index.dataset, "people": index.people}
-        pack_store.write_manifest(temporary, {**about, "quarantined": quarantined})
+        about = {"key": folder.name, "dataset": index.dataset, "people": index.people, "quarantined": quarantined}
+        family = None if index.family is None else index.family.tolist()
+        pack_store.write_manifest(temporary, {**about, "family": family})

@@ -3,7 +3,8 @@
     KEY/pictures.npy    uint8 [N, S, S, 3], memory-mapped
     KEY/person.npy      int64 [N]
     KEY/split.npy       int8 [N]
-    KEY/manifest.json   written last: format, key, people, what was quarantined, length and digest of each file above
+    KEY/manifest.json   written last: format, key, people, families, what was quarantined, length and digest of each
+                        file above
 
 Nothing here is pickled.
 """
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError, DataError
 
-FORMAT = 1
+FORMAT = 2  # 2: families of people
 MANIFEST, PICTURES, PERSON, SPLIT = "manifest.json", "pictures.npy", "person.npy", "split.npy"
 
 

@@ -24,25 +24,26 @@ _NEEDED_FILES = {
     ("vggface2", "landmarks"): "bb_landmark/loose_landmark_{train,test}.csv",
     ("vggface2", "box"): "bb_landmark/loose_bb_{train,test}.csv",
 }
+_WITHOUT_POINTS = ("folder", "twins")  # layouts that never hold landmarks or boxes
 logger = logging.getLogger("facefed.faces")
 
 
 def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float32] | None]:
     """How the pictures of this data set are aligned, and the landmarks or boxes [N, ...] that takes.
 
-    A plain folder never has landmarks or boxes: its pictures are cut to the centre square. Elsewhere a missing file is
-    a DataError, for a silent change of alignment would ruin a comparison.
+    A plain folder and the twins' layout never have landmarks or boxes: their pictures are cut to the centre square.
+    Elsewhere a missing file is a DataError, for a silent change of alignment would ruin a comparison.
     """
     points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None}[data.alignment]
     alignment = data.alignment
     if points is None and alignment != "resize":
-        if index.dataset != "folder":
+        if index.dataset not in _WITHOUT_POINTS:
             file = _NEEDED_FILES[index.dataset, alignment]
             raise DataError(
                 f"{index.root}: data.alignment = {alignment!r} needs {file}, which is not there; add the file or "
                 'choose data.alignment = "resize".'
             )
-        logger.info("%s: a plain folder has no %s; pictures are cut to their centre square", index.root, alignment)
+        logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
         alignment = "resize"
     return Recipe(alignment=alignment, image_size=data.image_size, box_margin=data.box_margin), points
 

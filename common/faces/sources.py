@@ -7,11 +7,13 @@ from common.errors import DataError, unknown_name
 from common.faces.celeba import read_celeba
 from common.faces.folder import read_folder
 from common.faces.index import FaceIndex
+from common.faces.twins import read_twins
 from common.faces.vggface2 import read_vggface2
 
 _READERS: dict[str, Callable[[Path], FaceIndex]] = {
     "celeba": read_celeba,
     "vggface2": read_vggface2,
+    "twins": read_twins,
     "folder": read_folder,
 }
 DATASETS = tuple(_READERS)

@@ -2,6 +2,8 @@
 
 Closed set: each training person's pictures go to TRAIN, VAL_PICTURES and TEST_PICTURES. Open set: VAL_PEOPLE and
 TEST_PEOPLE are people never trained on, by the official split where there is one, else by hash.
+
+Families are never divided: a twin and the sibling stand on one side, for they are nearly the same face.
 """
 
 import enum
@@ -36,14 +38,15 @@ def assign_splits(index: FaceIndex, data: DataSettings) -> NDArray[np.int8]:
 
     People with fewer than data.min_pictures_per_person pictures are UNUSED, as are open-set people with a single
     picture; of the rest data.max_people are kept by hash, shared out over training, validation and test as these stand.
-    A person whom the official lists put in two parts belongs whole to the stricter one (test, then validation).
+    A person or family whom the official lists put in two parts belongs whole to the stricter one (test, then
+    validation). What is decided by hash is decided by that of the family's first name, for the whole family.
     Raises DataError when fewer than two people are left in training, validation or test.
     """
     count = np.bincount(index.person, minlength=len(index.people))
     part = _people_parts(index, count, data)
     _require_people(index, part, data)
     if isinstance(data.max_people, int):
-        _keep_some(part, _hashes(f"{index.dataset}/keep", index.people), data.max_people)
+        _keep_some(part, _family_of(index), _hashes(f"{index.dataset}/keep", index.people), data.max_people)
         _require_people(index, part, data)
     codes = part[index.person]
     _split_pictures(codes, index, data)
@@ -61,17 +64,26 @@ def _hashes(salt: str, names: Iterable[str]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
+def _family_of(index: FaceIndex) -> NDArray[np.int64]:
+    """The first member of each person's family, [P] int64; each person their own where the data set has none."""
+    return np.arange(len(index.people), dtype=np.int64) if index.family is None else index.family
+
+
 def _people_parts(index: FaceIndex, count: NDArray[np.int64], data: DataSettings) -> NDArray[np.int8]:
     """Each person's part: TRAIN, VAL_PEOPLE, TEST_PEOPLE or UNUSED.  count: [P] pictures of each person."""
+    family = _family_of(index)
     official = np.full(len(index.people), -1, dtype=np.int8)
-    np.maximum.at(official, index.person, index.official_split)  # test over validation over training over none
+    np.maximum.at(official, family[index.person], index.official_split)  # test over validation over training over none
+    official = official[family]
     part = np.full(len(index.people), Split.TRAIN, dtype=np.int8)
     part[official == OFFICIAL_VALIDATION] = Split.VAL_PEOPLE
     part[official == OFFICIAL_TEST] = Split.TEST_PEOPLE
     part[(count < MIN_OPEN_PICTURES) & (official > OFFICIAL_TRAIN)] = Split.UNUSED
     part[count < max(data.min_pictures_per_person, 1)] = Split.UNUSED
     order = np.argsort(_hashes(f"{index.dataset}/people", index.people), kind="stable")
-    free = order[(part[order] == Split.TRAIN) & (count[order] >= MIN_OPEN_PICTURES)]
+    training = np.bincount(family[part == Split.TRAIN], minlength=len(part))
+    useless = np.bincount(family[(part == Split.TRAIN) & (count < MIN_OPEN_PICTURES)], minlength=len(part))
+    free = order[(training[order] > 0) & (useless[order] == 0)]  # families, by their first member
     total = len(free)
     for code, known, fraction in (
         (Split.TEST_PEOPLE, OFFICIAL_TEST, data.fraction_test_people),
@@ -79,46 +91,61 @@ def _people_parts(index: FaceIndex, count: NDArray[np.int64], data: DataSettings
     ):
         if not (official == known).any():
             number = max(MIN_PEOPLE, round(fraction * total))
-            part[free[:number]] = code
+            part[np.isin(family, free[:number]) & (part == Split.TRAIN)] = code
             free = free[number:]
     return part
 
 
 def _require_people(index: FaceIndex, part: NDArray[np.int8], data: DataSettings) -> None:
-    """Raise DataError when a part that needs people has fewer than two."""
+    """Raise DataError when a part that needs people has fewer than two, or an open set fewer than two families."""
+    family = _family_of(index)
     for code, what in (
         (Split.TRAIN, "training"),
         (Split.TEST_PEOPLE, "the test on unseen people"),
         (Split.VAL_PEOPLE, "the validation on unseen people"),
     ):
-        left = int((part == code).sum())
+        here = part == code
+        # One family alone has no strangers; each person is a family where none are known.
+        left = int(here.sum()) if code == Split.TRAIN else len(np.unique(family[here]))
         if left < MIN_PEOPLE:
+            counts_people = code == Split.TRAIN or index.family is None
+            kind, total = ("people", len(index.people)) if counts_people else ("families", len(np.unique(family)))
             raise DataError(
-                f"{index.root}: {left} of {len(index.people)} people left for {what}, and {MIN_PEOPLE} are needed; "
-                f"add people or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
+                f"{index.root}: {left} of {total} {kind} left for {what}, and {MIN_PEOPLE} are needed; "
+                f"add {kind} or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
                 f"data.max_people = {data.max_people}."
             )
 
 
-def _keep_some(part: NDArray[np.int8], hashes: NDArray[np.uint64], max_people: int) -> None:
-    """Leave at most max_people people in use, each part keeping its share and, as far as that goes, at least two."""
+def _keep_some(part: NDArray[np.int8], family: NDArray[np.int64], hashes: NDArray[np.uint64], max_people: int) -> None:
+    """Leave at most max_people people in use, each part keeping its share and, as far as that goes, at least two.
+
+    Families are kept or left out whole, so with twins one person fewer may be left.
+    """
     used = part != Split.UNUSED
     if int(used.sum()) <= max_people:
         return
-    codes = (Split.TRAIN, Split.TEST_PEOPLE, Split.VAL_PEOPLE)
-    sizes = {code: int((part == code).sum()) for code in codes}
-    quota = dict.fromkeys(codes, 0)
-    for _ in range(max_people):
+    size = np.bincount(family[used], minlength=len(part))
+    queues: dict[Split, NDArray[np.int64]] = {}
+    for code in (Split.TRAIN, Split.TEST_PEOPLE, Split.VAL_PEOPLE):
+        firsts = np.unique(family[part == code])
+        queues[code] = firsts[np.argsort(hashes[firsts], kind="stable")]
+    quota = dict.fromkeys(queues, 0)
+    left = max_people
+    while True:
         # the part that is furthest behind its share; below two, no share is worth anything
         behind = {
-            code: (min(quota[code], MIN_PEOPLE), quota[code] / sizes[code])
-            for code in codes
-            if quota[code] < sizes[code]
+            code: (min(quota[code], MIN_PEOPLE), quota[code] / len(queue))
+            for code, queue in queues.items()
+            if quota[code] < len(queue)
         }
-        quota[min(behind, key=lambda code: behind[code])] += 1
-    for code in codes:
-        rows = np.flatnonzero(part == code)
-        part[rows[np.argsort(hashes[rows], kind="stable")[quota[code] :]]] = Split.UNUSED
+        code = min(behind, key=lambda code: behind[code])
+        left -= int(size[queues[code][quota[code]]])
+        if left < 0:
+            break
+        quota[code] += 1
+    kept = np.concatenate([queue[: quota[code]] for code, queue in queues.items()])
+    part[~np.isin(family, kept)] = Split.UNUSED
 
 
 def _split_pictures(codes: NDArray[np.int8], index: FaceIndex, data: DataSettings) -> None:

@@ -52,6 +52,13 @@ STYLES: dict[str, Style] = {
         eye_distance=(0.17, 0.27), eye_height=(0.40, 0.50), sideways=0.045, backdrop="place",
         ambient=(0.35, 0.85), width_px=(160, 232), height_ratio=(1.0, 1.2),
     ),
+    # Portraits of a study: square and filled by the face, since nobody aligns them; indoors and outdoors, on many days.
+    "twins": Style(
+        cast=(1.0, 1.0, 0.98), cast_spread=0.08, exposure=(0.78, 1.22), contrast=(0.85, 1.20), saturation=0.96,
+        blur_px=(0.0, 0.8), noise=(1.0, 5.0), jpeg_quality=(80, 95), yaw=0.26, pitch=0.14, roll=0.05,
+        eye_distance=(0.245, 0.275), eye_height=(0.425, 0.465), sideways=0.012, backdrop="place",
+        ambient=(0.40, 0.90), width_px=(160, 160), height_ratio=(1.0, 1.0),
+    ),
 }  # fmt: skip
 
 

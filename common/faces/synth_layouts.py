@@ -74,9 +74,14 @@ def attributes_of(traits: Traits, view: View) -> frozenset[str]:
     return frozenset(name for name, holds in _ATTRIBUTES.items() if holds(traits, view))
 
 
+def num_test_people(num_people: int) -> int:
+    """How many of so many people (or families) the official test split has."""
+    return max(_MIN_PEOPLE_OF_A_SPLIT, round(_FRACTION_TEST_PEOPLE * num_people))
+
+
 def _partitions(num_people: int) -> list[int]:
     """How many people of each split, as a partition number for each."""
-    num_test = max(_MIN_PEOPLE_OF_A_SPLIT, round(_FRACTION_TEST_PEOPLE * num_people))
+    num_test = num_test_people(num_people)
     num_valid = max(_MIN_PEOPLE_OF_A_SPLIT, round(_FRACTION_VALID_PEOPLE * num_people))
     return [_TRAIN] * (num_people - num_test - num_valid) + [_VALID] * num_valid + [_TEST] * num_test
 

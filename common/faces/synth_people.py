@@ -66,8 +66,8 @@ TRAITS: dict[str, tuple[float, float]] = {
 LATENT_SIZE = len(TRAITS)
 
 # One stream of random numbers per data set: the same seed never makes the same person in two of them.
-_STREAMS = {"celeba": 101, "vggface2": 202}
-_PERSON, _PICTURE, _ORDER = 1, 2, 3
+_STREAMS = {"celeba": 101, "vggface2": 202, "twins": 303}
+_PERSON, _PICTURE, _ORDER, _FAMILY = 1, 2, 3, 4
 
 
 def _generator(seed: int, layout: str, *path: int) -> np.random.Generator:
@@ -77,6 +77,11 @@ def _generator(seed: int, layout: str, *path: int) -> np.random.Generator:
 def person_latent(seed: int, layout: str, person: int) -> NDArray[np.float64]:
     """The latent of one person: float64 [LATENT_SIZE], standard normal."""
     return _generator(seed, layout, _PERSON, person).standard_normal(LATENT_SIZE)
+
+
+def family_latent(seed: int, layout: str, family: int) -> NDArray[np.float64]:
+    """What the members of one family have in common: float64 [LATENT_SIZE], standard normal."""
+    return _generator(seed, layout, _FAMILY, family).standard_normal(LATENT_SIZE)
 
 
 def picture_generator(seed: int, layout: str, person: int, picture: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Synthetic face data sets on disk, in the official CelebA and VGGFace2 layouts: `facefed data synth`.
+"""Synthetic face data sets on disk, in the layouts of CelebA, VGGFace2 and ND-TWINS: `facefed data synth`.
 
 The people do not exist; the pictures may be shown, copied and trained on freely. One data set is one folder of JPEGs
 with its list files and a manifest, written last, that says which settings made it.
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError, unknown_name
@@ -29,17 +31,19 @@ from common.faces.synth_layouts import (
 )
 from common.faces.synth_people import person_latent, picture_generator, read_traits
 from common.faces.synth_portrait import render_face
+from common.faces.synth_twins import CLOSENESS, plan_twins, twin_latent, write_twins_lists
 
 MANIFEST = "synthetic.json"
 _UNFINISHED_MANIFEST = f"{MANIFEST}.tmp"
 _DRAWING = 1  # raise it whenever the same settings would give other pictures
 _MIN_PEOPLE, _MAX_PEOPLE = 6, 100_000  # two for each split; six digits name a person
+_MIN_FAMILIES, _MAX_FAMILIES = 6, 5_000  # likewise; five digits name a twin
 _MIN_PICTURES, _MAX_PICTURES = 2, 9_999  # a genuine pair; four digits name a VGGFace2 picture
 _MAX_FILES = 999_999  # six digits name a CelebA picture
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_PLANS = {"celeba": plan_celeba, "vggface2": plan_vggface2}
-_LISTS = {"celeba": write_celeba_lists, "vggface2": write_vggface2_lists}
+_PLANS = {"celeba": plan_celeba, "vggface2": plan_vggface2, "twins": plan_twins}
+_LISTS = {"celeba": write_celeba_lists, "vggface2": write_vggface2_lists, "twins": write_twins_lists}
 LAYOUTS = tuple(_PLANS)
 
 
@@ -48,9 +52,10 @@ class SynthSettings:
     """Which data set to draw.  The same settings give the same bytes."""
 
     layout: str = "celeba"  # of LAYOUTS
-    num_people: int = 80
+    num_people: int = 80  # twins: two of each family
     pictures_per_person: int = 24
     seed: int = 1  # other seeds make other people; so do other layouts with the same seed
+    closeness: float = CLOSENESS  # of twins, in [0, 1]: the correlation of two siblings' latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,15 @@ def write_dataset(
 def _check(settings: SynthSettings, num_processes: int) -> None:
     if settings.layout not in LAYOUTS:
         raise DataError(unknown_name("layout", settings.layout, LAYOUTS))
+    of_twins = settings.layout == "twins"
+    if of_twins and settings.num_people % 2:
+        raise DataError(f"num_people = {settings.num_people} cannot be drawn; twins come in pairs: choose an even one.")
+    if of_twins and not 0.0 <= settings.closeness <= 1.0:
+        raise DataError(f"closeness = {settings.closeness:g} cannot be drawn; choose a number from 0 to 1.")
     for name, value, low, high in (
-        ("num_people", settings.num_people, _MIN_PEOPLE, _MAX_PEOPLE),
+        ("num_families", settings.num_people // 2, _MIN_FAMILIES, _MAX_FAMILIES)
+        if of_twins
+        else ("num_people", settings.num_people, _MIN_PEOPLE, _MAX_PEOPLE),
         ("pictures_per_person", settings.pictures_per_person, _MIN_PICTURES, _MAX_PICTURES),
         ("num_people x pictures_per_person", settings.num_people * settings.pictures_per_person, 1, _MAX_FILES),
         ("seed", settings.seed, 0, 2**63 - 1),
@@ -111,7 +123,10 @@ def _check(settings: SynthSettings, num_processes: int) -> None:
 
 
 def _identity(settings: SynthSettings) -> dict[str, object]:
-    return {"drawing": _DRAWING, **dataclasses.asdict(settings)}
+    chosen = dataclasses.asdict(settings)
+    if settings.layout != "twins":
+        del chosen["closeness"]
+    return {"drawing": _DRAWING, **chosen}
 
 
 def _is_complete(settings: SynthSettings, out: Path) -> bool:
@@ -152,7 +167,7 @@ def _drawn_people(
 ) -> Iterator[list[Record]]:
     for folder in sorted({(out / path).parent for member in members for path in member.paths}):
         folder.mkdir(parents=True, exist_ok=True)
-    draw = partial(_draw_person, settings.layout, settings.seed, out)
+    draw = partial(_draw_person, settings, out)
     if num_processes == 1:
         yield from map(draw, members)
         return
@@ -161,9 +176,16 @@ def _drawn_people(
         yield from pool.map(draw, members)
 
 
-def _draw_person(layout: str, seed: int, out: Path, member: Member) -> list[Record]:
+def _latent(settings: SynthSettings, person: int) -> NDArray[np.float64]:
+    if settings.layout == "twins":
+        return twin_latent(settings.seed, person, settings.closeness)
+    return person_latent(settings.seed, settings.layout, person)
+
+
+def _draw_person(settings: SynthSettings, out: Path, member: Member) -> list[Record]:
     """Draw and write all pictures of one person."""
-    style, latent = STYLES[layout], person_latent(seed, layout, member.person)
+    layout, seed = settings.layout, settings.seed
+    style, latent = STYLES[layout], _latent(settings, member.person)
     traits = read_traits(latent)
     records = []
     for number, path in enumerate(member.paths):

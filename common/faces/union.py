@@ -58,6 +58,9 @@ def union_pack(packs: Mapping[str, FacePack]) -> FacePack:
         key=digest.hexdigest(),
         quarantined=tuple((f"{name}/{path}", why) for name, pack in packs.items() for path, why in pack.quarantined),
         dataset="+".join(packs),
+        family=np.concatenate([pack.families + start for pack, start in zip(packs.values(), offsets, strict=False)])
+        if any(pack.family is not None for pack in packs.values())
+        else None,
     )
 
 

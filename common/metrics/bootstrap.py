@@ -6,6 +6,9 @@ standard errors and tests for network statistics", Connections 22(2), 1999). A p
 its own pairs, and pairs of two people w_p * w_q times; copies of one person are not paired with each other, for their
 "impostor" pairs would be genuine ones. Replicates of different models that use the same weights are paired, so that
 gaps between models have intervals too: `interval(scores_a - scores_b)`.
+
+With twins whole families are drawn, not people: siblings are no two independent draws. A family's pairs, of one member
+or of two, count as its own.
 """
 
 from typing import Final
@@ -16,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.metrics.verification import roc_curve, score_bins, unit_length
+from common.metrics.twins import KINDS, accepted_from, with_sibling
+from common.metrics.verification import NUM_BINS, roc_curve, score_bins, unit_length
 
 MAX_UNITS: Final = 1000  # above so many people, groups of them are drawn instead: the work grows with its square
 COARSE_BINS: Final = 512
@@ -28,7 +32,8 @@ _FARS: Final = {"tar_at_far_1e-1": 1e-1, "tar_at_far_1e-2": 1e-2, "tar_at_far_1e
 def person_weights(num_people: int, num_replicates: int, seed: int) -> NDArray[np.int64]:
     """How often each replicate draws each person: [num_replicates, U] int64 with U = min(num_people, MAX_UNITS).
 
-    Each row adds up to U. For pooled scores give each client a seed of its own, the same for every model.
+    num_people: of families, where families are drawn.  Each row adds up to U. For pooled scores give each client a seed
+    of its own, the same for every model.
     """
     num_units = min(num_people, MAX_UNITS)
     random = np.random.default_rng(seed)
@@ -56,23 +61,32 @@ def bootstrap_histograms(
     person: NDArray[np.int64],
     weights: NDArray[np.int64],
     bins: NDArray[np.int64],
+    *,
+    family: NDArray[np.int64] | None = None,
+    kind: str = "all",
 ) -> NDArray[np.float64]:
     """Counts [B, 2, COARSE_BINS] float64 of each replicate: row 0 genuine, row 1 impostor; clients' add up.
 
     embeddings: [N, D] float, of any length.  person: [N] int64.  weights: [B, U] as `person_weights` returns them;
     column u is the u-th person in rising order, or above MAX_UNITS people the u-th of MAX_UNITS groups, into which
     people are dealt by a hash of their number; a group is drawn like a person, with its pairs of different people.
-    bins: [NUM_BINS] as `coarse_bins` returns them.
+    bins: [NUM_BINS] as `coarse_bins` returns them, or any with values in [0, COARSE_BINS).
+    family: [N] int64, of each picture; families are then drawn instead of people, and column u is the u-th family.
+    kind: of twins.KINDS, which pairs are counted; "twins" and "strangers" need families.
     It is computed unit by unit: memory is that of B * COARSE_BINS and U * COARSE_BINS numbers, never U * U.
     Raises TrainingFailed when an embedding is not finite.
     """
-    unit_of = _units(person)
+    if kind not in KINDS or (family is None and kind != "all"):
+        raise ValueError(f"kind = {kind!r} must be of {KINDS}, and all but the first need families")
+    families = person if family is None else family
+    unit_of = _units(families)
     num_units = int(unit_of.max(initial=-1)) + 1
     if weights.shape[1] != num_units:
         raise ValueError(f"weights {list(weights.shape)} must be [B, {num_units}], one for each person or group")
-    order = np.argsort(unit_of, kind="stable")
+    chosen = np.flatnonzero(with_sibling(person, families)) if kind == "twins" else np.arange(len(person))
+    order = chosen[np.argsort(unit_of[chosen], kind="stable")]
     unit = unit_length(torch.as_tensor(embeddings)).cpu()[torch.from_numpy(order)]
-    people = torch.from_numpy(person[order])
+    people, kin = torch.from_numpy(person[order]), torch.from_numpy(families[order])
     columns = torch.from_numpy(unit_of[order]).to(torch.int32) * COARSE_BINS
     ends = np.searchsorted(unit_of[order], np.arange(num_units), side="right").tolist()
     chances = torch.from_numpy(weights.astype(np.float32))
@@ -80,8 +94,8 @@ def bootstrap_histograms(
     own = torch.zeros(2, num_units, COARSE_BINS)
     pooled = torch.zeros(2, len(weights), COARSE_BINS, dtype=torch.float64)
     for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        own[:, number] = _within(unit[start:end], people[start:end], table)
-        if end < len(unit):
+        own[:, number] = _within(unit[start:end], people[start:end], kin[start:end], table, kind)
+        if end < len(unit) and kind != "twins":
             later = _against(unit[start:end], unit[end:], columns[end:] - columns[end], table)
             pooled[1] += chances[:, number, None] * (chances[:, number + 1 :] @ later)
     pooled += chances @ own
@@ -89,7 +103,7 @@ def bootstrap_histograms(
 
 
 def _units(person: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The person, or group of people, of each picture: [N] int64 in [0, MAX_UNITS)."""
+    """The person (or family), or group of them, of each picture: [N] int64 in [0, MAX_UNITS)."""
     people, numbers = np.unique(person, return_inverse=True)
     if len(people) <= MAX_UNITS:
         return numbers.astype(np.int64)
@@ -102,15 +116,22 @@ def _units(person: NDArray[np.int64]) -> NDArray[np.int64]:
     return group[numbers]
 
 
-def _within(unit: Tensor, people: Tensor, table: Tensor) -> Tensor:
-    """Counts [2, COARSE_BINS] of one unit's own pairs: genuine, then impostor (of a group's different people)."""
+def _within(unit: Tensor, people: Tensor, kin: Tensor, table: Tensor, kind: str) -> Tensor:
+    """Counts [2, COARSE_BINS] of one unit's own pairs: genuine, then impostor (of its different people).
+
+    kind "twins": pairs of one family only, "strangers": no pairs of two siblings.
+    """
     counts = torch.zeros(2 * COARSE_BINS, dtype=torch.int64)
     step = max(1, _BLOCK_PAIRS // max(1, len(unit)))
     places = torch.arange(len(unit))
     for row in range(0, len(unit), step):
         rows = slice(row, row + step)
         codes = table[score_bins(unit[rows] @ unit.T)] + COARSE_BINS * (people[rows, None] != people)
-        counts += torch.bincount(codes[places[rows, None] < places], minlength=2 * COARSE_BINS)
+        counted = places[rows, None] < places
+        if kind != "all":
+            of_family = kin[rows, None] == kin
+            counted &= of_family if kind == "twins" else ~of_family | (people[rows, None] == people)
+        counts += torch.bincount(codes[counted], minlength=2 * COARSE_BINS)
     return counts.reshape(2, COARSE_BINS).float()
 
 
@@ -142,6 +163,22 @@ def bootstrap_scores(histograms: NDArray[np.float64]) -> dict[str, NDArray[np.fl
         last = (far <= level).sum(axis=1) - 1  # far rises along the curve
         scores[name] = np.take_along_axis(tar, last[:, None], axis=1)[:, 0]
     return {name: np.where(whole, values, np.nan) for name, values in scores.items()}
+
+
+def accuracy_bins(threshold: float) -> NDArray[np.int64]:
+    """For `bootstrap_histograms`: bin 1 for scores accepted at a threshold, bin 0 for others.  [NUM_BINS] int64."""
+    return (np.arange(NUM_BINS) >= accepted_from(threshold)).astype(np.int64)
+
+
+def bootstrap_accuracy(histograms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`twins.accuracy_at` of each replicate, [B] float64; NaN where it has no genuine or no impostor pair.
+
+    histograms: [B, 2, K], as `bootstrap_histograms` returns them with `accuracy_bins`, or a sum of such.
+    """
+    totals = histograms.sum(axis=2)
+    accepted = histograms[:, :, 1] / np.where(totals > 0, totals, np.nan)
+    accuracy: NDArray[np.float64] = (accepted[:, 0] + 1 - accepted[:, 1]) / 2
+    return accuracy
 
 
 def _eer(far: NDArray[np.float64], tar: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from common.errors import DataError, TrainingFailed
 
 NUM_BINS: Final = 8192  # over cosine in [-1, 1]: 0.000244 each
-_BLOCK: Final = 512  # pictures on each side of a block of pairs: its scores take 1 MiB and stay in the cache
+BLOCK: Final = 512  # pictures on each side of a block of pairs: its scores take 1 MiB and stay in the cache
 _NOT_A_PAIR: Final = 2 * NUM_BINS
 
 
@@ -41,11 +41,11 @@ def pair_histogram(embeddings: NDArray[np.float32] | Tensor, person: NDArray[np.
     unit = unit[order]
     counts = torch.zeros(2 * NUM_BINS, dtype=torch.int64, device=unit.device)
     with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round scores to a few hundred values
-        for row in range(0, len(unit), _BLOCK):
-            for column in range(row, len(unit), _BLOCK):
-                counts += _block_counts(unit, numbers, slice(row, row + _BLOCK), slice(column, column + _BLOCK))
+        for row in range(0, len(unit), BLOCK):
+            for column in range(row, len(unit), BLOCK):
+                counts += _block_counts(unit, numbers, slice(row, row + BLOCK), slice(column, column + BLOCK))
     histogram = counts.reshape(2, NUM_BINS).flip(0).cpu().numpy()
-    _check_both_kinds(histogram)
+    check_both_kinds(histogram)
     return histogram
 
 
@@ -86,7 +86,8 @@ def _block_counts(unit: Tensor, numbers: Tensor, rows: slice, columns: slice) ->
     return torch.bincount(codes.flatten(), minlength=_NOT_A_PAIR)[:_NOT_A_PAIR]
 
 
-def _check_both_kinds(histogram: NDArray[np.int64]) -> tuple[int, int]:
+def check_both_kinds(histogram: NDArray[np.int64]) -> tuple[int, int]:
+    """How many genuine and impostor pairs a histogram [2, NUM_BINS] holds.  Raises DataError when one is none."""
     if histogram.shape != (2, NUM_BINS):
         raise ValueError(f"a pair histogram is [2, {NUM_BINS}], not {list(histogram.shape)}")
     num_genuine, num_impostor = (int(total) for total in histogram.sum(axis=1))
@@ -105,7 +106,7 @@ def roc_curve(histogram: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArra
     Returns (far, tar), each [NUM_BINS + 1] float64 from 0 to 1: the accepted fraction of impostor and genuine pairs.
     Raises DataError when there is no genuine or no impostor pair.
     """
-    totals = _check_both_kinds(histogram)
+    totals = check_both_kinds(histogram)
     accepted = np.zeros((2, NUM_BINS + 1))
     accepted[:, 1:] = np.cumsum(histogram[:, ::-1], axis=1)
     tar, far = accepted / np.asarray(totals)[:, None]

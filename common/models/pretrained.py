@@ -3,37 +3,45 @@
 A loaded tensor is never initialised again: this runs after the backbone is built, and nothing runs after it.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.errors import CheckpointError, ConfigError
 from common.models.backbone import Backbone
+from common.models.vit_backbone import VitBackbone
 
 _IMAGENET: Final = {
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V2",
+    "vit_base": "ViT_B_16_Weights.IMAGENET1K_V1",
 }
-_CLASSIFIERS: Final = ("fc.", "classifier.")  # ImageNet's last layer, in torchvision's names
+_CLASSIFIERS: Final = ("fc.", "classifier.", "heads.")  # ImageNet's last layer, in torchvision's names
+_OLD_NAMES: Final = (("mlp.linear_1.", "mlp.0."), ("mlp.linear_2.", "mlp.3."))  # in the files of torchvision's ViTs
+_POSITIONS: Final = "encoder.pos_embedding"
 _COUNTER: Final = "num_batches_tracked"
 _NUM_SHOWN: Final = 5
 
 
-def load_pretrained(backbone: Backbone, *, name: str, pretrained: str) -> None:
+def load_pretrained(backbone: Backbone | VitBackbone, *, name: str, pretrained: str) -> None:
     """Overwrite the backbone's tensors, in place, with given ones.
 
     name: the backbone's name in the settings.  pretrained: "none", "imagenet", or the path of a .safetensors file.
 
-    A file holds either a whole backbone under this project's names (with or without "backbone." before them;
-    "head.*" is ignored) or a trunk under torchvision's names (its classifier is ignored). Of both, every tensor has to
-    be there in the right shape; only counters of batches may be missing. ImageNet's weights and a trunk leave the
-    linear layer and the closing normalisation as they are.
+    A file holds either a whole backbone under this project's names (with or without "backbone." before them; heads
+    and loss weights are ignored) or a trunk under torchvision's names (its classifier is ignored). Of both, every
+    tensor has to be there in the right shape; only counters of batches may be missing, and the position embedding of a
+    ViT is interpolated where the picture has more or fewer patches. ImageNet's weights and a trunk leave what embeds,
+    and a GLCA branch, as they are.
     ImageNet's trunks were trained on pictures scaled by mean and deviation, not to [-1, 1]; the first batch
     normalisation absorbs the difference while training.
 
@@ -45,7 +53,9 @@ def load_pretrained(backbone: Backbone, *, name: str, pretrained: str) -> None:
         _load(backbone.trunk, _without_classifier(_imagenet_weights(name)), source=f"imagenet weights of {name}")
         return
     tensors = _read(Path(pretrained).expanduser())
-    tensors = {key.removeprefix("backbone."): value for key, value in tensors.items() if not key.startswith("head.")}
+    if any(key.startswith("backbone.") for key in tensors):  # what is not the backbone's is private
+        tensors = {k.removeprefix("backbone."): value for k, value in tensors.items() if k.startswith("backbone.")}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")}
     if any(key.startswith("trunk.") for key in tensors):
         _load(backbone, tensors, source=pretrained)
     else:
@@ -85,11 +95,42 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in tensors.items() if not key.startswith(_CLASSIFIERS)}
+    """The trunk's tensors under torchvision's present names."""
+    kept = {}
+    for key, value in tensors.items():
+        if not key.startswith(_CLASSIFIERS):
+            for old, new in _OLD_NAMES:
+                key = key.replace(old, new)  # noqa: PLW2901
+            kept[key] = value
+    return kept
+
+
+def interpolated(positions: Tensor, num_tokens: int) -> Tensor:
+    """A ViT's position embedding for another number of patches: bicubic over the grid, the class token's as it is.
+
+    positions: [1, 1 + g^2, D] float.  num_tokens: 1 + h^2.  Returns [1, num_tokens, D].
+    """
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_tokens - 1)
+    grid = positions[:, 1:].transpose(1, 2).reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
+def _with_fitting_positions(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with the position embedding of a square grid brought to the model's; others stay as they are."""
+    fitted = dict(tensors)
+    for name in tensors.keys() & wanted.keys():
+        have, want = tensors[name].shape, wanted[name].shape
+        if not name.endswith(_POSITIONS) or len(have) != len(want) or have[1] == want[1] or have[2] != want[2]:
+            continue
+        if have[1] > 1 and math.isqrt(have[1] - 1) ** 2 == have[1] - 1:
+            fitted[name] = interpolated(tensors[name], want[1])
+    return fitted
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     wanted = module.state_dict()
+    tensors = _with_fitting_positions(tensors, wanted)
     problems = []
     for name, tensor in wanted.items():
         if name not in tensors:
@@ -103,4 +144,4 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> N
         raise CheckpointError(
             f"{source}: does not fit model.backbone and model.embedding_size: {'; '.join(problems[:_NUM_SHOWN])}{more}."
         )
-    module.load_state_dict(dict(tensors), strict=False)  # strict is done above, counters apart
+    module.load_state_dict(tensors, strict=False)  # strict is done above, counters apart

@@ -2,39 +2,94 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import ModelSettings
+from common.config import VITS, ModelSettings
 from common.errors import unknown_name
 from common.models import cnn, mobile, resnet
 from common.models.backbone import Backbone
 from common.models.heads import CosineHead, SoftmaxHead, build_head
+from common.models.losses import uncertainty_weighted
 from common.models.pretrained import load_pretrained
+from common.models.vit import VitTrunk
+from common.models.vit_backbone import VitBackbone
 
 _SHARED_PREFIX: Final = "backbone."
 _NORMALISATION_LAYERS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
 class Recogniser(nn.Module):
-    """A backbone, which may be shared, and a head over one client's people, which never leaves it."""
+    """A backbone, which may be shared, and a head over one client's people, which never leaves it.
 
-    def __init__(self, backbone: Backbone, head: SoftmaxHead | CosineHead) -> None:
+    With a GLCA branch (arXiv:2205.02151) there is a second head; with any branch besides self-attention ("sa"), each
+    has a learned weight of its loss. Both are private, as the head is. The PWCA branch uses the head of "sa".
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | VitBackbone,
+        head: SoftmaxHead | CosineHead,
+        glca_head: SoftmaxHead | CosineHead | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.glca_head = glca_head
+        self.loss_weights: nn.ParameterDict | None = None
+        if len(self.branches) > 1:
+            self.loss_weights = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.branches})
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of training, "sa" first; a convolutional backbone has that alone."""
+        return self.backbone.branches if isinstance(self.backbone, VitBackbone) else ("sa",)
+
+    @property
+    def heads(self) -> nn.Module:
+        """What a new client has to learn first: the head, or both."""
+        return self.head if self.glca_head is None else nn.ModuleList([self.head, self.glca_head])
+
+    def network_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but the loss weights, whose gradients are as large as losses and would swamp a common norm."""
+        return (p for name, p in self.named_parameters() if not name.startswith("loss_weights."))
 
     def embed(self, pictures: Tensor) -> Tensor:
         """pictures: [B, 3, H, W] float in [-1, 1], RGB.  Returns the raw embedding [B, D], not normalised."""
         embeddings: Tensor = self.backbone(pictures)
         return embeddings
 
+    def branch_embeddings(self, pictures: Tensor, partners: Tensor | None = None) -> dict[str, Tensor]:
+        """The raw embeddings [B, D] that training looks at, by branch, "sa" first.
+
+        pictures: [B, 3, H, W] float in [-1, 1], RGB; B > 1 while training.
+        partners: [B] int64 in [0, B), PWCA's other picture of each; None: no PWCA.
+        """
+        if isinstance(self.backbone, VitBackbone):
+            return self.backbone.embeddings(pictures, partners=partners)
+        return {"sa": self.embed(pictures)}
+
+    def branch_logits(self, branch: str, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Training logits of a branch, [B, C] float32, with the margin of its head.
+
+        embeddings: [B, D] of that branch.  labels: [B] int64 in [0, C).
+        """
+        head = self.glca_head if branch == "glca" and self.glca_head is not None else self.head
+        logits: Tensor = head(embeddings, labels)
+        return logits
+
+    def combined(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """One loss of those of the branches, scalars by name: the learned weighting; a single one as it is."""
+        if self.loss_weights is None:
+            return losses["sa"]
+        return uncertainty_weighted(losses, dict(self.loss_weights.items()))
+
     def forward(self, pictures: Tensor, labels: Tensor) -> Tensor:
-        """Training logits, [B, C] float32, with the head's margin.
+        """Training logits of what embeds, [B, C] float32, with the head's margin.
 
         pictures: [B, 3, H, W] float in [-1, 1], RGB; B > 1 while training.  labels: [B] int64 in [0, C).
         """
@@ -42,8 +97,15 @@ class Recogniser(nn.Module):
         return logits
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
-        """embeddings: [B, D] as `embed` returns them.  Returns logits [B, C] float32 without margin."""
-        return self.head.class_logits(embeddings)
+        """embeddings: [B, D] as `embed` returns them.  Returns logits [B, C] float32 without margin.
+
+        Of the head whose branch embeds; their mean where both do.
+        """
+        inference = self.backbone.inference if isinstance(self.backbone, VitBackbone) else "sa"
+        if self.glca_head is None or inference == "sa":
+            return self.head.class_logits(embeddings)
+        local = self.glca_head.class_logits(embeddings)
+        return local if inference == "glca" else 0.5 * (self.head.class_logits(embeddings) + local)
 
 
 class EmbeddingModel(nn.Module):
@@ -69,12 +131,27 @@ _TRUNKS: Final[dict[str, Callable[[int, float], resnet.ResNetTrunk | mobile.Mobi
 }
 
 
-def build_backbone(model: ModelSettings, image_size: int) -> Backbone:
+def build_backbone(model: ModelSettings, image_size: int) -> Backbone | VitBackbone:
     """The backbone that the settings name, freshly initialised from the global random state; no weights are loaded.
 
-    image_size: side of the pictures in px. Names and shapes of the tensors depend on `model.backbone`, `model.width`
-    and `model.embedding_size` only, never on `image_size` or `model.pretrained`.
+    image_size: side of the pictures in px. Names and shapes of the tensors depend on [model] alone, without
+    `model.pretrained`, and not on `image_size`; but a ViT has a position embedding for each patch of its picture.
     """
+    if model.backbone in VITS:
+        return VitBackbone(
+            VitTrunk(
+                model.backbone,
+                image_size=image_size,
+                patch_size=model.patch_size,
+                depth=model.depth,
+                width=model.width,
+            ),
+            embedding_size=model.embedding_size,
+            dropout=model.dropout,
+            attention=model.attention,
+            inference=model.inference,
+            glca_fraction=model.glca_fraction,
+        )
     trunk = _TRUNKS[model.backbone](image_size, model.width)
     return Backbone(
         trunk,
@@ -100,19 +177,24 @@ def build_recogniser(
         backbone = build_backbone(model, image_size)
         torch.default_generator.manual_seed(head_seed)
         head = build_head(model, num_people=num_people)
+        has_glca = isinstance(backbone, VitBackbone) and backbone.glca is not None
+        glca_head = build_head(model, num_people=num_people) if has_glca else None
     load_pretrained(backbone, name=model.backbone, pretrained=model.pretrained)
-    return Recogniser(backbone, head)
+    return Recogniser(backbone, head, glca_head)
 
 
 def for_people(recogniser: Recogniser, people: slice) -> Recogniser:
-    """The recogniser with the head's rows of some people only; the backbone is the same module, not a copy.
+    """The recogniser with the heads' rows of some people only; the backbone is the same module, not a copy.
 
     people: labels of the given recogniser; label k of the new one is `people.start + k`.
     """
-    head = copy.deepcopy(recogniser.head)
-    for parameter in head.parameters():  # each has one row a person
-        parameter.data = parameter.data[people].clone()
-    return Recogniser(recogniser.backbone, head)
+    heads = [copy.deepcopy(head) for head in (recogniser.head, recogniser.glca_head) if head is not None]
+    for head in heads:
+        for parameter in head.parameters():  # each has one row a person
+            parameter.data = parameter.data[people].clone()
+    few = Recogniser(recogniser.backbone, *heads)
+    few.loss_weights = copy.deepcopy(recogniser.loss_weights)
+    return few
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -128,9 +210,10 @@ def shared_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     """Names, in state_dict order, of the parameters and buffers that travel between client and server.
 
     model: a Recogniser, or a backbone alone as the server holds it.  normalisation: "shared" or "private".
-    All names begin with "backbone."; with "private" those of normalisation layers are left out (FedBN,
-    arXiv:2102.07623). Integer counters (`num_batches_tracked`) neither travel nor count as private: nothing is
-    computed from them, since the layers average with a fixed momentum, and a mean of counts would mean nothing.
+    All names begin with "backbone.", a GLCA branch's too; heads and loss weights never travel. With "private" those of
+    normalisation layers are left out (FedBN, arXiv:2102.07623). Integer counters (`num_batches_tracked`) neither travel
+    nor count as private: nothing is computed from them, since the layers average with a fixed momentum, and a mean of
+    counts would mean nothing.
     """
     return _Split.of(model, normalisation).shared
 

@@ -23,6 +23,7 @@ from common.config import Settings
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.faces.twin_batches import twin_batches
 from common.parameters import buffer_sha256, flatten
 from server.app import initial_model
 from simulation.train_commands import Machine, train_local
@@ -64,6 +65,10 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "model.head_margin": 0.1,
     "model.dropout": 0.3,
     "model.normalisation": "private",
+    "model.patch_size": 8,
+    "model.depth": 1,
+    "model.attention": "dcal",
+    "model.glca_fraction": 1.0,
     "training.optimiser": "adamw",
     "training.lr": 0.02,
     "training.momentum": 0.5,
@@ -76,6 +81,8 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "training.head_warmup_epochs": 1,
     "training.spreadout": 5.0,
     "training.spreadout_margin": 2.0,
+    "training.triplet": 5.0,
+    "training.triplet_margin": 0.6,
     "federation.strategy": "fedprox",
     "federation.server_lr": 0.5,
     "federation.server_momentum": 0.5,
@@ -85,13 +92,19 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "federation.local_epochs": 2,
     "federation.proximal_mu": 0.05,
 }
-NEEDS: dict[str, tuple[str, object]] = {
-    "federation.proximal_mu": ("federation.strategy", "fedprox"),
-    "federation.server_momentum": ("federation.strategy", "fedavgm"),
-    "federation.server_beta2": ("federation.strategy", "fedadam"),
-    "federation.server_adaptivity": ("federation.strategy", "fedyogi"),
-    "training.spreadout": ("training.spreadout_margin", 2.0),
-    "training.spreadout_margin": ("training.spreadout", 5.0),
+VIT: dict[str, object] = {"model.backbone": "vit_tiny", "model.depth": 2}
+NEEDS: dict[str, dict[str, object]] = {
+    "federation.proximal_mu": {"federation.strategy": "fedprox"},
+    "federation.server_momentum": {"federation.strategy": "fedavgm"},
+    "federation.server_beta2": {"federation.strategy": "fedadam"},
+    "federation.server_adaptivity": {"federation.strategy": "fedyogi"},
+    "model.patch_size": VIT,
+    "model.depth": VIT,
+    "model.attention": VIT,
+    "model.glca_fraction": VIT | {"model.attention": "glca"},
+    "training.spreadout": {"training.spreadout_margin": 2.0},
+    "training.spreadout_margin": {"training.spreadout": 5.0},
+    "training.triplet_margin": {"training.triplet": 5.0},
 }
 
 # setting -> another value, and what of the pack it changes
@@ -191,7 +204,9 @@ def test_the_same_settings_give_the_same_model(hashes, faces, tmp_path):
 
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
 def test_the_model_depends_on_it(name, hashes):
-    base = with_setting(BASE, *NEEDS[name]) if name in NEEDS else BASE
+    base = BASE
+    for needed, value in NEEDS.get(name, {}).items():
+        base = with_setting(base, needed, value)
     other = with_setting(base, name, CHANGES_THE_MODEL[name])
     assert other != base
     assert hashes(other) != hashes(base)
@@ -250,6 +265,20 @@ def test_the_share_of_unreadable_pictures_decides_between_a_pack_and_an_error(tm
 
 
 # ------------------------------------------------------------------------------------------------------------- model
+
+
+@proves("model.inference")
+def test_inference_chooses_the_branch_that_embeds(faces, tmp_path):
+    """The same training; other embeddings, so other histograms of the pairs."""
+    base = changed(BASE, model__backbone="vit_tiny", model__depth=1, model__attention="glca")
+    models, scores = [], []
+    for name in config.INFERENCES:
+        settings = changed(base, model__inference=name)
+        model, replies = two_rounds(settings, site_at(tmp_path / name, "folder", faces))
+        models.append(buffer_sha256(model))
+        scores.append(replies[-1].evaluations["val"].pairs.tobytes())
+    assert len(set(models)) == 1
+    assert len(set(scores)) == 3
 
 
 @proves("model.pretrained")
@@ -359,6 +388,29 @@ def test_the_learning_rate_travels_over_all_rounds_and_not_from_anew(faces, tmp_
     )
     assert apart == seen
     assert len(set(apart)) == len(apart) > 4
+
+
+# ------------------------------------------------------------------------------------------------------------- twins
+
+
+@proves("twins.genuine", "twins.stranger", "twins.twin", "twins.hard_negatives")
+def test_the_settings_of_twins_decide_which_pictures_train_together():
+    person = np.repeat(np.arange(12), 8)
+    pixels = np.zeros((96, 32, 32, 3), dtype=np.uint8)
+
+    def batches(settings: Settings) -> list[list[int]]:
+        made = twin_batches(
+            pixels, np.arange(96), person=person, family=person // 2, chosen=np.arange(96), batch_size=16,
+            augmentation=settings.augmentation, twins=settings.twins, stream=torch.Generator().manual_seed(1),
+            device="cpu",
+        )  # fmt: skip
+        return [labels.tolist() for _, labels, _ in made]
+
+    seen = [batches(BASE)]
+    assert batches(BASE) == seen[0]
+    for name, value in (("genuine", 0.1), ("stranger", 0.9), ("twin", 0.9), ("hard_negatives", False)):
+        seen.append(batches(changed(BASE, **{f"twins__{name}": value})))
+    assert all(one != other for k, one in enumerate(seen) for other in seen[:k])
 
 
 # -------------------------------------------------------------------------------------------------------- federation

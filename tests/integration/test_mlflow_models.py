@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.config import TrackingSettings
+from common.config import ModelSettings, TrackingSettings
+from common.models.recogniser import EmbeddingModel, build_backbone
 from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
@@ -145,6 +146,21 @@ def test_a_python_without_facefed_loads_and_runs_it(uri, client, run, model, tmp
     version = client.get_model_version(NAME, "2")
     assert version.tags == {"role": "best", "step": "3", "val_roc_auc": "0.8", "val_people": "p1"}
     assert version.run_id == run.mlflow_run_id
+
+
+def test_a_dcal_model_whose_both_branches_embed_is_loaded_likewise(uri, run, tmp_path):
+    """Its choice of patches differs with the picture, so the graph gathers by what it worked out."""
+    settings = ModelSettings(
+        backbone="vit_tiny", width=0.25, depth=2, patch_size=4, embedding_size=8, attention="dcal", inference="both"
+    )
+    torch.manual_seed(0)
+    dual = EmbeddingModel(build_backbone(settings, SIZE))
+    _register(run, dual, name="vit_twins")
+    pictures = np.random.default_rng(5).uniform(-1.0, 1.0, (7, 3, SIZE, SIZE)).astype(np.float32)
+    expected = dual(torch.from_numpy(pictures)).numpy()
+    embeddings = _stranger(uri, ["models:/vit_twins/1"], tmp_path, pictures)
+    for count in (1, 2, 7):
+        np.testing.assert_allclose(embeddings[f"0/{count}"], expected[:count], atol=1e-5)
 
 
 def test_what_is_stored_with_it(client, run, model, tmp_path):

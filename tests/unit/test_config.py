@@ -208,7 +208,14 @@ def valid_settings(draw) -> Settings:
     raw = {section: {} for section in SECTIONS}
     for section, field, kind in FIELDS:
         raw[section][field.name] = draw(values_for(field, kind))
-    raw["model"]["pretrained"] = "none"  # the conflicts have a test of their own
+    model = raw["model"]  # the conflicts have tests of their own
+    model["pretrained"] = "none"
+    if model["backbone"] in config.VITS:
+        raw["data"]["image_size"] = model["patch_size"] * -(-32 // model["patch_size"])
+    else:
+        model["attention"] = "sa"
+    if model["attention"] not in ("glca", "dcal"):
+        model["inference"] = "sa"
     return config.from_mapping(raw)
 
 

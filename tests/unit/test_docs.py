@@ -122,6 +122,9 @@ def test_every_metric_that_is_logged_stands_in_the_metrics_page():
     spelt |= {f"round_{split}_{name}" for split in ("val", "test") for name in ("loss", "acc", "auc", "eer")}
     spelt |= {f"test_{name}" for name in ("accuracy", "loss", "precision", "recall", "f1", "roc_auc", "eer")}
     spelt |= {f"test_tar_at_far_1e-{digits}" for digits in (1, 2, 3)}
+    of_twins = ("twins_roc_auc", "twins_eer", "strangers_roc_auc")
+    spelt |= {f"round_{split}_{name.replace('roc_', '')}" for split in ("val", "test") for name in of_twins}
+    spelt |= {f"test_{name}" for name in of_twins}
     assert len(spelt) > 30
     assert not sorted(name for name in spelt if f"`{name}`" not in page)
 

@@ -1,6 +1,7 @@
 """Splits: disjoint people, nobody without training pictures, fractions kept, and decided by hash alone."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,118 @@ def test_a_data_sets_name_is_part_of_the_hash() -> None:
     index = index_of([6] * 40)
     other = dataclasses.replace(index, dataset="other")
     assert (assign_splits(index, DataSettings()) != assign_splits(other, DataSettings())).any()
+
+
+# ------------------------------------------------------------------------------------------------------------ families
+
+
+def with_families(index: FaceIndex, sizes: list[int]) -> FaceIndex:
+    """Families of the first people by name, each of so many; the rest are alone."""
+    family = np.arange(len(index.people))
+    start = 0
+    for size in sizes:
+        family[start : start + size] = start
+        start += size
+    order = np.random.default_rng(0).permutation(len(family))  # members do not stand side by side
+    shuffled = np.full(len(family), len(family))
+    np.minimum.at(shuffled, family[order], np.arange(len(family)))
+    return dataclasses.replace(index, family=shuffled[family[order]])
+
+
+def test_an_open_set_of_a_single_family_is_refused() -> None:
+    """Two siblings alone are no strangers to each other."""
+    index = with_families(index_of([3] * 16), [2] * 8)
+    assert index.family is not None
+    of_person = np.where(index.family == index.family[0], 2, 0).astype(np.int8)
+    index = dataclasses.replace(index, official_split=of_person[index.person])
+    with pytest.raises(DataError, match="1 of 8 families left for the test on unseen people"):
+        assign_splits(index, DataSettings())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(1, 3), min_size=8, max_size=25),
+    st.integers(0, 10),
+    st.sampled_from(["no", "test only", "all", "careless"]),
+    st.integers(1, 3),
+    st.one_of(st.just("all"), st.integers(2, 70)),
+    st.data(),
+)
+def test_siblings_are_always_on_one_side(
+    sizes: list[int], alone: int, official: str, minimum: int, most: int | str, draw: st.DataObject
+) -> None:
+    """Whatever the official lists say, however many pictures each has and however many people are kept."""
+    num = sum(sizes) + alone
+    counts = draw.draw(st.lists(st.integers(1, 6), min_size=num, max_size=num))
+    parts = {"no": [-1], "test only": [0, 0, 2], "all": [0, 0, 1, 2], "careless": [-1, 0, 1, 2]}[official]
+    chosen = draw.draw(st.lists(st.sampled_from(parts), min_size=num, max_size=num))
+    index = with_families(index_of(counts), sizes)
+    assert index.family is not None
+    of_person = np.array(chosen if official == "careless" else [chosen[first] for first in index.family], dtype=np.int8)
+    index = dataclasses.replace(index, official_split=of_person[index.person])
+    data = DataSettings(min_pictures_per_person=minimum, max_people=most)
+    try:
+        split = assign_splits(index, data)
+    except DataError:
+        return
+    sides: dict[int, set[object]] = {}
+    for who, code in zip(index.person.tolist(), split.tolist(), strict=True):
+        if code != Split.UNUSED:
+            sides.setdefault(int(index.family[who]), set()).add(code if code in OPEN else "training")
+    assert all(len(seen) == 1 for seen in sides.values())
+    if most != "all":
+        assert len(set(index.person[split != Split.UNUSED].tolist())) <= most
+        everyone = assign_splits(index, dataclasses.replace(data, max_people="all"))
+        for first in sides:
+            family = np.isin(index.person, np.flatnonzero(index.family == first))
+            np.testing.assert_array_equal(split[family] == Split.UNUSED, everyone[family] == Split.UNUSED)
+    if official == "no":
+        for code in OPEN:
+            assert len(set(index.family[index.person[split == code]].tolist())) >= 2, "strangers need two families"
+
+
+def test_a_family_is_held_out_whole_by_the_hash_of_its_first_name() -> None:
+    """Twins in one family each, or people alone by the first's name: the same choice."""
+    index = with_families(index_of([4] * 100), [2] * 50)
+    assert index.family is not None
+    split = assign_splits(index, DataSettings(fraction_val_people=0.12, fraction_test_people=0.2))
+    assert int((split == Split.TEST_PEOPLE).sum()) == 10 * 2 * 4
+    assert int((split == Split.VAL_PEOPLE).sum()) == 6 * 2 * 4
+    firsts = np.isin(index.person, index.family)
+    alone = build_index(
+        "folder",
+        Path("x"),
+        [index.paths[i] for i in np.flatnonzero(firsts)],
+        [index.people[p] for p in index.person[firsts]],
+    )
+    alone_split = assign_splits(alone, DataSettings(fraction_val_people=0.12, fraction_test_people=0.2))
+    for code in OPEN:
+        assert {alone.people[p] for p in alone.person[alone_split == code]} == {
+            index.people[p] for p in index.family[index.person[split == code]]
+        }
+
+
+GOLDEN = {  # SHA-256 of the codes, made before splits knew of families
+    "by hash": "b88195e00243f9e2",
+    "official": "3d077cd9710b9e03",
+    "max": "68d839e9cf1ff02e",
+    "some official": "736adb952f72e6ad",
+}
+
+
+@pytest.mark.parametrize("families", ["none known", "everyone alone"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_without_siblings_the_splits_are_those_of_old(name: str, families: str) -> None:
+    index, data = {
+        "by hash": (index_of([1 + i % 9 for i in range(60)]), DataSettings()),
+        "official": (index_of([2 + i % 7 for i in range(60)], [(0, 0, 0, 1, 2)[i % 5] for i in range(60)]), None),
+        "max": (index_of([1 + i % 9 for i in range(60)]), DataSettings(max_people=23, min_pictures_per_person=1)),
+        "some official": (
+            index_of([2 + i % 7 for i in range(60)], [(0, 0, 0, 0, 2)[i % 5] for i in range(60)]),
+            DataSettings(max_people=31),
+        ),
+    }[name]
+    if families == "everyone alone":
+        index = dataclasses.replace(index, family=np.arange(60))
+    codes = assign_splits(index, data or DataSettings())
+    assert hashlib.sha256(codes.tobytes()).hexdigest()[:16] == GOLDEN[name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import BACKBONES, HEADS, ModelSettings
+from common.config import BACKBONES, HEADS, VITS, ModelSettings
 from common.models.recogniser import (
     Recogniser,
     build_recogniser,
@@ -14,9 +14,11 @@ from common.models.recogniser import (
     trainable_names,
 )
 
+CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)
 
-def recogniser(backbone: str = "cnn", head: str = "cosface") -> Recogniser:
-    model = ModelSettings(backbone=backbone, head=head, embedding_size=16)
+
+def recogniser(backbone: str = "cnn", head: str = "cosface", attention: str = "sa") -> Recogniser:
+    model = ModelSettings(backbone=backbone, head=head, embedding_size=16, depth=1, attention=attention)
     return build_recogniser(model, num_people=5, image_size=64, backbone_seed=1, head_seed=2)
 
 
@@ -61,7 +63,7 @@ def test_no_name_of_the_head_is_shared(backbone: str, normalisation: str) -> Non
     assert heads <= set(private_names(built, normalisation))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", CONVOLUTIONAL)
 def test_private_normalisation_shares_no_tensor_of_a_normalisation_layer(backbone: str) -> None:
     built = recogniser(backbone)
     shared = [named_state(built)[name] for name in shared_names(built, "private")]
@@ -71,6 +73,42 @@ def test_private_normalisation_shares_no_tensor_of_a_normalisation_layer(backbon
     assert kept.isdisjoint(tensor.data_ptr() for tensor in shared)
     convolutions = [module.weight for module in built.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert {tensor.data_ptr() for tensor in shared} == {weight.data_ptr() for weight in convolutions}
+
+
+@pytest.mark.parametrize("attention", ["sa", "dcal"])
+def test_private_normalisation_of_a_vit_keeps_its_layers_and_shares_the_rest(attention: str) -> None:
+    """Two layers in each block, one behind them, and the closing one; GLCA has a block, a layer and a closing too."""
+    built = recogniser("vit_tiny", attention=attention)
+    kept = set(shared_names(built, "shared")) - set(shared_names(built, "private"))
+    base = [
+        "trunk.encoder.layers.encoder_layer_0.ln_1",
+        "trunk.encoder.layers.encoder_layer_0.ln_2",
+        "trunk.encoder.ln",
+    ]
+    local = ["glca.block.ln_1", "glca.block.ln_2", "glca.ln"]
+    layers, closings = (base, ["closing"]) if attention == "sa" else (base + local, ["closing", "glca_closing"])
+    expected = {f"backbone.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    expected |= {f"backbone.{c}.normalisation.{part}" for c in closings for part in ("running_mean", "running_var")}
+    assert kept == expected
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dcal_shares_its_branches_and_keeps_both_heads_and_the_loss_weights(head: str) -> None:
+    built = recogniser("vit_tiny", head, "dcal")
+    heads = [name for name in recogniser("vit_tiny", head).state_dict() if name.startswith("head.")]
+    expected = [*heads, *(f"glca_{name}" for name in heads)]
+    expected += [f"loss_weights.{name}" for name in ("glca", "pwca", "sa")]
+    assert sorted(private_names(built, "shared")) == sorted(expected)
+    shared = shared_names(built, "shared")
+    assert {name for name in shared if name.startswith("backbone.glca.")}
+    assert {name for name in shared if name.startswith("backbone.glca_closing.")}
+    assert shared_names(built.backbone, "shared") == shared
+
+
+def test_pwca_has_no_tensors_of_its_own() -> None:
+    assert shared_names(recogniser("vit_tiny", attention="pwca"), "shared") == shared_names(
+        recogniser("vit_tiny"), "shared"
+    )
 
 
 @pytest.mark.parametrize("normalisation", ["shared", "private"])

@@ -95,7 +95,7 @@ def test_imagenet_offline_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_imagenet_has_no_weights_for_the_small_net() -> None:
-    with pytest.raises(ConfigError, match="no weights for cnn; choose resnet18, resnet50, mobilenet_v2"):
+    with pytest.raises(ConfigError, match="no weights for cnn; choose resnet18, resnet50, mobilenet_v2, vit_base"):
         recogniser(dataclasses.replace(SMALL, pretrained="imagenet"))
 
 

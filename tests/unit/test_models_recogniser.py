@@ -7,11 +7,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common.config import BACKBONES, HEADS, ModelSettings
-from common.models.backbone import Backbone
+from common.config import BACKBONES, HEADS, VITS, ModelSettings
 from common.models.recogniser import EmbeddingModel, Recogniser, build_backbone, build_recogniser
 
 SMALL = ModelSettings(backbone="cnn", embedding_size=16)
+CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)
 
 
 def recogniser(model: ModelSettings = SMALL, backbone_seed: int = 1, head_seed: int = 2) -> Recogniser:
@@ -30,18 +30,19 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("side", [64, 112])
 def test_every_backbone_embeds_and_learns_in_every_layer(name: str, side: int) -> None:
-    model = ModelSettings(backbone=name, embedding_size=24)
+    model = ModelSettings(backbone=name, embedding_size=24, depth=2)
     built = build_recogniser(model, num_people=5, image_size=side, backbone_seed=1, head_seed=2)
     assert built.embed(pictures(2, side)).shape == (2, 24)
     features = built.backbone.trunk(pictures(2, side))
-    assert min(features.shape[2:]) >= 4  # faces need some place left at the end, also small ones
+    if name not in VITS:
+        assert min(features.shape[2:]) >= 4  # faces need some place left at the end, also small ones
     logits = built(pictures(2, side), torch.tensor([0, 4]))
     assert logits.shape == (2, 5)
     nn.functional.cross_entropy(logits, torch.tensor([0, 4])).backward()
     assert [key for key, value in built.named_parameters() if value.grad is None] == []
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_layout_does_not_depend_on_the_picture_size(name: str) -> None:
     model = ModelSettings(backbone=name, embedding_size=24)
     small, large = (build_backbone(model, size).state_dict() for size in (64, 112))
@@ -141,7 +142,7 @@ def test_embedding_model_has_unit_length_and_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_embedding_model_exports_with_any_batch_size(name: str) -> None:
-    backbone: Backbone = build_backbone(ModelSettings(backbone=name, embedding_size=24), 64)
+    backbone = build_backbone(ModelSettings(backbone=name, embedding_size=24, depth=2), 64)
     model = EmbeddingModel(backbone)
     exported = torch.export.export(model, (pictures(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     for num in (1, 3):

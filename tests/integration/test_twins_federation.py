@@ -1,0 +1,78 @@
+"""A client with twins among others: twins-only figures arrive at the server, and only where there are twins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import LocalMailbox, federate_in, site_at
+from PIL import Image
+from tiny_federation import enter_run
+
+from common import config
+from common.checkpoints import read_json
+from common.faces.synthetic import SynthSettings, write_dataset
+
+SETTINGS = config.from_mapping(
+    {
+        "data": {"image_size": 32},
+        "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
+        "training": {
+            "batch_size": 16,
+            "precision": "float32",
+            "memory_format": "contiguous",
+            "threads": 1,
+            "device": "cpu",
+        },
+        "federation": {"rounds": 2, "local_epochs": 1, "min_clients": 2, "join_timeout_s": 5.0},
+        "tracking": {"enabled": False, "plots": "none"},
+    }
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_run(monkeypatch)
+
+
+def strangers(root: Path) -> Path:
+    random = np.random.default_rng(0)
+    for person in range(8):
+        (root / f"p{person}").mkdir(parents=True)
+        for number in range(4):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"p{person}/{number}.png")
+    return root
+
+
+def test_figures_of_twins_arrive_at_the_server(tmp_path: Path) -> None:
+    write_dataset(SynthSettings(layout="twins", num_people=12, pictures_per_person=3), tmp_path / "twins")
+    sites = [
+        site_at(tmp_path / "sites", "twins", tmp_path / "twins", name="twins"),
+        site_at(tmp_path / "sites", "folder", strangers(tmp_path / "faces"), name="faces"),
+    ]
+    run = read_json(federate_in(tmp_path / "run", SETTINGS, LocalMailbox(sites)) / "metrics.json")
+    for row in run["rounds_table"]:
+        for name in ("twins_auc", "twins_eer", "strangers_auc"):
+            assert 0.0 <= row[f"round_val_{name}"] <= 1.0
+            assert 0.0 <= row[f"round_test_{name}"] <= 1.0
+    text = str(run)
+    assert "test_twins_roc_auc" in text
+    assert "test_strangers_roc_auc" in text
+
+
+def test_nothing_of_twins_is_told_where_there_are_none(tmp_path: Path) -> None:
+    settings = config.with_value(SETTINGS, "federation", "min_clients", 1)
+    site = site_at(tmp_path / "sites", "folder", strangers(tmp_path / "faces"))
+    run = read_json(federate_in(tmp_path / "run", settings, LocalMailbox([site])) / "metrics.json")
+    assert "round_test_auc" in str(run)
+    assert "twins" not in str(run["rounds_table"])
+    assert "twins_roc_auc" not in str(run)
