@@ -33,10 +33,38 @@ def kind_replicates(
     """
     pairs, twins = pair_histograms(embeddings, person, family)
     weights = person_weights(len(np.unique(family)), num_replicates, seed)
-    replicates = {}
-    for kind in KINDS:
-        bins = coarse_bins(histogram_of(kind, pairs, twins))
-        counts = bootstrap_histograms(embeddings, person, weights, bins, family=family, kind=kind)
-        judged = bootstrap_histograms(embeddings, person, weights, accuracy_bins(threshold), family=family, kind=kind)
-        replicates[kind] = bootstrap_scores(counts) | {"accuracy": bootstrap_accuracy(judged)}
-    return replicates
+    return {
+        kind: replicates_of(
+            kind,
+            histogram_of(kind, pairs, twins),
+            embeddings,
+            person,
+            family,
+            weights=weights,
+            threshold=threshold,
+        )
+        for kind in KINDS
+    }
+
+
+def replicates_of(
+    kind: str,
+    histogram: NDArray[np.int64],
+    embeddings: NDArray[np.float32] | Tensor,
+    person: NDArray[np.int64],
+    family: NDArray[np.int64],
+    *,
+    weights: NDArray[np.int64],
+    threshold: float | None,
+) -> dict[str, NDArray[np.float64]]:
+    """Figure -> its replicates, [B] float64, of one kind of pairs.
+
+    histogram: [2, NUM_BINS], that kind's, as `twins.histogram_of` returns it.  weights: [B, U], of the families, as
+    `bootstrap.person_weights` returns them.  threshold: cosine, from validation; None: no accuracy, in half the time.
+    """
+    bins = coarse_bins(histogram)
+    counts = bootstrap_histograms(embeddings, person, weights, bins, family=family, kind=kind)
+    if threshold is None:
+        return bootstrap_scores(counts)
+    judged = bootstrap_histograms(embeddings, person, weights, accuracy_bins(threshold), family=family, kind=kind)
+    return bootstrap_scores(counts) | {"accuracy": bootstrap_accuracy(judged)}
