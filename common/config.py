@@ -132,6 +132,7 @@ class TwinSettings:
     stranger: float = setting(0.25, low=0.0, high=1.0)  # of two families
     twin: float = setting(0.25, low=0.0, high=1.0)  # of two siblings
     hard_negatives: bool = setting(default=True)  # genuine pairs of two siblings in one batch
+    partner: str = setting("random", choices=("random", "twin"))  # PWCA's other picture; twin where the batch has one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

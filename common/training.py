@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from torch.nn import functional as F
 
 from common.config import Settings, TrainingSettings
 from common.errors import TrainingFailed
-from common.faces.batches import num_batches, training_batches
+from common.faces.batches import num_batches
+from common.faces.epoch_batches import Batch, epoch_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import Partners, random_partners
 from common.models.heads import spreadout
 from common.models.losses import batch_hard_triplet
@@ -24,6 +27,7 @@ from common.models.recogniser import Recogniser
 from common.runtime import random_stream, use_threads
 
 Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
+INPUT_VECTORS = ("class_token", "pos_embedding")
 HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
 
 
@@ -113,12 +117,15 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
 def make_optimiser(module: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW over all parameters of a recogniser, or of its head alone.
 
-    Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1).
+    Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1), and a
+    ViT's class token and positions, which are vectors of the input.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(INPUT_VECTORS)]
+    spared = [p for name, p in named if p.ndim <= 1 or name.endswith(INPUT_VECTORS)]
     groups = [
-        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
     ]
     if training.optimiser == "adamw":
         return torch.optim.AdamW(groups, lr=training.lr)
@@ -158,7 +165,7 @@ def _branch_losses(
 def _step(  # one optimiser step
     recogniser: Recogniser,
     optimiser: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     *,
     training: TrainingSettings,
     compute: Compute,
@@ -167,7 +174,7 @@ def _step(  # one optimiser step
     where: str,
 ) -> Stepped:
     """partners: those of PWCA, [B] int64.  Raises TrainingFailed if loss or gradient is not finite."""
-    pictures, labels = batch
+    pictures, labels = batch.pictures, batch.labels
     with compute.autocast():
         embeddings = recogniser.branch_embeddings(compute.laid_out(pictures), partners)
     told, minimised = _branch_losses(recogniser, embeddings, labels, training)
@@ -193,20 +200,12 @@ def _step(  # one optimiser step
     return Stepped(losses=values, correct=correct, gradient_norm=norm)
 
 
-def epoch_batches(
-    pack: FacePack, settings: Settings, compute: Compute, *, stream_name: str, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training batches of one epoch; the same (seed, stream_name, epoch) gives the same batches anywhere."""
-    chosen = pack.indices(Split.TRAIN)
-    return training_batches(
-        pack.pictures,
-        pack.training_labels,
-        chosen=chosen,
-        batch_size=settings.training.batch_size,
-        augmentation=settings.augmentation,
-        stream=random_stream(settings.run.seed, stream_name, "epoch", epoch),
-        device=compute.device,
-    )
+def _pwca_partners(batch: Batch, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:
+    """Each picture's partner, [B] int64.  wanted: "random", or "twin" where the batch has a picture of the twin."""
+    partners = choose(batch.labels, stream)
+    if wanted == "random" or batch.twins is None:
+        return partners
+    return torch.where(batch.twins == NO_TWIN, partners, batch.twins)
 
 
 @contextmanager
@@ -242,7 +241,7 @@ def warm_up_head(
     with _frozen(recogniser.backbone):
         for epoch in range(settings.training.head_warmup_epochs):
             batches = epoch_batches(
-                pack, settings, compute, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
+                pack, settings, device=compute.device, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
             )
             for step, batch in enumerate(batches):
                 _step(
@@ -255,7 +254,7 @@ def warm_up_head(
                     partners=None,
                     where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}",
                 )
-                sums.num_warmup_pictures += len(batch[1])
+                sums.num_warmup_pictures += len(batch.labels)
                 sums.num_warmup_steps += 1
     return sums
 
@@ -276,17 +275,19 @@ def train_epochs(
     """Train in place for `epochs`, a range within [0, total_epochs).
 
     The learning rate follows the position within all epochs, so rounds do not restart it; dropout and the like draw
-    from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA.
+    from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA and
+    `twins.partner` does not make it the twin.
     Raises TrainingFailed when a loss or gradient is not finite.
     """
     compute.place(recogniser)
     recogniser.train()
     sums = TrainSums()
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    partners = partial(_pwca_partners, wanted=settings.twins.partner, choose=choose_partners)
     for epoch in epochs:
         torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", epoch).initial_seed())
         partner_stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
-        batches = epoch_batches(pack, settings, compute, stream_name=stream_name, epoch=epoch)
+        batches = epoch_batches(pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch)
         for step, batch in enumerate(batches):
             sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
             for group in optimiser.param_groups:
@@ -298,8 +299,8 @@ def train_epochs(
                 training=settings.training,
                 compute=compute,
                 penalty=penalty,
-                partners=choose_partners(batch[1], partner_stream) if "pwca" in recogniser.branches else None,
+                partners=partners(batch, partner_stream) if "pwca" in recogniser.branches else None,
                 where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}",
             )
-            sums.add(stepped, len(batch[1]))
+            sums.add(stepped, len(batch.labels))
     return sums

@@ -113,19 +113,3 @@ def random_partners(labels: Tensor, stream: torch.Generator) -> Tensor:
     partners = torch.empty_like(order)
     partners[order] = order.roll(1)
     return partners.to(labels.device)
-
-
-def siblings_as_partners(sibling: Tensor) -> Partners:
-    """The partner is a picture of the person's twin where the batch has one, else a random one.
-
-    sibling: [C] int64, the label of each person's twin, -1 for a person without one.
-    """
-
-    def partners(labels: Tensor, stream: torch.Generator) -> Tensor:
-        others = random_partners(labels, stream)
-        lots = torch.rand(len(labels), len(labels), generator=stream).to(labels.device)
-        wanted = sibling.to(labels.device)[labels]
-        fits = labels.unsqueeze(0) == wanted.unsqueeze(1)  # no label is -1
-        return torch.where(fits.any(1), lots.masked_fill(~fits, -1.0).argmax(1), others)
-
-    return partners

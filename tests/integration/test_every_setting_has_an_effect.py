@@ -413,6 +413,20 @@ def test_the_settings_of_twins_decide_which_pictures_train_together():
     assert all(one != other for k, one in enumerate(seen) for other in seen[:k])
 
 
+@proves("twins.partner")
+def test_pwcas_partner_is_anybody_or_the_twin(tmp_path):
+    write_dataset(SynthSettings(layout="twins", num_people=12, pictures_per_person=4), tmp_path / "twins")
+    vit = {"backbone": "vit_tiny", "patch_size": 8, "depth": 1, "width": 0.125, "attention": "pwca"}
+    base = changed(BASE, **{f"model__{name}": value for name, value in vit.items()})
+
+    def model(partner: str, folder: str) -> str:
+        site = site_at(tmp_path / folder, "twins", tmp_path / "twins")
+        return buffer_sha256(two_rounds(changed(base, twins__partner=partner), site)[0])
+
+    assert model("twin", "a") != model("random", "b")
+    assert model("twin", "c") == model("twin", "d")
+
+
 # -------------------------------------------------------------------------------------------------------- federation
 
 

@@ -16,7 +16,6 @@ from common.models.dcal import (
     pair_wise,
     random_partners,
     rollout,
-    siblings_as_partners,
 )
 from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, for_people
 from common.models.vit import Block
@@ -209,20 +208,6 @@ def test_partners_are_repeatable_and_leave_the_global_state() -> None:
     labels, before = torch.zeros(9, dtype=torch.int64), torch.get_rng_state()
     assert torch.equal(random_partners(labels, stream(4)), random_partners(labels, stream(4)))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_partner_is_the_twin_where_the_batch_has_one() -> None:
-    """0 and 1 are twins, 2 has no twin, 3's twin 4 is not in the batch."""
-    choose = siblings_as_partners(torch.tensor([1, 0, -1, 4, 3]))
-    labels, draws = torch.tensor([0, 1, 1, 2, 3, 0]), stream()
-    of_first = set()
-    for _ in range(50):
-        partners = choose(labels, draws)
-        assert labels[partners[[0, 1, 2, 5]]].tolist() == [1, 0, 0, 1]
-        assert int(partners[3]) != 3
-        assert int(partners[4]) != 4
-        of_first.add(int(partners[0]))
-    assert of_first == {1, 2}
 
 
 # ---- the recogniser

@@ -10,6 +10,8 @@ from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 from common import config, training
 from common.config import ModelSettings
 from common.evaluation import embed
+from common.faces.splits import Split
+from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
 from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
@@ -138,6 +140,66 @@ def test_the_caller_may_choose_the_partners():
     own = run(choose_partners=lambda labels, _: torch.arange(len(labels)))[1]
     assert own.branch_loss_sums["pwca"] == pytest.approx(own.loss_sum, rel=1e-4)
     assert run()[1].branch_loss_sums["pwca"] != pytest.approx(own.loss_sum, rel=1e-3)
+
+
+def twins_pack():
+    """memory_pack's people in families of two."""
+    pack = memory_pack()
+    return dataclasses.replace(pack, family=np.arange(len(pack.people)) // 2)
+
+
+def partners_in_training(monkeypatch, partner: str) -> list[tuple[training.Batch, list[int]]]:
+    """Each batch of twins, and who PWCA's partners were in it."""
+    seen, batches, plain = [], [], training.epoch_batches
+    pack, settings = twins_pack(), config.with_value(SETTINGS, "twins", "partner", partner)
+    recogniser = recogniser_for(pack, DCAL)
+    embeddings = recogniser.branch_embeddings
+
+    def spy(pictures, partners=None):
+        seen.append(partners.tolist())
+        return embeddings(pictures, partners)
+
+    def kept(*arguments, **named):
+        for batch in plain(*arguments, **named):
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(recogniser, "branch_embeddings", spy)
+    monkeypatch.setattr(training, "epoch_batches", kept)
+    train_epochs(
+        recogniser, make_optimiser(recogniser, settings.training), pack, settings=settings, compute=CPU,
+        epochs=range(1), total_epochs=2, stream_name="alpha",
+    )  # fmt: skip
+    return list(zip(batches, seen, strict=True))
+
+
+def test_families_train_in_batches_of_pairs_and_the_partner_may_be_the_twin(monkeypatch):
+    pack = twins_pack()
+    family = pack.family[pack.person[pack.indices(Split.TRAIN)]]
+    label_family = dict(zip(pack.training_labels[pack.indices(Split.TRAIN)].tolist(), family.tolist(), strict=True))
+    found = partners_in_training(monkeypatch, "twin")
+    with_twin = 0
+    for batch, partners in found:
+        assert batch.twins is not None
+        for own, other, twin in zip(range(len(partners)), partners, batch.twins.tolist(), strict=True):
+            assert other != own
+            if twin != NO_TWIN:
+                with_twin += 1
+                assert other == twin
+                one, two = int(batch.labels[own]), int(batch.labels[other])
+                assert one != two
+                assert label_family[one] == label_family[two]
+    assert with_twin > 0
+    monkeypatch.undo()
+    assert any(partners != batch.twins.tolist() for batch, partners in partners_in_training(monkeypatch, "random"))
+
+
+def test_positions_and_class_token_are_spared_from_decay():
+    groups = make_optimiser(recogniser_for(memory_pack(), DCAL), SETTINGS.training).param_groups
+    decayed = {tuple(p.shape) for p in groups[0]["params"]}
+    spared = {tuple(p.shape) for p in groups[1]["params"]}
+    assert (1, 17, 24) in spared - decayed  # 16 patches and the class token
+    assert (1, 1, 24) in spared - decayed
 
 
 @pytest.mark.parametrize("attention", ["sa", "glca"])
