@@ -8,6 +8,7 @@ from pathlib import Path
 from common import config
 from common.checkpoints import write_bytes, write_json
 from common.config import Settings
+from common.tracking.hardware import HardwareSampler, gpu_type
 from common.tracking.run import TrackedRun, open_run
 from common.version import facefed_version
 
@@ -18,10 +19,11 @@ RUN_FILE = "run.json"  # what kind of run a folder holds
 class RunKind:
     """What a run is, beside its settings."""
 
-    mode: str  # local | centralized | federated
-    experiment: str  # without the prefix
+    mode: str  # local | centralized | federated | twins | evaluation
+    experiment: str  # without the prefix, where it has one
     label: str  # opens the run's name in the tracking
     clients: Sequence[str] = ()  # in order of their names; a federation's are known later
+    prefixed: bool = True  # whether tracking.experiment_prefix begins the experiment's name
     strategy: str = ""
     data: Mapping[str, str] = field(default_factory=dict)  # client -> key of its pack, to go on with the same data
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -72,11 +74,12 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
 def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
     """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json."""
     write_run_file(folder, settings, kind, kind.clients)
+    gpu = {"gpu_type": gpu_type(kind.tags["device"])} if "device" in kind.tags else {}  # a federation's is known later
     return open_run(
         settings.tracking,
         uri=settings.tracking.uri,
         folder=folder,
-        experiment=f"{settings.tracking.experiment_prefix}_{kind.experiment}",
+        experiment=f"{settings.tracking.experiment_prefix}_{kind.experiment}" if kind.prefixed else kind.experiment,
         run_name=f"{kind.label}_{folder.name}",
         tags={
             "mode": kind.mode,
@@ -84,6 +87,7 @@ def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) ->
             "facefed_version": facefed_version(),
             "git_commit": commit,
             "run_folder": folder.name,
+            **gpu,
             **kind.tags,
         },
         params=kind.params,
@@ -91,9 +95,16 @@ def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) ->
 
 
 def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
-    """The record of a run that trains: with its settings as parameters too, and as the artifact config.toml."""
+    """The record of a run that trains: with its settings as parameters too, and as the artifact config.toml.
+
+    How busy this machine is becomes part of it, every `tracking.system_metrics_s`, until the run finishes.
+    """
     write_bytes(folder / "config.toml", config.to_toml(settings).encode())
     params = {**flat_params(settings), **_guide_params(settings), **kind.params}
     tracked = open_record(settings, folder, commit, dataclasses.replace(kind, params=params))
     tracked.log_file(folder / "config.toml", "config.toml")
+    if isinstance(settings.tracking.system_metrics_s, float):
+        sampler = HardwareSampler(tracked.log_system_metrics, settings.tracking.system_metrics_s, folder)
+        tracked.before_finish(sampler.stop)
+        sampler.start()
     return tracked

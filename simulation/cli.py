@@ -9,8 +9,10 @@ from pathlib import Path
 from common.console import run_program, set_up_logging
 from common.flags import add_run_settings, read_run_settings, refuse_run_settings
 from common.runtime import go_silent
+from simulation.attention_cli import add_attention_parser, attention
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
+TWINS_CONFIG = "twins_dcal"
 DATA_LAYOUTS = ("celeba", "vggface2", "twins")
 # Of training alone: models are compared as they were trained.
 TRAINING_FLAGS = (
@@ -114,6 +116,7 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         ("local", "one holder alone, each picture processed as often as in the federation"),
         ("centralized", "all holders' pictures in one place: what a federation is measured against"),
         ("federated", "the Ray simulation, as flower-simulation runs it"),
+        ("twins", "verification of identical twins, by attention within a picture and across two (DCAL)"),
     ):
         command = actions.add_parser(name, help=text)
         _add_data_sources(command)
@@ -134,6 +137,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _data_parser(commands)
     _train_parser(commands)
     _evaluate_parser(commands)
+    add_attention_parser(commands)
     return parser
 
 
@@ -212,7 +216,7 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     resume = getattr(arguments, "resume", "")
     if resume:
         refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
-    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    settings = read_run_settings(arguments, default_config=TWINS_CONFIG if name == "twins" else DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
     from simulation import train_commands
 
@@ -224,7 +228,11 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     )
     if name == "federated":
         return train_commands.train_federated(settings, machine, sys.stdout, sys.stderr)
-    train = train_commands.train_local if name == "local" else train_commands.train_centralized
+    train = {
+        "local": train_commands.train_local,
+        "centralized": train_commands.train_centralized,
+        "twins": train_commands.train_twins,
+    }[name]
     return train(settings, machine, resume, sys.stdout)
 
 
@@ -236,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("data", "synth"): lambda: _synth(arguments),
         ("data", "prepare"): lambda: _data(arguments, "prepare"),
         ("data", "audit"): lambda: _data(arguments, "audit"),
-        **{("train", name): partial(_train, arguments, name) for name in ("local", "centralized", "federated")},
+        **{
+            ("train", name): partial(_train, arguments, name) for name in ("local", "centralized", "federated", "twins")
+        },
         ("evaluate", ""): lambda: _evaluate(arguments),
+        ("attention", ""): lambda: attention(arguments),
     }
     return run_program("facefed", table[(arguments.command, getattr(arguments, "action", ""))], sys.stderr)
 

@@ -6,6 +6,7 @@ was: resumed equals uninterrupted, bit for bit (every random stream is named by 
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +22,20 @@ from server.scores import figures
 from simulation.trainee import Trainee
 
 PROGRESS_FILE = "progress.json"
+VALIDATED = {
+    "val_loss": "loss",
+    "val_acc": "accuracy",
+    "val_roc_auc": "roc_auc",
+    "val_eer": "eer",
+    "val_twins_roc_auc": "twins_roc_auc",
+    "val_twins_eer": "twins_eer",
+    "val_strangers_roc_auc": "strangers_roc_auc",
+}
+AfterEpoch = Callable[["Epochs"], None]  # may raise to end the training
+
+
+def go_on(_epochs: "Epochs") -> None:
+    """What happens after an epoch unless somebody listens: nothing."""
 
 
 @dataclass
@@ -43,6 +58,7 @@ class Epochs:
     trainee: Trainee
     tracked: TrackedRun
     folder: Path  # RUN/checkpoints
+    after_epoch: AfterEpoch = go_on
     progress: Progress = field(default_factory=Progress)
     optimiser: torch.optim.Optimizer = field(init=False)
 
@@ -118,11 +134,11 @@ class Epochs:
             f" val AUC {row.get('val_roc_auc', float('nan')):.3f}, {seconds:.1f} s\n"
         )
         out.flush()
+        self.after_epoch(self)
 
     def _validate(self) -> dict[str, float]:
         scores = figures(self.trainee.evaluate_pooled("val"))
-        names = {"val_loss": "loss", "val_acc": "accuracy", "val_roc_auc": "roc_auc"}
-        return {name: scores[key] for name, key in names.items() if key in scores}
+        return {name: scores[key] for name, key in VALIDATED.items() if key in scores}
 
     def _save_model(self, role: str) -> None:
         state = self.trainee.recogniser.state_dict()

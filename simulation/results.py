@@ -1,5 +1,6 @@
 """The end of training without a federation: the best model's test scores, its pictures, metrics.json, the registry."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from common.tracking.run import TrackedRun
 from server.scores import figures
 from simulation.epochs import Epochs
 from simulation.trainee import Trainee
+from simulation.twin_results import missing_pairs, twin_results
+
+log = logging.getLogger("facefed.simulation")
 
 
 def record_datasets(tracked: TrackedRun, trainee: Trainee) -> None:
@@ -43,6 +47,7 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
     if len(tested) > 1:
         logged |= {f"{client}_test_{name}": value for client, own in scores.items() for name, value in own.items()}
     budget = {"num_pictures_processed": progress.num_pictures, "num_gradient_steps": progress.num_steps}
+    twins = _twins(trainee, tracked, progress.best_epoch)
     tracked.log_metrics(logged | budget | {"best_epoch": progress.best_epoch}, step=progress.best_epoch)
     results: dict[str, Any] = {
         "best_epoch": progress.best_epoch,
@@ -55,11 +60,29 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
         "untrained": figures(pooled(untrained)),
         "test_pairs": {name: people_digest(pack, "test") for name, pack in trainee.clients.items()},
         "epochs": progress.rows,
+        **twins,
     }
     if trainee.settings.tracking.plots != "none":
         _draw(epochs, label, {"untrained": pooled(untrained), label: pooled(tested)}, scores)
     tracked.log_dict(results, "metrics.json")
     return results
+
+
+def _twins(trainee: Trainee, tracked: TrackedRun, step: int) -> dict[str, Any]:
+    """The figures of twins and of strangers apart, logged and drawn, of the one client that knows families."""
+    with_families = [name for name, pack in trainee.clients.items() if pack.family is not None]
+    if len(trainee.clients) > 1 or not with_families:
+        return {}
+    [pack] = trainee.clients.values()
+    lacking = missing_pairs(pack)
+    if lacking:
+        log.warning("%s: no figures of twins and strangers apart: %s.", pack.dataset, lacking)
+        return {}
+    found = twin_results(trainee.recogniser, pack, trainee.compute, seed=trainee.settings.run.seed)
+    tracked.log_metrics(found.metrics(), step=step)
+    if trainee.settings.tracking.plots != "none":
+        tracked.log_figure(found.curve, "plots/roc_twins.png")
+    return {"twins": found.content()}
 
 
 def _draw(

@@ -16,9 +16,10 @@ from common.faces.pack import FacePack
 from common.tracking.settings import with_absolute_uri
 from server.run_folder import new_run_folder
 from server.runs import RUN_FILE
-from simulation.baselines import BaselineSummary, run_centralized, run_local
+from simulation.baselines import BaselineSummary, run_centralized, run_local, run_twins
 from simulation.commands import check_pretrained, federate_here
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
+from simulation.twin_results import twin_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +104,7 @@ def _settled(
     resumed = _run_to_resume(resume, settings.run.out, mode) if resume else None
     if resumed and not machine.clients:
         machine = dataclasses.replace(machine, clients=resumed.clients)
-    options = data_options(machine.clients, machine.data_dirs) if mode == "local" else several_options(machine)
-    if mode == "local" and len(options) != 1:
-        raise UserError(f"train local trains one holder, {len(options)} were named; give one --client NAME.")
+    options = _options(mode, machine)
     settings = resumed.settings if resumed else with_absolute_uri(settings, Path.cwd())
     sites, packs = _door(options, settings, machine, out)
     if resumed:
@@ -114,11 +113,31 @@ def _settled(
     return settings, sites, packs, resumed.folder if resumed else new_run_folder(settings)
 
 
+def _options(mode: str, machine: Machine) -> list[ClientOption]:
+    """Whose data a mode trains on.  Raises UserError."""
+    if mode == "centralized":
+        return several_options(machine)
+    named = machine.clients or (["twins"] if mode == "twins" else [])
+    options = data_options(named, machine.data_dirs)
+    if len(options) != 1:
+        raise UserError(f"train {mode} trains one holder, {len(options)} were named; give one --client NAME.")
+    return options
+
+
 def train_local(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
     """`facefed train local`: one holder alone.  resume: a run's id or folder, or ""."""
     settings, sites, packs, folder = _settled("local", settings, machine, resume, out)
     [site], [pack] = sites.values(), packs.values()
     return _show(run_local(settings, site, pack, folder, out), "local", settings, out)
+
+
+def train_twins(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
+    """`facefed train twins`: verification of identical twins.  resume: a run's id or folder, or ""."""
+    settings, sites, packs, folder = _settled("twins", settings, machine, resume, out)
+    [site], [pack] = sites.values(), packs.values()
+    summary = run_twins(settings, site, pack, folder, out)
+    out.writelines(twin_lines(summary.twins))
+    return _show(summary, "trained", settings, out)
 
 
 def train_centralized(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:

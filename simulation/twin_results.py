@@ -1,0 +1,108 @@
+"""What a run on twins tells beside the scores of all: each figure for all pairs, twins only and strangers only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.evaluation import SPLITS, embed
+from common.faces.pack import FacePack
+from common.metrics.twin_report import pair_counts, twin_figures
+from common.metrics.twins import KINDS, histogram_of, kind_scores, pair_histograms, threshold_at_best_accuracy
+from common.metrics.verification import roc_curve
+from common.models.recogniser import Recogniser
+from common.plots import verification
+from common.runtime import stream_seed
+from common.tracking.run import SavesFigure
+from common.training import Compute
+
+NUM_REPLICATES = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinResults:
+    """The scores of one model on one data set's test people, and what may be drawn of them."""
+
+    threshold: float  # cosine, chosen on validation people
+    figures: Mapping[str, Mapping[str, Mapping[str, float]]]  # kind -> figure -> value, low, high
+    curve: SavesFigure
+
+    def metrics(self) -> dict[str, float]:
+        """For the tracking: test_twins_roc_auc, test_twins_roc_auc_low, ..., and the threshold."""
+        named = {"test_threshold": self.threshold}
+        for kind, figures in self.figures.items():
+            for figure, values in figures.items():
+                for part, value in values.items():
+                    named[f"test_{kind}_{figure}" + ("" if part == "value" else f"_{part}")] = value
+        return named
+
+    def content(self) -> dict[str, object]:
+        """For metrics.json."""
+        return {"threshold": self.threshold, "figures": dict(self.figures)}
+
+
+def twin_lines(twins: Mapping[str, Any]) -> list[str]:
+    """What a run on twins shows at its end: of each kind of pairs the AUC with its interval, EER and accuracy.
+
+    twins: as `TwinResults.content` gives it.
+    """
+    lines = [f"\ntest people never seen, threshold {twins['threshold']:.3f} from validation (95 % over families):\n"]
+    for kind, figures in twins["figures"].items():
+        auc, eer, accuracy = (figures[name] for name in ("roc_auc", "eer", "accuracy"))
+        lines.append(
+            f"  {kind:9} AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]  EER {eer['value']:.3f}"
+            f"  accuracy {accuracy['value']:.3f}\n"
+        )
+    return lines
+
+
+def missing_pairs(pack: FacePack) -> str:
+    """Which pairs the test or the validation people lack for figures of twins, in words; "" when nothing is missing.
+
+    pack: of a data set with families.
+    """
+    problems = []
+    for split in ("val", "test"):
+        person, family = _people(pack, split)
+        for kind, (genuine, impostor) in pair_counts(person, family).items():
+            if min(genuine, impostor) == 0:
+                problems.append(f"{split} has {genuine} genuine and {impostor} impostor pairs of {kind}")
+    return "; ".join(problems)
+
+
+def twin_results(recogniser: Recogniser, pack: FacePack, compute: Compute, *, seed: int) -> TwinResults:
+    """Score the model on the test people; the threshold comes from the validation people.
+
+    pack: of a data set with families.
+    Raises DataError when validation has no genuine or no impostor pair, or a kind of pairs is missing in test.
+    """
+    val, val_person, val_family = _open_set(recogniser, pack, "val", compute)
+    threshold = threshold_at_best_accuracy(pair_histograms(val, val_person, val_family)[0])
+    test, person, family = _open_set(recogniser, pack, "test", compute)
+    figures = twin_figures(
+        test, person, family, threshold=threshold, num_replicates=NUM_REPLICATES, seed=stream_seed(seed, "families")
+    )
+    histograms = pair_histograms(test, person, family)
+    curves = {}
+    for kind in KINDS:
+        of_kind = histogram_of(kind, *histograms)
+        curves[kind] = (*roc_curve(of_kind), kind_scores(of_kind, kind)["roc_auc"])
+    intervals = {kind: (figures[kind]["roc_auc"]["low"], figures[kind]["roc_auc"]["high"]) for kind in KINDS}
+    return TwinResults(threshold=threshold, figures=figures, curve=verification.roc(curves, intervals=intervals))
+
+
+def _people(pack: FacePack, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The people and the families of the pictures of a split's people never seen in training."""
+    if pack.family is None:
+        raise ValueError(f"{pack.dataset} has no families")
+    person = pack.person[pack.indices(SPLITS[split][1])]
+    return person, pack.family[person]
+
+
+def _open_set(
+    recogniser: Recogniser, pack: FacePack, split: str, compute: Compute
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Embeddings of a split's people never seen in training, and who they are."""
+    return embed(recogniser, pack, pack.indices(SPLITS[split][1]), compute).numpy(), *_people(pack, split)
