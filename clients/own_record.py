@@ -42,7 +42,7 @@ def keep_own_record(
     if settings.tracking.plots == "none":
         return
     tracked = open_run(
-        TrackingSettings(enabled=bool(site.tracking_uri)),
+        TrackingSettings(enabled=bool(site.tracking_uri), tensorboard="none"),
         uri=site.tracking_uri,
         folder=own_folder(site, task.run_id),
         experiment=f"{settings.tracking.experiment_prefix}_client_{site.name}",

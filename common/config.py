@@ -164,12 +164,14 @@ class VerificationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """[tracking]: MLflow. The local record in the run's folder is always written."""
+    """[tracking]: MLflow, and TensorBoard beside it. The local record in the run's folder is always written."""
 
     enabled: bool = setting(default=True)
     uri: str = setting("sqlite:///mlflow.db")
     experiment_prefix: str = setting("facial_recognition")
     plots: str = setting("all", choices=("all", "final", "none"))
+    tensorboard: str = setting("logs/tensorboard")  # a folder with one folder a run; none: no TensorBoard
+    system_metrics_s: float | str = setting(10.0, above=0.0, word="off")  # between samples of the machine's use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

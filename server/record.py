@@ -10,6 +10,8 @@ from common.metrics.verification import roc_auc, roc_curve
 from common.plots import curves, verification
 from common.plots.comparison import client_comparison
 from common.plots.confusion import confusion
+from common.runtime import machine_digest
+from common.tracking.hardware import gpu_type
 from common.tracking.run import TrackedRun
 from common.wire import Reply, Site
 from server.history import History
@@ -23,7 +25,15 @@ def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
         "dataset": "+".join(site.dataset for site in sites),
         "dataset_size": str(sum(site.num_pictures for site in sites)),
         "device": "+".join(sorted({site.device for site in sites})),
+        "gpu_type": "+".join(sorted({_gpu_type(site) for site in sites})),
     }
+
+
+def _gpu_type(site: Site) -> str:
+    """A site tells its kind of device only: a GPU's name is known where it computes on this machine."""
+    if site.device == "cuda" and site.machine != machine_digest():
+        return "unknown"
+    return gpu_type(site.device)
 
 
 class Record:

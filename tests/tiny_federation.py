@@ -72,6 +72,8 @@ def settings_with(**values: object) -> Settings:
         "federation__round_timeout_s": 0.3,
         "tracking__enabled": False,
         "tracking__plots": "none",
+        "tracking__tensorboard": "none",
+        "tracking__system_metrics_s": "off",
     }
     raw: dict[str, dict[str, object]] = {}
     for name, value in (tiny | values).items():

@@ -1,25 +1,30 @@
 """One tracked run: each call writes to the run's folder first; MLflow hears of it from a thread, when it can.
 
     open_run -> TrackedRun -> Spool (RUN/spool.jsonl) -> Sender (thread) -> Delivery (MLflow)
+                           -> Board (logs/tensorboard/RUN)
 
 Nothing here blocks on a server or raises because of one.  With `tracking.enabled = false` the record in the folder is
-the same and MLflow is never imported.
+the same and MLflow is never imported; with `tracking.tensorboard = "none"` TensorBoard is not.
 """
 
 import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common.config import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.sender import Send, Sender
 from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line, now_ms, save_sent
+from common.tracking.tensorboard import OFF, Board
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FINISH_TIMEOUT_S = 120.0  # a new sqlite database alone takes 5 to 40 s on a busy machine
 
@@ -34,15 +39,22 @@ class SavesFigure(Protocol):
 
 
 class TrackedRun:
-    """A run, or a nested run of it, that is recorded in a folder and in MLflow."""
+    """A run, or a nested run of it, that is recorded in a folder, in MLflow and in TensorBoard."""
 
-    def __init__(self, *, folder: Path, spool: Spool, sender: Sender | None, name: str, uri: str) -> None:
+    def __init__(
+        self, *, folder: Path, spool: Spool, sender: Sender | None, board: Board | None, name: str, uri: str
+    ) -> None:
         """Use `open_run` and `child`.  name: "" for the run itself, else the nested run's name in the spool."""
         self.folder = folder
         self.uri = uri
         self._spool = spool
         self._sender = sender
+        self._board = board
         self._name = name
+        self._params: dict[str, str] = {}
+        self._step = 0  # the latest, under which pictures are shown
+        self._num_samples = 0  # of the machine
+        self._before_finish: list[Callable[[], None]] = []
         self._children: dict[str, TrackedRun] = {}
         self._finished = False
 
@@ -61,8 +73,25 @@ class TrackedRun:
 
         NaN reaches MLflow; infinities stay in the spool, and both mark the run with the tag `nonfinite_metrics`.
         """
+        self._step = int(step)
+        self._log_metrics(metrics, self._step)
+
+    def log_system_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Record a sample of the machine, from a thread of its own; its step is the sample's number, as MLflow has it.
+
+        A run that goes on counts on from its spool.
+        """
+        if self._num_samples == 0:
+            steps = [e["step"] for e in self._spool.entries() if e["run"] == self._name and e.get("key") in metrics]
+            self._num_samples = max(steps, default=-1) + 1
+        self._log_metrics(metrics, self._num_samples)
+        self._num_samples += 1
+
+    def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         time_ms = now_ms()
-        self._append(b"".join(metric_line(self._name, k, float(v), int(step), time_ms) for k, v in metrics.items()))
+        self._append(b"".join(metric_line(self._name, k, float(v), step, time_ms) for k, v in metrics.items()))
+        if self._board:
+            self._board.scalars(metrics, step, time_ms)
 
     def log_missing_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record those values of a step that the spool lacks: a run that was killed may not have told all."""
@@ -72,6 +101,12 @@ class TrackedRun:
     def log_params(self, params: Mapping[str, object]) -> None:
         """Record settings; MLflow keeps the first value of each name."""
         self._event("params", values={key: str(value) for key, value in params.items()})
+        self._show_params(params)
+
+    def _show_params(self, params: Mapping[str, object]) -> None:
+        self._params = {key: str(value) for key, value in params.items()} | self._params
+        if self._board and params:
+            self._board.table("parameters", self._params, now_ms())
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags; a later value replaces an earlier one."""
@@ -85,11 +120,25 @@ class TrackedRun:
         self._event("dataset", name=name, digest=digest[:36], context=context, profile=dict(profile))
 
     def log_figure(self, figure: SavesFigure, name: str) -> Path:
-        """Keep a figure as RUN/`name` (for example "plots/roc.png") and among MLflow's artifacts; returns its path."""
+        """Keep a figure as RUN/`name` (for example "plots/roc.png") and among MLflow's artifacts; returns its path.
+
+        TensorBoard shows a PNG at the step of the metrics logged last.
+        """
         path = self._place(name)
         part = path.with_name(f".{path.name}.part")
         figure.savefig(part, format=path.suffix.removeprefix(".") or "png")
-        return self._log_kept(part, path, name)
+        kept = self._log_kept(part, path, name)
+        if self._board:
+            self._board.picture(kept, name, self._step, now_ms())
+        return kept
+
+    def log_graph(self, module: "nn.Module", example: "Tensor") -> None:
+        """Show a network's graph, in evaluation, in TensorBoard; one that cannot be traced is left out with a log line.
+
+        example: a batch that `module` takes, on its device.  The module stays as it is, and no random number is drawn.
+        """
+        if self._board:
+            self._board.graph(module, example)
 
     def log_dict(self, content: object, name: str) -> Path:
         """Keep plain data as JSON, RUN/`name`, and among MLflow's artifacts; returns its path."""
@@ -120,7 +169,14 @@ class TrackedRun:
         if self._name:
             raise ValueError(f"run {self._name!r} is nested already")
         if run_name not in self._children:
-            nested = TrackedRun(folder=self.folder, spool=self._spool, sender=self._sender, name=run_name, uri=self.uri)
+            nested = TrackedRun(
+                folder=self.folder,
+                spool=self._spool,
+                sender=self._sender,
+                board=self._board.child(run_name) if self._board else None,
+                name=run_name,
+                uri=self.uri,
+            )
             nested.start(self._experiment, run_name, {**self._tags, **tags}, {})
             self._children[run_name] = nested
         return self._children[run_name]
@@ -136,6 +192,11 @@ class TrackedRun:
             tags={key: str(value) for key, value in tags.items()},
             params={key: str(value) for key, value in params.items()},
         )
+        self._show_params(params)
+
+    def before_finish(self, close: Callable[[], None]) -> None:
+        """Have `close` called at the beginning of `finish`, while the run still takes records."""
+        self._before_finish.append(close)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until MLflow has everything; False when tracking is off, the server is away or the time is up."""
@@ -148,10 +209,14 @@ class TrackedRun:
         """
         if self._finished:
             return
+        while self._before_finish:
+            self._before_finish.pop()()
         for nested in self._children.values():
             nested.finish(status)
         self._event("finish", status=status)
         self._finished = True
+        if self._board:
+            self._board.close()
         if self._name:
             return
         if self._sender and not self._sender.close(timeout_s):
@@ -215,13 +280,15 @@ def open_run(
 ) -> TrackedRun:
     """Begin (or go on with) the record of a run.
 
-    uri: from `resolve_uri`.  folder: the run's folder; a spool in it is continued.  experiment: made where missing.
+    uri: from `resolve_uri`.  folder: the run's folder; a spool in it is continued, and so are its TensorBoard events,
+    in a folder of the same name below `tracking.tensorboard`.  experiment: made where missing.
     resume_run_id: MLflow's id to go on with; empty for a new run, or for what the folder itself knows.
     Imports MLflow (seconds) when tracking is enabled, so that no other thread has to; the server is asked later.
     """
     spool = Spool(folder)
     sender = _sender(spool, uri, folder, resume_run_id) if tracking.enabled else None
-    run = TrackedRun(folder=folder, spool=spool, sender=sender, name="", uri=uri if sender else "")
+    board = None if tracking.tensorboard == OFF else Board(Path(tracking.tensorboard) / folder.name)
+    run = TrackedRun(folder=folder, spool=spool, sender=sender, board=board, name="", uri=uri if sender else "")
     run.start(experiment, run_name, tags, params)
     if sender:
         sender.start()

@@ -5,10 +5,18 @@ from pathlib import Path
 from common import config
 from common.config import Settings
 from common.tracking.address import resolve_uri
+from common.tracking.tensorboard import OFF
 
 
 def with_absolute_uri(settings: Settings, base: Path) -> Settings:
-    """The settings with a tracking address that means the same in every process.  Raises TrackingError."""
-    if not settings.tracking.enabled:
+    """The settings with a tracking address and a TensorBoard folder that mean the same in every process.
+
+    Raises TrackingError.
+    """
+    tracking = settings.tracking
+    if tracking.tensorboard != OFF:
+        folder = base.resolve() / Path(tracking.tensorboard).expanduser()
+        settings = config.with_value(settings, "tracking", "tensorboard", str(folder))
+    if not tracking.enabled:
         return settings
-    return config.with_value(settings, "tracking", "uri", resolve_uri(settings.tracking.uri, base))
+    return config.with_value(settings, "tracking", "uri", resolve_uri(tracking.uri, base))

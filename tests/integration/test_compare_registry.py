@@ -31,7 +31,13 @@ def registry(tmp_path_factory):
         uri = resolve_uri("sqlite:///mlflow.db", home)
         models = {role: write_run(home, role, seed=seed) for role, seed in (("best", 1), ("last", 2))}
         run = open_run(
-            TrackingSettings(), uri=uri, folder=home / "run", experiment="e", run_name="n", tags={}, params={}
+            TrackingSettings(tensorboard="none"),
+            uri=uri,
+            folder=home / "run",
+            experiment="e",
+            run_name="n",
+            tags={},
+            params={},
         )
         run.log_text(config.to_toml(settings_with()), "config.toml")
         run.log_dict({"best_epoch": 7, "test_pairs": {"alpha": "0123"}}, "metrics.json")

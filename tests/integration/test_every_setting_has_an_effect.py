@@ -44,7 +44,7 @@ BASE = config.from_mapping(
             "device": "cpu",
         },
         "federation": {"rounds": 2, "local_epochs": 1, "proximal_mu": 0.5, "min_clients": 1, "join_timeout_s": 5.0},
-        "tracking": {"enabled": False, "plots": "none"},
+        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
     }
 )
 
@@ -585,6 +585,22 @@ def test_plots_are_drawn_each_round_at_the_end_or_never(faces, tmp_path, monkeyp
         federate_in(tmp_path / plots / "run", changed(BASE, tracking__plots=plots), LocalMailbox([site]))
         counts[plots] = drawn.count("plots/convergence.png")
     assert counts == {"all": 3, "final": 1, "none": 0}
+
+
+@proves("tracking.tensorboard", "tracking.system_metrics_s")
+def test_curves_and_samples_of_the_machine_are_written_or_not(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = site_at(tmp_path, "folder", faces)
+    for name, tensorboard, every_s in (("on", "curves", 10.0), ("off", "none", "off")):
+        settings = changed(
+            BASE, federation__rounds=1, tracking__tensorboard=tensorboard, tracking__system_metrics_s=every_s
+        )
+        folder = federate_in(tmp_path / name, settings, LocalMailbox([site]))
+        sampled = "system/cpu_utilization_percentage" in (folder / "spool.jsonl").read_text()
+        curves = sorted(str(path.parent.relative_to(tmp_path)) for path in (tmp_path / "curves").rglob("*tfevents*"))
+        assert sampled == (name == "on")
+        assert curves == ["curves/on", "curves/on/alpha"]
+    assert not (tmp_path / "logs").exists()
 
 
 @proves("run.log_level")

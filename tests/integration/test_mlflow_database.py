@@ -15,7 +15,7 @@ from common.tracking.address import resolve_uri
 from common.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
-ON = TrackingSettings()
+ON = TrackingSettings(tensorboard="none")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
 
@@ -196,8 +196,8 @@ from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 base = Path(sys.argv[1])
-run = open_run(TrackingSettings(), uri=resolve_uri("sqlite:///mlflow.db", base), folder=base / "r", experiment="e",
-               run_name="n", tags={}, params={})
+run = open_run(TrackingSettings(tensorboard="none"), uri=resolve_uri("sqlite:///mlflow.db", base), folder=base / "r",
+               experiment="e", run_name="n", tags={}, params={})
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
 version = register_model(run, model, name="m", image_size=8, step=1, role="best", val_auc=0.5, val_people="p",
                          metrics={"test_roc_auc": 0.5})

@@ -88,7 +88,13 @@ def client(uri):
 @pytest.fixture
 def run(uri, tmp_path):
     opened = open_run(
-        TrackingSettings(), uri=uri, folder=tmp_path / "run", experiment="fed", run_name="n", tags={}, params={}
+        TrackingSettings(tensorboard="none"),
+        uri=uri,
+        folder=tmp_path / "run",
+        experiment="fed",
+        run_name="n",
+        tags={},
+        params={},
     )
     yield opened
     opened.finish("FINISHED")
@@ -234,7 +240,13 @@ def test_an_unknown_role_is_refused(run, model):
 
 def test_a_server_that_is_away_costs_one_warning(model, tmp_path, caplog):
     run = open_run(
-        TrackingSettings(), uri="http://127.0.0.1:9", folder=tmp_path, experiment="e", run_name="n", tags={}, params={}
+        TrackingSettings(tensorboard="none"),
+        uri="http://127.0.0.1:9",
+        folder=tmp_path,
+        experiment="e",
+        run_name="n",
+        tags={},
+        params={},
     )
     assert _register(run, model) is None
     server, about_model = [record.getMessage() for record in _ours(caplog)]

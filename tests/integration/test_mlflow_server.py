@@ -87,7 +87,7 @@ def server(tmp_path_factory):
 
 def _open(uri, folder, **changes):
     given = {"experiment": "fed", "run_name": "n", "tags": {}, "params": {"lr": 0.05}}
-    return open_run(TrackingSettings(), uri=uri, folder=folder, **{**given, **changes})
+    return open_run(TrackingSettings(tensorboard="none"), uri=uri, folder=folder, **{**given, **changes})
 
 
 def _log(run, steps):

@@ -25,7 +25,7 @@ SETTINGS = config.from_mapping(
             "device": "cpu",
         },
         "federation": {"rounds": 2, "local_epochs": 1, "min_clients": 2, "join_timeout_s": 5.0},
-        "tracking": {"enabled": False, "plots": "none"},
+        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
     }
 )
 

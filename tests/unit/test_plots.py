@@ -268,7 +268,13 @@ def test_a_tracked_run_keeps_a_figure_as_a_picture(tmp_path):
     from PIL import Image
 
     run = open_run(
-        TrackingSettings(enabled=False), uri="", folder=tmp_path, experiment="e", run_name="n", tags={}, params={}
+        TrackingSettings(enabled=False, tensorboard="none"),
+        uri="",
+        folder=tmp_path,
+        experiment="e",
+        run_name="n",
+        tags={},
+        params={},
     )
     path = run.log_figure(convergence(_rounds(2)), "plots/convergence.png")
     run.finish("FINISHED")

@@ -12,7 +12,7 @@ from common.tracking.registry import register_model
 from common.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
-OFF = TrackingSettings(enabled=False)
+OFF = TrackingSettings(enabled=False, tensorboard="none")
 
 
 class Picture:
@@ -130,13 +130,13 @@ from pathlib import Path
 from common.config import TrackingSettings
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
-run = open_run(TrackingSettings(enabled=False), uri="", folder=Path(sys.argv[1]), experiment="e", run_name="n",
-               tags={}, params={})
+off = TrackingSettings(enabled=False, tensorboard="none")
+run = open_run(off, uri="", folder=Path(sys.argv[1]), experiment="e", run_name="n", tags={}, params={})
 run.log_metrics({"a": 1.0}, step=1)
 run.child("c", {}).log_metrics({"a": 1.0}, step=1)
 register_model(run, None, name="m", image_size=8, step=1, role="last", val_auc=0.5, val_people="p", metrics={})
 run.finish("FINISHED")
-heavy = {"mlflow", "torch", "matplotlib", "numpy"} & set(sys.modules)
+heavy = {"mlflow", "torch", "tensorboard", "matplotlib", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
     done = subprocess.run(
