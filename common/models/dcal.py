@@ -47,7 +47,7 @@ def class_token_rollout(mean_maps: Sequence[Tensor]) -> Tensor:
 
 def num_local(num_patches: int, fraction: float) -> int:
     """How many patches ask in GLCA: the fraction R of them, at least one."""
-    return max(1, round(fraction * num_patches))
+    return max(1, round(fraction * int(num_patches)))  # a tensor while a graph is traced
 
 
 def local_tokens(class_row: Tensor, num: int) -> Tensor:
