@@ -21,6 +21,7 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import Partners, random_partners
+from common.models.gradients import clip_gradient
 from common.models.heads import spreadout
 from common.models.losses import batch_hard_triplet
 from common.models.recogniser import Recogniser
@@ -66,6 +67,7 @@ class Stepped:
     losses: dict[str, float]  # mean cross-entropy by branch
     correct: int  # pictures, by self-attention
     gradient_norm: float  # before clipping
+    gradient_norms: dict[str, float]  # by group of parameters, see common/models/gradients.py
 
 
 @dataclass
@@ -78,6 +80,7 @@ class TrainSums:
     loss_sum: float = 0.0  # over pictures; the cross-entropy of self-attention where there are other branches
     branch_loss_sums: dict[str, float] = field(default_factory=dict)  # over pictures, of those others, by name
     gradient_norm_sum: float = 0.0  # over steps, before clipping
+    gradient_norm_sums: dict[str, float] = field(default_factory=dict)  # over steps, by group of parameters
     num_warmup_pictures: int = 0  # seen by a new head alone, before training; in none of the sums above
     num_warmup_steps: int = 0
     lr_last: float = field(default=0.0)
@@ -89,18 +92,22 @@ class TrainSums:
         self.correct += stepped.correct
         self.loss_sum += stepped.losses["sa"] * num_pictures
         self.gradient_norm_sum += stepped.gradient_norm
+        for group, norm in stepped.gradient_norms.items():
+            self.gradient_norm_sums[group] = self.gradient_norm_sums.get(group, 0.0) + norm
         for name, loss in stepped.losses.items():
             if name != "sa":
                 self.branch_loss_sums[name] = self.branch_loss_sums.get(name, 0.0) + loss * num_pictures
 
     def merged(self) -> dict[str, float]:
-        """The means the tracking shows: train_loss, train_acc, gradient_norm; train_loss_glca, train_loss_pwca."""
-        num_pictures = max(self.num_pictures, 1)
+        """The means the tracking shows: train_loss, train_acc, gradient_norm; train_loss_glca, gradient_norm_head..."""
+        num_pictures, num_steps = max(self.num_pictures, 1), max(self.num_steps, 1)
         return {
             "train_loss": self.loss_sum / num_pictures,
             "train_acc": self.correct / num_pictures,
-            "gradient_norm": self.gradient_norm_sum / max(self.num_steps, 1),
-        } | {f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()}
+            "gradient_norm": self.gradient_norm_sum / num_steps,
+            **{f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()},
+            **{f"gradient_norm_{group}": total / num_steps for group, total in self.gradient_norm_sums.items()},
+        }
 
 
 def learning_rate(training: TrainingSettings, progress: float) -> float:
@@ -186,7 +193,7 @@ def _step(  # one optimiser step
     objective.backward()  # type: ignore[no-untyped-call]
     if penalty is not None:
         penalty()
-    norm = float(nn.utils.clip_grad_norm_(recogniser.network_parameters(), training.clip_norm))
+    norm, norms = clip_gradient(recogniser.network_parameters(), training.clip_norm)
     values = {name: loss.item() for name, loss in told.items()}
     if not all(math.isfinite(value) for value in (*values.values(), norm)):
         raise TrainingFailed(
@@ -197,7 +204,7 @@ def _step(  # one optimiser step
         logits = recogniser.head.class_logits(embeddings["sa"].detach().float())
         correct = int((logits.argmax(1) == labels).sum())
     optimiser.step()
-    return Stepped(losses=values, correct=correct, gradient_norm=norm)
+    return Stepped(losses=values, correct=correct, gradient_norm=norm, gradient_norms=norms)
 
 
 def _pwca_partners(batch: Batch, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:

@@ -54,9 +54,9 @@ class Recogniser(nn.Module):
         """What a new client has to learn first: the head, or both."""
         return self.head if self.glca_head is None else nn.ModuleList([self.head, self.glca_head])
 
-    def network_parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters but the loss weights, whose gradients are as large as losses and would swamp a common norm."""
-        return (p for name, p in self.named_parameters() if not name.startswith("loss_weights."))
+    def network_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, by name, but the loss weights: their gradients are as large as losses and swamp a norm."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("loss_weights."))
 
     def embed(self, pictures: Tensor) -> Tensor:
         """pictures: [B, 3, H, W] float in [-1, 1], RGB.  Returns the raw embedding [B, D], not normalised."""

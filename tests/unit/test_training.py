@@ -237,6 +237,11 @@ def test_the_sums_count_every_picture_once_an_epoch():
     assert merged["train_loss"] == pytest.approx(sums.loss_sum / 40)
     assert merged["train_acc"] == sums.correct / 40
     assert merged["gradient_norm"] == pytest.approx(sums.gradient_norm_sum / 6)
+    groups = {"stem", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}
+    assert sums.gradient_norm_sums.keys() == groups
+    assert {name for name in merged if name.startswith("gradient_norm_")} == {f"gradient_norm_{g}" for g in groups}
+    assert merged["gradient_norm_head"] == pytest.approx(sums.gradient_norm_sums["head"] / 6)
+    assert all(0.0 < merged[f"gradient_norm_{group}"] < merged["gradient_norm"] for group in groups)
     assert TrainSums().merged() == {"train_loss": 0.0, "train_acc": 0.0, "gradient_norm": 0.0}
 
 

@@ -74,11 +74,10 @@ def test_each_branch_lowers_its_loss_and_is_told_apart():
     names = {"train_loss", "train_loss_glca", "train_loss_pwca"}
     assert names <= first.keys()
     assert all(last[name] < first[name] for name in names)  # a mean over sixteen epochs against the first
-    assert set(run(dataclasses.replace(DCAL, attention="sa"))[1].merged()) == {
-        "train_loss",
-        "train_acc",
-        "gradient_norm",
-    }
+    assert first["gradient_norm_glca"] > 0.0
+    plain = run(dataclasses.replace(DCAL, attention="sa"))[1].merged()
+    assert {name for name in plain if name.startswith("train_loss")} == {"train_loss"}
+    assert "gradient_norm_glca" not in plain
 
 
 def test_what_is_minimised_is_the_papers_formula(monkeypatch):
@@ -95,7 +94,7 @@ def test_what_is_minimised_is_the_papers_formula(monkeypatch):
 def test_loss_weights_do_not_count_in_the_norm_that_is_clipped():
     recogniser = recogniser_for(memory_pack(), DCAL)
     every = {name for name, _ in recogniser.named_parameters()}
-    held = {id(p) for p in recogniser.network_parameters()}
+    held = {id(p) for _, p in recogniser.network_parameters()}
     assert {name for name, p in recogniser.named_parameters() if id(p) not in held} == {
         name for name in every if name.startswith("loss_weights.")
     }
