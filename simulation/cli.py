@@ -150,7 +150,8 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--compare",
         default="local,centralized,fedavg,fedprox",
         metavar="KIND,...",
-        help="of local, centralized, fedavg, fedprox, fedavgm, fedadam, fedyogi, fedbn (default: the first four)",
+        help="of local, centralized, twins, fedavg, fedprox, fedavgm, fedadam, fedyogi, fedbn"
+        " (default: local,centralized,fedavg,fedprox)",
     )
     evaluate.add_argument(
         "--run",

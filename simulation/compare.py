@@ -6,11 +6,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from simulation.found_models import FoundModel
-from simulation.scoring import POOLED, Gap, Scored, TestSet, gap
+from simulation.found_models import TWINS, FoundModel
+from simulation.scoring import Gap, Scored, gap
+from simulation.tested import POOLED, TestSet
 
 AUC = "roc_auc"
-GAP_FIGURES = (AUC, "eer", "tar_at_far_1e-2", "tar_at_far_1e-3")
+GAP_FIGURES = (AUC, "eer", "tar_at_far_1e-2", "tar_at_far_1e-3", "twins_roc_auc", "twins_eer", "strangers_roc_auc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def with_pooled(clients: Mapping[str, TestSet]) -> dict[str, TestSet]:
 def gaps_of(
     models: Sequence[FoundModel], test_sets: Sequence[str], scored: Mapping[str, Mapping[str, Scored]]
 ) -> list[Gap]:
-    """Each federated model minus the centralised one, and minus the best local one, on each test set.
+    """Each federated model minus the centralised one, that of twins, and the best local one, on each test set.
 
     On a client's own test set the local model is that client's; on the pooled one it is the local model with the
     highest test AUC, a choice made on the test set and in favour of training alone.
@@ -50,14 +51,17 @@ def gaps_of(
     locals_ = [model for model in models if model.wanted.kind == "local"]
     found = []
     for test_set in test_sets:
-        others = [model.name for model in models if model.wanted.kind == "centralized"]
+        others = [model.name for model in models if model.wanted.kind in ("centralized", TWINS)]
         own = [model.name for model in locals_ if model.wanted.client == test_set]
         best = max(locals_, key=lambda model: scored[model.name][test_set].figures[AUC].value, default=None)
         others += own or ([best.name] if best is not None else [])
         for model in models:
             if model.wanted.mode == "federated":
                 found += [
-                    gap(scored, model.name, other, test_set, figure) for other in others for figure in GAP_FIGURES
+                    gap(scored, model.name, other, test_set, figure)
+                    for other in others
+                    for figure in GAP_FIGURES
+                    if figure in scored[model.name][test_set].replicates  # equal pairs, so the other has it too
                 ]
     return found
 

@@ -14,6 +14,7 @@ from common.config import DataSettings, Settings
 from common.console import tracking_line
 from common.errors import UserError
 from common.faces.pack import FacePack
+from common.metrics.twins import KINDS
 from common.metrics.verification import roc_curve
 from common.plots import comparison as comparison_plots
 from common.plots import verification
@@ -28,10 +29,12 @@ from server.run_folder import new_run_folder
 from server.runs import RunKind, open_record
 from simulation.compare import AUC, Comparison, gaps_of, notes_of, with_pooled
 from simulation.found_models import FoundModel, Search, explicit_runs, find_models, wanted_models
-from simulation.report import csv_text, json_content, metrics, terminal_lines
+from simulation.kinds import figure_name
+from simulation.report import csv_text, has_kinds, json_content, metrics, terminal_lines
 from simulation.report_page import page
-from simulation.scoring import check_same_pairs, describe, score
+from simulation.scoring import Estimate, Scored, score
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
+from simulation.tested import check_same_pairs, describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,30 +190,51 @@ def _write(compared: Comparison, settings: Settings, tracked: TrackedRun) -> Non
 def _draw(compared: Comparison, tracked: TrackedRun) -> dict[str, bytes]:
     """Draw and keep the plots; returns what each shows with its PNG."""
     label = {model.name: _label(model) for model in compared.models}
-    main = {model.name: compared.scored[model.name][compared.main] for model in compared.models}
-    curves = {label[name]: (*roc_curve(one.pairs), one.figures[AUC].value) for name, one in main.items()}
-
-    def ends(figure: str) -> dict[str, tuple[float, float]]:
-        return {label[name]: (one.figures[figure].low, one.figures[figure].high) for name, one in main.items()}
-
-    def dots(figure: str) -> dict[str, dict[str, tuple[float, float, float]]]:
-        shown = {}
-        for name in label:
-            estimates = {place: scored.figures[figure] for place, scored in compared.scored[name].items()}
-            shown[label[name]] = {place: (e.value, e.low, e.high) for place, e in estimates.items()}
-        return shown
-
+    main = {label[model.name]: compared.scored[model.name][compared.main] for model in compared.models}
+    curves = {name: (*roc_curve(one.pairs), one.figures[AUC].value) for name, one in main.items()}
+    everywhere = {
+        label[name]: {p: s.figures[AUC] for p, s in places.items()} for name, places in compared.scored.items()
+    }
     figures = {
-        "auc.png": ("AUC with 95 % intervals", comparison_plots.method_bars(dots(AUC), "ROC AUC")),
-        "roc.png": ("ROC curves", verification.roc(curves, intervals=ends(AUC))),
-        "det.png": ("DET curves", verification.det(curves, intervals=ends("eer"))),
+        "auc.png": ("AUC with 95 % intervals", comparison_plots.method_bars(_dots(everywhere), "ROC AUC")),
+        "roc.png": ("ROC curves", verification.roc(curves, intervals=_ends(main, AUC))),
+        "det.png": ("DET curves", verification.det(curves, intervals=_ends(main, "eer"))),
     }
     if len(compared.test_sets) > 1:
         places = list(compared.test_sets)
         values = np.array([[compared.scored[name][p].figures[AUC].value for p in places] for name in label])
         transfer = comparison_plots.transfer_matrix(values, list(label.values()), places)
         figures["transfer.png"] = ("Trained at one place, tested at another", transfer)
-    return {text: tracked.log_figure(figure, f"plots/{name}").read_bytes() for name, (text, figure) in figures.items()}
+    drawn = {text: tracked.log_figure(figure, f"plots/{name}").read_bytes() for name, (text, figure) in figures.items()}
+    return drawn | (_draw_kinds(main, tracked) if has_kinds(compared, compared.main) else {})
+
+
+def _draw_kinds(main: Mapping[str, Scored], tracked: TrackedRun) -> dict[str, bytes]:
+    """The kinds of pairs beside each other, and the models' ROC curves on twins alone.  main: label -> scored."""
+    of_twins = figure_name("twins", AUC)
+    curves = {
+        name: (*roc_curve(one.kinds.of("twins")), one.figures[of_twins].value)
+        for name, one in main.items()
+        if one.kinds is not None
+    }
+    kinds = {name: {kind: one.figures[figure_name(kind, AUC)] for kind in KINDS} for name, one in main.items()}
+    title = "Verification of twins never seen in training: two siblings as impostors"
+    dots = comparison_plots.method_bars(_dots(kinds), "ROC AUC")
+    roc = verification.roc(curves, intervals=_ends(main, of_twins), title=title)
+    return {
+        "AUC by kind of pairs": tracked.log_figure(dots, "plots/auc_kinds.png").read_bytes(),
+        "ROC curves, twins only": tracked.log_figure(roc, "plots/roc_twins.png").read_bytes(),
+    }
+
+
+def _ends(main: Mapping[str, Scored], figure: str) -> dict[str, tuple[float, float]]:
+    """Label -> the interval of a figure."""
+    return {name: (one.figures[figure].low, one.figures[figure].high) for name, one in main.items()}
+
+
+def _dots(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Label -> place or kind of pairs -> (value, low, high)."""
+    return {name: {place: (e.value, e.low, e.high) for place, e in own.items()} for name, own in estimates.items()}
 
 
 def _label(model: FoundModel) -> str:

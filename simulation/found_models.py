@@ -17,7 +17,8 @@ from common.errors import CheckpointError, UserError, unknown_name
 from common.tracking.models import Registered, find_registered, read_registered
 
 FEDERATED: Final = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedbn")
-KINDS: Final = ("local", "centralized", *FEDERATED)
+TWINS: Final = "twins"  # one holder's, trained on batches of twins
+KINDS: Final = ("local", "centralized", TWINS, *FEDERATED)
 FEDBN: Final = "fedbn"  # private normalisation, whatever the strategy (arXiv:2102.07623)
 DEFAULT_KINDS: Final = ("local", "centralized", "fedavg", "fedprox")
 _REGISTRY: Final = "models:/"
@@ -39,7 +40,7 @@ class Wanted:
 
     @property
     def mode(self) -> str:
-        """The run's mode: local, centralized or federated."""
+        """The run's mode: local, centralized, twins or federated."""
         return "federated" if self.kind in FEDERATED else self.kind
 
 
@@ -196,7 +197,7 @@ def registered_name(want: Wanted, backbone: str) -> str:
     """The name under which such a model is registered."""
     if want.kind == "local":
         return f"{want.client}_{backbone}_local"
-    return f"{backbone}_centralized" if want.kind == "centralized" else f"{backbone}_federated_{want.kind}"
+    return f"{backbone}_federated_{want.kind}" if want.mode == "federated" else f"{backbone}_{want.kind}"
 
 
 def _is_kind(want: Wanted, about: Mapping[str, Any]) -> bool:
@@ -214,7 +215,10 @@ def _fits(search: Search, want: Wanted, about: Mapping[str, Any]) -> bool:
     """Whether a run of the kind is of the wanted backbone, and of the holders that are compared."""
     if about.get("backbone") != search.settings.model.backbone:
         return False
-    return want.kind == "local" or set(search.clients) <= set(about.get("clients", []))
+    clients = set(about.get("clients", []))
+    if want.kind == TWINS:  # of one of the holders
+        return clients <= set(search.clients)
+    return want.kind == "local" or set(search.clients) <= clients
 
 
 def _from_folder(want: Wanted, folder: Path) -> FoundModel | None:
@@ -266,7 +270,7 @@ def _command(search: Search, want: Wanted) -> str:
     parts = [f"facefed train {want.mode}"]
     if want.kind == "local":
         parts.append(f"--client {want.client}")
-    else:
+    elif want.kind != TWINS:
         parts += [f"--client {name}" for name in search.clients]
     if want.kind == FEDBN:
         parts.append("--set model.normalisation=private")
@@ -279,15 +283,34 @@ def _check_alike(search: Search, found: Sequence[FoundModel]) -> None:
     """Raise UserError when the models are not of one architecture: then the training is not all that differs."""
     first = found[0]
     for model in found:
-        ours = {
-            "model.backbone": (search.settings.model.backbone, model.settings.model.backbone),
-            "model.width": (first.settings.model.width, model.settings.model.width),
-            "model.embedding_size": (first.settings.model.embedding_size, model.settings.model.embedding_size),
-        }
-        for name, (wanted, seen) in ours.items():
-            if wanted != seen:
-                other = "--model" if name == "model.backbone" else f"{first.name} ({first.source})"
-                raise UserError(
-                    f"{model.name} ({model.source}) has {name} = {seen}, {other} has {wanted}; compare models of one"
-                    f" architecture: name another run with --run {model.name}=RUN."
-                )
+        backbone = search.settings.model.backbone
+        if model.settings.model.backbone != backbone:
+            raise UserError(_unlike(model, "model.backbone", model.settings.model.backbone, "--model", backbone))
+        wanted, seen = _architecture(first.settings), _architecture(model.settings)
+        for name in seen:
+            if seen[name] != wanted.get(name):
+                other = f"{first.name} ({first.source})"
+                raise UserError(_unlike(model, name, seen[name], other, wanted.get(name)))
+
+
+def _architecture(settings: Settings) -> dict[str, object]:
+    """What decides the network beside the backbone's name.
+
+    A ViT has a position embedding for each patch, so its pictures' size is part of it; and its branches are.
+    """
+    model = settings.model
+    found: dict[str, object] = {"model.width": model.width, "model.embedding_size": model.embedding_size}
+    if model.backbone in config.VITS:
+        names = ("patch_size", "depth", "attention", "inference")
+        found |= {f"model.{name}": getattr(model, name) for name in names}
+        found["data.image_size"] = settings.data.image_size
+        if model.attention in ("glca", "dcal"):
+            found["model.glca_fraction"] = model.glca_fraction
+    return found
+
+
+def _unlike(model: FoundModel, name: str, seen: object, other: str, wanted: object) -> str:
+    return (
+        f"{model.name} ({model.source}) has {name} = {seen}, {other} has {wanted}; compare models of one"
+        f" architecture: name another run with --run {model.name}=RUN."
+    )

@@ -1,21 +1,27 @@
 """A comparison as one page of HTML that needs nothing else: no script, no file, no address beside it."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from common.metrics.twins import KINDS
 from simulation.compare import Comparison
+from simulation.kinds import figure_name
 from simulation.report import (
-    BOOTSTRAP,
     COLUMNS,
+    KIND_COLUMNS,
     behind,
+    behind_kinds,
+    bootstrap,
     bounds,
     gaps_table,
+    has_kinds,
     interval_method,
     number,
     transfer_table,
 )
-from simulation.scoring import POOLED
+from simulation.scoring import Estimate
+from simulation.tested import POOLED
 
 # Nothing may be loaded, whatever ends up in the text.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -42,6 +48,12 @@ _WORDS: Mapping[str, str] = {
     "pooled": "the clients' pairs judged together by one threshold; there are no pairs across clients.",
     "excludes zero": "the 95 % interval of the gap lies on one side of zero; both models are drawn on the same people.",
 }
+_KIND_WORDS: Mapping[str, str] = {
+    "twins": "genuine pairs of people with a sibling, impostor pairs of two siblings.",
+    "strangers": "all genuine pairs, impostor pairs of two families.",
+    "accuracy": "mean of the parts of genuine pairs accepted and of impostor pairs rejected, by one threshold for all"
+    " kinds: the best one for all pairs of the validation people.",
+}
 
 
 def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str, bytes]) -> str:
@@ -49,6 +61,7 @@ def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str
 
     title, made: plain text; made says when and by which run.  pictures: what each shows -> PNG.
     """
+    words = {**_WORDS, **(_KIND_WORDS if has_kinds(comparison, comparison.main) else {})}
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(made)}</p>",
@@ -60,7 +73,7 @@ def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str
         *(_picture(text, content) for text, content in pictures.items()),
         _models(comparison),
         "<h2>Words</h2><dl>"
-        + "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in _WORDS.items())
+        + "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words.items())
         + "</dl>",
     ]
     return (
@@ -91,24 +104,44 @@ def _escaped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _figures(comparison: Comparison, test_set: str) -> str:
-    heads = [f"{escape(head)}<small>{escape(interval_method(name))}</small>" for name, head in COLUMNS.items()]
+    test = comparison.test_sets[test_set]
+    heads = [f"{escape(head)}<small>{escape(interval_method(name, test))}</small>" for name, head in COLUMNS.items()]
     rows = [["model", *heads]]
     for model in comparison.models:
         figures = comparison.scored[model.name][test_set].figures
-        cells = [
-            f"{number(figures[name].value)}<small>{bounds(figures[name])}</small>" if name in figures else "-"
-            for name in COLUMNS
-        ]
-        rows.append([escape(model.name), *cells])
+        rows.append([escape(model.name), *_cells(figures, COLUMNS)])
     title = "All clients together" if test_set == POOLED else f"Tested at {test_set}"
-    return f"<h2>{escape(title)}</h2>" + _table(rows, behind(comparison.test_sets[test_set]))
+    return f"<h2>{escape(title)}</h2>" + _table(rows, behind(test)) + _kinds(comparison, test_set)
+
+
+def _cells(figures: Mapping[str, Estimate], names: Iterable[str]) -> list[str]:
+    return [
+        f"{number(figures[name].value)}<small>{bounds(figures[name])}</small>" if name in figures else "-"
+        for name in names
+    ]
+
+
+def _kinds(comparison: Comparison, test_set: str) -> str:
+    """The figures of twins and of strangers apart, where there are any."""
+    if not has_kinds(comparison, test_set):
+        return ""
+    test = comparison.test_sets[test_set]
+    rows = [["model", "pairs", *(escape(head.removesuffix(" [95 %]")) for head in KIND_COLUMNS.values())]]
+    for model in comparison.models:
+        figures = comparison.scored[model.name][test_set].figures
+        for kind in KINDS:
+            names = [figure_name(kind, name) for name in KIND_COLUMNS]
+            rows.append([escape(model.name), kind, *_cells(figures, names)])
+    caption = f"{behind_kinds(test)}. Intervals of 95 %: {bootstrap(test)}."
+    return "<h2>Twins and strangers</h2>" + _table(rows, caption)
 
 
 def _gaps(comparison: Comparison) -> str:
     rows = gaps_table(comparison)
     if len(rows) == 1:
         return ""
-    caption = f"Differences in AUC, +: the federated model is better; {BOOTSTRAP}, the same draws for both models."
+    caption = "Differences in AUC, +: the federated model is better; "
+    caption += f"{bootstrap(comparison.test_sets[comparison.main])}, the same draws for both models."
     text = (
         "<p>Minus a local model: what federation bought. Minus the centralised model: what it cost that no picture left"
         " its holder. On all clients together the local model is the one with the highest test AUC, which favours"

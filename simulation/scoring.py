@@ -1,7 +1,8 @@
 """Every model on the same people: scores with 95 % intervals, and paired replicates for the gaps between models.
 
-Open set: all pairs within each client's test people; intervals by drawing people (`common.metrics.bootstrap`), with the
-same draws for every model. Closed set: a client's own people, where the model has a head for them.
+Open set: all pairs within each client's test people; intervals by drawing people (`common.metrics.bootstrap`), whole
+families where they are known, with the same draws for every model. With twins, the kinds of pairs have figures of their
+own (`simulation.kinds`). Closed set: a client's own people, where the model has a head for them.
 """
 
 import dataclasses
@@ -12,28 +13,27 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataSettings
-from common.errors import DataError, UserError
-from common.evaluation import EvaluationSums, embed, evaluate, people_digest, pooled
+from common.evaluation import EvaluationSums, embed, evaluate, pooled
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.bootstrap import bootstrap_histograms, bootstrap_scores, coarse_bins, interval, person_weights
+from common.metrics.bootstrap import bootstrap_scores, coarse_bins, interval, person_weights
 from common.metrics.folds import NUM_FOLDS, ten_fold_accuracy
+from common.metrics.twin_report import pair_counts
+from common.metrics.twins import no_twins, threshold_at_best_accuracy
+from common.metrics.verification import pair_histogram
+from common.models.recogniser import Recogniser
 from common.runtime import stream_seed
 from common.training import Compute
 from simulation.found_models import FoundModel
+from simulation.kinds import PREFIXED, Drawn, Pairs, kind_replicates, kind_values
 from simulation.ready_models import ModelFiles
+from simulation.tested import POOLED
 
-POOLED = "pooled"
 NUM_REPLICATES = 1000
 TEN_FOLD, ACCURACY = "ten_fold_accuracy", "accuracy"
-OPEN_FIGURES = ("roc_auc", "eer", "tar_at_far_1e-1", "tar_at_far_1e-2", "tar_at_far_1e-3", TEN_FOLD)
+OPEN_FIGURES = ("roc_auc", "eer", "tar_at_far_1e-1", "tar_at_far_1e-2", "tar_at_far_1e-3", TEN_FOLD, *PREFIXED)
 CLOSED_FIGURES = (ACCURACY, "precision", "recall", "f1")
 _HALF_WIDTH = 1.959964  # standard deviations of a 95 % interval
-# What may differ: the same people are shown, only cut out in another way.
-_HARMLESS = ("image_size", "alignment", "box_margin", "max_quarantined_fraction")
-
-Packs = Mapping[DataSettings, Mapping[str, FacePack]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,27 +46,6 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestSet:
-    """What stands behind the figures: one client's test people, or all clients'."""
-
-    name: str  # a client's, or POOLED
-    num_people: int
-    num_pictures: int
-    num_genuine: int
-    num_impostor: int
-    digest: str = ""
-
-    def __add__(self, other: "TestSet") -> "TestSet":
-        return TestSet(
-            name=POOLED,
-            num_people=self.num_people + other.num_people,
-            num_pictures=self.num_pictures + other.num_pictures,
-            num_genuine=self.num_genuine + other.num_genuine,
-            num_impostor=self.num_impostor + other.num_impostor,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scored:
     """One model on one test set."""
 
@@ -75,59 +54,13 @@ class Scored:
     pairs: NDArray[np.int64]  # [2, 8192]
     num_closed: int  # test pictures of people trained on; 0: no closed set
     no_head: str = field(default="")
+    twins: NDArray[np.int64] = field(default_factory=no_twins)  # [2, 8192]: of `pairs` those of twins
 
-
-def check_same_pairs(models: Sequence[FoundModel], packs: Packs, clients: Sequence[str]) -> None:
-    """Raise UserError unless all models are tested, and were after training, on the same pairs of each client."""
-    first = models[0]
-    for client in clients:
-        wanted = people_digest(packs[first.settings.data][client], "test")
-        for model in models:
-            if people_digest(packs[model.settings.data][client], "test") != wanted:
-                raise UserError(_different_pairs(first, model, client))
-            recorded = model.test_pairs.get(client) or wanted
-            if recorded != wanted:
-                raise UserError(
-                    f"{model.name} ({model.source}) was tested on other pairs of {client} than there are now"
-                    f" (digest {recorded}, now {wanted}): the data set has changed since; give that run's data set with"
-                    f" --data-dir {client}=DIR, or train {model.name} again."
-                )
-
-
-def _different_pairs(one: FoundModel, other: FoundModel, client: str) -> str:
-    ours, theirs = dataclasses.asdict(one.settings.data), dataclasses.asdict(other.settings.data)
-    settings = [
-        f"data.{key} = {ours[key]} and {theirs[key]}"
-        for key in ours
-        if ours[key] != theirs[key] and key not in _HARMLESS
-    ]
-    # Otherwise other pictures were quarantined, which depends on how they are cut out.
-    seen = "; ".join(settings) or "other pictures were left out"
-    return (
-        f"{one.name} ({one.source}) and {other.name} ({other.source}) are tested on different pairs of {client}:"
-        f" {seen}; train one again with the other's setting, or name another run with --run {other.name}=RUN."
-    )
-
-
-def describe(name: str, pack: FacePack) -> TestSet:
-    """A client's test people.  Raises DataError when there are fewer than two, or no genuine pair."""
-    person = pack.person[pack.indices(Split.TEST_PEOPLE)]
-    pictures = np.unique(person, return_counts=True)[1]
-    num_genuine = int((pictures * (pictures - 1) // 2).sum())
-    test_set = TestSet(
-        name=name,
-        num_people=len(pictures),
-        num_pictures=len(person),
-        num_genuine=num_genuine,
-        num_impostor=len(person) * (len(person) - 1) // 2 - num_genuine,
-        digest=people_digest(pack, "test"),
-    )
-    if test_set.num_people < 2 or num_genuine == 0:
-        raise DataError(
-            f"{name}: the test set has {test_set.num_people} people and {num_genuine} genuine pairs, so nothing can be"
-            " compared; give at least two people, one of them with two pictures."
-        )
-    return test_set
+    @property
+    def kinds(self) -> Pairs | None:
+        """The pairs by kind, where there are such of twins and of strangers."""
+        pairs = Pairs(every=self.pairs, twins=self.twins)
+        return pairs if pairs.has_kinds else None
 
 
 def score(
@@ -141,25 +74,72 @@ def score(
     files = ModelFiles(model)
     num_people = {name: pack.num_classes for name, pack in packs.items()}
     sums: dict[str, EvaluationSums] = {}
-    embeddings: dict[str, NDArray[np.float32]] = {}
+    drawn: dict[str, Drawn] = {}
     no_head: dict[str, str] = {}
+    validation = no_twins()
     for name in clients:
         ready = files.at(name, packs[name], num_people)
-        people = packs[name].indices(Split.TEST_PEOPLE)
-        embeddings[name] = embed(ready.recogniser, packs[name], people, compute).numpy()
-        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=embeddings[name])
+        drawn[name] = _drawn(ready.recogniser, packs[name], compute, stream_seed(seed, name, "bootstrap"))
+        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=drawn[name].embeddings)
         no_head[name] = ready.no_head
+        if any(pack.family is not None for pack in packs.values()):
+            validation += _validation_pairs(ready.recogniser, packs[name], compute)
     bins = coarse_bins(pooled(sums).pairs)  # of all clients, so that theirs add up
-    histograms = {}
-    for name in clients:
-        person = packs[name].person[packs[name].indices(Split.TEST_PEOPLE)]
-        weights = person_weights(len(np.unique(person)), NUM_REPLICATES, stream_seed(seed, name, "bootstrap"))
-        histograms[name] = bootstrap_histograms(embeddings[name], person, weights, bins)
+    histograms = {name: drawn[name].histograms(bins, "all") for name in clients}
     scored = {name: _scored(sums[name], histograms[name], no_head[name]) for name in clients}
     if len(clients) > 1:
         lacking = "; ".join(f"{name}: {why}" for name, why in no_head.items() if why)
         scored[POOLED] = _scored(pooled(sums), np.sum(list(histograms.values()), axis=0), lacking)
-    return scored
+    return _with_kinds(scored, drawn, sums, validation)
+
+
+def _drawn(recogniser: Recogniser, pack: FacePack, compute: Compute, seed: int) -> Drawn:
+    indices = pack.indices(Split.TEST_PEOPLE)
+    person = pack.person[indices]
+    family = pack.families[person]
+    return Drawn(
+        embeddings=embed(recogniser, pack, indices, compute).numpy(),
+        person=person,
+        family=family,
+        weights=person_weights(len(np.unique(family)), NUM_REPLICATES, seed),
+    )
+
+
+def _validation_pairs(recogniser: Recogniser, pack: FacePack, compute: Compute) -> NDArray[np.int64]:
+    """The histogram of all pairs of the validation people, [2, 8192] int64; zeros where there are none."""
+    indices = pack.indices(Split.VAL_PEOPLE)
+    person = pack.person[indices]
+    if not all(pair_counts(person, pack.families[person])["all"]):
+        return no_twins()
+    return pair_histogram(embed(recogniser, pack, indices, compute), person)
+
+
+def _with_kinds(
+    scored: Mapping[str, Scored],
+    drawn: Mapping[str, Drawn],
+    sums: Mapping[str, EvaluationSums],
+    validation: NDArray[np.int64],
+) -> dict[str, Scored]:
+    """With the figures of the kinds of pairs, where there are any: one threshold for all, from validation."""
+    pairs = {name: Pairs(every=own.pairs, twins=own.twins) for name, own in sums.items()}
+    total = Pairs(every=pooled(sums).pairs, twins=pooled(sums).twins)
+    if not total.has_kinds:
+        return dict(scored)
+    threshold = threshold_at_best_accuracy(validation) if validation.any(axis=1).all() else None
+    replicates = kind_replicates(drawn, pairs, total, threshold)
+    found = dict(scored)
+    for place, one in scored.items():
+        if one.kinds is not None:
+            own = replicates["" if place == POOLED else place]
+            intervals = {name: interval(values) for name, values in own.items()}
+            figures = {
+                name: Estimate(value=value, low=intervals[name][0], high=intervals[name][1])
+                for name, value in kind_values(one.kinds, threshold).items()
+            }
+            found[place] = dataclasses.replace(
+                one, figures={**one.figures, **figures}, replicates={**one.replicates, **own}
+            )
+    return found
 
 
 def _scored(sums: EvaluationSums, histograms: NDArray[np.float64], no_head: str) -> Scored:
@@ -175,7 +155,14 @@ def _scored(sums: EvaluationSums, histograms: NDArray[np.float64], no_head: str)
         closed = sums.closed.scores()
         figures |= {name: Estimate(value=closed[name]) for name in CLOSED_FIGURES}
         figures[ACCURACY] = wilson(sums.closed.correct, num_closed)
-    return Scored(figures=figures, replicates=replicates, pairs=sums.pairs, num_closed=num_closed, no_head=no_head)
+    return Scored(
+        figures=figures,
+        replicates=replicates,
+        pairs=sums.pairs,
+        num_closed=num_closed,
+        no_head=no_head,
+        twins=sums.twins,
+    )
 
 
 def _ten_fold(sums: EvaluationSums) -> Estimate:

@@ -23,7 +23,12 @@ _NAME: Final = 32
 _DET_TICKS: Final = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
 
 
-def roc(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | None" = None) -> "Figure":
+def roc(
+    curves: "Mapping[str, Curve]",
+    *,
+    intervals: "Mapping[str, Interval] | None" = None,
+    title: str = "Verification of people never seen in training",
+) -> "Figure":
     """ROC curves on a linear and on a logarithmic FAR axis, best AUC first in the legend.
 
     curves: model -> (far, tar, auc); far and tar [K] in [0, 1], both ascending, as `metrics.verification.roc_curve`
@@ -33,7 +38,7 @@ def roc(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | N
     order = sorted(curves, key=lambda name: -curves[name][2])
     labels = {name: _label(name, "AUC", curves[name][2], intervals) for name in order}
     below = len(order) > _MOST_INSIDE or any(len(label) > _LONGEST_INSIDE for label in labels.values())
-    figure = new_figure("Verification of people never seen in training", 5.2 + (0.2 * (len(order) + 2) / 2) * below)
+    figure = new_figure(title, 5.2 + (0.2 * (len(order) + 2) / 2) * below)
     styles = method_styles(curves)
     linear, log = figure.subplots(1, 2)
     for name in order:

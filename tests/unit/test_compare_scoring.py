@@ -14,7 +14,8 @@ from common.metrics.verification import open_set_scores
 from common.models.recogniser import for_people
 from simulation.compare import gaps_of, notes_of, with_pooled
 from simulation.found_models import Search, Wanted, find_models
-from simulation.scoring import POOLED, Estimate, check_same_pairs, describe, gap, score, wilson
+from simulation.scoring import Estimate, gap, score, wilson
+from simulation.tested import POOLED, check_same_pairs, describe
 from tests.comparable_models import CLIENTS, CPU, PACKS, one_person_test, write_private, write_run
 from tests.tiny_federation import settings_with
 
