@@ -5,7 +5,6 @@ more curve beside the test curve: like that one, no choice is made by it.
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,16 @@ from common import config
 from common.config import Settings
 from common.errors import ConfigError, DataError
 from common.faces.batches import evaluation_batches
-from common.faces.decode import Job, Recipe, decode_job
+from common.faces.central import central_pictures
 from common.faces.metadata import require_folder
 from common.faces.pairs import PairList, read_pair_list, require_pictures
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
 from common.metrics.verification import eer, roc_auc, score_histogram
 from common.models.recogniser import Recogniser
 from common.parameters import Manifest, load_shared
-from common.runtime import num_cores, resolve_device
+from common.runtime import resolve_device
 
 BATCH = 128
-_PICTURES_PER_JOB = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +84,14 @@ def _packed(listed: PairList, root: Path, file: Path, settings: Settings) -> Pub
             "give a list of several, such as LFW's pairs.txt."
         )
     require_pictures(listed, root)
-    pictures = _decoded(listed.paths, root, settings.data.image_size, settings.verification.public_crop)
+    pictures = central_pictures(
+        listed.paths,
+        root,
+        image_size=settings.data.image_size,
+        crop=settings.verification.public_crop,
+        advice="a public pair names it: replace it, or its lines.",
+    )
     return PublicSet(pictures=pictures, pairs=FoldPairs(listed.first, listed.second, listed.genuine, listed.fold))
-
-
-def _decoded(paths: tuple[str, ...], root: Path, image_size: int, crop: float) -> NDArray[np.uint8]:
-    """The central part of each picture, [N, image_size, image_size, 3] uint8.  Raises DataError naming a bad one.
-
-    crop: fraction of the shorter side that is used. Each picture is resized so that this part is image_size px wide,
-    then cut; the rim is a whole number of px, so the part used is exact to 1 px of the result.
-    """
-    rim = round((image_size / crop - image_size) / 2)
-    recipe = Recipe(alignment="resize", image_size=image_size + 2 * rim, box_margin=0.0)
-    starts = range(0, len(paths), _PICTURES_PER_JOB)
-    jobs = [Job(root=root, paths=paths[at : at + _PICTURES_PER_JOB], points=None, recipe=recipe) for at in starts]
-    pictures = np.empty((len(paths), image_size, image_size, 3), dtype=np.uint8)
-    with ThreadPoolExecutor(num_cores()) as threads:  # decoding and resizing leave Python's lock alone
-        for at, job, done in zip(starts, jobs, threads.map(decode_job, jobs), strict=True):
-            for path, reason in zip(job.paths, done.reasons, strict=True):
-                if reason:
-                    raise DataError(f"{root / path}: {reason}; a public pair names it: replace it, or its lines.")
-            pictures[at : at + len(job.paths)] = done.pictures[:, rim : rim + image_size, rim : rim + image_size]
-    return pictures
 
 
 class PublicScorer:
