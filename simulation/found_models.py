@@ -145,29 +145,58 @@ def find_models(search: Search, wanted: Sequence[Wanted], runs: Mapping[str, str
     return found
 
 
+def find_model(settings: Settings, run: str, flag: str) -> FoundModel:
+    """The model that RUN or models:/NAME/VERSION or models:/NAME@ALIAS names, however it was trained.
+
+    settings: of the command: --out, the tracking address.  flag: what the user wrote, for the line of an error.
+    Raises UserError, CheckpointError, TrackingError.
+    """
+    if run.startswith(_REGISTRY):
+        return _from_registry(Wanted(kind="registered"), read_registered(settings.tracking, run))
+    folder = _run_folder(settings, run, flag)
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{flag}: that run trained no model (it has no config.toml); name one of training.")
+    return _finished(_wanted_of(read_json(folder / "run.json")), folder, flag)
+
+
+def _wanted_of(about: Mapping[str, Any]) -> Wanted:
+    """What a run's run.json says that its model is."""
+    mode, clients = str(about.get("mode", "")), list(about.get("clients", []))
+    if mode == "federated":
+        return Wanted(kind=FEDBN if about.get("normalisation") == "private" else str(about.get("strategy")))
+    return Wanted(kind=mode, client=str(clients[0]) if mode == "local" and clients else "")
+
+
 def _explicit(search: Search, want: Wanted, run: str) -> FoundModel:
     if run.startswith(_REGISTRY):
         registered = read_registered(search.settings.tracking, run)
         return _from_registry(want, registered)
-    out = Path(search.settings.run.out).expanduser()
+    flag = f"--run {want.name}={run}"
+    folder = _run_folder(search.settings, run, flag)
+    about = read_json(folder / "run.json")
+    if not _is_kind(want, about):
+        seen = f"{about.get('mode')} {about.get('strategy') or ''} {about.get('clients')}".replace("  ", " ")
+        raise UserError(f"{flag}: that run is {seen}, not {want.name}; name a run of that kind.")
+    return _finished(want, folder, flag)
+
+
+def _run_folder(settings: Settings, run: str, flag: str) -> Path:
+    """The folder of a run by its id or its path.  Raises UserError."""
+    out = Path(settings.run.out).expanduser()
     for folder in (out / run, Path(run).expanduser()):
         if folder.is_dir():
             break
     else:
-        raise UserError(f"--run {want.name}={run}: there is no such run in {out}, nor a folder of that name.")
+        raise UserError(f"{flag}: there is no such run in {out}, nor a folder of that name.")
     if not (folder / "run.json").is_file():
-        raise UserError(
-            f"--run {want.name}={run}: {folder} has no run.json, so it is no run of ours; name a run folder."
-        )
-    about = read_json(folder / "run.json")
-    if not _is_kind(want, about):
-        seen = f"{about.get('mode')} {about.get('strategy') or ''} {about.get('clients')}".replace("  ", " ")
-        raise UserError(f"--run {want.name}={run}: that run is {seen}, not {want.name}; name a run of that kind.")
-    model = _from_folder(want, folder.resolve())
+        raise UserError(f"{flag}: {folder} has no run.json, so it is no run of ours; name a run folder.")
+    return folder.resolve()
+
+
+def _finished(want: Wanted, folder: Path, flag: str) -> FoundModel:
+    model = _from_folder(want, folder)
     if model is None:
-        raise UserError(
-            f"--run {want.name}={run}: the run has not finished (no metrics.json); let it end, or resume it."
-        )
+        raise UserError(f"{flag}: the run has not finished (no metrics.json); let it end, or resume it.")
     return model
 
 

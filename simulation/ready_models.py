@@ -17,7 +17,9 @@ from clients.private_state import load_private
 from common.checkpoints import read_tensors
 from common.errors import CheckpointError, UserError
 from common.faces.pack import FacePack
+from common.models.backbone import Backbone
 from common.models.recogniser import Recogniser, build_recogniser, for_people, private_names, shared_names
+from common.models.vit_backbone import VitBackbone
 from common.tracking.models import load_state
 from simulation.found_models import FoundModel
 
@@ -68,20 +70,36 @@ class ModelFiles:
         if rows is None:
             why = f"its head has {num_rows:,} people, which are not those of the data now"
             return self._without_head(pack, why)
-        whole = self._build(pack, num_rows)
+        whole = self._build(pack.image_size, num_rows)
         self._fill(whole, _floating(whole))
         return Ready(recogniser=for_people(whole, rows))
 
+    def backbone(self) -> Backbone | VitBackbone:
+        """The backbone alone, in evaluation mode: all that a picture's embedding needs.
+
+        Raises CheckpointError when the tensors are not this model's, UserError when part of them stayed with the
+        clients, TrackingError when the registry cannot hand them out.
+        """
+        settings = self.found.settings
+        if self.found.wanted.mode == "federated" and settings.model.normalisation == "private":
+            raise UserError(
+                f"{self.found.source} has private normalisation, so there is no single model: its layers are with each"
+                " client; name a run with shared normalisation, or one of a client alone."
+            )
+        whole = self._build(settings.data.image_size, 2)  # its head is not used
+        self._fill(whole, [name for name in _floating(whole) if name.startswith(_BACKBONE)])
+        return whole.backbone.eval()
+
     def _without_head(self, pack: FacePack, why: str) -> Ready:
-        recogniser = self._build(pack, pack.num_classes)
+        recogniser = self._build(pack.image_size, pack.num_classes)
         self._fill(recogniser, [name for name in _floating(recogniser) if name.startswith(_BACKBONE)])
         return Ready(recogniser=recogniser, no_head=why)
 
-    def _build(self, pack: FacePack, num_people: int) -> Recogniser:
+    def _build(self, image_size: int, num_people: int) -> Recogniser:
         return build_recogniser(
             dataclasses.replace(self.found.settings.model, pretrained="none"),  # all of it comes from the checkpoint
             num_people=num_people,
-            image_size=pack.image_size,
+            image_size=image_size,
             backbone_seed=0,
             head_seed=0,
         )
@@ -103,7 +121,7 @@ class ModelFiles:
     def _federated(self, client: str, pack: FacePack) -> Ready:
         """Shared tensors from the checkpoint, private ones from the client's own state, where it is here."""
         normalisation = self.found.settings.model.normalisation
-        recogniser = self._build(pack, pack.num_classes)
+        recogniser = self._build(pack.image_size, pack.num_classes)
         private = private_names(recogniser, normalisation)
         self._fill(recogniser, shared_names(recogniser, normalisation))
         folder = self._private_folder(client)

@@ -87,7 +87,7 @@ def load_state(registered: Registered) -> "dict[str, Tensor]":
         state: dict[str, Tensor] = mlflow.pytorch.load_model(registered.uri).state_dict()
     except Exception as error:
         reason = short_reason(error)
-        raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); use its run folder with --run.") from None
+        raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); name its run's folder instead.") from None
     return state
 
 
@@ -118,8 +118,8 @@ def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN4
         except Exception as error:
             reason = short_reason(error)
             raise TrackingError(
-                f"{uri}: its run has no readable config.toml ({reason}), so nobody knows how to build it; name a run"
-                " folder with --run."
+                f"{uri}: its run has no readable config.toml ({reason}), so nobody knows how to build it; name a"
+                " run's folder instead."
             ) from None
         metrics: dict[str, Any] = {}
         if any(file.path == "metrics.json" for file in client.list_artifacts(version.run_id)):

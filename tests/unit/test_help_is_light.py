@@ -14,7 +14,12 @@ PROGRAMS = {
     "flower-simulation": ("simulation.cli", "main_simulation"),
     "facefed": ("simulation.cli", "main"),
 }
-SUBCOMMANDS = [("facefed", "train", "local"), ("facefed", "data", "prepare"), ("facefed", "data", "synth")]
+SUBCOMMANDS = [
+    ("facefed", "attention"),
+    ("facefed", "train", "local"),
+    ("facefed", "data", "prepare"),
+    ("facefed", "data", "synth"),
+]
 CODE = """
 import sys
 from {module} import {function}
