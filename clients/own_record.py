@@ -11,9 +11,10 @@ from common.evaluation import evaluate
 from common.faces.pack import FacePack
 from common.gallery import private_pictures
 from common.models.recogniser import Recogniser
+from common.tracking.hardware import gpu_type
 from common.tracking.run import open_run
 from common.training import Compute
-from common.version import facefed_version
+from common.version import facefed_version, git_commit
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
@@ -52,8 +53,10 @@ def keep_own_record(
             "model_type": settings.model.backbone,
             "dataset": site.dataset,
             "dataset_size": str(len(pack)),
-            "device": site.device,
+            "device": compute.device,
+            "gpu_type": gpu_type(compute.device),
             "facefed_version": facefed_version(),
+            "git_commit": git_commit(),
             "run_folder": task.run_id,
         },
         params={"client": site.name, "model": settings.model.backbone, "method": settings.federation.strategy},

@@ -65,8 +65,8 @@ class HardwareSampler:
 
 def _network_bytes() -> tuple[int, int]:
     """Sent and received since the machine started; a machine without a network has none."""
-    counters = psutil.net_io_counters()
-    return (counters.bytes_sent, counters.bytes_recv) if counters else (0, 0)
+    counters = psutil.net_io_counters(pernic=True).values()
+    return sum(one.bytes_sent for one in counters), sum(one.bytes_recv for one in counters)
 
 
 def _machine(folder: Path) -> dict[str, float]:

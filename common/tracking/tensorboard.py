@@ -161,11 +161,11 @@ def _graph_records(module: "nn.Module", example: "Tensor") -> bytes:
     modes = [(part, part.training) for part in module.modules()]
     quiet = contextlib.redirect_stdout(io.StringIO())  # it prints why it fails, and then raises it
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
         try:
             module.eval()
-            with SummaryWriter(folder) as writer:  # type: ignore[no-untyped-call]
+            with SummaryWriter(folder) as writer:
                 writer.add_graph(module, example)
         finally:
             for part, mode in modes:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -112,6 +113,14 @@ def test_gpus_have_mlflows_names_and_the_guides(tmp_path, monkeypatch):
         "gpu_memory_used": 1572.9,
         "gpu_utilization": 30.0,
     }
+
+
+def test_every_name_stands_in_the_metrics_page():
+    page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    of_gpus = re.findall(r'"(\w+)"\] = ', Path(hardware.__file__).read_text(encoding="utf-8"))
+    names = {name if name.startswith("gpu_") else f"system/gpu_N_{name}" for name in of_gpus} | PLAIN
+    assert len(names) == 15
+    assert not sorted(name for name in names if f"`{name}`" not in page)
 
 
 def test_the_names_of_a_gpu_are_those_of_mlflows_monitor():
