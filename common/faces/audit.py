@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from common.config import DataSettings
 from common.errors import DataError
+from common.faces.audit_families import Families, count_families
 from common.faces.index import OFFICIAL_NONE, FaceIndex, take
 from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.sources import read_index
@@ -37,6 +38,7 @@ class AuditReport:
     num_people, num_pictures: what the layout names.  people, pictures: counts by split, as a pack would have them.
     pictures_per_person: min, median, max over all people named; histogram: (range, people).  quarantined: (path,
     reason).  people_in_two_splits: those whom the official lists put in more than one part.  copies: exact duplicates.
+    families: None where the data set knows of none.
     problem: why it cannot be packed with these settings, "" where it can.  names and hashes (path -> SHA-256 hex) are
     what `audit_overlap` compares; they are not printed.
     """
@@ -53,6 +55,7 @@ class AuditReport:
     max_quarantined_fraction: float
     people_in_two_splits: tuple[str, ...]
     copies: tuple[Copies, ...]
+    families: Families | None
     problem: str
     names: tuple[str, ...] = field(repr=False)
     hashes: dict[str, str] = field(repr=False)
@@ -74,6 +77,7 @@ class AuditReport:
         plain: dict[str, Any] = {key: value for key, value in vars(self).items() if key not in hidden}
         plain["fraction_quarantined"] = self.fraction_quarantined
         plain["quarantined"] = [{"path": path, "reason": reason} for path, reason in self.quarantined]
+        plain["families"] = None if self.families is None else self.families.plain()
         plain["copies"] = [vars(copies) for copies in self.copies]
         return json.dumps(plain, indent=2, sort_keys=True)
 
@@ -88,6 +92,7 @@ class AuditReport:
             *(f"  {name:<14}{self.people[name]:>8}{self.pictures[name]:>10}" for name in self.pictures),
             f"  pictures a person: min {spread['min']:g}, median {spread['median']:g}, max {spread['max']:g}",
             "  people by number of pictures: " + ", ".join(f"{label}: {number}" for label, number in self.histogram),
+            *([] if self.families is None else self.families.lines()),
             f"  quarantined: {len(self.quarantined)} ({self.fraction_quarantined:.2%} of the pictures in use; "
             f"{self.max_quarantined_fraction:.2%} allowed)"
             + "".join(f"; {kind} {n}" for kind, n in sorted(kinds.items())),
@@ -178,6 +183,7 @@ def audit(
         max_quarantined_fraction=data.max_quarantined_fraction,
         people_in_two_splits=_in_two_parts(named),
         copies=copies,
+        families=count_families(named, index, split),
         names=named.names or tuple(f"{dataset} {person}" for person in named.people),
         hashes=hashes,
         problem=problem,

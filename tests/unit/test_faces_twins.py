@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faces_on_disk import picture
+from faces_on_disk import make_folder, picture
 
 from common.config import DataSettings
 from common.errors import DataError
@@ -16,6 +16,7 @@ from common.faces.scan import plan
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
 from common.faces.union import union_pack
+from simulation.cli import main
 
 TRAIN = {
     "90004": ["90004/90004d13.jpg", "/kaggle/input/nd/ND_TWINS/90004/90004d2.jpg"],
@@ -162,3 +163,91 @@ def test_validation_families_come_from_the_training_file(tmp_path: Path) -> None
     validation = {index.people[k] for k in index.person[split == Split.VAL_PEOPLE].tolist()}
     assert len(validation) == 4, "two families"
     assert max(validation) <= "90016"
+
+
+def test_the_audit_counts_families(tmp_path: Path) -> None:
+    """10 pairs, of which the last two are test, and two more people to train on: one alone, one a triplet's third.
+
+    Somebody of the first pair has a single broken picture left, so that pair has a sibling no more.
+    """
+    root = make_pictures(tmp_path / "twins", 10)
+    lists = json.loads((root / "train_dataset_infor.json").read_text())
+    for who in ("95000", "95001"):
+        lists[who] = [f"{who}/{who}d{k}.jpg" for k in range(3)]
+        (root / who).mkdir()
+        for k in range(3):
+            picture(int(who) + 7 * k, 48, 60).save(root / who / f"{who}d{k}.jpg")
+    for k in range(4):
+        (root / "90001" / f"90001d{k}.jpg").write_bytes(b"broken")
+    (root / "train_dataset_infor.json").write_text(json.dumps(lists))
+    pairs = [*json.loads((root / "train_twin_pairs.json").read_text()), ["95000", "90003"]]
+    (root / "train_twin_pairs.json").write_text(json.dumps(pairs))
+    report = audit("twins", root, DataSettings(image_size=32, max_quarantined_fraction=0.5))
+    families = report.families
+    assert families is not None
+    assert (families.number, families.by_size, families.people_without_sibling) == (11, {1: 1, 2: 9, 3: 1}, 1)
+    assert families.by_split["test_people"] == families.with_siblings["test_people"] == 2
+    assert sum(families.by_split.values()) == 11
+    assert sum(families.with_siblings.values()) == 9, "not the person alone, nor the one whose sibling is broken"
+    text = "\n".join(report.lines())
+    assert "  families: 11, by members: 1: 1, 2: 9, 3: 1; people without a sibling: 1" in text
+    assert f"  families by split: train {families.by_split['train']}, val_people" in text
+    plain = json.loads(report.to_json())["families"]
+    assert plain["by_size"] == {"1": 1, "2": 9, "3": 1}
+    assert plain["by_split"] == families.by_split
+
+
+def test_data_without_families_have_no_line_of_them(tmp_path: Path) -> None:
+    report = audit("folder", make_folder(tmp_path / "faces", {f"p{k}": 3 for k in range(12)}), DataSettings())
+    assert report.families is None
+    assert not [line for line in report.lines()[1:] if "famil" in line]
+    assert json.loads(report.to_json())["families"] is None
+
+
+# What the issue names as bad input, through the command that a user types.
+@pytest.mark.parametrize("action", ["audit", "prepare"])
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"train_twin_pairs": [["90004", "80001"]]}, "the family of '90004' and '80001' is split over train and test"),
+        ({"train_twin_pairs": [["90004", "12"]]}, "pair 1: person '12' is unknown"),
+        ({"train_dataset_infor": TRAIN | {"90009": []}}, "person '90009' is without pictures"),
+    ],
+    ids=["split family", "unknown person", "without pictures"],
+)
+def test_bad_twins_end_the_command_with_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, object],
+    said: str,
+    action: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("simulation.cli.go_silent", lambda: None)  # it changes the process
+    root = make(tmp_path / "twins", **files)
+    assert main(["data", action, "--client", "twins", "--data-dir", str(root)]) == 2
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    [line] = seen.err.splitlines()
+    assert line.startswith("facefed: ")
+    assert said in line
+    assert str(root) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["twins"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("shape", ["text", "json"])
+def test_the_command_shows_families(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("simulation.cli.go_silent", lambda: None)
+    root = make_pictures(tmp_path / "twins", 10)
+    asked = ["data", "audit", "--client", "twins", "--data-dir", str(root)]
+    assert main([*asked, *(["--json"] if shape == "json" else [])]) == 0
+    out = capsys.readouterr().out
+    if shape == "json":
+        assert json.loads(out)["twins"]["families"]["with_siblings"] == {"train": 6, "val_people": 2, "test_people": 2}
+    else:
+        assert "families by split: train 6, val_people 2, test_people 2" in out
+        assert "pictures a person: min 4" in out
