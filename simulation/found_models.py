@@ -187,7 +187,9 @@ def _run_folder(settings: Settings, run: str, flag: str) -> Path:
         if folder.is_dir():
             break
     else:
-        raise UserError(f"{flag}: there is no such run in {out}, nor a folder of that name.")
+        raise UserError(
+            f"{flag}: there is no such run in {out}, nor a folder of that name; name one, or models:/NAME@champion."
+        )
     if not (folder / "run.json").is_file():
         raise UserError(f"{flag}: {folder} has no run.json, so it is no run of ours; name a run folder.")
     return folder.resolve()

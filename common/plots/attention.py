@@ -105,12 +105,13 @@ def _mark(axes: "Axes", chosen: "NDArray[np.int64]", num_columns: int) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    rim = withStroke(linewidth=2.6, foreground=BLACK)  # seen on skin as well as on hair
+    width = min(1.4, 12.0 / num_columns)  # points; small patches would drown in their outlines
+    rim = withStroke(linewidth=2.0 * width, foreground=BLACK)  # seen on skin as well as on hair
     patch = axes.images[0].get_array().shape[0] / num_columns  # type: ignore[union-attr]
     for number in chosen.tolist():
         row, column = divmod(number, num_columns)
         corner = (column * patch - 0.5, row * patch - 0.5)  # pixel 0 reaches from -0.5 to 0.5
-        outline = Rectangle(corner, patch, patch, fill=False, edgecolor=ORANGE, linewidth=1.4, path_effects=[rim])
+        outline = Rectangle(corner, patch, patch, fill=False, edgecolor=ORANGE, linewidth=width, path_effects=[rim])
         axes.add_patch(outline)
 
 

@@ -100,8 +100,9 @@ def test_every_setting_named_exists(path):
 def test_the_readme_names_settings_and_only_flags_that_exist(capsys):
     """The numbers are there so that no test here passes for want of anything to look at."""
     assert len({found[0] for found in SETTING.findall(README)}) > 10
-    with pytest.raises(SystemExit):
-        simulation.cli.facefed_parser().parse_args(["train", "local", "--help"])
+    for command in (["train", "local"], ["evaluate"], ["attention"]):
+        with pytest.raises(SystemExit):
+            simulation.cli.facefed_parser().parse_args([*command, "--help"])
     texts = [capsys.readouterr().out, *(parser().format_help() for parser in PARSERS.values())]
     known = {flag for text in texts for flag in re.findall(r"--[a-z_-]+", text)}
     named = set(re.findall(r"`(--[a-z-]+)", prose(README)))
