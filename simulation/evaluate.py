@@ -36,6 +36,8 @@ from simulation.scoring import Estimate, Scored, score
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
 from simulation.tested import check_same_pairs, describe
 
+_KIND = {"all": "all pairs", "twins": "pairs of twins", "strangers": "pairs of strangers"}  # for the plots
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -64,7 +66,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     check_same_pairs(models, packs, names)
     compared = _compare(models, packs, names, settings=settings, request=request, out=out)
     out.write("\n".join(terminal_lines(compared)) + "\n")
-    folder = _record(compared, settings)
+    folder = _record(compared, settings, resolve_device(_device(settings, request)))
     out.write(f"\nreport: {folder / 'report.html'} (comparison.csv, comparison.json and plots/ beside it)\n")
     out.write(f"tracking: {tracking_line(settings)}\n{time.perf_counter() - started:.0f} s\n")
     return 0
@@ -90,12 +92,16 @@ def _command_options(settings: Settings, request: Request) -> str:
     return " ".join(parts)
 
 
+def _device(settings: Settings, request: Request) -> str:
+    return settings.training.device if request.device == "auto" else request.device
+
+
 def _packs(
     models: Sequence[FoundModel], options: Sequence[ClientOption], settings: Settings, request: Request, out: TextIO
 ) -> dict[DataSettings, dict[str, FacePack]]:
     """Each client's pictures as each model's own data settings cut them out, packed once for equal settings."""
     state = Path(settings.run.out).expanduser() / "clients"
-    device = settings.training.device if request.device == "auto" else request.device
+    device = _device(settings, request)
     packs: dict[DataSettings, dict[str, FacePack]] = {}
     for model in models:
         if model.settings.data not in packs:
@@ -128,8 +134,7 @@ def _compare(
     request: Request,
     out: TextIO,
 ) -> Comparison:
-    device = settings.training.device if request.device == "auto" else request.device
-    compute, seed = _compute(settings, resolve_device(device)), settings.run.seed
+    compute, seed = _compute(settings, resolve_device(_device(settings, request))), settings.run.seed
     test_sets = with_pooled({name: describe(name, packs[models[0].settings.data][name]) for name in clients})
     scored = {}
     for model in models:
@@ -149,7 +154,7 @@ def _compare(
     )
 
 
-def _record(compared: Comparison, settings: Settings) -> Path:
+def _record(compared: Comparison, settings: Settings, device: str) -> Path:
     """Write RUN with tables, pictures and the page, and tell the tracking; returns the folder."""
     folder = new_run_folder(settings)
     clients = [name for name, test in compared.test_sets.items() if test.digest]
@@ -161,6 +166,7 @@ def _record(compared: Comparison, settings: Settings) -> Path:
         tags={
             "dataset": "+".join(clients),
             "dataset_size": str(compared.test_sets[compared.main].num_pictures),
+            "device": device,
         },
         params={
             "client": "+".join(clients),
@@ -217,7 +223,7 @@ def _draw_kinds(main: Mapping[str, Scored], tracked: TrackedRun) -> dict[str, by
         for name, one in main.items()
         if one.kinds is not None
     }
-    kinds = {name: {kind: one.figures[figure_name(kind, AUC)] for kind in KINDS} for name, one in main.items()}
+    kinds = {name: {_KIND[kind]: one.figures[figure_name(kind, AUC)] for kind in KINDS} for name, one in main.items()}
     title = "Verification of twins never seen in training: two siblings as impostors"
     dots = comparison_plots.method_bars(_dots(kinds), "ROC AUC")
     roc = verification.roc(curves, intervals=_ends(main, of_twins), title=title)
