@@ -20,6 +20,7 @@ from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head
 from server.scores import figures
 from simulation.trainee import Trainee
+from simulation.watching import is_time_to_look, show_attention
 
 PROGRESS_FILE = "progress.json"
 VALIDATED = {
@@ -89,6 +90,8 @@ class Epochs:
         if self.progress.epoch < self.total:
             patience = self.trainee.settings.training.patience
             out.write(f"stopped early after epoch {self.progress.epoch}: {patience} validations without a better AUC\n")
+        if self.trainee.settings.tracking.plots != "none":
+            show_attention(self.trainee, self.tracked)
         self._save_model("last")
 
     def _is_out_of_patience(self) -> bool:
@@ -129,6 +132,8 @@ class Epochs:
             self._save_model("best")
         self._save()
         self.tracked.log_metrics(row, step=epoch + 1)
+        if self.trainee.settings.tracking.plots == "all" and is_time_to_look(epoch + 1, self.total):
+            show_attention(self.trainee, self.tracked)
         out.write(
             f"epoch {epoch + 1} of {self.total}: train loss {row['train_loss']:.3f},"
             f" val AUC {row.get('val_roc_auc', float('nan')):.3f}, {seconds:.1f} s\n"

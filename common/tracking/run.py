@@ -124,13 +124,19 @@ class TrackedRun:
 
         TensorBoard shows a PNG at the step of the metrics logged last.
         """
+        kept = self.keep_figure(figure, name)
+        self._event("artifact", file=str(kept.relative_to(self.folder)), name=name)
+        return kept
+
+    def keep_figure(self, figure: SavesFigure, name: str) -> Path:
+        """The same without MLflow, which may be another machine: for figures that show people's faces."""
         path = self._place(name)
         part = path.with_name(f".{path.name}.part")
         figure.savefig(part, format=path.suffix.removeprefix(".") or "png")
-        kept = self._log_kept(part, path, name)
+        part.replace(path)
         if self._board:
-            self._board.picture(kept, name, self._step, now_ms())
-        return kept
+            self._board.picture(path, name, self._step, now_ms())
+        return path
 
     def log_graph(self, module: "nn.Module", example: "Tensor") -> None:
         """Show a network's graph, in evaluation, in TensorBoard; one that cannot be traced is left out with a log line.

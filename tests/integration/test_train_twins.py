@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_federation import site_settings
 
 from common import config
@@ -113,6 +114,18 @@ def test_the_record_says_what_it_is(run):
     } <= logged.keys()
     assert (folder / "plots" / "roc_twins.png").stat().st_size > 0
     assert json.loads((folder / "run.json").read_text())["mode"] == "twins"
+
+
+def test_where_the_model_looks_is_shown_while_it_trains_and_never_sent(twins, tmp_path):
+    settings = config.with_value(SETTINGS, "tracking", "tensorboard", str(tmp_path / "logs"))
+    _, spool = trained(settings, twins, tmp_path / "run")
+    assert (tmp_path / "run" / "plots" / "attention.png").stat().st_size > 0
+    sent = [line["name"] for line in spool if line.get("event") == "artifact"]
+    assert "plots/roc_twins.png" in sent
+    assert "plots/attention.png" not in sent  # it shows faces
+    events = EventAccumulator(str(tmp_path / "logs" / "run"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("plots/attention")] == [1, 2]
+    assert any("encoder_layer_0" in node.name for node in events.Graph().node)
 
 
 def test_self_attention_alone_is_the_baseline(twins, tmp_path):
