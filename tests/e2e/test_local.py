@@ -37,10 +37,13 @@ def test_one_holder_alone(faces, programs):
     [found] = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.tags["mode"] == "local"
-    assert {"dataset", "dataset_size", "device", "model_type", "facefed_version", "git_commit"} <= set(found.data.tags)
+    tags = {"dataset", "dataset_size", "device", "gpu_type", "model_type", "facefed_version", "git_commit"}
+    assert tags <= set(found.data.tags)
+    assert {"system/cpu_utilization_percentage", "gradient_norm_head"} <= set(found.data.metrics)
     assert [p.step for p in client.get_metric_history(found.info.run_id, "train_loss")] == [1, 2]
     assert str(client.get_model_version_by_alias("celeba_cnn_local", "champion").version) == "2"
     run = run_folder(programs.cwd)
+    assert [path.name for path in (programs.cwd / "logs" / "tensorboard").iterdir()] == [run.name]
     assert config.load(run / "config.toml").training.epochs == 2
     for name in ("training", "roc", "det", "score_histograms", "confusion", "embeddings"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 NAME = "cnn_federated_fedavg"
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-TAGS = ("model_type", "dataset", "dataset_size", "device", "mode", "facefed_version", "git_commit")
+TAGS = ("model_type", "dataset", "dataset_size", "device", "gpu_type", "mode", "facefed_version", "git_commit")
 
 # Runs with `python -I` in an empty folder, where FaceFed cannot be imported.
 STRANGER = """
@@ -89,6 +89,25 @@ def test_it_says_what_was_learned_and_where_to_look(simulated, run):
 
 def test_nothing_of_ray_is_left_over(simulated):
     simulated.program.assert_nothing_left()
+
+
+def test_tensorboard_has_the_same_curves_and_the_machine_is_watched(simulated, run, client, tracked):
+    """In the folder that the command was typed in: the ServerApp itself runs in another one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = simulated.cwd / "logs" / "tensorboard" / run.name
+    for folder, found in ((board, tracked[0]), (board / "celeba", tracked[1]["celeba"])):
+        shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        shown.Reload()
+        assert set(shown.Tags()["scalars"]) == set(found.data.metrics)
+        assert ("plots/convergence" in shown.Tags()["images"]) == (folder == board)
+        for name in shown.Tags()["scalars"]:
+            told = client.get_metric_history(found.info.run_id, name)
+            points = [(p.step, pytest.approx(p.value, rel=1e-6, nan_ok=True), p.timestamp) for p in told]
+            assert sorted((p.step, p.value, round(p.wall_time * 1000)) for p in shown.Scalars(name)) == sorted(
+                points, key=lambda point: point[0]
+            )
+    assert tracked[0].data.metrics["system/cpu_utilization_percentage"] > 0
 
 
 def test_the_run_folder_is_whole(simulated, run):
