@@ -10,8 +10,9 @@ from PIL import Image
 from tiny_federation import enter_run
 
 from common import config
-from common.checkpoints import read_json
+from common.checkpoints import read_json, read_tensors
 from common.faces.synthetic import SynthSettings, write_dataset
+from server.app import initial_model
 
 SETTINGS = config.from_mapping(
     {
@@ -76,3 +77,31 @@ def test_nothing_of_twins_is_told_where_there_are_none(tmp_path: Path) -> None:
     assert "round_test_auc" in str(run)
     assert "twins" not in str(run["rounds_table"])
     assert "twins_roc_auc" not in str(run)
+
+
+def test_three_holders_share_dcals_branches_and_keep_their_heads(tmp_path: Path) -> None:
+    vit = {"backbone": "vit_tiny", "depth": 1, "width": 0.25, "patch_size": 8, "attention": "dcal", "inference": "both"}
+    settings = SETTINGS
+    for name, value in vit.items():
+        settings = config.with_value(settings, "model", name, value)
+    write_dataset(SynthSettings(layout="twins", num_people=12, pictures_per_person=3), tmp_path / "twins")
+    sites = [
+        site_at(tmp_path / "sites", "twins", tmp_path / "twins", name="twins"),
+        site_at(tmp_path / "sites", "folder", strangers(tmp_path / "one"), name="one"),
+        site_at(tmp_path / "sites", "folder", strangers(tmp_path / "two"), name="two"),
+    ]
+    folder = federate_in(tmp_path / "run", settings, LocalMailbox(sites))
+    first, last = (
+        initial_model(settings)[0].state_dict(),
+        read_tensors(folder / "checkpoints/round-000002.safetensors")[0],
+    )
+    assert all(name.startswith("backbone.") for name in last)
+    for part in ("backbone.glca.", "backbone.glca_closing.", "backbone.trunk."):
+        learned = [name for name in last if name.startswith(part) and not np.array_equal(first[name], last[name])]
+        assert learned, part
+    for site in sites:
+        [private] = [read_tensors(path)[0] for path in site.state_dir.rglob("round-000002.safetensors")]
+        assert {"head.weight", "glca_head.weight", "loss_weights.sa", "loss_weights.glca", "loss_weights.pwca"} <= {
+            name.removeprefix("model/") for name in private
+        }
+    assert "round_test_twins_auc" in str(read_json(folder / "metrics.json")["rounds_table"])
