@@ -292,7 +292,7 @@ def test_pretrained_weights_are_the_first_global_model_and_the_first_local_one(f
 
     seen = []
     monkeypatch.setattr(
-        "simulation.baselines._train_and_test",
+        "simulation.baselines.train_and_test",
         lambda _mode, trainee, tracked, *_: (
             seen.append(flatten(trainee.recogniser.state_dict(), manifest)) or _no_summary(tracked)
         ),
@@ -305,7 +305,14 @@ def _no_summary(tracked):
     from simulation.baselines import BaselineSummary
 
     return BaselineSummary(
-        folder=tracked.folder, epochs=0, best_epoch=0, untrained_auc=0.0, test_auc=0.0, registered=[]
+        folder=tracked.folder,
+        epochs=0,
+        best_epoch=0,
+        best_val_auc=0.0,
+        untrained_auc=0.0,
+        test_auc=0.0,
+        twins={},
+        registered=[],
     )
 
 
@@ -334,7 +341,7 @@ def test_local_training_runs_its_epochs_into_its_folder(faces, tmp_path):
 def test_local_training_takes_the_device_of_the_settings_unless_one_is_given(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(
-        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     with pytest.raises(UserError, match="mps is not on this machine"):
         local(changed(BASE, training__device="mps"), faces, tmp_path)
@@ -546,7 +553,7 @@ def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr("common.tracking.run._sender", lambda _spool, uri, *_: asked.append(uri))
     monkeypatch.setattr(
-        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     monkeypatch.chdir(tmp_path)
     local(BASE, faces, tmp_path)
@@ -559,7 +566,7 @@ def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
 @proves("tracking.experiment_prefix")
 def test_the_prefix_begins_every_experiments_name(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "simulation.baselines._train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     settings = changed(BASE, tracking__experiment_prefix="mine")
     local(settings, faces, tmp_path)
