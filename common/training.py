@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from common.runtime import random_stream, use_threads
 
 Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
 INPUT_VECTORS = ("class_token", "pos_embedding")
+# Adam moves a number by about the rate in a step, whatever its gradient: weights of losses have to get from 0 to the
+# logarithm of their loss, a few units, and at the network's rate would not within a run.
+LOSS_WEIGHTS_ADAM = 20.0
 HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
 
 
@@ -125,15 +129,21 @@ def make_optimiser(module: nn.Module, training: TrainingSettings) -> torch.optim
     """SGD with Nesterov momentum or AdamW over all parameters of a recogniser, or of its head alone.
 
     Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1), and a
-    ViT's class token and positions, which are vectors of the input.
+    ViT's class token and positions, which are vectors of the input. Learned loss weights are a group of their own, the
+    last; "lr_factor" of a group multiplies the schedule's rate.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(INPUT_VECTORS)]
     spared = [p for name, p in named if p.ndim <= 1 or name.endswith(INPUT_VECTORS)]
-    groups = [
+    loss_weights = [p for name, p in named if name.startswith("loss_weights.")]
+    spared = [p for p in spared if all(p is not weight for weight in loss_weights)]
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
+    if loss_weights:
+        factor = LOSS_WEIGHTS_ADAM if training.optimiser == "adamw" else 1.0
+        groups.append({"params": loss_weights, "weight_decay": 0.0, "lr_factor": factor})
     if training.optimiser == "adamw":
         return torch.optim.AdamW(groups, lr=training.lr)
     return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
@@ -298,7 +308,7 @@ def train_epochs(
         for step, batch in enumerate(batches):
             sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
             for group in optimiser.param_groups:
-                group["lr"] = sums.lr_last
+                group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
             stepped = _step(
                 recogniser,
                 optimiser,

@@ -28,6 +28,7 @@ _IMAGENET: Final = {
 _CLASSIFIERS: Final = ("fc.", "classifier.", "heads.")  # ImageNet's last layer, in torchvision's names
 _OLD_NAMES: Final = (("mlp.linear_1.", "mlp.0."), ("mlp.linear_2.", "mlp.3."))  # in the files of torchvision's ViTs
 _POSITIONS: Final = "encoder.pos_embedding"
+_GLCA: Final = ("glca.", "glca_closing.")
 _COUNTER: Final = "num_batches_tracked"
 _NUM_SHOWN: Final = 5
 
@@ -39,8 +40,9 @@ def load_pretrained(backbone: Backbone | VitBackbone, *, name: str, pretrained: 
 
     A file holds either a whole backbone under this project's names (with or without "backbone." before them; heads
     and loss weights are ignored) or a trunk under torchvision's names (its classifier is ignored). Of both, every
-    tensor has to be there in the right shape; only counters of batches may be missing, and the position embedding of a
-    ViT is interpolated where the picture has more or fewer patches. ImageNet's weights and a trunk leave what embeds,
+    tensor has to be there in the right shape; only counters of batches may be missing, and a GLCA branch of which the
+    file has nothing (a plain ViT's): it stays as it is. The position embedding of a ViT is interpolated where the
+    picture has more or fewer patches. ImageNet's weights and a trunk leave what embeds,
     and a GLCA branch, as they are.
     ImageNet's trunks were trained on pictures scaled by mean and deviation, not to [-1, 1]; the first batch
     normalisation absorbs the difference while training.
@@ -131,10 +133,11 @@ def _with_fitting_positions(tensors: Mapping[str, Tensor], wanted: Mapping[str, 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     wanted = module.state_dict()
     tensors = _with_fitting_positions(tensors, wanted)
+    without_glca = not any(name.startswith(_GLCA) for name in tensors)
     problems = []
     for name, tensor in wanted.items():
         if name not in tensors:
-            if not name.endswith(_COUNTER):
+            if not (name.endswith(_COUNTER) or (without_glca and name.startswith(_GLCA))):
                 problems.append(f"{name} {list(tensor.shape)} is missing")
         elif tensors[name].shape != tensor.shape:
             problems.append(f"{name} is {list(tensors[name].shape)}, the model has {list(tensor.shape)}")

@@ -91,6 +91,15 @@ def test_what_is_minimised_is_the_papers_formula(monkeypatch):
         assert weight.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_with_adam_the_loss_weights_get_to_their_losses_within_a_short_run():
+    """At the network's rate of 0.001 they would move by 0.02 in these steps; the minimum is at the loss's logarithm."""
+    trained, sums = run(epochs=20, optimiser="adamw", lr=0.001, warmup_fraction=0.0)
+    for name, weight in trained.loss_weights.items():
+        loss = sums.branch_loss_sums.get(name, sums.loss_sum) / sums.num_pictures
+        assert abs(weight.item() - np.log(loss)) < 0.5, name  # the loss is a mean over all epochs
+    assert trained.loss_weights["sa"].item() > 0.2
+
+
 def test_loss_weights_do_not_count_in_the_norm_that_is_clipped():
     recogniser = recogniser_for(memory_pack(), DCAL)
     every = {name for name, _ in recogniser.named_parameters()}

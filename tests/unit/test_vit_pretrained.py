@@ -130,7 +130,18 @@ def test_a_whole_dcal_model_fills_the_backbone_and_no_head(tmp_path: Path) -> No
     assert differing({name: loaded[name] for name in given.keys() - backbone}, fresh) == []
 
 
-def test_a_backbone_without_glca_does_not_fill_one_with_it(tmp_path: Path) -> None:
-    given = recogniser(dataclasses.replace(DCAL, attention="pwca")).backbone.state_dict()
+def test_a_plain_vit_starts_one_with_glca_whose_branch_stays_as_it_is(tmp_path: Path) -> None:
+    given = recogniser(dataclasses.replace(DCAL, attention="sa"), seed=9).state_dict()
+    loaded = from_file(given, tmp_path).state_dict()
+    shared = {name for name in given if name.startswith("backbone.")}
+    assert differing({name: given[name] for name in shared}, loaded) == []
+    branch = {name: tensor for name, tensor in loaded.items() if name.startswith("backbone.glca")}
+    assert branch
+    assert differing(branch, recogniser(DCAL).state_dict()) == []
+
+
+def test_half_a_glca_branch_is_refused(tmp_path: Path) -> None:
+    given = recogniser(DCAL).state_dict()
+    del given["backbone.glca.block.ln_1.weight"]
     with pytest.raises(CheckpointError, match=r"glca\.block\.ln_1\.weight \[192\] is missing"):
         from_file(given, tmp_path)
