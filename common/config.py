@@ -10,7 +10,7 @@ import re
 import tomllib
 import typing
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ ALIGNMENTS = ("landmarks", "box", "resize")
 # A client's name is shown on terminals and becomes part of folders, tags and metrics.
 CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# What a study may vary: the trainings of a study share their data, people and machine.
+STUDIED_SECTIONS = ("augmentation", "model", "training", "twins")
+# What would give the variants of an ablation different budgets, or no training of their own.
+NOT_ABLATED = ("training.epochs", "training.batch_size", "training.patience", "training.device")
 
 
 def setting(
@@ -136,6 +140,14 @@ class TwinSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """[ablation]: `facefed train twins` trains one variant for each value of one setting, all else equal."""
+
+    over: str = setting("none")  # a setting's name, such as model.attention; none: no ablation
+    values: str = setting("none")  # separated by commas; the others are compared with the first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FederationSettings:
     """[federation]: the rounds and how their replies become one model."""
 
@@ -184,6 +196,7 @@ class Settings:
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     twins: TwinSettings = TwinSettings()
+    ablation: AblationSettings = AblationSettings()
     federation: FederationSettings = FederationSettings()
     verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -323,24 +336,56 @@ def _patch_conflicts(settings: Settings) -> list[str]:
     return problems
 
 
+def _ablation_problems(settings: Settings) -> list[str]:
+    """An unknown setting, values that do not fit it, or that do not go together with the other settings."""
+    over, texts = settings.ablation.over, [text.strip() for text in settings.ablation.values.split(",")]
+    if over == "none":
+        return []
+    problem = setting_problem("ablation.over", over, without=NOT_ABLATED)
+    if problem:
+        return [problem]
+    if settings.training.patience != "off":
+        return ['training.patience stops variants after different numbers of steps; use "off" in an ablation.']
+    values = [value_of(over, text) for text in texts]
+    if len(values) < 2 or any(value in values[:place] for place, value in enumerate(values)):
+        return [f'ablation.values = "{settings.ablation.values}" must be two or more different values of {over}.']
+    section, _, key = over.partition(".")
+    own, problems = _conflicts(settings), []
+    for value in values:
+        raw = to_mapping(settings) | {"ablation": {}}
+        raw[section] = raw[section] | {key: value}
+        try:
+            from_mapping(raw, source="ablation.values")
+        except ConfigError as error:
+            problems += [line for line in error.problems if line.removeprefix("ablation.values: ") not in own]
+    return list(dict.fromkeys(problems))
+
+
+def _unknown_section(name: str, sections: Mapping[str, type]) -> str:
+    if name == "sweep":
+        return "[sweep] describes a search over settings; give the file to facefed train twins --sweep."
+    return unknown_name("section", name, sections)
+
+
 def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Settings:
     """Typed settings from nested plain values; missing ones take their defaults.
 
     Raises ConfigError with every problem found, each prefixed by `source`.
     """
     sections = _section_types()
-    problems = [unknown_name("section", name, sections) for name in raw if name not in sections]
+    problems = [_unknown_section(name, sections) for name in raw if name not in sections]
     values = {name: _read_section(name, kind, raw.get(name, {}), problems) for name, kind in sections.items()}
     settings = Settings(**values)
-    problems += _conflicts(settings)
+    problems += _conflicts(settings) + _ablation_problems(settings)
     if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
     return settings
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, flag: str = "--config") -> Path:
     """The TOML file meant by `--config`: a path, or NAME for configs/NAME.toml (here, then beside the program).
 
+    flag: what named it, for the error.
     Raises ConfigError naming the configurations that exist.
     """
     given = Path(name).expanduser()
@@ -352,9 +397,7 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.toml"))
-    raise ConfigError(
-        [f"--config {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."]
-    )
+    raise ConfigError([f"{flag} {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."])
 
 
 def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None = None) -> Settings:
@@ -419,3 +462,54 @@ def takes_number(section: str, key: str) -> bool:
     """Whether a setting whose default is a text (such as "auto") may also be a number."""
     kind = _section_types().get(section)
     return kind is not None and typing.get_type_hints(kind).get(key) in (int | str, float | str)
+
+
+def value_of(name: str, text: str) -> object:
+    """The text as the type of the setting "section.key"; one that does not fit is left for `from_mapping` to refuse."""
+    section, _, key = name.partition(".")
+    default = to_mapping(Settings()).get(section, {}).get(key)
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    kinds: tuple[type, ...] = (float,) if isinstance(default, float) else (int,)
+    if isinstance(default, str):
+        if not takes_number(section, key):
+            return text
+        kinds = (int, float)
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def setting_problem(what: str, name: str, *, without: Iterable[str] = ()) -> str | None:
+    """Why the setting "section.key" cannot be varied in a study, or None.
+
+    what: where the name stands, to open the line.  without: names that cannot be varied either.
+    """
+    section, _, key = name.partition(".")
+    if section not in STUDIED_SECTIONS or not key:
+        return f"{what} = {_shown(name)}: a study varies settings of {', '.join(STUDIED_SECTIONS)}; write SECTION.KEY."
+    known = [f"{section}.{field.name}" for field in dataclasses.fields(_section_types()[section])]
+    if name in known and name in without:
+        return f"{what} = {_shown(name)} changes what all trainings of a study must share; choose another setting."
+    return (
+        None
+        if name in known
+        else unknown_name(what, name, [known_one for known_one in known if known_one not in without])
+    )
+
+
+def value_problem(name: str, value: object) -> str | None:
+    """What is wrong with a value of the known setting "section.key", or None."""
+    section, _, key = name.partition(".")
+    kind = _section_types()[section]
+    field = next(field for field in dataclasses.fields(kind) if field.name == key)
+    return _problem(name, value, typing.get_type_hints(kind)[key], field.metadata)
+
+
+def takes_fractions(name: str) -> bool:
+    """Whether the known setting "section.key" may be any number, not only a whole one."""
+    section, _, key = name.partition(".")
+    return typing.get_type_hints(_section_types()[section])[key] in (float, float | str)

@@ -94,25 +94,6 @@ def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     )
 
 
-def _value_of(name: str, text: str) -> object:
-    """The text as the setting's type; a text that does not fit is left for `config.load` to refuse by name."""
-    section, _, key = name.partition(".")
-    default = config.to_mapping(Settings()).get(section, {}).get(key)
-    if isinstance(default, bool):
-        return {"true": True, "false": False}.get(text.lower(), text)
-    kinds: tuple[type, ...] = (float,) if isinstance(default, float) else (int,)
-    if isinstance(default, str):
-        if not config.takes_number(section, key):
-            return text
-        kinds = (int, float)
-    for kind in kinds:
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def read_run_settings(arguments: argparse.Namespace, *, default_config: str | None = None) -> Settings:
     """Settings of the configuration, over it MLFLOW_TRACKING_URI, over that the flags.  Raises ConfigError."""
     name = arguments.config or default_config
@@ -125,13 +106,13 @@ def read_run_settings(arguments: argparse.Namespace, *, default_config: str | No
     for dotted, text in vars(arguments).items():
         section, dot, key = dotted.partition(".")
         if dot and text is not None:
-            overrides[(section, key)] = _value_of(dotted, text)
+            overrides[(section, key)] = config.value_of(dotted, text)
     for item in arguments.set:
         dotted, equals, text = item.partition("=")
         section, dot, key = dotted.partition(".")
         if not (equals and dot):
             raise ConfigError([f"--set {item}: write SECTION.KEY=VALUE, for example --set data.image_size=64."])
-        overrides[(section, key)] = _value_of(dotted, text)
+        overrides[(section, key)] = config.value_of(dotted, text)
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
     return config.load(path, overrides)

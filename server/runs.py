@@ -19,7 +19,7 @@ RUN_FILE = "run.json"  # what kind of run a folder holds
 class RunKind:
     """What a run is, beside its settings."""
 
-    mode: str  # local | centralized | federated | twins | evaluation
+    mode: str  # local | centralized | federated | twins | ablation | sweep | evaluation
     experiment: str  # without the prefix, where it has one
     label: str  # opens the run's name in the tracking
     clients: Sequence[str] = ()  # in order of their names; a federation's are known later
@@ -43,6 +43,11 @@ def _guide_params(settings: Settings) -> dict[str, object]:
         "batch_size": settings.training.batch_size,
         "max_identities": settings.data.max_people,
     }
+
+
+def all_params(settings: Settings, kind: RunKind) -> dict[str, object]:
+    """The tracking's parameters of a run that trains: all settings, the most looked for twice, and its kind's."""
+    return {**flat_params(settings), **_guide_params(settings), **kind.params}
 
 
 def federated_kind(settings: Settings) -> RunKind:
@@ -100,7 +105,7 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
     How busy this machine is becomes part of it, every `tracking.system_metrics_s`, until the run finishes.
     """
     write_bytes(folder / "config.toml", config.to_toml(settings).encode())
-    params = {**flat_params(settings), **_guide_params(settings), **kind.params}
+    params = all_params(settings, kind)
     tracked = open_record(settings, folder, commit, dataclasses.replace(kind, params=params))
     tracked.log_file(folder / "config.toml", "config.toml")
     if isinstance(settings.tracking.system_metrics_s, float):

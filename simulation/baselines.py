@@ -79,16 +79,21 @@ def run_local(settings: Settings, site: SiteSettings, pack: FacePack, folder: Pa
     return _run("local", trainee, {site.name: site}, f"{site.name}_{settings.model.backbone}_local", folder, out)
 
 
-def run_twins(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
-    """Train on a data set of twins, otherwise as `run_local`.
-
-    Raises also DataError when the data set has no families, or test or validation lack a kind of pairs.
-    """
+def check_twins(site: SiteSettings, pack: FacePack) -> None:
+    """Raise DataError when the data set has no families, or test or validation lack a kind of pairs."""
     if pack.family is None:
         raise DataError(f"{site.data_dir}: {site.dataset} says nothing of families; train twins needs a set of twins.")
     lacking = missing_pairs(pack)
     if lacking:
         raise DataError(f"{site.data_dir}: {lacking}; each needs two families, and siblings with two pictures each.")
+
+
+def run_twins(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
+    """Train on a data set of twins, otherwise as `run_local`.
+
+    Raises also DataError when the data set has no families, or test or validation lack a kind of pairs.
+    """
+    check_twins(site, pack)
     trainee = local_trainee(settings, site, pack)
     return _run("twins", trainee, {site.name: site}, f"{settings.model.backbone}_twins", folder, out)
 

@@ -5,11 +5,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common.config import Settings, find_config
 from common.console import run_program, set_up_logging
+from common.errors import ConfigError
 from common.flags import add_run_settings, read_run_settings, refuse_run_settings
 from common.runtime import go_silent
 from simulation.attention_cli import add_attention_parser, attention
+
+if TYPE_CHECKING:
+    from simulation.sweep_plan import SweepPlan
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 TWINS_CONFIG = "twins_dcal"
@@ -125,6 +131,13 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
             add_run_settings(command, without=("--epochs",))
             continue
         command.add_argument("--resume", default="", metavar="RUN", help="go on with a stopped run: its id or folder")
+        if name == "twins":
+            command.add_argument(
+                "--sweep",
+                default="",
+                metavar="NAME|FILE",
+                help="search over settings, as the file says",
+            )
         add_run_settings(command)
 
 
@@ -213,11 +226,38 @@ def _data(arguments: argparse.Namespace, name: str) -> int:
     return data_commands.audit_data(settings, options, shape=shape, out=sys.stdout)
 
 
-def _train(arguments: argparse.Namespace, name: str) -> int:
+def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
+    """What `--sweep` names, or None."""
+    if not getattr(arguments, "sweep", ""):
+        return None
+    if arguments.config:
+        raise ConfigError(["--sweep names its base in its own file; leave --config out."])
+    from simulation.sweep_plan import load_plan
+
+    return load_plan(find_config(arguments.sweep, "--sweep"))
+
+
+def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan | None") -> Settings:
     resume = getattr(arguments, "resume", "")
     if resume:
         refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
-    settings = read_run_settings(arguments, default_config=TWINS_CONFIG if name == "twins" else DEFAULT_CONFIG)
+    default = TWINS_CONFIG if name == "twins" else DEFAULT_CONFIG
+    if plan and not resume:
+        from simulation.sweep_plan import base_config, check_together
+
+        settings = read_run_settings(arguments, default_config=base_config(plan))
+        check_together(plan, settings)
+        return settings
+    settings = read_run_settings(arguments, default_config=default)
+    if settings.ablation.over != "none" and name != "twins":
+        raise ConfigError([f"train {name} makes no ablation; use facefed train twins, or ablation.over = none."])
+    return settings
+
+
+def _train(arguments: argparse.Namespace, name: str) -> int:
+    resume = getattr(arguments, "resume", "")
+    plan = _sweep_plan(arguments)
+    settings = _train_settings(arguments, name, plan)
     set_up_logging(settings.run.log_level)
     from simulation import train_commands
 
@@ -229,11 +269,9 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     )
     if name == "federated":
         return train_commands.train_federated(settings, machine, sys.stdout, sys.stderr)
-    train = {
-        "local": train_commands.train_local,
-        "centralized": train_commands.train_centralized,
-        "twins": train_commands.train_twins,
-    }[name]
+    if name == "twins":
+        return train_commands.train_twins(settings, machine, resume, sys.stdout, plan=plan)
+    train = {"local": train_commands.train_local, "centralized": train_commands.train_centralized}[name]
     return train(settings, machine, resume, sys.stdout)
 
 

@@ -19,6 +19,8 @@ from server.runs import RUN_FILE
 from simulation.baselines import BaselineSummary, run_centralized, run_local, run_twins
 from simulation.commands import check_pretrained, federate_here
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
+from simulation.studies import MODES
+from simulation.sweep_plan import SweepPlan, plan_of_run
 from simulation.twin_results import twin_lines
 
 
@@ -30,6 +32,9 @@ class Machine:
     data_dirs: Sequence[str]  # --data-dir
     device: str
     cache_dir: Path
+
+
+_GOES_ON = {"twins": MODES}  # command -> the modes of the runs that it resumes, where they are not its own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
     if folder is None:
         raise UserError(f"--resume {run}: no run is at {folders[0]} or {folders[1]}; give its id or its folder.")
     about = read_json(folder / RUN_FILE)
-    if about.get("mode") != mode:
+    if about.get("mode") not in _GOES_ON.get(mode, (mode,)):
         raise UserError(f"--resume {run}: that run is {about.get('mode')}, not {mode}; use the command that began it.")
     if (folder / "metrics.json").exists():
         raise UserError(f"--resume {run}: that run is finished; its results are in {folder / 'metrics.json'}.")
@@ -131,10 +136,29 @@ def train_local(settings: Settings, machine: Machine, resume: str, out: TextIO) 
     return _show(run_local(settings, site, pack, folder, out), "local", settings, out)
 
 
-def train_twins(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
-    """`facefed train twins`: verification of identical twins.  resume: a run's id or folder, or ""."""
+def train_twins(
+    settings: Settings, machine: Machine, resume: str, out: TextIO, *, plan: SweepPlan | None = None
+) -> int:
+    """`facefed train twins`: verification of identical twins, an ablation, or with a plan a search over settings.
+
+    resume: a run's id or folder, or ""; what kind of run it is, its folder says.
+    """
     settings, sites, packs, folder = _settled("twins", settings, machine, resume, out)
+    if resume:
+        plan = plan_of_run(folder, plan)
     [site], [pack] = sites.values(), packs.values()
+    if plan or settings.ablation.over != "none":
+        if plan:
+            from simulation.sweep import run_sweep  # Optuna only where it is needed
+            from simulation.sweep_results import sweep_lines
+
+            out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out)))
+        else:
+            from simulation.ablation import ablation_lines, run_ablation
+
+            out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out)))
+        out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")
+        return 0
     summary = run_twins(settings, site, pack, folder, out)
     out.writelines(twin_lines(summary.twins))
     return _show(summary, "trained", settings, out)

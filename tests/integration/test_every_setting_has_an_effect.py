@@ -26,6 +26,7 @@ from common.faces.synthetic import SynthSettings, write_dataset
 from common.faces.twin_batches import twin_batches
 from common.parameters import buffer_sha256, flatten
 from server.app import initial_model
+from simulation.ablation import run_ablation
 from simulation.train_commands import Machine, train_local
 
 PEOPLE = {f"p{number}": 8 for number in range(8)} | {"q0": 3, "q1": 3}
@@ -432,6 +433,32 @@ def test_pwcas_partner_is_anybody_or_the_twin(tmp_path):
 
     assert model("twin", "a") != model("random", "b")
     assert model("twin", "c") == model("twin", "d")
+
+
+# ---------------------------------------------------------------------------------------------------------- ablation
+
+
+@proves("ablation.over", "ablation.values")
+def test_an_ablation_trains_the_values_of_its_setting(faces, tmp_path, monkeypatch):
+    """Which settings the variants are trained with; how, is shown in tests/integration/test_ablation.py."""
+    monkeypatch.setattr("simulation.ablation._train", lambda variant, *_: trained.append(variant.settings))
+    monkeypatch.setattr("simulation.ablation.check_twins", lambda *_: None)
+    monkeypatch.setattr("simulation.ablation._test_embeddings", lambda *_: None)
+    monkeypatch.setattr("simulation.ablation._figures", lambda *_: {"variant": ""})
+    for name in ("_add_gaps", "_record"):
+        monkeypatch.setattr(f"simulation.ablation.{name}", lambda *_, **__: None)
+    for over, values, expected in (
+        ("model.head", "softmax, arcface", [("softmax", 0.05), ("arcface", 0.05)]),
+        ("model.head", "arcface, cosface", [("arcface", 0.05), ("cosface", 0.05)]),
+        ("training.lr", "0.1, 0.2", [("cosface", 0.1), ("cosface", 0.2)]),
+    ):
+        trained: list[Settings] = []
+        settings = changed(BASE, ablation__values=values, ablation__over=over)
+        folder = tmp_path / values
+        folder.mkdir()
+        site = site_at(tmp_path, "folder", faces)
+        run_ablation(settings, site, pack_of("folder", faces, settings, tmp_path), folder, io.StringIO())
+        assert [(found.model.head, found.training.lr) for found in trained] == expected
 
 
 # -------------------------------------------------------------------------------------------------------- federation

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from common import config
 from common.config import Settings
 from common.errors import ConfigError
+from simulation.sweep_plan import base_config, check_together, load_plan
 
 SECTIONS = config._section_types()
 FIELDS = [
@@ -216,6 +217,7 @@ def valid_settings(draw) -> Settings:
         model["attention"] = "sa"
     if model["attention"] not in ("glca", "dcal"):
         model["inference"] = "sa"
+    raw["ablation"] = {}  # its texts are settings and values: tests/unit/test_ablation_settings.py
     return config.from_mapping(raw)
 
 
@@ -262,9 +264,25 @@ def test_a_configuration_that_is_not_there_names_those_that_are(tmp_path, monkey
             config.find_config(name)
 
 
-@pytest.mark.parametrize("path", sorted((Path(config.__file__).parent.parent / "configs").glob("*.toml")), ids=str)
+SHIPPED = sorted((Path(config.__file__).parent.parent / "configs").glob("*.toml"))
+SWEEPS = [path for path in SHIPPED if "sweep" in tomllib.loads(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path not in SWEEPS], ids=str)
 def test_every_shipped_configuration_loads(path):
     config.load(path)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=str)
+def test_every_shipped_sweep_fits_its_base(path):
+    plan = load_plan(path)
+    check_together(plan, config.load(Path(base_config(plan))))
+
+
+def test_the_shipped_ablation_is_of_the_branches():
+    settings = config.load(config.find_config("twins_ablation_glca"))
+    assert (settings.ablation.over, settings.ablation.values) == ("model.attention", "sa, glca, pwca, dcal")
+    assert len(SWEEPS) == 1
 
 
 def test_settings_are_frozen_and_named_only():

@@ -1,0 +1,80 @@
+"""What studies on twins share: several trainings on the same data as nested runs of one parent run.
+
+An ablation (`simulation.ablation`) trains one variant for each value of a setting; a sweep (`simulation.sweep`) looks
+for good values of several.
+"""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from clients.site import SiteSettings
+from common import config
+from common.config import Settings
+from common.errors import InterruptedRun
+from common.tracking.run import TrackedRun, finishing
+from common.version import git_commit
+from server.runs import RunKind, all_params, begin_tracking
+from simulation.baselines import kind_of
+from simulation.trainee import Trainee
+
+MODES = ("twins", "ablation", "sweep")  # what `facefed train twins` makes
+
+
+def study_kind(mode: str, experiment: str, trainee: Trainee, site: SiteSettings) -> RunKind:
+    """The kind of the parent run.  mode: "ablation" or "sweep".  trainee: any of the study's."""
+    kind = kind_of("twins", trainee, {site.name: site})
+    backbone = trainee.settings.model.backbone
+    return dataclasses.replace(
+        kind,
+        mode=mode,
+        experiment=experiment,
+        label=f"{mode}_{backbone}",
+        tags={**kind.tags, "model_type": backbone},
+    )
+
+
+@contextmanager
+def parent_run(settings: Settings, folder: Path, kind: RunKind) -> Iterator[TrackedRun]:
+    """The parent run's record, new or gone on with; it finishes with the block.
+
+    Raises InterruptedRun, with the command to go on, in place of KeyboardInterrupt.
+    """
+    tracked = begin_tracking(settings, folder, git_commit(), kind)
+    try:
+        with finishing(tracked):
+            yield tracked
+    except KeyboardInterrupt:
+        raise InterruptedRun(f"stopped; to go on: facefed train twins --resume {folder}") from None
+
+
+def nested_run(
+    parent: TrackedRun, name: str, trainee: Trainee, site: SiteSettings, tags: Mapping[str, str]
+) -> TrackedRun:
+    """The nested run of one training, with its own tags, all its parameters and its configuration.
+
+    What it keeps lies in folders of its name: RUN/NAME/config.toml, RUN/plots/NAME/.
+    """
+    kind = kind_of("twins", trainee, {site.name: site})
+    child = parent.child(name, {**kind.tags, **tags})
+    child.log_params(all_params(trainee.settings, kind))
+    child.log_text(config.to_toml(trainee.settings), "config.toml")
+    return child
+
+
+def checkpoints_of(folder: Path, name: str) -> Path:
+    """Where a nested run's checkpoints lie in the study's folder."""
+    return folder / "checkpoints" / name
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table; its columns are those of all rows in order of their first appearance, what a row lacks is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,43 @@
+"""Twins and settings small enough for a study in a test: 12 families of random faces of 32 px, a ViT of one block."""
+
+from pathlib import Path
+
+from common import config
+from common.config import Settings
+from common.faces.pack import FacePack, open_pack
+from common.faces.synthetic import SynthSettings, write_dataset
+
+SETTINGS = config.from_mapping(
+    {
+        "data": {"image_size": 32, "fraction_val_people": 0.25, "fraction_test_people": 0.25},
+        "model": {
+            "backbone": "vit_tiny", "depth": 1, "width": 0.125, "patch_size": 8, "embedding_size": 16,
+            "attention": "dcal", "glca_fraction": 0.3, "dropout": 0.1,
+        },
+        "training": {
+            "optimiser": "adamw", "lr": 0.002, "epochs": 2, "batch_size": 16, "precision": "float32",
+            "memory_format": "contiguous", "threads": 1, "device": "cpu",
+        },
+        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
+    }
+)  # fmt: skip
+
+
+def with_settings(**values: object) -> Settings:
+    """SETTINGS with other values; values: section__key."""
+    raw = config.to_mapping(SETTINGS)
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        raw[section][key] = value
+    return config.from_mapping(raw)
+
+
+def write_twins(folder: Path) -> Path:
+    """The pictures, in the layout of the data set."""
+    write_dataset(SynthSettings(layout="twins", num_people=24, pictures_per_person=4), folder)
+    return folder
+
+
+def twins_pack(folder: Path) -> FacePack:
+    """The same, packed."""
+    return open_pack("twins", write_twins(folder / "data"), SETTINGS.data, folder / "packs", workers=1)
