@@ -42,10 +42,8 @@ def _group(name: str, num_blocks: int) -> str:
     if found is None:
         return next((group for prefix, group in _BY_PREFIX if name.startswith(prefix)), "other")
     number = int(found[2])
-    if not found[1].startswith("encoder"):  # a convolutional network's first one is its stem
-        if number == 0:
-            return "stem"
-        number, num_blocks = number - 1, num_blocks - 1
+    if number == 0 and not found[1].startswith("encoder"):  # a convolutional network's first one
+        return "stem"
     return f"blocks_{THIRDS[3 * number // num_blocks]}"
 
 

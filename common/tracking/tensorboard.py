@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OFF = "none"  # the word of tracking.tensorboard for: nowhere
 FILE_PREFIX = "events.out.tfevents"  # how TensorBoard knows its files
-_VERSION = "brain.Event:2"  # of the format; without it TensorBoard drops points whose step is not the highest so far
+_VERSION = "brain.Event:2"  # of the format; before it a repeated step wiped out what followed on its curve
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 _log = logging.getLogger("facefed.tracking")

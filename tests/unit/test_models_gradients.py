@@ -66,6 +66,18 @@ def test_a_vits_parts():
     assert groups["glca_head.weight"] == groups["head.weight"] == "head"
 
 
+def test_a_convolutional_networks_blocks_behind_its_stem():
+    """MobileNetV2's features: 0 is the stem, 1 to 18 make three times six."""
+    groups = groups_of(recogniser_with("mobilenet_v2"))
+    blocks = {int(name.split("features.")[1].split(".")[0]): g for name, g in groups.items() if "features." in name}
+    assert blocks == {
+        0: "stem",
+        **dict.fromkeys(range(1, 7), "blocks_early"),
+        **dict.fromkeys(range(7, 13), "blocks_middle"),
+        **dict.fromkeys(range(13, 19), "blocks_late"),
+    }
+
+
 @pytest.mark.parametrize("clip_norm", [0.5, 1e9])
 def test_the_gradient_is_measured_and_clipped_as_pytorch_does_it(clip_norm):
     ours, theirs = (with_gradients(recogniser_with("vit_tiny", depth=2, attention="dcal")) for _ in range(2))

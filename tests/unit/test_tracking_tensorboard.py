@@ -79,6 +79,15 @@ def test_metrics_are_curves_at_once_with_the_times_of_the_spool(boards, tmp_path
     run.finish("FINISHED")
 
 
+def test_a_step_that_comes_again_wipes_out_nothing(boards, tmp_path):
+    """As a repeated round tells it, and as the figures of the best epoch come after the last one's."""
+    run = opened(boards, tmp_path / "r1")
+    for step in (1, 2, 3, 2):
+        run.log_metrics({"loss": float(step)}, step=step)
+    run.finish("FINISHED")
+    assert curve(boards / "r1", "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (2, 2.0)]
+
+
 def test_each_nested_run_has_a_folder_below(boards, tmp_path):
     run = opened(boards, tmp_path / "r1")
     run.log_metrics({"loss": 1.0}, step=1)
