@@ -16,6 +16,7 @@ from simulation.epochs import AfterEpoch, Epochs, go_on
 from simulation.results import record_datasets, record_results, register_models
 from simulation.trainee import Trainee, centralized_trainee, local_trainee
 from simulation.twin_results import missing_pairs
+from simulation.watching import show_graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,7 @@ def train_and_test(
         folder=checkpoints or tracked.folder / "checkpoints",
         after_epoch=after_epoch,
     )
+    show_graph(trainee, tracked)
     untrained = trainee.evaluate("test")
     epochs.restore()
     epochs.run(out)
