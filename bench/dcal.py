@@ -26,8 +26,8 @@ SIDES = ("sa", "glca", "pwca", "dcal")
 
 
 def built(attention: str, inference: str = "sa") -> "Recogniser":
-    from common.config import ModelSettings
     from common.models.recogniser import build_recogniser
+    from common.settings import ModelSettings
 
     model = ModelSettings(backbone="vit_tiny", patch_size=PATCH_PX, attention=attention, inference=inference)
     return build_recogniser(model, num_people=NUM_PEOPLE, image_size=SIDE_PX, backbone_seed=1, head_seed=2)
@@ -37,8 +37,8 @@ def stepper(attention: str, arguments: argparse.Namespace):
     """A function that trains one step, as every mode of training does."""
     import torch
 
-    from common.config import TrainingSettings
     from common.models.dcal import random_partners
+    from common.settings import TrainingSettings
     from common.training import Compute, _step, make_optimiser
 
     compute = Compute(

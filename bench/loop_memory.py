@@ -20,8 +20,8 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import config, wire
-from common.config import Settings
 from common.metrics.verification import NUM_BINS
+from common.settings import Settings
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums
 from server.app import Surroundings, federate, initial_model
 

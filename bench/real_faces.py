@@ -22,10 +22,10 @@ from clients.local_update import open_workplace
 from clients.site import SiteSettings
 from common import config
 from common.checkpoints import read_tensors
-from common.config import Settings
 from common.evaluation import evaluate
 from common.metrics.verification import open_set_scores
 from common.runtime import num_cores, use_threads
+from common.settings import Settings
 from common.training import Compute
 
 CONFIGS = {"fedavg": "celeba_vggface2_fedavg", "fedprox": "celeba_vggface2_fedprox"}

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.config import DataSettings
 from common.faces.pack import open_pack
 from common.faces.sources import read_index
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.settings import DataSettings
 
 PROGRAMS = Path(sys.executable).parent
 REPEATS = 5

@@ -20,7 +20,6 @@ import torch
 from bench.real_faces import newest_run, run
 from common import config
 from common.checkpoints import read_tensors
-from common.config import Settings
 from common.evaluation import embed
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
@@ -28,6 +27,7 @@ from common.metrics.twin_report import mean_paired_gap, twin_figures
 from common.metrics.twins import KINDS
 from common.models.recogniser import build_recogniser
 from common.runtime import num_cores
+from common.settings import Settings
 from common.training import Compute
 
 PROGRAMS = Path(sys.executable).parent

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import CLIENT_NAME, LOG_LEVELS
 from common.console import counts, run_program, set_up_logging, stopping_on_signals
 from common.errors import UserError
 from common.processes import is_loopback, parse_address
 from common.runtime import go_silent, num_cores
+from common.settings import CLIENT_NAME, LOG_LEVELS
 
 DATASETS = ("celeba", "vggface2", "twins", "folder")
 

@@ -19,7 +19,6 @@ from clients.own_record import export_own_model, keep_own_record
 from clients.private_state import load_private, prune, save_private
 from clients.site import SiteSettings
 from common import config
-from common.config import Settings
 from common.errors import ReplyRefused
 from common.evaluation import EvaluationSums, evaluate, people_digest
 from common.faces.pack import FacePack, open_pack
@@ -28,6 +27,7 @@ from common.models.recogniser import Recogniser, build_recogniser, private_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.settings import Settings
 from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs, warm_up_head
 from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
 

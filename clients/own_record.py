@@ -5,12 +5,12 @@ from pathlib import Path
 
 from clients.site import SiteSettings
 from common.checkpoints import write_tensors
-from common.config import Settings, TrackingSettings
 from common.errors import FaceFedError
 from common.evaluation import evaluate
 from common.faces.pack import FacePack
 from common.gallery import private_pictures
 from common.models.recogniser import Recogniser
+from common.settings import Settings, TrackingSettings
 from common.tracking.hardware import gpu_type
 from common.tracking.run import open_run
 from common.training import Compute

@@ -1,12 +1,11 @@
 """Run settings: a TOML file and flags -> frozen typed objects -> JSON on the wire -> back, losslessly.
 
-Every default and every allowed range stands here and nowhere else. All problems of a file are reported together.
+The settings themselves stand in common.settings. All problems of a file are reported together.
 """
 
 import dataclasses
 import json
 import math
-import re
 import tomllib
 import typing
 import unicodedata
@@ -15,202 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, unknown_name
+from common.settings import VITS, ModelSettings, Settings
 
-STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
-VITS = ("vit_tiny", "vit_small", "vit_base")
-BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
-ATTENTIONS = ("sa", "glca", "pwca", "dcal")
-INFERENCES = ("sa", "glca", "both")
-HEADS = ("softmax", "cosface", "arcface")
-ALIGNMENTS = ("landmarks", "box", "resize")
-# A client's name is shown on terminals and becomes part of folders, tags and metrics.
-CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 # What a study may vary: the trainings of a study share their data, people and machine.
 STUDIED_SECTIONS = ("augmentation", "model", "training", "twins")
 # What would give the variants of an ablation different budgets, or no training of their own.
 NOT_ABLATED = ("training.epochs", "training.batch_size", "training.patience", "training.device")
-
-
-def setting(
-    default: object,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    word: str = "",
-) -> Any:  # noqa: ANN401 - dataclasses.field is typed the same way
-    """A settings field: its default, its range (low <= x <= high, x > above), its choices, or a word for 'decide'."""
-    return dataclasses.field(
-        default=default, metadata={"low": low, "high": high, "above": above, "choices": choices, "word": word}
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """[run]: where the run lives and what makes it repeatable."""
-
-    seed: int = setting(1, low=0)
-    out: str = setting("runs")
-    log_level: str = setting("info", choices=LOG_LEVELS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """[data]: which pictures are used, how they are aligned, how they are split."""
-
-    image_size: int = setting(112, low=32, high=512)  # px, width and height
-    alignment: str = setting("landmarks", choices=ALIGNMENTS)
-    box_margin: float = setting(0.0, low=0.0, high=1.0)  # fraction of the box's longer side added around it
-    min_pictures_per_person: int = setting(2, low=1)
-    max_people: int | str = setting("all", low=2, word="all")  # the first so many by hash
-    max_quarantined_fraction: float = setting(0.05, low=0.0, high=1.0)
-    fraction_val_pictures: float = setting(0.1, above=0.0, high=0.5)  # of each training person's pictures
-    fraction_test_pictures: float = setting(0.1, above=0.0, high=0.5)
-    fraction_val_people: float = setting(0.12, above=0.0, high=0.5)  # where no official split names them
-    fraction_test_people: float = setting(0.2, above=0.0, high=0.5)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentationSettings:
-    """[augmentation]: random changes of training pictures, on the training device."""
-
-    flip: float = setting(0.5, low=0.0, high=1.0)  # probability
-    crop: float = setting(0.1, low=0.0, high=0.5)  # largest shift and zoom, as a fraction of the side
-    rotation_rad: float = setting(0.0, low=0.0, high=0.8)  # largest turn
-    colour: float = setting(0.2, low=0.0, high=1.0)  # largest relative change of brightness, contrast, saturation
-    erase: float = setting(0.0, low=0.0, high=1.0)  # probability of blanking one random rectangle
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """[model]: backbone (picture -> embedding) and head (embedding -> logits)."""
-
-    backbone: str = setting("resnet18", choices=BACKBONES)
-    width: float = setting(1.0, low=0.125, high=2.0)  # fraction of the channels of every layer
-    embedding_size: int = setting(512, low=8, high=4096)
-    head: str = setting("cosface", choices=HEADS)
-    head_scale: float = setting(30.0, above=0.0)
-    head_margin: float = setting(0.35, low=0.0, high=1.5)  # cosface: cosine; arcface: radians; softmax: none
-    dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
-    pretrained: str = setting("none")  # none | imagenet | a .safetensors file
-    normalisation: str = setting("shared", choices=("shared", "private"))
-    patch_size: int = setting(16, low=2, high=64)  # px, of a ViT
-    depth: int = setting(12, low=1, high=64)  # blocks of a ViT
-    attention: str = setting("sa", choices=ATTENTIONS)  # a ViT's branches in training; dcal: all three
-    glca_fraction: float = setting(0.1, above=0.0, high=1.0)  # R: the patches that GLCA asks with
-    inference: str = setting("sa", choices=INFERENCES)  # which branch of a ViT embeds; both: the sum of the two
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """[training]: the optimiser and its schedule, which runs over the whole federation."""
-
-    optimiser: str = setting("sgd", choices=("sgd", "adamw"))
-    lr: float = setting(0.05, above=0.0)
-    momentum: float = setting(0.9, low=0.0, high=0.999)  # sgd only
-    weight_decay: float = setting(5e-4, low=0.0)
-    batch_size: int = setting(32, low=2)
-    epochs: int | str = setting("auto", low=1, word="auto")  # local training; auto: rounds x local_epochs
-    warmup_fraction: float = setting(0.1, low=0.0, high=0.9)  # of all steps
-    label_smoothing: float = setting(0.0, low=0.0, high=0.9)
-    clip_norm: float = setting(5.0, above=0.0)  # of the whole gradient
-    patience: int | str = setting("off", low=1, word="off")  # validations without a better AUC before training stops
-    head_warmup_epochs: int = setting(0, low=0)  # a new head alone, before the backbone moves
-    spreadout: float = setting(0.0, low=0.0)  # weight of the regulariser that keeps identity vectors apart
-    spreadout_margin: float = setting(0.7, above=0.0, high=2.0)  # distance of unit identity vectors that is enough
-    triplet: float = setting(0.0, low=0.0)  # weight of the batch-hard triplet loss
-    triplet_margin: float = setting(0.3, above=0.0, high=2.0)  # distance of unit embeddings
-    device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
-    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
-    memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
-    threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TwinSettings:
-    """[twins]: which pairs of pictures training batches are made of; the three numbers count relative to their sum."""
-
-    genuine: float = setting(0.5, above=0.0, high=1.0)  # of one person
-    stranger: float = setting(0.25, low=0.0, high=1.0)  # of two families
-    twin: float = setting(0.25, low=0.0, high=1.0)  # of two siblings
-    hard_negatives: bool = setting(default=True)  # genuine pairs of two siblings in one batch
-    partner: str = setting("random", choices=("random", "twin"))  # PWCA's other picture; twin where the batch has one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationSettings:
-    """[ablation]: `facefed train twins` trains one variant for each value of one setting, all else equal."""
-
-    over: str = setting("none")  # a setting's name, such as model.attention; none: no ablation
-    values: str = setting("none")  # separated by commas; the others are compared with the first
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FederationSettings:
-    """[federation]: the rounds and how their replies become one model."""
-
-    strategy: str = setting("fedavg", choices=STRATEGIES)
-    rounds: int = setting(10, low=1)
-    local_epochs: int = setting(2, low=1)
-    proximal_mu: float = setting(0.01, low=0.0)  # fedprox only
-    server_lr: float | str = setting("auto", above=0.0, word="auto")  # of the server's step; auto: the strategy's own
-    server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
-    server_beta2: float = setting(0.99, low=0.0, high=0.9999)  # fedadam, fedyogi
-    server_adaptivity: float = setting(1e-3, low=1e-9)  # fedadam, fedyogi: tau, added to the root of the moment
-    min_clients: int = setting(2, low=1)
-    join_timeout_s: float = setting(300.0, above=0.0)
-    round_timeout_s: float = setting(3600.0, above=0.0)
-    test_every_rounds: int = setting(1, low=1)  # how often the test curve gets a point; never used for a choice
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VerificationSettings:
-    """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model."""
-
-    public_dir: str = setting("none")  # a folder with one folder a person; none: no such set
-    public_pairs: str = setting("pairs.txt")  # the list of pairs, in public_dir or by its own path
-    public_crop: float = setting(1.0, low=0.1, high=1.0)  # the central part of each picture that is used
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackingSettings:
-    """[tracking]: MLflow, and TensorBoard beside it. The local record in the run's folder is always written."""
-
-    enabled: bool = setting(default=True)
-    uri: str = setting("sqlite:///mlflow.db")
-    experiment_prefix: str = setting("facial_recognition")
-    plots: str = setting("all", choices=("all", "final", "none"))
-    tensorboard: str = setting("logs/tensorboard")  # a folder with one folder a run; none: no TensorBoard
-    system_metrics_s: float | str = setting(10.0, above=0.0, word="off")  # between samples of the machine's use
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All run settings. They belong to the server; site settings never stand here."""
-
-    run: RunSettings = RunSettings()
-    data: DataSettings = DataSettings()
-    augmentation: AugmentationSettings = AugmentationSettings()
-    model: ModelSettings = ModelSettings()
-    training: TrainingSettings = TrainingSettings()
-    twins: TwinSettings = TwinSettings()
-    ablation: AblationSettings = AblationSettings()
-    federation: FederationSettings = FederationSettings()
-    verification: VerificationSettings = VerificationSettings()
-    tracking: TrackingSettings = TrackingSettings()
-
-    @property
-    def total_epochs(self) -> int:
-        """How often each picture is processed in the whole federation, and in local training by default."""
-        return self.federation.rounds * self.federation.local_epochs
-
-    @property
-    def local_training_epochs(self) -> int:
-        """Epochs of `facefed train local`: training.epochs, or the federation's total."""
-        epochs = self.training.epochs
-        return epochs if isinstance(epochs, int) else self.total_epochs
 
 
 def _section_types() -> dict[str, type]:

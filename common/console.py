@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from common.config import Settings
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError
 from common.events import EventReader
+from common.settings import Settings
 from common.tracking.address import shown_uri
 
 if TYPE_CHECKING:

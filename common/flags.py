@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import config
-from common.config import Settings
 from common.errors import ConfigError
 from common.runtime import tracking_uri_of_environment
+from common.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import read_json, write_json
-from common.config import VITS, Settings
 from common.errors import CheckpointError
 from common.models.recogniser import Recogniser, build_recogniser
 from common.runtime import machine_digest
+from common.settings import VITS, Settings
 from common.training import Compute, make_optimiser
 
 TRIAL_BATCH = 16

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import Settings, TrainingSettings
 from common.errors import TrainingFailed
 from common.faces.batches import num_batches
 from common.faces.epoch_batches import Batch, epoch_batches
@@ -27,6 +26,7 @@ from common.models.heads import spreadout
 from common.models.losses import batch_hard_triplet
 from common.models.recogniser import Recogniser
 from common.runtime import random_stream, use_threads
+from common.settings import Settings, TrainingSettings
 
 Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
 INPUT_VECTORS = ("class_token", "pos_embedding")

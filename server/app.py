@@ -11,12 +11,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import config
 from common.checkpoints import write_json
-from common.config import Settings
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names, trainable_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.runtime import stream_seed
+from common.settings import Settings
 from common.tracking.registry import register_model
 from common.tracking.run import TrackedRun
 from common.wire import Task

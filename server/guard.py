@@ -7,9 +7,9 @@ import numpy as np
 from flwr.app import Message
 
 from common import wire
-from common.config import CLIENT_NAME
 from common.errors import ReplyRefused
 from common.parameters import Manifest
+from common.settings import CLIENT_NAME
 from common.wire import TRAIN_FIELDS, Reply, Site, SplitSums
 from server.scores import INTEGER_SUMS
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from common import config
 from common.checkpoints import read_json
-from common.config import Settings
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE
 from common.processes import child_environment, require_free_port, start, stop
+from common.settings import Settings
 from common.version import facefed_version, git_commit
 from server.bundle import write_bundle
 

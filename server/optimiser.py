@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.config import FederationSettings
 from common.errors import CheckpointError
 from common.parameters import Manifest
+from common.settings import FederationSettings
 from server.strategies import STRATEGIES, Rates, Strategy
 
 Buffer = NDArray[np.float32]

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from common import config
-from common.config import Settings
 from common.errors import ConfigError, DataError
 from common.faces.batches import evaluation_batches
 from common.faces.central import central_pictures
@@ -24,6 +23,7 @@ from common.metrics.verification import eer, roc_auc, score_histogram
 from common.models.recogniser import Recogniser
 from common.parameters import Manifest, load_shared
 from common.runtime import resolve_device
+from common.settings import Settings
 
 BATCH = 128
 

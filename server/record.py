@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.config import Settings
 from common.evaluation import EvaluationSums, pooled
 from common.events import EventLog
 from common.metrics.verification import roc_auc, roc_curve
@@ -11,6 +10,7 @@ from common.plots import curves, verification
 from common.plots.comparison import client_comparison
 from common.plots.confusion import confusion
 from common.runtime import machine_digest
+from common.settings import Settings
 from common.tracking.hardware import gpu_type
 from common.tracking.run import TrackedRun
 from common.wire import Reply, Site

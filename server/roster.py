@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from common import wire
-from common.config import FederationSettings
 from common.errors import NotEnoughClients, ReplyRefused, UserError
 from common.events import EventLog
+from common.settings import FederationSettings
 from common.wire import Site, Task
 from server.guard import read_site
 from server.mailbox import Mailbox, Patience

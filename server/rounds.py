@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import config, wire
-from common.config import Settings
 from common.errors import NotEnoughClients, ReplyRefused
 from common.parameters import Manifest
 from common.precision import threads_for
+from common.settings import Settings
 from common.wire import Reply, Task
 from server.aggregate import WeightedChange
 from server.checkpointing import RunCheckpoints

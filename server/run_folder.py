@@ -4,8 +4,8 @@ import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.config import Settings
 from common.errors import UserError
+from common.settings import Settings
 
 
 def new_run_folder(settings: Settings) -> Path:

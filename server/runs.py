@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import config
 from common.checkpoints import write_bytes, write_json
-from common.config import Settings
+from common.settings import Settings
 from common.tracking.hardware import HardwareSampler, gpu_type
 from common.tracking.run import TrackedRun, open_run
 from common.version import facefed_version

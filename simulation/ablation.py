@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from clients.site import SiteSettings
 from common import config
 from common.checkpoints import read_json, read_tensors, write_json
-from common.config import AblationSettings, Settings
 from common.evaluation import SPLITS, embed, people_digest
 from common.faces.pack import FacePack
 from common.metrics.twin_report import paired_gap
 from common.metrics.twins import KINDS
 from common.plots.studies import ablation_dots
 from common.runtime import stream_seed
+from common.settings import AblationSettings, Settings
 from common.tracking.run import TrackedRun
 from simulation.baselines import check_twins, train_and_test
 from simulation.studies import checkpoints_of, csv_text, nested_run, parent_run, study_kind

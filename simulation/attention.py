@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.checkpoints import read_json, write_bytes
-from common.config import VITS, Settings
 from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
 from common.faces.central import central_pictures
@@ -23,6 +22,7 @@ from common.models.recogniser import EmbeddingModel
 from common.models.vit_backbone import VitBackbone
 from common.plots.attention import MOST_PICTURES, attention_maps
 from common.plots.style import shorten
+from common.settings import VITS, Settings
 from common.tracking.settings import with_absolute_uri
 from simulation.found_models import FoundModel, find_model
 from simulation.ready_models import ModelFiles

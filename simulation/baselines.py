@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from clients.site import SiteSettings
-from common.config import Settings
 from common.errors import DataError, InterruptedRun
 from common.faces.pack import FacePack
+from common.settings import Settings
 from common.tracking.run import TrackedRun, finishing
 from common.version import git_commit
 from server.runs import RunKind, begin_tracking

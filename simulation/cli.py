@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import Settings, find_config
+from common.config import find_config
 from common.console import run_program, set_up_logging
 from common.errors import ConfigError
 from common.flags import add_run_settings, read_run_settings, refuse_run_settings
 from common.runtime import go_silent
+from common.settings import Settings
 from simulation.attention_cli import add_attention_parser, attention
 
 if TYPE_CHECKING:

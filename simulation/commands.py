@@ -6,10 +6,10 @@ from typing import TextIO
 
 from common import config
 from common.checkpoints import read_json
-from common.config import Settings
 from common.console import Follower, RunView, summary_lines, tracking_line
 from common.errors import CheckpointError
 from common.events import OUTCOME_FILE, EventReader
+from common.settings import Settings
 from common.tracking.settings import with_absolute_uri
 from server.public_set import open_public_set, with_absolute_public_set
 from server.run_folder import new_run_folder

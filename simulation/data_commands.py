@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from common.config import Settings
 from common.console import PackProgress
 from common.errors import UserError
 from common.faces.audit import audit, audit_overlap
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.runtime import num_cores
+from common.settings import Settings
 from simulation.sites import ClientOption, pack_at_the_door, site_of
 
 

@@ -9,8 +9,6 @@ from typing import TextIO
 
 import numpy as np
 
-from common import config
-from common.config import DataSettings, Settings
 from common.console import tracking_line
 from common.errors import UserError
 from common.faces.pack import FacePack
@@ -21,6 +19,7 @@ from common.plots import verification
 from common.plots.style import LOCAL
 from common.precision import threads_for
 from common.runtime import num_cores, resolve_device
+from common.settings import DataSettings, RunSettings, Settings
 from common.tracking.run import TrackedRun, finishing
 from common.tracking.settings import with_absolute_uri
 from common.training import Compute
@@ -88,7 +87,7 @@ def _command_options(settings: Settings, request: Request) -> str:
     """What a training command needs besides its kind, its clients and the backbone, to be like this command."""
     parts = [f"--config {request.config_name}"] if request.config_name else []
     parts += [f"--data-dir {text}" for text in request.data_dirs]
-    parts += [f"--out {settings.run.out}"] if settings.run.out != config.RunSettings().out else []
+    parts += [f"--out {settings.run.out}"] if settings.run.out != RunSettings().out else []
     return " ".join(parts)
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from common import config
 from common.checkpoints import read_json
-from common.config import Settings
 from common.errors import CheckpointError, UserError, unknown_name
+from common.settings import VITS, Settings
 from common.tracking.models import Registered, find_registered, read_registered
 
 FEDERATED: Final = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedbn")
@@ -331,7 +331,7 @@ def _architecture(settings: Settings) -> dict[str, object]:
     """
     model = settings.model
     found: dict[str, object] = {"model.width": model.width, "model.embedding_size": model.embedding_size}
-    if model.backbone in config.VITS:
+    if model.backbone in VITS:
         names = ("patch_size", "depth", "attention", "inference")
         found |= {f"model.{name}": getattr(model, name) for name in names}
         found["data.image_size"] = settings.data.image_size

@@ -25,12 +25,12 @@ from ray._private.worker import global_worker
 from clients.app import build_client_app
 from clients.site import SiteSettings
 from common.checkpoints import read_json
-from common.config import Settings
 from common.console import stopping_on_signals
 from common.errors import EXIT_FAILED, CheckpointError
 from common.events import OUTCOME_FILE
 from common.processes import be_killed_with_parent
 from common.runtime import num_cores
+from common.settings import Settings
 from common.version import git_commit
 from server.app import Surroundings, federate
 from server.mailbox import GridMailbox

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TextIO
 
 from clients.site import SiteSettings
-from common.config import CLIENT_NAME, Settings
 from common.console import PackProgress, counts
 from common.errors import UserError, unknown_name
 from common.faces.pack import FacePack, open_pack
 from common.faces.sources import DATASETS
 from common.runtime import num_cores, resolve_device
+from common.settings import CLIENT_NAME, Settings
 
 USUAL_CLIENTS = ("celeba", "vggface2")  # where several may be meant and none is named
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from clients.site import SiteSettings
 from common import config
-from common.config import Settings
 from common.errors import InterruptedRun
+from common.settings import Settings
 from common.tracking.run import TrackedRun, finishing
 from common.version import git_commit
 from server.runs import RunKind, all_params, begin_tracking

@@ -19,10 +19,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from clients.site import SiteSettings
 from common.checkpoints import read_json, write_bytes
-from common.config import Settings
 from common.errors import ConfigError, DataError, TrainingFailed
 from common.faces.pack import FacePack
 from common.runtime import stream_seed
+from common.settings import Settings
 from common.tracking.run import TrackedRun
 from simulation.baselines import check_twins
 from simulation.epochs import PROGRESS_FILE, Epochs, Progress

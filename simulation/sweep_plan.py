@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import config
-from common.config import Settings
 from common.errors import ConfigError, unknown_name
+from common.settings import Settings
 
 MAXIMISED: Final = ("val_roc_auc", "val_twins_roc_auc", "val_strangers_roc_auc", "val_acc")
 MINIMISED: Final = ("val_eer", "val_twins_eer", "val_loss")

@@ -10,8 +10,8 @@ from typing import Any, Final
 from optuna.trial import FrozenTrial, TrialState
 
 from common import config
-from common.config import RunSettings, Settings, TrackingSettings
 from common.plots.studies import TrialPoint, search_trials
+from common.settings import RunSettings, Settings, TrackingSettings
 from common.tracking.run import TrackedRun
 from simulation.studies import csv_text
 from simulation.sweep_plan import Scalar, SweepPlan

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.config import DataSettings
 from common.errors import DataError, UserError
 from common.evaluation import people_digest
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.twin_report import pair_counts
+from common.settings import DataSettings
 from simulation.found_models import FoundModel
 
 POOLED = "pooled"

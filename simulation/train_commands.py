@@ -9,10 +9,10 @@ from typing import TextIO
 from clients.site import SiteSettings
 from common import config
 from common.checkpoints import read_json
-from common.config import Settings
 from common.console import tracking_line
 from common.errors import CheckpointError, UserError
 from common.faces.pack import FacePack
+from common.settings import Settings
 from common.tracking.settings import with_absolute_uri
 from server.run_folder import new_run_folder
 from server.runs import RUN_FILE

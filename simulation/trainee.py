@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from clients.local_update import val_people_digest
 from clients.site import SiteSettings
-from common.config import Settings
 from common.evaluation import EvaluationSums, evaluate, pooled
 from common.faces.pack import FacePack
 from common.faces.splits import Split
@@ -13,6 +12,7 @@ from common.faces.union import labels_of, union_pack
 from common.models.recogniser import Recogniser, build_recogniser, for_people
 from common.precision import resolve_compute, threads_for
 from common.runtime import num_cores, stream_seed
+from common.settings import Settings
 from common.training import Compute
 
 

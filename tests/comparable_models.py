@@ -9,9 +9,9 @@ import torch
 from clients.private_state import save_private
 from common import config
 from common.checkpoints import write_tensors
-from common.config import Settings
 from common.faces.pack import FacePack
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
+from common.settings import Settings
 from common.training import Compute, make_optimiser
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 

@@ -20,7 +20,6 @@ from clients.app import handle
 from clients.local_update import Workplace
 from clients.site import SiteSettings
 from common import config, wire
-from common.config import Settings
 from common.events import EventLog
 from common.faces.pack import FacePack
 from common.faces.splits import Split
@@ -28,6 +27,7 @@ from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.models.recogniser import build_recogniser, private_names, shared_names
 from common.parameters import Manifest, manifest_of
+from common.settings import Settings
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 from server.checkpointing import RunCheckpoints
 from server.mailbox import Patience

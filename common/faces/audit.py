@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataSettings
 from common.errors import DataError
 from common.faces.audit_families import Families, count_families
 from common.faces.index import OFFICIAL_NONE, FaceIndex, take
 from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
+from common.settings import DataSettings
 
 _BINS = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))  # pictures of a person, both ends included
 _SHOWN = 10  # lines of one kind on the terminal; the JSON has all

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.config import Settings
 from common.faces.batches import training_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.faces.twin_batches import twin_batches
 from common.runtime import random_stream
+from common.settings import Settings
 
 
 class Batch(NamedTuple):

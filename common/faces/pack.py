@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataSettings
 from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.decode import Recipe
@@ -25,6 +24,7 @@ from common.faces.index import FaceIndex, take
 from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
+from common.settings import DataSettings
 
 Progress = Callable[[int, int], None]
 _CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)

@@ -13,10 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataSettings
 from common.errors import DataError, FaceFedError
 from common.faces.decode import Done, Job, Recipe, decode_job
 from common.faces.index import FaceIndex
+from common.settings import DataSettings
 
 JOB_PICTURES = 32  # 1.2 MB of result at 112 px: small enough for a smooth progress bar and little memory
 _NEEDED_FILES = {

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataSettings
 from common.errors import DataError
 from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, OFFICIAL_VALIDATION, FaceIndex
+from common.settings import DataSettings
 
 MIN_PEOPLE = 2  # in training and in each open set: one person alone gives neither a choice nor an impostor pair
 MIN_OPEN_PICTURES = 2  # of a person in an open set: a single picture gives no genuine pair

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import AugmentationSettings, TwinSettings
 from common.faces.batches import augment, num_batches, to_float
 from common.faces.pack import Pictures
+from common.settings import AugmentationSettings, TwinSettings
 
 NO_TWIN = -1
 Rows = list[int]  # pictures

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import ModelSettings
+from common.settings import ModelSettings
 
 MarginFunction = Callable[[Tensor, Tensor, float, float], Tensor]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import VITS, ModelSettings
 from common.errors import unknown_name
 from common.models import cnn, mobile, resnet
 from common.models.backbone import Backbone
@@ -18,6 +17,7 @@ from common.models.losses import uncertainty_weighted
 from common.models.pretrained import load_pretrained
 from common.models.vit import VitTrunk
 from common.models.vit_backbone import VitBackbone
+from common.settings import VITS, ModelSettings
 
 _SHARED_PREFIX: Final = "backbone."
 _NORMALISATION_LAYERS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.checkpoints import read_json
-from common.config import TrackingSettings
 from common.errors import CheckpointError, TrackingError
+from common.settings import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import quieten
 from common.tracking.registry import CHAMPION

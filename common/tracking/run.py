@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from common.config import TrackingSettings
+from common.settings import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.sender import Send, Sender

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common import config
-from common.config import Settings
+from common.settings import Settings
 from common.tracking.address import resolve_uri
 from common.tracking.tensorboard import OFF
 

@@ -10,6 +10,7 @@ import pytest
 from programs import BIN, run_folder, state_of
 
 from common import config
+from common.settings import Settings
 
 pytestmark = [
     pytest.mark.e2e,
@@ -162,7 +163,7 @@ def test_every_run_has_its_tags_its_parameters_and_its_end(client, tracked):
     assert parent.data.tags["dataset_size"] == "192"
     assert nested["celeba"].data.tags["dataset"] == "celeba"
     assert nested["celeba"].data.tags["dataset_size"] == "96"
-    flat = {f"{s}.{k}" for s, values in config.to_mapping(config.Settings()).items() for k in values}
+    flat = {f"{s}.{k}" for s, values in config.to_mapping(Settings()).items() for k in values}
     assert flat <= set(parent.data.params)
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"config.toml", "metrics.json", "plots"} <= artifacts

@@ -8,8 +8,8 @@ from pytorch_metric_learning import losses
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.config import ModelSettings
 from common.models.heads import CosineHead, arcface_logits, build_head, cosface_logits, spreadout
+from common.settings import ModelSettings
 
 NUM_PEOPLE, SIZE = 6, 16
 

@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from tiny_federation import enter_run
 
-from common.config import FederationSettings
 from common.parameters import Entry, Manifest
+from common.settings import FederationSettings
 from server.optimiser import ServerOptimiser
 
 ROUNDS, SIZE = 12, 400

@@ -17,11 +17,11 @@ from clients.app import handle
 from clients.local_update import Workplace, join, open_workplace, train
 from clients.site import SiteSettings
 from common import config
-from common.config import Settings
 from common.models.recogniser import trainable_names
 from common.parameters import flatten
 from common.precision import threads_for
 from common.runtime import num_cores
+from common.settings import Settings
 from common.wire import Reply, Task
 from server.app import Surroundings, federate, initial_model
 from server.mailbox import Mailbox

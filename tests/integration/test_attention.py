@@ -12,12 +12,12 @@ from PIL import Image
 
 import simulation.attention
 from common import config
-from common.config import TrackingSettings
 from common.faces.batches import to_float
 from common.models.attention import attention_of
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.models.vit_backbone import VitBackbone
 from common.runtime import PATIENCE, SILENCE
+from common.settings import TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run

@@ -3,11 +3,11 @@
 import pytest
 
 from common import config
-from common.config import TrackingSettings
 from common.errors import TrackingError
 from common.evaluation import evaluate
 from common.models.recogniser import EmbeddingModel
 from common.runtime import PATIENCE, SILENCE
+from common.settings import TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.models import find_registered, read_registered
 from common.tracking.registry import register_model

@@ -19,12 +19,12 @@ from tiny_federation import enter_run
 
 from common import config
 from common.checkpoints import read_json, write_tensors
-from common.config import Settings
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.faces.twin_batches import twin_batches
 from common.parameters import buffer_sha256, flatten
+from common.settings import ALIGNMENTS, INFERENCES, Settings
 from server.app import initial_model
 from simulation.ablation import run_ablation
 from simulation.train_commands import Machine, train_local
@@ -234,7 +234,7 @@ def test_the_pack_depends_on_it(name, faces, tmp_path):
 @proves("data.alignment")
 def test_alignment_chooses_the_pixels(celeba, tmp_path):
     pictures = [
-        pack_of("celeba", celeba, changed(BASE, data__alignment=name), tmp_path).pictures for name in config.ALIGNMENTS
+        pack_of("celeba", celeba, changed(BASE, data__alignment=name), tmp_path).pictures for name in ALIGNMENTS
     ]
     assert not np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
@@ -273,7 +273,7 @@ def test_inference_chooses_the_branch_that_embeds(faces, tmp_path):
     """The same training; other embeddings, so other histograms of the pairs."""
     base = changed(BASE, model__backbone="vit_tiny", model__depth=1, model__attention="glca")
     models, scores = [], []
-    for name in config.INFERENCES:
+    for name in INFERENCES:
         settings = changed(base, model__inference=name)
         model, replies = two_rounds(settings, site_at(tmp_path / name, "folder", faces))
         models.append(buffer_sha256(model))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import TrackingSettings
 from common.runtime import PATIENCE, SILENCE
+from common.settings import TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.run import open_run
 
@@ -190,7 +190,7 @@ def test_nothing_but_our_own_lines_reach_the_terminal(tmp_path):
 import sys
 from pathlib import Path
 import torch
-from common.config import TrackingSettings
+from common.settings import TrackingSettings
 from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model

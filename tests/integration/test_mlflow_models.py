@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.config import ModelSettings, TrackingSettings
 from common.models.recogniser import EmbeddingModel, build_backbone
 from common.runtime import PATIENCE, SILENCE
+from common.settings import ModelSettings, TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run

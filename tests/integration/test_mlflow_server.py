@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import TrackingSettings
 from common.runtime import PATIENCE, SILENCE
+from common.settings import TrackingSettings
 from common.tracking import sender as sender_module
 from common.tracking.registry import register_model
 from common.tracking.run import open_run

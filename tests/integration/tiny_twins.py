@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from common import config
-from common.config import Settings
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.settings import Settings
 
 SETTINGS = config.from_mapping(
     {

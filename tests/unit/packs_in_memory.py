@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from common.config import ModelSettings
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.models.recogniser import Recogniser, build_recogniser
+from common.settings import ModelSettings
 from common.training import Compute
 
 SIDE = 32

@@ -4,12 +4,13 @@ import pytest
 
 from common import config
 from common.errors import ConfigError
+from common.settings import AblationSettings, Settings
 from simulation.ablation import experiment_of, variants_of
 
 VIT = {"backbone": "vit_tiny", "patch_size": 16}
 
 
-def settings_of(over: str, values: str, **sections: dict[str, object]) -> config.Settings:
+def settings_of(over: str, values: str, **sections: dict[str, object]) -> Settings:
     return config.from_mapping({"model": VIT, "ablation": {"over": over, "values": values}} | sections)
 
 
@@ -29,7 +30,7 @@ def test_every_value_is_a_variant_and_nothing_else_changes():
     assert [v.settings.model.attention for v in variants] == ["sa", "glca", "pwca", "dcal"]
     same = [config.with_value(v.settings, "model", "attention", "sa") for v in variants]
     assert len(set(same)) == 1
-    assert same[0].ablation == config.AblationSettings(), "a variant's configuration makes no ablation itself"
+    assert same[0].ablation == AblationSettings(), "a variant's configuration makes no ablation itself"
     assert experiment_of(settings) == "twin-verification-ablation-glca"
 
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import AugmentationSettings
 from common.faces.batches import (
     augment,
     evaluation_batches,
@@ -19,6 +18,7 @@ from common.faces.batches import (
     to_float,
     training_batches,
 )
+from common.settings import AugmentationSettings
 
 OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
 STRONG = AugmentationSettings(flip=0.5, crop=0.5, rotation_rad=0.8, colour=1.0, erase=1.0)

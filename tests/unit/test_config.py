@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import config
-from common.config import Settings
 from common.errors import ConfigError
+from common.settings import VITS, RunSettings, Settings
 from simulation.sweep_plan import base_config, check_together, load_plan
 
 SECTIONS = config._section_types()
@@ -211,7 +211,7 @@ def valid_settings(draw) -> Settings:
         raw[section][field.name] = draw(values_for(field, kind))
     model = raw["model"]  # the conflicts have tests of their own
     model["pretrained"] = "none"
-    if model["backbone"] in config.VITS:
+    if model["backbone"] in VITS:
         raw["data"]["image_size"] = model["patch_size"] * -(-32 // model["patch_size"])
     else:
         model["attention"] = "sa"
@@ -289,7 +289,7 @@ def test_settings_are_frozen_and_named_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().run.seed = 3
     with pytest.raises(TypeError):
-        config.RunSettings(3)
+        RunSettings(3)
 
 
 def test_with_value_checks_and_copies():

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from common import config, console
-from common.config import Settings
 from common.console import Follower, PackProgress, RunView, event_line, run_program, summary_lines, table
 from common.errors import ConfigError, DataError, FaceFedError, InterruptedRun, TrainingFailed
 from common.events import EventLog, EventReader
+from common.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOINED = {

@@ -10,7 +10,7 @@ import clients.cli
 import server.cli
 import simulation.cli
 from common import config
-from common.config import Settings
+from common.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

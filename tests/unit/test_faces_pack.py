@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from faces_on_disk import make_celeba, make_folder, picture
 
-from common.config import DataSettings
 from common.errors import DataError
 from common.faces import pack
 from common.faces.pack import FacePack, open_pack
 from common.faces.splits import Split
+from common.settings import DataSettings
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = DataSettings(image_size=32)

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from faces_on_disk import make_folder
 
-from common.config import DataSettings
 from common.errors import CheckpointError, DataError
 from common.faces import pack, pack_store
 from common.faces.pack import FacePack, load_pack, open_pack
+from common.settings import DataSettings
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = DataSettings(image_size=32)
@@ -122,7 +122,7 @@ def test_a_faulty_reader_of_progress_leaves_nothing(folder: Path) -> None:
 _PACK = """
 import sys, time
 from pathlib import Path
-from common.config import DataSettings
+from common.settings import DataSettings
 from common.faces.pack import open_pack
 def slow(done, total):
     print(done, flush=True)

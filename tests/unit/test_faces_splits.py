@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import DataSettings
 from common.errors import DataError
 from common.faces.index import FaceIndex, build_index
 from common.faces.splits import Split, assign_splits
+from common.settings import DataSettings
 
 OPEN = (Split.VAL_PEOPLE, Split.TEST_PEOPLE)
 CLOSED = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)

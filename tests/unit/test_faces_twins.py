@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from faces_on_disk import make_folder, picture
 
-from common.config import DataSettings
 from common.errors import DataError
 from common.faces.audit import audit
 from common.faces.index import take
@@ -16,6 +15,7 @@ from common.faces.scan import plan
 from common.faces.sources import read_index
 from common.faces.splits import Split, assign_splits
 from common.faces.union import union_pack
+from common.settings import DataSettings
 from simulation.cli import main
 
 TRAIN = {

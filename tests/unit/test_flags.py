@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from common import config
-from common.config import Settings
 from common.errors import ConfigError
 from common.flags import FLAGS, add_run_settings, read_run_settings, refuse_run_settings
+from common.settings import Settings
 
 OTHER = {
     ("federation", "strategy"): "fedprox",

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelSettings
 from common.models.attention import attention_of, joined
 from common.models.dcal import GlobalLocal, rollout
 from common.models.recogniser import build_backbone
 from common.models.vit import Block
 from common.models.vit_backbone import VitBackbone
+from common.settings import ModelSettings
 
 SIDE, PATCH, GRID = 32, 8, 4
 BRIGHT, DARK = (1, 3), (2, 0)  # row and column; neither is on the diagonal, nor one the other's mirror image

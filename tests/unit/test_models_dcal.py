@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelSettings
 from common.models.dcal import (
     GlobalLocal,
     class_token_rollout,
@@ -20,6 +19,7 @@ from common.models.dcal import (
 from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, for_people
 from common.models.vit import Block
 from common.models.vit_backbone import VitBackbone
+from common.settings import ModelSettings
 
 VIT = ModelSettings(backbone="vit_tiny", patch_size=8, depth=2, width=0.25, embedding_size=16)
 DCAL = dataclasses.replace(VIT, attention="dcal", glca_fraction=0.2)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import BACKBONES, HEADS, VITS, ModelSettings
 from common.models.recogniser import (
     Recogniser,
     build_recogniser,
@@ -13,6 +12,7 @@ from common.models.recogniser import (
     shared_names,
     trainable_names,
 )
+from common.settings import BACKBONES, HEADS, VITS, ModelSettings
 
 CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)
 

@@ -10,9 +10,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.config import ModelSettings
 from common.errors import CheckpointError, ConfigError
 from common.models.recogniser import Recogniser, build_recogniser, shared_names
+from common.settings import ModelSettings
 
 SMALL = ModelSettings(backbone="cnn", embedding_size=16)
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer
 
 from common import config
-from common.config import ModelSettings
 from common.errors import ConfigError
 from common.models.recogniser import build_backbone
 from common.models.vit import Attention, VitTrunk
+from common.settings import ModelSettings
 
 HEADS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
 

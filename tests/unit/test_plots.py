@@ -10,10 +10,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from common.config import TrackingSettings
 from common.plots import style
 from common.plots.curves import client_curves, convergence, training_curves
 from common.plots.verification import det, roc, score_histograms
+from common.settings import TrackingSettings
 from common.tracking.run import open_run
 from tests.unit.pictures import assert_nothing_overlaps
 

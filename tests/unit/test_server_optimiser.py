@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from common.config import STRATEGIES as NAMES
-from common.config import FederationSettings
 from common.errors import CheckpointError
 from common.parameters import Entry, Manifest
+from common.settings import STRATEGIES as NAMES
+from common.settings import FederationSettings
 from server.checkpointing import RunCheckpoints
 from server.guard import LARGEST_CHANGE
 from server.history import History

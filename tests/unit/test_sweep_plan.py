@@ -6,6 +6,7 @@ import pytest
 
 from common import config
 from common.errors import ConfigError
+from common.settings import Settings
 from simulation.sweep_plan import Span, base_config, check_together, load_plan, plan_of_run, with_params
 
 GOOD = """
@@ -142,7 +143,7 @@ def test_combinations_that_do_not_go_together_are_told_before_the_first_trial(tm
     only = plan_in(tmp_path, space('"model.attention" = { choices = ["sa", "dcal"] }'))
     check_together(only, vit)
     with pytest.raises(ConfigError, match=r"a\.toml: sweep\.space with model\.attention = 'dcal': .* needs a ViT"):
-        check_together(only, config.Settings())
+        check_together(only, Settings())
 
 
 def test_a_base_with_an_ablation_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import TrackingSettings
+from common.settings import TrackingSettings
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 
@@ -127,7 +127,7 @@ def test_tracking_off_never_imports_mlflow(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from common.config import TrackingSettings
+from common.settings import TrackingSettings
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 off = TrackingSettings(enabled=False, tensorboard="none")

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from common import config
-from common.config import Settings, TrackingSettings
 from common.models.recogniser import build_recogniser
+from common.settings import Settings, TrackingSettings
 from common.tracking.run import open_run
 from common.tracking.settings import with_absolute_uri
 from common.tracking.tensorboard import FILE_PREFIX, Board
@@ -272,7 +272,7 @@ def test_none_writes_nothing_and_imports_nothing(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from common.config import TrackingSettings
+from common.settings import TrackingSettings
 from common.tracking.run import open_run
 where = sys.argv[2] if len(sys.argv) > 2 else "none"
 run = open_run(TrackingSettings(enabled=False, tensorboard=where), uri="", folder=Path(sys.argv[1]), experiment="e",

@@ -8,8 +8,8 @@ import torch
 from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 
 from common import config, training
-from common.config import TrainingSettings
 from common.errors import TrainingFailed
+from common.settings import TrainingSettings
 from common.training import (
     Compute,
     TrainSums,

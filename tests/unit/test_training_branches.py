@@ -8,12 +8,12 @@ import torch
 from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
 from common import config, training
-from common.config import ModelSettings
 from common.evaluation import embed
 from common.faces.splits import Split
 from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
+from common.settings import ModelSettings
 from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
 
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.02}})

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from common.config import AugmentationSettings, TwinSettings, from_mapping
+from common.config import from_mapping
 from common.errors import ConfigError
 from common.faces.batches import augment, num_batches, to_float
 from common.faces.twin_batches import NO_TWIN, pair_up, twin_batches
+from common.settings import AugmentationSettings, TwinSettings
 
 OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
 EVEN = TwinSettings(genuine=1.0, stranger=1.0, twin=1.0)

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from common.config import ModelSettings
 from common.errors import CheckpointError, ConfigError
 from common.models.pretrained import interpolated
 from common.models.recogniser import Recogniser, build_recogniser
+from common.settings import ModelSettings
 
 DCAL = ModelSettings(backbone="vit_tiny", patch_size=8, depth=2, embedding_size=16, attention="dcal")
 POSITIONS = "encoder.pos_embedding"
