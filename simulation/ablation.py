@@ -59,7 +59,7 @@ def variants_of(settings: Settings) -> list[Variant]:
     over = settings.ablation.over
     section, _, key = over.partition(".")
     raw = config.to_mapping(settings) | {"ablation": {}}
-    found = []
+    found: list[Variant] = []
     for number, text in enumerate(settings.ablation.values.split(",")):
         value = text.strip()
         changed = raw | {section: raw[section] | {key: config.value_of(over, value)}}

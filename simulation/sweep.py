@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from clients.site import SiteSettings
@@ -132,7 +133,7 @@ def _study(storage: optuna.storages.BaseStorage, plan: SweepPlan, epochs: int) -
     return optuna.create_study(
         storage=storage,
         study_name=_STUDY,
-        direction=plan.direction,
+        direction=StudyDirection.MAXIMIZE if plan.is_maximised else StudyDirection.MINIMIZE,
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_num_random(plan), n_warmup_steps=1 + max(1, epochs // 4)),
     )
@@ -166,8 +167,8 @@ def _draw(sweep: _Sweep, trial: Trial) -> dict[str, Scalar]:
 
 def _suggested(trial: Trial, name: str, span: Span) -> Scalar:
     if span.choices:
-        chosen: Scalar = trial.suggest_categorical(name, span.choices)
-        return chosen
+        chosen: Any = trial.suggest_categorical(name, span.choices)
+        return cast("Scalar", chosen)
     if span.is_whole:
         return trial.suggest_int(name, int(span.low), int(span.high), step=span.step, log=span.log)
     return trial.suggest_float(name, span.low, span.high, log=span.log)
@@ -191,14 +192,14 @@ def _run_trial(sweep: _Sweep, trial: Trial, out: TextIO) -> None:
         folder=sweep.checkpoints(trial.number),
         after_epoch=partial(_judge, trial, sweep.plan.metric),
     )
-    state, value, error = _train(epochs, trial, sweep.plan.metric, out)
+    state, value, reason = _train(epochs, trial, sweep.plan.metric, out)
     progress = epochs.progress
     final = {} if math.isnan(value) else {f"final_{sweep.plan.metric}": value}
     child.log_metrics(final | {"best_epoch": progress.best_epoch}, step=progress.best_epoch)
-    child.set_tags({"state": state} | ({"error": error} if error else {}))
+    child.set_tags({"state": state} | ({"error": reason} if reason else {}))
     child.finish(_STATUS[state])
     seconds = sum(row["epoch_seconds"] for row in progress.rows)
-    notes = {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_seconds": seconds, "error": error}
+    notes = {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_seconds": seconds, "error": reason}
     _tell(sweep, trial, state, value, notes, out)
 
 

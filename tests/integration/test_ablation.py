@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_federation import site_settings
-from tiny_twins import twins_pack, with_settings
+from tiny_twins import twins_pack, with_settings, write_twins
 
 from common import config
 from common.checkpoints import read_json, read_tensors
+from common.errors import InterruptedRun, UserError
 from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
@@ -20,6 +21,7 @@ from common.metrics.twin_report import paired_gap
 from common.runtime import stream_seed
 from simulation import epochs as epochs_module
 from simulation.ablation import ablation_lines, run_ablation, variants_of
+from simulation.train_commands import Machine, train_local, train_twins
 from simulation.trainee import local_trainee
 
 NAMES = ["attention-sa", "attention-glca", "attention-dcal"]
@@ -189,6 +191,35 @@ def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(
         for folder in (whole[0], tmp_path / "killed")
     ]
     assert losses[0] == losses[1], "each point once"
+
+
+def test_the_command_goes_on_with_an_ablation(twins, tmp_path, monkeypatch):
+    """Stopped by Ctrl-C in the second variant, it says how to go on, and that command knows what kind of run it is."""
+    del twins  # the command packs its own
+    settings = config.with_value(SETTINGS, "run", "out", str(tmp_path / "runs"))
+    machine = Machine(
+        clients=[], data_dirs=[str(write_twins(tmp_path / "data"))], device="cpu", cache_dir=tmp_path / "p"
+    )
+    real, calls = epochs_module.train_epochs, []
+
+    def stopping(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(epochs_module, "train_epochs", stopping)
+    with pytest.raises(InterruptedRun, match=r"stopped; to go on: facefed train twins --resume .*") as stopped:
+        train_twins(settings, machine, "", io.StringIO())
+    folder = Path(str(stopped.value).rpartition(" ")[2])
+    status = {line["run"]: line["status"] for line in spool(folder) if line.get("event") == "finish"}
+    assert status == {"attention-sa": "FINISHED", "attention-glca": "KILLED", "": "KILLED"}
+    out = io.StringIO()
+    assert train_twins(with_settings(), machine, str(folder), out) == 0
+    assert "attention-sa: finished before\n\nattention-glca\nepoch 2 of 2" in out.getvalue()
+    assert [row["variant"] for row in read_json(folder / "metrics.json")["variants"]] == ["sa", "glca", "dcal"]
+    with pytest.raises(UserError, match="that run is ablation, not local"):
+        train_local(with_settings(), machine, str(folder), io.StringIO())
 
 
 def test_r_is_ablated_in_the_same_way(twins, tmp_path):
