@@ -97,7 +97,7 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
     Raises TrainingFailed when one is not finite.
     """
     if len(indices) == 0:  # people with too few pictures for a closed set: its sums are zeros, not an error
-        return torch.empty(0, recogniser.head.identity_vectors.shape[1])
+        return torch.empty(0, recogniser.embedding_size)
     compute.place(recogniser)
     recogniser.eval()
     parts = []

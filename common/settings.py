@@ -84,7 +84,7 @@ class ModelSettings:
     depth: int = setting(12, low=1, high=64)  # blocks of a ViT
     attention: str = setting("sa", choices=ATTENTIONS)  # a ViT's branches in training; dcal: all three
     glca_fraction: float = setting(0.1, above=0.0, high=1.0)  # R: the patches that GLCA asks with
-    inference: str = setting("sa", choices=INFERENCES)  # which branch of a ViT embeds; both: the sum of the two
+    inference: str = setting("sa", choices=INFERENCES)  # which branch of a ViT embeds; both: side by side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,10 @@ class Recogniser(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("loss_weights."))
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """pictures: [B, 3, H, W] float in [-1, 1], RGB.  Returns the raw embedding [B, D], not normalised."""
+        """pictures: [B, 3, H, W] float in [-1, 1], RGB.  Returns the raw embedding [B, D], not normalised.
+
+        D is `embedding_size`: twice model.embedding_size where two branches embed.
+        """
         embeddings: Tensor = self.backbone(pictures)
         return embeddings
 
@@ -89,23 +92,32 @@ class Recogniser(nn.Module):
         return uncertainty_weighted(losses, dict(self.loss_weights.items()))
 
     def forward(self, pictures: Tensor, labels: Tensor) -> Tensor:
-        """Training logits of what embeds, [B, C] float32, with the head's margin.
+        """Training logits of self-attention's branch, or the only one, [B, C] float32, with the head's margin.
 
         pictures: [B, 3, H, W] float in [-1, 1], RGB; B > 1 while training.  labels: [B] int64 in [0, C).
         """
-        logits: Tensor = self.head(self.embed(pictures), labels)
-        return logits
+        return self.branch_logits("sa", self.branch_embeddings(pictures)["sa"], labels)
 
     def class_logits(self, embeddings: Tensor) -> Tensor:
         """embeddings: [B, D] as `embed` returns them.  Returns logits [B, C] float32 without margin.
 
-        Of the head whose branch embeds; their mean where both do.
+        Of the head whose branch embeds; where both do, [B, 2 D], the mean of each head's of its own half.
         """
-        inference = self.backbone.inference if isinstance(self.backbone, VitBackbone) else "sa"
-        if self.glca_head is None or inference == "sa":
+        if self.glca_head is None or self._inference == "sa":
             return self.head.class_logits(embeddings)
-        local = self.glca_head.class_logits(embeddings)
-        return local if inference == "glca" else 0.5 * (self.head.class_logits(embeddings) + local)
+        if self._inference == "glca":
+            return self.glca_head.class_logits(embeddings)
+        own, local = embeddings.chunk(2, 1)
+        return 0.5 * (self.head.class_logits(own) + self.glca_head.class_logits(local))
+
+    @property
+    def _inference(self) -> str:
+        return self.backbone.inference if isinstance(self.backbone, VitBackbone) else "sa"
+
+    @property
+    def embedding_size(self) -> int:
+        """How many numbers `embed` gives of a picture."""
+        return self.head.identity_vectors.shape[1] * (2 if self._inference == "both" else 1)
 
 
 class EmbeddingModel(nn.Module):

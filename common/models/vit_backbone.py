@@ -2,6 +2,7 @@
 
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,8 +74,9 @@ class VitBackbone(nn.Module):
         """What embeds a picture after training, without PWCA.
 
         pictures: [B, 3, S, S] float in [-1, 1], RGB.  Returns the raw embedding [B, D]; B > 1 while training.
-        With `inference` = both it is the sum of SA's and GLCA's embeddings, each of length 1 before: their products
-        with another picture's add up, and the size stays D. (The paper concatenates them for re-identification.)
+        With `inference` = both it is [B, 2 D], SA's and GLCA's side by side as in the paper's re-identification, each
+        of length sqrt(D): the cosine of two pictures is then the mean of the two branches' cosines. (In a sum of the
+        two, products of one branch with the other would be noise.)
         """
         if self.inference == "sa":
             embedding: Tensor = self.closing(self.trunk(pictures))
@@ -82,7 +84,8 @@ class VitBackbone(nn.Module):
         found = self.embeddings(pictures, partners=None)
         if self.inference == "glca":
             return found["glca"]
-        return F.normalize(found["sa"].float(), dim=1) + F.normalize(found["glca"].float(), dim=1)
+        length = found["sa"].shape[1] ** 0.5  # about what the closing normalisation gives, as the heads learned it
+        return torch.cat([length * F.normalize(found[name].float(), dim=1) for name in ("sa", "glca")], 1)
 
     def embeddings(self, pictures: Tensor, *, partners: Tensor | None) -> dict[str, Tensor]:
         """The raw embeddings [B, D] of all branches, by name: "sa", then "glca" and "pwca" where there are such.

@@ -111,8 +111,8 @@ def test_the_choice_of_patches_reaches_the_embedding() -> None:
 def test_every_parameter_of_glca_reaches_the_embedding_and_has_a_gradient(inference: str) -> None:
     built = backbone(dataclasses.replace(DCAL, inference=inference))
     assert built.glca is not None
-    weights = torch.randn(4, 16, generator=stream())
-    (built(pictures()) * weights).sum().backward()
+    found = built(pictures())
+    (found * torch.randn(found.shape, generator=stream())).sum().backward()
     silent = [name for name, p in built.glca.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0.0]
     assert silent == []
     before = built.eval()(pictures())
@@ -233,18 +233,27 @@ def test_each_branch_asks_its_head_and_pwca_that_of_self_attention() -> None:
     assert list(built.branch_embeddings(pictures())) == ["sa", "glca"]
 
 
+def test_the_cosine_of_both_is_the_mean_of_the_branches() -> None:
+    parts = recogniser(DCAL).eval().branch_embeddings(pictures())
+    both = recogniser(dataclasses.replace(DCAL, inference="both")).eval().embed(pictures())
+    cosines = [nn.functional.cosine_similarity(part[:1], part[1:2]) for part in (parts["sa"], parts["glca"])]
+    torch.testing.assert_close(nn.functional.cosine_similarity(both[:1], both[1:2]), sum(cosines) / 2)
+
+
 def test_what_embeds_decides_which_head_answers() -> None:
     built = {name: recogniser(dataclasses.replace(DCAL, inference=name)).eval() for name in ("sa", "glca", "both")}
     parts = built["sa"].branch_embeddings(pictures())
-    unit = {name: nn.functional.normalize(part, dim=1) for name, part in parts.items()}
-    expected = {"sa": parts["sa"], "glca": parts["glca"], "both": unit["sa"] + unit["glca"]}
+    unit = {name: 4.0 * nn.functional.normalize(part, dim=1) for name, part in parts.items()}  # 4: the root of 16
+    expected = {"sa": parts["sa"], "glca": parts["glca"], "both": torch.cat([unit["sa"], unit["glca"]], 1)}
     for name, model in built.items():
         found = model.embed(pictures())
-        assert found.shape == (4, 16)
+        assert found.shape == (4, model.embedding_size)
+        assert model.embedding_size == (32 if name == "both" else 16)
         torch.testing.assert_close(found, expected[name])
         assert model.glca_head is not None
         heads = {"sa": [model.head], "glca": [model.glca_head], "both": [model.head, model.glca_head]}[name]
-        logits = torch.stack([head.class_logits(found) for head in heads]).mean(0)
+        halves = found.chunk(len(heads), 1)
+        logits = torch.stack([head.class_logits(half) for head, half in zip(heads, halves, strict=True)]).mean(0)
         torch.testing.assert_close(model.class_logits(found), logits)
 
 
