@@ -1,10 +1,12 @@
 """What DCAL gains on identical twins over the same ViT with self-attention alone, at equal steps, on synthetic twins.
 
-    python -m bench.twins [--seeds 1 2 3] [--families 60] [--further 100] [--config twins_dcal] [--out DIR]
+    python -m bench.twins [--seeds 1 2 3] [--families 60] [--further 300] [--out DIR]
 
-Trains both through `facefed train twins` with one thread each, two at a time, and scores them on further families,
-drawn with another seed and used for nothing else. Intervals are of 95 %, from drawing families; those of gaps from the
-same draws for both models, and the mean gap over the seeds within each draw.
+Each model is first trained on 400 people who are no twins, as a face model is in practice (`facefed train local`; with
+GLCA's branch for the one and without for the other, PWCA for neither), then with each seed on the twins (`facefed train
+twins`). All runs have one thread, two at a time. They are scored on further families, drawn with another seed and used
+for nothing else. Intervals are of 95 %, from drawing families; those of gaps from the same draws for both models, and
+the mean gap over the seeds within each draw.
 """
 
 import argparse
@@ -31,23 +33,42 @@ from common.settings import Settings
 from common.training import Compute
 
 PROGRAMS = Path(sys.executable).parent
-MODELS = {"dcal": (), "sa": ("--set", "model.attention=sa", "--set", "model.inference=sa")}
-FURTHER_SEED = 1_001
+PLAIN = ("--set", "model.attention=sa", "--set", "model.inference=sa")
+BEFORE = {"dcal": ("--set", "model.attention=glca"), "sa": PLAIN}
+AFTER = {"dcal": (), "sa": PLAIN}
+STRANGERS_SEED, FURTHER_SEED = 2_001, 3_001
 NUM_REPLICATES = 2_000
 
 
-def train(arguments: argparse.Namespace, model: str, seed: int) -> None:
-    """One run of `facefed train twins`, or what is left of the time it took when it was run before."""
-    out = arguments.out / f"{model}-{seed}"
-    command = [
-        str(PROGRAMS / "facefed"), "train", "twins", "--config", arguments.config, "--seed", str(seed), "--out",
-        str(out), "--data-dir", str(arguments.out / "twins"), "--cache-dir", str(arguments.out / "packs"), "--device",
-        "cpu", "--no-mlflow", "--set", "tracking.plots=none", "--set", "tracking.tensorboard=none",
-        "--set", "training.precision=bfloat16", "--set", "training.memory_format=contiguous",
-        "--set", "training.threads=1", *MODELS[model],
+def common_flags(arguments: argparse.Namespace, out: Path) -> list[str]:
+    """What all runs have alike."""
+    return [
+        "--out", str(out), "--cache-dir", str(arguments.out / "packs"), "--device", "cpu", "--no-mlflow",
+        "--set", "tracking.plots=none", "--set", "tracking.tensorboard=none", "--set", "training.precision=bfloat16",
+        "--set", "training.memory_format=contiguous", "--set", "training.threads=1",
     ]  # fmt: skip
-    cost = run(command, out)
-    print(f"{model} seed {seed}: {cost['wall_s'] / 60:.1f} min", flush=True)
+
+
+def pretrain(arguments: argparse.Namespace, model: str) -> None:
+    """Train on people who are no twins; a run that was made before is taken as it is."""
+    out = arguments.out / f"strangers-{model}"
+    command = [
+        str(PROGRAMS / "facefed"), "train", "local", "--config", "twins_dcal", "--seed", "1", "--epochs", "20",
+        "--client", f"strangers:twins={arguments.out / 'strangers'}", *BEFORE[model], *common_flags(arguments, out),
+    ]  # fmt: skip
+    print(f"{model} on strangers: {run(command, out)['wall_s'] / 60:.1f} min", flush=True)
+
+
+def train(arguments: argparse.Namespace, model: str, seed: int) -> None:
+    """Train on the twins; a run that was made before is taken as it is."""
+    out = arguments.out / f"{model}-{seed}"
+    weights = newest_run(arguments.out / f"strangers-{model}") / "checkpoints" / "best.safetensors"
+    command = [
+        str(PROGRAMS / "facefed"), "train", "twins", "--config", "twins_finetune", "--seed", str(seed),
+        "--data-dir", str(arguments.out / "twins"), "--set", f"model.pretrained={weights}", *AFTER[model],
+        *common_flags(arguments, out),
+    ]  # fmt: skip
+    print(f"{model} seed {seed}: {run(command, out)['wall_s'] / 60:.1f} min", flush=True)
 
 
 def further_families(arguments: argparse.Namespace, settings: Settings) -> FacePack:
@@ -82,31 +103,38 @@ def embeddings_of(run_folder: Path, pack: FacePack, inference: str) -> torch.Ten
     return embed(recogniser, pack, np.arange(len(pack)), compute)
 
 
+def draw(arguments: argparse.Namespace, name: str, *, num_people: int, seed: int, closeness: float) -> None:
+    """A data set in the layout of twins; what was drawn before is taken as it is."""
+    drawn = SynthSettings(
+        layout="twins",
+        num_people=num_people,
+        pictures_per_person=arguments.pictures,
+        seed=seed,
+        closeness=closeness,
+    )
+    write_dataset(drawn, arguments.out / name)
+
+
 def main() -> None:
     """Train what is not trained yet, score, print and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--families", type=int, default=60)
-    parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--further", type=int, default=100)
-    parser.add_argument("--closeness", type=float, default=SynthSettings().closeness)
-    parser.add_argument("--config", default="twins_dcal")
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--further", type=int, default=300)
+    parser.add_argument("--closeness", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=Path("bench/results/twins"))
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    settings = config.load(config.find_config(arguments.config))
-    drawn = SynthSettings(
-        layout="twins",
-        num_people=2 * arguments.families,
-        pictures_per_person=arguments.pictures,
-        closeness=arguments.closeness,
-    )
-    write_dataset(drawn, arguments.out / "twins")
+    draw(arguments, "strangers", num_people=400, seed=STRANGERS_SEED, closeness=0.0)
+    draw(arguments, "twins", num_people=2 * arguments.families, seed=1, closeness=arguments.closeness)
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(train, arguments, model, seed) for model in MODELS for seed in arguments.seeds]:
+        for done in [pool.submit(pretrain, arguments, model) for model in BEFORE]:
             done.result()
-    report(arguments, further_families(arguments, settings))
+        for done in [pool.submit(train, arguments, model, seed) for model in AFTER for seed in arguments.seeds]:
+            done.result()
+    report(arguments, further_families(arguments, config.load(config.find_config("twins_finetune"))))
 
 
 def report(arguments: argparse.Namespace, pack: FacePack) -> None:
