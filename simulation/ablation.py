@@ -158,15 +158,17 @@ def _record(
     parent: TrackedRun, ablation: AblationSettings, rows: Sequence[Row], pack: FacePack, *, draws: bool
 ) -> None:
     """The comparison in the parent run; metrics.json is written last, for it says that the run is finished."""
+    num_families = len(np.unique(_test_people(pack)[2]))
     for row in rows:
         numbers = {f"{row['variant']}_{name}": value for name, value in row.items() if name != "variant"}
         parent.log_metrics(_valid_names(numbers), step=0)
     parent.log_text(csv_text(rows), "ablation.csv")
     if draws:
-        parent.log_figure(ablation_dots(rows, ablation.over), "plots/ablation.png")
+        parent.log_figure(ablation_dots(rows, ablation.over, num_families=num_families), "plots/ablation.png")
     content = {
         "over": ablation.over,
         "compared_with": rows[0]["variant"],
+        "num_test_families": num_families,
         "variants": list(rows),
         "test_pairs": {pack.dataset: people_digest(pack, "test")},
     }

@@ -21,6 +21,8 @@ _STATES: Final[Mapping[str, Mapping[str, Any]]] = {
     "failed": {"marker": "x", "color": VERMILLION},
 }
 _NAME: Final = 26
+_FEWEST_FAMILIES: Final = 10
+_MOST_TICKS: Final = 6  # of a setting that had few values, each at its own
 _ROW_IN: Final = 0.34
 
 
@@ -33,16 +35,18 @@ class TrialPoint(NamedTuple):
     params: Mapping[str, float | str | bool]
 
 
-def ablation_dots(rows: Sequence[Mapping[str, Any]], over: str) -> "Figure":
+def ablation_dots(rows: Sequence[Mapping[str, Any]], over: str, *, num_families: int) -> "Figure":
     """AUC of each variant on all pairs, twins only and strangers only, with 95 % intervals over families.
 
     rows: "variant", and for each kind KIND_roc_auc, KIND_roc_auc_low, KIND_roc_auc_high in [0, 1]; all but the first
     also KIND_gap, KIND_gap_low, KIND_gap_high: how much higher than the first one's, paired.
-    A gap whose interval leaves zero out is set in bold.  Dots, not bars, since the axes need not begin at 0.
+    num_families: in the test.  From 10 on a gap whose interval leaves zero out is set in bold: with fewer, draws of
+    families are too much alike to tell.  Dots, not bars, since the axes need not begin at 0.
     """
     first = shorten(str(rows[0]["variant"]), _NAME)
     figure = new_figure(f"Ablation of {over}: people never seen in training", 1.0 + 3 * (0.8 + _ROW_IN * len(rows)))
-    figure.supxlabel(f"ROC AUC with 95 % intervals over families; at the right the paired gap to {first}", fontsize=10)
+    about = f"ROC AUC with 95 % intervals over {num_families} families; at the right the paired gap to {first}"
+    figure.supxlabel(about, fontsize=10)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0, 0, 0.98, 1))  # type: ignore[call-arg]
@@ -56,7 +60,8 @@ def ablation_dots(rows: Sequence[Mapping[str, Any]], over: str) -> "Figure":
             axes.plot([low, high], [place, place], color=style.colour, marker="|", markersize=8, linewidth=2.0)
             axes.plot([value], [place], color=style.colour, marker=style.marker, markersize=7, linestyle="")
             _write(axes, place, f"{value:.3f} [{low:.3f}, {high:.3f}]", at=1.01)
-            _write(axes, place, _gap_text(row, kind), at=1.235, weight="bold" if _is_clear(row, kind) else "normal")
+            is_clear = num_families >= _FEWEST_FAMILIES and _leaves_zero_out(row, kind)
+            _write(axes, place, _gap_text(row, kind), at=1.235, weight="bold" if is_clear else "normal")
         axes.set_yticks(range(len(rows)), [shorten(str(row["variant"]), _NAME) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.06)
@@ -70,8 +75,8 @@ def _gap_text(row: Mapping[str, Any], kind: str) -> str:
     return f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _is_clear(row: Mapping[str, Any], kind: str) -> bool:
-    """Whether the gap's interval leaves zero out."""
+def _leaves_zero_out(row: Mapping[str, Any], kind: str) -> bool:
+    """Whether the gap's interval does."""
     return bool(row.get(f"{kind}_gap_low", 0.0) > 0 or row.get(f"{kind}_gap_high", 0.0) < 0)
 
 
@@ -103,9 +108,7 @@ def search_trials(
         place = grid[1 + number // 2, :] if is_last_alone else grid[1 + number // 2, number % 2]
         axes = figure.add_subplot(place)
         dress(axes, title="", x_label=shorten(name, 40), y_label=metric)
-        _draw_setting(axes, trials, name)
-        if name in logarithmic:
-            axes.set_xscale("log")
+        _draw_setting(axes, trials, name, scale="log" if name in logarithmic else "linear")
     return figure
 
 
@@ -132,7 +135,7 @@ def _draw_trials(axes: "Axes", trials: Sequence[TrialPoint], best_is: str) -> No
     axes.legend(loc="best", fontsize=9, framealpha=0.9)
 
 
-def _draw_setting(axes: "Axes", trials: Sequence[TrialPoint], name: str) -> None:
+def _draw_setting(axes: "Axes", trials: Sequence[TrialPoint], name: str, *, scale: str) -> None:
     """The value against one setting; texts and switches stand side by side in the order of their names."""
     with_value = [t for t in trials if name in t.params and math.isfinite(t.value)]
     seen = {trial.params[name] for trial in trials if name in trial.params}
@@ -145,3 +148,7 @@ def _draw_setting(axes: "Axes", trials: Sequence[TrialPoint], name: str) -> None
     if words:
         axes.set_xticks(range(len(words)), [shorten(word, 16) for word in words])
         axes.set_xlim(-0.5, len(words) - 0.5)
+    elif scale == "log":
+        axes.set_xscale("log")
+    elif len(seen) <= _MOST_TICKS:
+        axes.set_xticks(sorted(float(value) for value in seen), [f"{value:.3g}" for value in sorted(map(float, seen))])

@@ -105,6 +105,7 @@ def test_the_table_is_the_variants_own_figures_and_the_paired_gaps(whole, twins)
     content = read_json(folder / "metrics.json")
     assert content["variants"] == list(summary.rows)
     assert (content["over"], content["compared_with"]) == ("model.attention", "sa")
+    assert content["num_test_families"] == 2
     indices = twins.indices(Split.TEST_PEOPLE)
     person = twins.person[indices]
     embeddings = {}

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "flwr", "mlflow", "ray", "matplotlib", "numpy", "sklearn", "grpc", "pandas", "safetensors", "PIL")
+HEAVY = (
+    "torch",
+    "flwr",
+    "mlflow",
+    "ray",
+    "matplotlib",
+    "numpy",
+    "sklearn",
+    "grpc",
+    "pandas",
+    "safetensors",
+    "PIL",
+    "optuna",
+)
 PROGRAMS = {
     "flower-server": ("server.cli", "main"),
     "flower-client": ("clients.cli", "main"),

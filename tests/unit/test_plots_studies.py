@@ -18,7 +18,7 @@ def row(variant: str, auc: float, gap: tuple[float, float, float] | None = None)
 
 def test_an_ablation_has_a_panel_for_each_kind_of_pairs_and_a_row_for_each_variant():
     rows = [row("sa", 0.6), row("glca", 0.65, (0.05, -0.01, 0.1)), row("dcal", 0.7, (0.1, 0.02, 0.2))]
-    figure = ablation_dots(rows, "model.attention")
+    figure = ablation_dots(rows, "model.attention", num_families=12)
     assert [axes.get_title() for axes in figure.axes] == ["all pairs", "twins only", "strangers only"]
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_yticklabels()] == ["sa", "glca", "dcal"]
@@ -32,20 +32,26 @@ def test_an_ablation_has_a_panel_for_each_kind_of_pairs_and_a_row_for_each_varia
         assert texts["0.600 [0.500, 0.650]"] == "normal"
 
 
+def test_few_families_are_too_few_for_a_clear_gap():
+    figure = ablation_dots([row("sa", 0.6), row("dcal", 0.7, (0.1, 0.02, 0.2))], "model.attention", num_families=3)
+    assert "over 3 families" in figure.get_supxlabel()
+    assert {text.get_fontweight() for axes in figure.axes for text in axes.texts} == {"normal"}
+
+
 def trials() -> list[TrialPoint]:
     return [
-        TrialPoint(0, "complete", 0.5, {"training.lr": 1e-3, "model.head": "softmax"}),
-        TrialPoint(1, "failed", math.nan, {"training.lr": 1e-2, "model.head": "softmax"}),
-        TrialPoint(2, "pruned", 0.4, {"training.lr": 2e-3, "model.head": "cosface"}),
-        TrialPoint(3, "complete", 0.7, {"training.lr": 3e-3, "model.head": "cosface"}),
-        TrialPoint(4, "complete", 0.6, {"training.lr": 4e-3, "model.head": "cosface"}),
+        TrialPoint(0, "complete", 0.5, {"training.lr": 1e-3, "model.head": "softmax", "model.depth": 2}),
+        TrialPoint(1, "failed", math.nan, {"training.lr": 1e-2, "model.head": "softmax", "model.depth": 2}),
+        TrialPoint(2, "pruned", 0.4, {"training.lr": 2e-3, "model.head": "cosface", "model.depth": 4}),
+        TrialPoint(3, "complete", 0.7, {"training.lr": 3e-3, "model.head": "cosface", "model.depth": 4}),
+        TrialPoint(4, "complete", 0.6, {"training.lr": 4e-3, "model.head": "cosface", "model.depth": 4}),
     ]
 
 
 @pytest.mark.parametrize(("best_is", "expected"), [("highest", [0.5, 0.7, 0.7]), ("lowest", [0.5, 0.5, 0.5])])
 def test_a_search_shows_the_best_so_far(best_is, expected):
     figure = search_trials(trials(), metric="val_roc_auc", best_is=best_is, logarithmic=["training.lr"])
-    top, lr, head = figure.axes
+    top, lr, head, depth = figure.axes
     lines = {line.get_label(): line for line in top.lines}
     assert list(lines["best so far"].get_ydata())[:3] == expected
     assert list(lines["best so far"].get_xdata())[:3] == [0, 3, 4]
@@ -53,6 +59,7 @@ def test_a_search_shows_the_best_so_far(best_is, expected):
     assert list(lines["pruned"].get_xdata()) == [2]
     assert list(lines["failed"].get_xdata()) == [1]
     assert (lr.get_xscale(), head.get_xscale()) == ("log", "linear")
+    assert [label.get_text() for label in depth.get_xticklabels()] == ["2", "4"]
     assert [label.get_text() for label in head.get_xticklabels()] == ["cosface", "softmax"]
     shown = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in head.lines]
     assert shown == [[(1, 0.5), (0, 0.7), (0, 0.6)], [(0, 0.4)]]
