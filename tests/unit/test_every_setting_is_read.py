@@ -1,4 +1,4 @@
-"""A setting that nobody reads is a promise that nobody keeps: each field is read as an attribute outside config.py and settings.py."""
+"""A setting that nobody reads is a promise nobody keeps: each field is read as an attribute outside of its own file."""
 
 import ast
 import dataclasses
