@@ -93,12 +93,13 @@ def embeddings_of(run_folder: Path, pack: FacePack, inference: str) -> torch.Ten
     tensors, _ = read_tensors(run_folder / "checkpoints" / "best.safetensors")
     recogniser = build_recogniser(
         settings.model,
-        num_people=tensors["head.weight"].shape[0],
+        num_people=2,  # the head embeds nobody
         image_size=settings.data.image_size,
         backbone_seed=0,
         head_seed=0,
     )
-    recogniser.load_state_dict(tensors)
+    weights = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    recogniser.backbone.load_state_dict(weights)
     compute = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=num_cores())
     return embed(recogniser, pack, np.arange(len(pack)), compute)
 

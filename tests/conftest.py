@@ -1,5 +1,6 @@
 """Fixtures for every test: the real faces beside the checkout, and silence towards the outside."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -27,3 +28,13 @@ def shared_faces() -> Path:
     if not folder.is_dir():
         skip_or_fail(f"the real faces are not here ({folder.name} beside the checkout)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """What a program run in this process sets up for its log goes with the test: its stream will be closed."""
+    logger = logging.getLogger("facefed")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
