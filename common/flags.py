@@ -127,3 +127,9 @@ def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Seq
     given += ["--no-mlflow"] * bool(arguments.no_mlflow)
     if given:
         raise ConfigError([f"{because} goes on with the run's own settings; leave {', '.join(given)} out."])
+
+
+def refuse_ablation(settings: Settings, program: str) -> None:
+    """Raise ConfigError for an ablation where none is made: a setting without an effect would look as if it had one."""
+    if settings.ablation.over != "none":
+        raise ConfigError([f"{program} makes no ablation; use facefed train twins, or ablation.over = none."])

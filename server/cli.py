@@ -16,7 +16,7 @@ from common.console import (
 )
 from common.errors import UserError
 from common.events import EventReader
-from common.flags import add_run_settings, read_run_settings
+from common.flags import add_run_settings, read_run_settings, refuse_ablation
 from common.processes import is_loopback, parse_address, require_free_port
 from common.runtime import go_silent
 
@@ -57,6 +57,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             " way could read and alter models, and anyone could submit code. Use 127.0.0.1, or give --insecure if you"
             " accept that."
         )
+    refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)
     from common.tracking.settings import with_absolute_uri
     from server.launch import Launch, ServerOptions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from common.config import find_config
 from common.console import run_program, set_up_logging
 from common.errors import ConfigError
-from common.flags import add_run_settings, read_run_settings, refuse_run_settings
+from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
 from common.runtime import go_silent
 from common.settings import Settings
 from simulation.attention_cli import add_attention_parser, attention
@@ -61,6 +61,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+        refuse_ablation(settings, "flower-simulation")
         set_up_logging(settings.run.log_level)
         from simulation.commands import federate_here
 
@@ -250,8 +251,8 @@ def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan |
         check_together(plan, settings)
         return settings
     settings = read_run_settings(arguments, default_config=default)
-    if settings.ablation.over != "none" and name != "twins":
-        raise ConfigError([f"train {name} makes no ablation; use facefed train twins, or ablation.over = none."])
+    if name != "twins":
+        refuse_ablation(settings, f"train {name}")
     return settings
 
 

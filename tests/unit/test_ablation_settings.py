@@ -5,7 +5,10 @@ import pytest
 from common import config
 from common.errors import ConfigError
 from common.settings import AblationSettings, Settings
+from server.cli import main as server_main
 from simulation.ablation import experiment_of, variants_of
+from simulation.cli import main as facefed_main
+from simulation.cli import main_simulation
 
 VIT = {"backbone": "vit_tiny", "patch_size": 16}
 
@@ -112,3 +115,22 @@ def test_a_variant_that_does_not_go_together_is_told_once():
 def test_an_ablation_survives_the_round_trips():
     settings = settings_of("model.attention", "sa, glca")
     assert config.from_json(config.to_json(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("program", "main"),
+    [("flower-simulation", main_simulation), ("flower-server", server_main), ("train local", facefed_main)],
+)
+def test_where_no_ablation_is_made_it_is_refused(program, main, capsys):
+    """A setting that does nothing there would look as if it did something."""
+    ablation = [
+        "--set",
+        "ablation.over=model.attention",
+        "--set",
+        "ablation.values=sa, glca",
+        "--set",
+        "model.backbone=vit_tiny",
+    ]
+    arguments = ["train", "local", "--client", "celeba", *ablation] if program == "train local" else ablation
+    assert main(arguments) == 2
+    assert f"{program} makes no ablation; use facefed train twins" in capsys.readouterr().err
