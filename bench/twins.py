@@ -34,7 +34,7 @@ from common.training import Compute
 
 PROGRAMS = Path(sys.executable).parent
 PLAIN = ("--set", "model.attention=sa", "--set", "model.inference=sa")
-BEFORE = {"dcal": ("--set", "model.attention=glca"), "sa": PLAIN}
+BEFORE = {"dcal": ("--set", "model.attention=glca", "--set", "model.inference=sa"), "sa": PLAIN}
 AFTER = {"dcal": (), "sa": PLAIN}
 STRANGERS_SEED, FURTHER_SEED = 2_001, 3_001
 NUM_REPLICATES = 2_000
