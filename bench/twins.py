@@ -140,9 +140,7 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, pack: FacePack) -> None:
     """Score every model on the further families."""
-    if pack.family is None:
-        sys.exit("the further families are no twins")
-    person, family = pack.person, pack.family[pack.person]
+    person, family = pack.person, pack.families[pack.person]
     shown: dict[str, list[torch.Tensor]] = {}
     for label, model, inference in (("dcal", "dcal", ""), ("dcal, sa inference", "dcal", "sa"), ("sa", "sa", "")):
         folders = [newest_run(arguments.out / f"{model}-{seed}") for seed in arguments.seeds]

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from clients.site import SiteSettings
 from common import config
 from common.checkpoints import read_json, read_tensors, write_json
-from common.evaluation import SPLITS, embed, people_digest
+from common.evaluation import embed, people_digest
 from common.faces.pack import FacePack
+from common.faces.splits import Split
 from common.metrics.twin_report import paired_gap
 from common.metrics.twins import KINDS
 from common.plots.studies import ablation_dots
@@ -28,7 +29,7 @@ from common.tracking.run import TrackedRun
 from simulation.baselines import check_twins, train_and_test
 from simulation.studies import checkpoints_of, csv_text, nested_run, parent_run, study_kind
 from simulation.trainee import local_trainee
-from simulation.twin_results import NUM_REPLICATES
+from simulation.twin_results import NUM_REPLICATES, named_parts
 
 FIGURE = "roc_auc"  # whose gaps are told
 _FINISHED_FILE = "finished.json"  # RUN/VARIANT/: trained, tested and recorded
@@ -109,20 +110,13 @@ def _train(variant: Variant, site: SiteSettings, pack: FacePack, parent: Tracked
     write_json(finished, {"variant": variant.value})
 
 
-def _test_people(pack: FacePack) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The test people's pictures, and who and of which family is on them."""
-    if pack.family is None:
-        raise ValueError(f"{pack.dataset} has no families")
-    indices = pack.indices(SPLITS["test"][1])
-    return indices, pack.person[indices], pack.family[pack.person[indices]]
-
-
 def _test_embeddings(variant: Variant, site: SiteSettings, pack: FacePack, folder: Path) -> NDArray[np.float32]:
     """The test people as the variant's best model embeds them; they are kept nowhere but here."""
     trainee = local_trainee(variant.settings, site, pack)
     tensors, _ = read_tensors(checkpoints_of(folder, variant.name) / "best.safetensors")
     trainee.recogniser.load_state_dict(tensors)
-    found: NDArray[np.float32] = embed(trainee.recogniser, pack, _test_people(pack)[0], trainee.compute).numpy()
+    indices = pack.indices(Split.TEST_PEOPLE)
+    found: NDArray[np.float32] = embed(trainee.recogniser, pack, indices, trainee.compute).numpy()
     return found
 
 
@@ -133,10 +127,7 @@ def _figures(variant: Variant, folder: Path) -> Row:
     for kind in KINDS:
         figures = results["twins"]["figures"][kind]
         for name in (FIGURE, "eer", "accuracy"):
-            row |= {
-                f"{kind}_{name}" + ("" if part == "value" else f"_{part}"): value
-                for part, value in figures[name].items()
-            }
+            row |= named_parts(f"{kind}_{name}", figures[name])
     names = ("num_gradient_steps", "num_pictures_processed", "best_epoch", "best_val_auc")
     seconds = [epoch["epoch_seconds"] for epoch in results["epochs"]]
     return row | {name: results[name] for name in names} | {"train_seconds": sum(seconds)}
@@ -146,7 +137,7 @@ def _add_gaps(
     rows: Sequence[Row], embeddings: Sequence[NDArray[np.float32]], pack: FacePack, settings: Settings
 ) -> None:
     """To each row but the first, how much higher its AUC is than the first one's, with intervals over families."""
-    _, person, family = _test_people(pack)
+    _, person, family = pack.shown_in(Split.TEST_PEOPLE)
     seed = stream_seed(settings.run.seed, "families")
     for row, own in zip(rows[1:], embeddings[1:], strict=True):
         for kind in KINDS:
@@ -158,7 +149,7 @@ def _record(
     parent: TrackedRun, ablation: AblationSettings, rows: Sequence[Row], pack: FacePack, *, draws: bool
 ) -> None:
     """The comparison in the parent run; metrics.json is written last, for it says that the run is finished."""
-    num_families = len(np.unique(_test_people(pack)[2]))
+    num_families = len(np.unique(pack.shown_in(Split.TEST_PEOPLE)[2]))
     for row in rows:
         numbers = {f"{row['variant']}_{name}": value for name, value in row.items() if name != "variant"}
         parent.log_metrics(_valid_names(numbers), step=0)

@@ -70,10 +70,9 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
 
 def _twins(trainee: Trainee, tracked: TrackedRun, step: int) -> dict[str, Any]:
     """The figures of twins and of strangers apart, logged and drawn, of the one client that knows families."""
-    with_families = [name for name, pack in trainee.clients.items() if pack.family is not None]
-    if len(trainee.clients) > 1 or not with_families:
+    pack, *others = trainee.clients.values()
+    if others or pack.family is None:
         return {}
-    [pack] = trainee.clients.values()
     lacking = missing_pairs(pack)
     if lacking:
         log.warning("%s: no figures of twins and strangers apart: %s.", pack.dataset, lacking)

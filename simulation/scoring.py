@@ -94,9 +94,7 @@ def score(
 
 
 def _drawn(recogniser: Recogniser, pack: FacePack, compute: Compute, seed: int) -> Drawn:
-    indices = pack.indices(Split.TEST_PEOPLE)
-    person = pack.person[indices]
-    family = pack.families[person]
+    indices, person, family = pack.shown_in(Split.TEST_PEOPLE)
     return Drawn(
         embeddings=embed(recogniser, pack, indices, compute).numpy(),
         person=person,
@@ -107,9 +105,8 @@ def _drawn(recogniser: Recogniser, pack: FacePack, compute: Compute, seed: int) 
 
 def _validation_pairs(recogniser: Recogniser, pack: FacePack, compute: Compute) -> NDArray[np.int64]:
     """The histogram of all pairs of the validation people, [2, 8192] int64; zeros where there are none."""
-    indices = pack.indices(Split.VAL_PEOPLE)
-    person = pack.person[indices]
-    if not all(pair_counts(person, pack.families[person])["all"]):
+    indices, person, family = pack.shown_in(Split.VAL_PEOPLE)
+    if not all(pair_counts(person, family)["all"]):
         return no_twins()
     return pair_histogram(embed(recogniser, pack, indices, compute), person)
 

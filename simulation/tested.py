@@ -93,8 +93,7 @@ def _different_pairs(one: FoundModel, other: FoundModel, client: str) -> str:
 
 def describe(name: str, pack: FacePack) -> TestSet:
     """A client's test people.  Raises DataError when there are fewer than two, or no genuine pair."""
-    person = pack.person[pack.indices(Split.TEST_PEOPLE)]
-    family = pack.families[person]
+    _, person, family = pack.shown_in(Split.TEST_PEOPLE)
     counted = pair_counts(person, family)
     num_genuine, num_impostor = counted["all"]
     num_twin_genuine, num_twin_impostor = counted["twins"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from common.evaluation import SPLITS, embed
 from common.faces.pack import FacePack
 from common.metrics.twin_report import pair_counts, twin_figures
-from common.metrics.twins import KINDS, histogram_of, kind_scores, pair_histograms, threshold_at_best_accuracy
+from common.metrics.twins import KINDS, histogram_of, pair_histograms, threshold_at_best_accuracy
 from common.metrics.verification import roc_curve
 from common.models.recogniser import Recogniser
 from common.plots import verification
@@ -34,13 +34,17 @@ class TwinResults:
         named = {"test_threshold": self.threshold}
         for kind, figures in self.figures.items():
             for figure, values in figures.items():
-                for part, value in values.items():
-                    named[f"test_{kind}_{figure}" + ("" if part == "value" else f"_{part}")] = value
+                named |= named_parts(f"test_{kind}_{figure}", values)
         return named
 
     def content(self) -> dict[str, object]:
         """For metrics.json."""
         return {"threshold": self.threshold, "figures": dict(self.figures)}
+
+
+def named_parts(name: str, figure: Mapping[str, float]) -> dict[str, float]:
+    """A figure's value under `name`, its interval's ends under NAME_low and NAME_high."""
+    return {name if part == "value" else f"{name}_{part}": value for part, value in figure.items()}
 
 
 def twin_lines(twins: Mapping[str, Any]) -> list[str]:
@@ -65,7 +69,7 @@ def missing_pairs(pack: FacePack) -> str:
     """
     problems = []
     for split in ("val", "test"):
-        person, family = _people(pack, split)
+        _, person, family = pack.shown_in(SPLITS[split][1])
         for kind, (genuine, impostor) in pair_counts(person, family).items():
             if min(genuine, impostor) == 0:
                 problems.append(f"{split} has {genuine} genuine and {impostor} impostor pairs of {kind}")
@@ -78,31 +82,21 @@ def twin_results(recogniser: Recogniser, pack: FacePack, compute: Compute, *, se
     pack: of a data set with families.
     Raises DataError when validation has no genuine or no impostor pair, or a kind of pairs is missing in test.
     """
-    val, val_person, val_family = _open_set(recogniser, pack, "val", compute)
-    threshold = threshold_at_best_accuracy(pair_histograms(val, val_person, val_family)[0])
+    threshold = threshold_at_best_accuracy(pair_histograms(*_open_set(recogniser, pack, "val", compute))[0])
     test, person, family = _open_set(recogniser, pack, "test", compute)
     figures = twin_figures(
         test, person, family, threshold=threshold, num_replicates=NUM_REPLICATES, seed=stream_seed(seed, "families")
     )
     histograms = pair_histograms(test, person, family)
-    curves = {}
-    for kind in KINDS:
-        of_kind = histogram_of(kind, *histograms)
-        curves[kind] = (*roc_curve(of_kind), kind_scores(of_kind, kind)["roc_auc"])
-    intervals = {kind: (figures[kind]["roc_auc"]["low"], figures[kind]["roc_auc"]["high"]) for kind in KINDS}
+    auc = {kind: figures[kind]["roc_auc"] for kind in KINDS}
+    curves = {kind: (*roc_curve(histogram_of(kind, *histograms)), auc[kind]["value"]) for kind in KINDS}
+    intervals = {kind: (auc[kind]["low"], auc[kind]["high"]) for kind in KINDS}
     return TwinResults(threshold=threshold, figures=figures, curve=verification.roc(curves, intervals=intervals))
-
-
-def _people(pack: FacePack, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The people and the families of the pictures of a split's people never seen in training."""
-    if pack.family is None:
-        raise ValueError(f"{pack.dataset} has no families")
-    person = pack.person[pack.indices(SPLITS[split][1])]
-    return person, pack.family[person]
 
 
 def _open_set(
     recogniser: Recogniser, pack: FacePack, split: str, compute: Compute
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """Embeddings of a split's people never seen in training, and who they are."""
-    return embed(recogniser, pack, pack.indices(SPLITS[split][1]), compute).numpy(), *_people(pack, split)
+    indices, person, family = pack.shown_in(SPLITS[split][1])
+    return embed(recogniser, pack, indices, compute).numpy(), person, family

@@ -25,11 +25,9 @@ NUM_LOOKS: Final = 5  # over all epochs, about
 
 def shown_pictures(pack: FacePack) -> NDArray[np.int64]:
     """One picture of each of a few validation people: [at most 6] int64, with families siblings side by side."""
-    indices = pack.indices(Split.VAL_PEOPLE)
-    _, first = np.unique(pack.person[indices], return_index=True)
-    shown = indices[np.sort(first)]
-    families = pack.person[shown] if pack.family is None else pack.family[pack.person[shown]]
-    return shown[np.argsort(families, kind="stable")][:NUM_PICTURES]
+    indices, person, family = pack.shown_in(Split.VAL_PEOPLE)
+    first = np.sort(np.unique(person, return_index=True)[1])
+    return indices[first[np.argsort(family[first], kind="stable")]][:NUM_PICTURES]
 
 
 def show_graph(trainee: Trainee, tracked: TrackedRun) -> None:

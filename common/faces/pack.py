@@ -96,6 +96,12 @@ class FacePack:
         """Which pictures serve `split`, ascending.  [M] int64."""
         return np.flatnonzero(self.split == split)
 
+    def shown_in(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The pictures that serve `split`, as `indices` has them, and of each the person and the family: [M] int64."""
+        indices = self.indices(split)
+        person = self.person[indices]
+        return indices, person, self.families[person]
+
 
 def open_pack(
     dataset: str,

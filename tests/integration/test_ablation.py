@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_federation import site_settings
-from tiny_twins import twins_pack, with_settings, write_twins
+from tiny_twins import assert_same_bits, points, spool, twins_pack, with_settings, write_twins
 
 from common import config
 from common.checkpoints import read_json, read_tensors
@@ -52,10 +51,6 @@ def whole(twins, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     settings = config.with_value(SETTINGS, "tracking", "plots", "final")
     return folder, ablation(folder, twins, settings)[0]
-
-
-def spool(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
 
 
 def test_each_variant_is_a_nested_run_with_its_own_tags_params_metrics_and_figures(whole):
@@ -180,18 +175,8 @@ def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(
     assert ("attention-sa: finished before" in said) == ((holder, name) != ("ablation", "write_json"))
     expected = [{key: value for key, value in row.items() if key != "train_seconds"} for row in whole[1].rows]
     assert [{k: v for k, v in row.items() if k != "train_seconds"} for row in summary.rows] == expected
-    for variant in NAMES:
-        for role in ("best", "last"):
-            one, other = (
-                read_tensors(folder / "checkpoints" / variant / f"{role}.safetensors")[0]
-                for folder in (whole[0], tmp_path / "killed")
-            )
-            assert all(np.array_equal(one[key], other[key]) for key in one)
-    losses = [
-        [(line["run"], line["step"], line["value"]) for line in spool(folder) if line.get("key") == "train_loss"]
-        for folder in (whole[0], tmp_path / "killed")
-    ]
-    assert losses[0] == losses[1], "each point once"
+    assert_same_bits(whole[0], tmp_path / "killed", NAMES)
+    assert points(whole[0], "train_loss") == points(tmp_path / "killed", "train_loss"), "each point once"
 
 
 def test_the_command_goes_on_with_an_ablation(twins, tmp_path, monkeypatch):

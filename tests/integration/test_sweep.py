@@ -9,14 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_federation import site_settings
-from tiny_twins import SETTINGS, twins_pack, with_settings, write_twins
+from tiny_twins import SETTINGS, assert_same_bits, points, spool, twins_pack, with_settings, write_twins
 
 from common import config
-from common.checkpoints import read_json, read_tensors
+from common.checkpoints import read_json
 from common.errors import TrainingFailed
 from common.faces.pack import FacePack
 from common.runtime import SILENCE
@@ -63,10 +62,6 @@ def sweep(folder: Path, pack: FacePack, settings=SETTINGS, text: str = PLAN):
 def table(folder: Path) -> list[dict[str, str]]:
     with (folder / "sweep.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def spool(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +156,8 @@ def test_a_search_that_was_killed_tries_and_finds_the_same(whole, twins, tmp_pat
     assert table(tmp_path / "killed") == table(whole[0])
     first = re.findall(r"^(trial-\d+) \(", said, re.MULTILINE)[:1]
     assert first == ([] if name == "record_results" else ["trial-001"]), "finished trials are kept"
-    best = whole[1].best_trial
-    for role in ("best", "last"):
-        one, other = (
-            read_tensors(folder / "checkpoints" / best / f"{role}.safetensors")[0]
-            for folder in (whole[0], tmp_path / "killed")
-        )
-        assert all(np.array_equal(one[key], other[key]) for key in one)
-    curves = [
-        [(line["run"], line["step"], line["value"]) for line in spool(folder) if line.get("key") == "val_twins_roc_auc"]
-        for folder in (whole[0], tmp_path / "killed")
-    ]
+    assert_same_bits(whole[0], tmp_path / "killed", [whole[1].best_trial])
+    curves = [points(folder, "val_twins_roc_auc") for folder in (whole[0], tmp_path / "killed")]
     assert curves[0] == curves[1], "each point once"
 
 

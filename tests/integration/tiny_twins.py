@@ -1,8 +1,13 @@
 """Twins and settings small enough for a study in a test: 12 families of random faces of 32 px, a ViT of one block."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from common import config
+from common.checkpoints import read_tensors
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.settings import Settings
@@ -41,3 +46,21 @@ def write_twins(folder: Path) -> Path:
 def twins_pack(folder: Path) -> FacePack:
     """The same, packed."""
     return open_pack("twins", write_twins(folder / "data"), SETTINGS.data, folder / "packs", workers=1)
+
+
+def spool(folder: Path) -> list[dict]:
+    """All records of a run."""
+    return [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
+
+
+def points(folder: Path, key: str) -> list[tuple[str, int, float]]:
+    """(nested run, step, value) of each point of a metric."""
+    return [(line["run"], line["step"], line["value"]) for line in spool(folder) if line.get("key") == key]
+
+
+def assert_same_bits(one: Path, other: Path, names: Sequence[str]) -> None:
+    """The best and the last model of these nested runs are the same in two runs of a study."""
+    for name in names:
+        for role in ("best", "last"):
+            models = [read_tensors(run / "checkpoints" / name / f"{role}.safetensors")[0] for run in (one, other)]
+            assert all(np.array_equal(models[0][key], models[1][key]) for key in models[0]), (name, role)

@@ -213,7 +213,9 @@ def test_positions_and_class_token_are_spared_from_decay():
 @pytest.mark.parametrize("attention", ["sa", "glca"])
 def test_without_pwca_no_partner_is_drawn(attention):
     model = dataclasses.replace(DCAL, attention=attention)
-    run(model, choose_partners=lambda *_: pytest.fail("it costs something"))
+    _, sums = run(model, choose_partners=lambda *_: pytest.fail("it costs something"))
+    assert sums.num_steps > 0
+    assert "pwca" not in sums.branch_loss_sums
 
 
 def test_accuracy_is_that_of_self_attention():
