@@ -7,11 +7,12 @@ value, time, step), runs and models carry a key that finds them again, and RUN/s
 import collections
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from common.errors import FaceFedError, TrackingError
+from common.errors import EXIT_DONE, FaceFedError, TrackingError
 from common.tracking.address import resolve_uri, shown_uri, sqlite_path
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.sender import LINES_PER_BATCH, StartOver, short_reason
@@ -20,6 +21,10 @@ from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold,
 _HIDDEN = "***@"  # what `shown_uri` puts for a user name and password
 
 _log = logging.getLogger("facefed.tracking")
+
+
+class ServerUnusable(TrackingError):
+    """No run can be sent there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,30 @@ def unsent(folder: Path) -> Unsent:
     size = _spool_of(folder).stat().st_size
     uri = _remembered_uri(folder)
     return Unsent(folder=folder, uri=uri, num_bytes=max(0, size - load_sent(folder, uri).offset))
+
+
+def sync_runs(runs: Sequence[str], out: Path, uri: str, stdout: TextIO, stderr: TextIO) -> int:
+    """Send several runs, a line for each; returns 0, or the exit code of the last that failed.
+
+    runs: folders, or ids below `out`.  A run that cannot be sent does not keep the others; a server that cannot does.
+    """
+    exit_code = EXIT_DONE
+    for run in runs:
+        folder = Path(run) if Path(run).is_dir() else out / run
+        try:
+            stdout.write(_line(sync_run(folder if folder.is_dir() else Path(run), uri)))
+        except ServerUnusable:
+            raise
+        except FaceFedError as error:
+            stderr.write(f"facefed: {error}\n")
+            exit_code = error.exit_code
+    return exit_code
+
+
+def _line(synced: Synced) -> str:
+    done = ", ".join(f"{count} {kind}" for kind, count in sorted(synced.sent.items())) or "nothing was left"
+    damaged = f"; {synced.num_corrupt} damaged lines are skipped and kept in {SPOOL_NAME}" if synced.num_corrupt else ""
+    return f"{synced.folder} -> {synced.uri} run {synced.run_id}: {done}{damaged}\n"
 
 
 def sync_run(folder: Path, uri: str = "") -> Synced:
@@ -136,7 +165,7 @@ def _connect(uri: str, folder: Path, sent: Sent) -> Delivery:
         delivery.check()
     except Exception as error:
         reason = short_reason(error).replace(uri, shown_uri(uri))
-        raise TrackingError(f"{shown_uri(uri)} cannot be used ({reason}); {_what_to_do(error)}.") from None
+        raise ServerUnusable(f"{shown_uri(uri)} cannot be used ({reason}); {_what_to_do(error)}.") from None
     return delivery
 
 
