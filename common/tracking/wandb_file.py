@@ -189,6 +189,7 @@ def signed(value: int | bytes) -> int:
     """A varint as int32 or int64 (protobuf writes negative ones as their 64-bit complement).  Raises Malformed."""
     if isinstance(value, bytes):
         raise Malformed("bytes where a number was expected")
+    value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
 

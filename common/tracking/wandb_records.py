@@ -21,6 +21,7 @@ _RUN_TEXTS: Final = {
     1: "run_id", 2: "entity", 3: "project", 6: "group", 7: "job_type", 8: "name", 9: "notes", 12: "sweep_id",
 }  # fmt: skip
 _NOT_CARRIED: Final = {_STATS: "system metrics", _ARTIFACT: "artifact versions"}
+_MOST: Final = 1 << 53  # beyond this a step or time is nonsense, and no database takes it
 _OF_WANDB: Final = "_wandb"  # its own notes in config and summary
 
 Tree = dict[str, Any]
@@ -168,19 +169,19 @@ def _row(offset: int, message: bytes, next_step: int, start_ms: int) -> Row:
         elif number == 2:
             step = signed(dict(fields(raw(value))).get(1, 0))
     told = values.pop("_step", None)
-    if isinstance(told, int):
+    if isinstance(told, int) and abs(told) < _MOST:
         step = told
-    time_ms, runtime = start_ms, values.pop("_runtime", None)
-    if is_number(runtime):
-        time_ms = start_ms + int(runtime * 1000)
-    stamp = values.pop("_timestamp", None)
-    if is_number(stamp):
-        time_ms = int(stamp * 1000)
+    runtime, stamp = values.pop("_runtime", None), values.pop("_timestamp", None)
     values.pop(_OF_WANDB, None)
+    time_ms = start_ms
+    if is_number(stamp) and 0 <= stamp * 1000 < _MOST:
+        time_ms = int(stamp * 1000)
+    elif is_number(runtime) and 0 <= runtime * 1000 < _MOST:
+        time_ms = start_ms + int(runtime * 1000)
     return Row(offset, next_step if step is None else step, time_ms, values)
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 

@@ -1,4 +1,4 @@
-"""Makes one small offline run with the wandb that is installed where this runs: `python make_runs.py RUN_ID FOLDER STEPS`.
+"""Makes a small offline run with the wandb that is installed where this runs: `make_runs.py RUN_ID FOLDER STEPS`.
 
 Not a test, and not needed by any: it says how the folders beside it were made.  The reader under test shares no code
 with it.  Expected values are computed again in tests/unit/test_wandb_import.py from the formulas below.
