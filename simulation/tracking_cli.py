@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from common.console import set_up_logging, stopping_on_signals
