@@ -164,6 +164,7 @@ class Delivery:
             return str(found[0].info.run_id)
         tags = {RUN_KEY_TAG: key}
         if run:
+            self._recover("", entry["time_ms"])
             tags["mlflow.parentRunId"] = self._run_id("")
         made = self._client.create_run(experiment, start_time=entry["time_ms"], tags=tags, run_name=entry["name"])
         return str(made.info.run_id)
