@@ -121,9 +121,17 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     settings = read_run_settings(arguments)
     set_up_logging(settings.run.log_level)
-    from common.tracking.doctor import examine
+    from common.tracking.doctor import as_json, as_line, examine, exit_code
 
-    return examine(settings, sys.stdout)
+    findings = []
+    for finding in examine(settings, os.environ, Path.cwd()):
+        findings.append(finding)
+        if not arguments.json:
+            sys.stdout.write(as_line(finding) + "\n")
+            sys.stdout.flush()
+    if arguments.json:
+        sys.stdout.write(as_json(findings) + "\n")
+    return exit_code(findings)
 
 
 def _import_wandb_options(parser: argparse.ArgumentParser) -> None:

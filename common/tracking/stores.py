@@ -22,25 +22,25 @@ DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
 INSTALL: Final[Mapping[str, str]] = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
 
 
-def check_backend(text: str, base: Path) -> str:
-    """`--backend` as an address that MLflow can use now.  Raises TrackingError.
+def check_backend(text: str, base: Path, option: str = "--backend") -> str:
+    """A database's address, or "sqlite", as MLflow can use it now; `option` named it.  Raises TrackingError.
 
     Makes a sqlite database's folder, not the database; a PostgreSQL or MySQL database is logged into.
     """
     if text in DATABASES:
-        raise TrackingError(f"--backend {text} names no database; write {text}://USER:PASSWORD@HOST/DATABASE.")
+        raise TrackingError(f"{option} {text} names no database; write {text}://USER:PASSWORD@HOST/DATABASE.")
     uri = resolve_uri(DEFAULT_DATABASE if text == "sqlite" else text, base)
     if uri.startswith(SERVERS):
-        raise TrackingError(f"--backend {shown_uri(uri)} is a server already; give its database, or use it as it is.")
+        raise TrackingError(f"{option} {shown_uri(uri)} is a server already; give its database, or use it as it is.")
     database = sqlite_path(uri)
     if database is None:
         return check_database(with_driver(uri))
-    require_folder(database.parent, "--backend")
-    _require_sqlite(database)
+    require_folder(database.parent, option)
+    _require_sqlite(database, option)
     return uri
 
 
-def _require_sqlite(database: Path) -> None:
+def _require_sqlite(database: Path, option: str) -> None:
     """An empty file is a database too."""
     try:
         with database.open("r+b") as file:
@@ -49,10 +49,10 @@ def _require_sqlite(database: Path) -> None:
         return
     except OSError as error:
         raise TrackingError(
-            f"--backend: {database} cannot be written ({error.strerror}); change its rights, or name another file."
+            f"{option}: {database} cannot be written ({error.strerror}); change its rights, or name another file."
         ) from None
     if head not in (b"", b"SQLite format 3\x00"):
-        raise TrackingError(f"--backend: {database} is no sqlite database; name another file.")
+        raise TrackingError(f"{option}: {database} is no sqlite database; name another file.")
 
 
 def require_folder(folder: Path, option: str) -> None:
