@@ -97,7 +97,7 @@ def _remove(client: Any, experiment: str, run: Any) -> None:  # noqa: ANN401 - M
 
 
 def _remove_empty_folders(artifact_uri: str) -> None:
-    """Of artifacts on this machine the run's, the experiment's and all experiments' folder, where nothing is in them."""
+    """The folders of a run, its experiment and all experiments on this machine, where nothing is in them."""
     parts = urlsplit(artifact_uri)
     if parts.scheme in ("", "file"):
         for folder in list(Path(unquote(parts.path)).parents)[:3]:
