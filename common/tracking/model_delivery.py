@@ -35,7 +35,9 @@ def _upload(client: Any, run_id: str, model: Any, folder: Path, step: int) -> No
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, step=step)])
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+        client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, step=step)])  # twice is an error
     about = Model.load(str(folder))
     about.run_id, about.model_id, about.model_uuid = run_id, model.model_id, model.model_id
     about.artifact_path = model.artifact_location
