@@ -138,6 +138,8 @@ def _ask(url: str, host: str = "") -> tuple[int, bytes, str]:
 def _server_version(uri: str) -> Finding:
     status, body, _ = _ask(f"{uri}/version")
     theirs, ours = body.decode(errors="replace").strip(), importlib.metadata.version("mlflow")
+    if status in (401, 403):
+        return Finding(name="server's version", state=OK, text="not told before a login")
     if status != 200 or not theirs[:1].isdigit():
         return Finding(name="server's version", state=NOTE, text="unknown; it may be no MLflow server")
     same = theirs.split(".")[:2] == ours.split(".")[:2]

@@ -22,7 +22,7 @@ def write_and_remove(uri: str) -> tuple[float, str]:
     """Write a metric, a parameter and a file, read them back, delete all.
 
     uri: from `resolve_uri`.  Returns the seconds it took and what is worth knowing, "" or "; ...".
-    MLflow keeps what is deleted until `mlflow gc`: one experiment for each machine, whose name this uses each time.
+    MLflow keeps deleted rows until `mlflow gc`: one experiment for each machine, which this uses each time.
     Raises FaceFedError when something else is read than was written, and what MLflow raises when it refuses.
     """
     quieten()
@@ -36,13 +36,17 @@ def write_and_remove(uri: str) -> tuple[float, str]:
         run = client.create_run(experiment, run_name="facefed tracking doctor")
         note = _artifacts_note(uri, run.info.artifact_uri)
         _write(client, run.info.run_id)
-    finally:
-        _remove(client, experiment, run)
+    except Exception:
+        with contextlib.suppress(Exception):  # what broke the test may break this; the test's own reason is to tell
+            _remove(client, uri, experiment, run)
+        raise
+    _remove(client, uri, experiment, run)
     return time.monotonic() - began, note
 
 
 def _own_experiment(client: Any, uri: str) -> str:  # noqa: ANN401 - MLflow's own type
-    name = f"facefed-doctor-{machine_digest()}"
+    # An experiment keeps the artifacts' address it was made with, and only a server's clients can use a server's.
+    name = f"facefed-doctor-{machine_digest()}" + ("" if uri.startswith(SERVERS) else "-database")
     found = client.get_experiment_by_name(name)
     if found is None:
         database = sqlite_path(uri)
@@ -83,17 +87,16 @@ def _write(client: Any, run_id: str) -> None:  # noqa: ANN401 - MLflow's own typ
         )
 
 
-def _remove(client: Any, experiment: str, run: Any) -> None:  # noqa: ANN401 - MLflow's own types
+def _remove(client: Any, uri: str, experiment: str, run: Any) -> None:  # noqa: ANN401 - MLflow's own types
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    # What broke the test may break this too, and the test's own reason is the one to tell.
-    with contextlib.suppress(Exception):
-        if run is not None:
-            get_artifact_repository(run.info.artifact_uri).delete_artifacts()
-            client.delete_run(run.info.run_id)
+    if run is not None:
+        repository: Any = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+        repository.delete_artifacts()
+        with contextlib.suppress(OSError):
             _remove_empty_folders(run.info.artifact_uri)
-    with contextlib.suppress(Exception):
-        client.delete_experiment(experiment)
+        client.delete_run(run.info.run_id)
+    client.delete_experiment(experiment)
 
 
 def _remove_empty_folders(artifact_uri: str) -> None:

@@ -2,9 +2,9 @@
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from common.errors import TrackingError
@@ -94,8 +94,9 @@ def check_database(uri: str) -> str:
         )
     from mlflow.store.db.utils import create_sqlalchemy_engine
 
+    make_engine: Callable[[str], Any] = create_sqlalchemy_engine  # untyped
     try:
-        engine = create_sqlalchemy_engine(uri)
+        engine = make_engine(uri)
         with engine.connect():
             pass
         engine.dispose()

@@ -271,6 +271,7 @@ def test_a_real_server_from_start_to_end(served, tmp_path):
     assert f"runs and models: sqlite:///{tmp_path}/mlflow.db" in served.text
     assert (tmp_path / "mlflow.db").stat().st_size > 100_000
     assert not (tmp_path / "mlruns").exists()  # the file went through the server, into mlartifacts
+    assert not [path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()]  # and was deleted there
 
     assert served.end(signal.SIGTERM) == EXIT_INTERRUPTED
     assert not [child for child in served.children if child.is_running()]
