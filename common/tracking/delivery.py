@@ -153,7 +153,7 @@ class Delivery:
         starts = (entry for entry in entries_of(self._folder / SPOOL_NAME) if entry.get("event") == "start")
         experiment = next((entry["experiment"] for entry in starts), LOST_EXPERIMENT)
         name = run or self._folder.name
-        start = {"experiment": experiment, "name": name, "tags": {}, "params": {}, "time_ms": time_ms}
+        start: dict[str, Any] = {"experiment": experiment, "name": name, "tags": {}, "params": {}, "time_ms": time_ms}
         self._sent.run_ids[run] = self._find_or_create(run, start)
 
     def _find_or_create(self, run: str, entry: Mapping[str, Any]) -> str:
