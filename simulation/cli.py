@@ -14,6 +14,8 @@ from common.flags import add_run_settings, read_run_settings, refuse_ablation, r
 from common.runtime import go_silent
 from common.settings import Settings
 from simulation.attention_cli import add_attention_parser, attention
+from simulation.tracking_cli import ACTIONS as TRACKING_ACTIONS
+from simulation.tracking_cli import add_tracking_parser
 
 if TYPE_CHECKING:
     from simulation.sweep_plan import SweepPlan
@@ -153,6 +155,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _train_parser(commands)
     _evaluate_parser(commands)
     add_attention_parser(commands)
+    add_tracking_parser(commands)
     return parser
 
 
@@ -290,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: attention(arguments),
+        **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }
     return run_program("facefed", table[(arguments.command, getattr(arguments, "action", ""))], sys.stderr)
 

@@ -16,15 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.errors import TrackingError
 from common.tracking.address import shown_uri, sqlite_path
-from common.tracking.sender import StartOver
-from common.tracking.spool import Sent
+from common.tracking.model_delivery import deliver_model
+from common.tracking.sender import StartOver, short_reason
+from common.tracking.spool import SPOOL_NAME, Sent, entries_of
 
 METRICS_PER_CALL = 1000  # MLflow's own limits
 NAMES_PER_CALL = 100
 RUN_KEY_TAG = "facefed.run_key"
 NONFINITE_TAG = "nonfinite_metrics"
+LOST_EXPERIMENT = "facefed_recovered"  # of a spool whose every first line is damaged
 _REFUSED_FOR_GOOD = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_FORBIDDEN = (*_REFUSED_FOR_GOOD, "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 _log = logging.getLogger("facefed.tracking")
 
@@ -65,13 +69,33 @@ class Delivery:
             for entry in group:
                 by_run.setdefault(entry["run"], []).append(entry)
             for run, metrics in by_run.items():
+                self._recover(run, metrics[0]["time_ms"])
                 self._send_metrics(run, metrics)
 
     def _send_event(self, run: str, entry: Mapping[str, Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
         kind = entry["event"]
         if kind == "start":
             self._start(run, entry)
-        elif kind == "params":
+            return
+        self._recover(run, entry["time_ms"])
+        # A registry may be closed to us while the run is not.
+        for_good = _FORBIDDEN if kind == "model" else _REFUSED_FOR_GOOD
+        try:
+            self._send_known_event(run, kind, entry)
+        except MlflowException as error:
+            if error.error_code not in for_good or not self._is_active(self._run_id(run)):
+                raise
+            _log.warning(
+                "Tracking: MLflow takes no %s %r (%s); it is kept in the run's folder.",
+                kind,
+                entry.get("name", run),
+                short_reason(error),
+            )
+
+    def _send_known_event(self, run: str, kind: str, entry: Mapping[str, Any]) -> None:
+        if kind == "params":
             self._send_params(run, entry["values"])
         elif kind == "tags":
             self._send_tags(run, entry["values"])
@@ -79,6 +103,8 @@ class Delivery:
             self._send_dataset(run, entry)
         elif kind == "artifact":
             self._send_artifact(run, entry["file"], entry["name"])
+        elif kind == "model":
+            self._send_model(run, entry)
         elif kind == "finish":
             self._client.set_terminated(self._run_id(run), status=entry["status"], end_time=entry["time_ms"])
         else:
@@ -86,6 +112,21 @@ class Delivery:
 
     def _run_id(self, run: str) -> str:
         return self._sent.run_ids[run]
+
+    def check(self) -> None:
+        """Ask for anything at all: raises what MLflow raises when the server is away or does not know us."""
+        self._client.search_experiments(max_results=1)
+
+    def is_gone(self) -> bool:
+        """Whether a run that the server had was deleted there."""
+        return not all(self._is_active(run_id) for run_id in self._sent.run_ids.values())
+
+    def end_killed(self, times_ms: Mapping[str, int]) -> None:
+        """Mark runs whose process died as killed, at the time of their last word; those that ended stay as they are."""
+        for run, time_ms in times_ms.items():
+            run_id = self._sent.run_ids.get(run)
+            if run_id and self._client.get_run(run_id).info.status == "RUNNING":
+                self._client.set_terminated(run_id, status="KILLED", end_time=time_ms)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -103,6 +144,18 @@ class Delivery:
         self._send_tags(run, entry["tags"])
         self._send_params(run, entry["params"])
 
+    def _recover(self, run: str, time_ms: int) -> None:
+        """Make a run whose first line is damaged, so that the rest of its record has a place."""
+        if run in self._sent.run_ids:
+            return
+        if run:
+            self._recover("", time_ms)
+        starts = (entry for entry in entries_of(self._folder / SPOOL_NAME) if entry.get("event") == "start")
+        experiment = next((entry["experiment"] for entry in starts), LOST_EXPERIMENT)
+        name = run or self._folder.name
+        start: dict[str, Any] = {"experiment": experiment, "name": name, "tags": {}, "params": {}, "time_ms": time_ms}
+        self._sent.run_ids[run] = self._find_or_create(run, start)
+
     def _find_or_create(self, run: str, entry: Mapping[str, Any]) -> str:
         key = f"{self._sent.run_key}/{run}"
         experiment = self._experiment_id(entry["experiment"])
@@ -111,6 +164,7 @@ class Delivery:
             return str(found[0].info.run_id)
         tags = {RUN_KEY_TAG: key}
         if run:
+            self._recover("", entry["time_ms"])
             tags["mlflow.parentRunId"] = self._run_id("")
         made = self._client.create_run(experiment, start_time=entry["time_ms"], tags=tags, run_name=entry["name"])
         return str(made.info.run_id)
@@ -127,7 +181,11 @@ class Delivery:
                 return str(self._client.create_experiment(name, artifact_location=location))
             found = self._client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":
-            raise RuntimeError(f"experiment {name!r} cannot be made or was deleted (mlflow experiments restore)")
+            number = "" if found is None else f" -x {found.experiment_id}"
+            raise TrackingError(
+                f"experiment {name!r} of {shown_uri(self._uri)} was deleted; bring it back with"
+                f" `mlflow experiments restore{number}`, then `facefed tracking sync` sends what is kept."
+            )
         return str(found.experiment_id)
 
     def _is_active(self, run_id: str) -> bool:
@@ -211,6 +269,20 @@ class Delivery:
         parent = None if str(target.parent) == "." else str(target.parent)
         with _named(path, target.name) as source:
             self._client.log_artifact(self._run_id(run), str(source), parent)
+
+    def _send_model(self, run: str, entry: Mapping[str, Any]) -> None:
+        import mlflow
+
+        folder = self._folder / entry["folder"]
+        if entry["model_key"] in self._sent.versions:
+            return
+        if not (folder / "MLmodel").is_file():
+            _log.warning("Tracking: %s is gone and cannot be registered as %s.", folder, entry["name"])
+            return
+        # Registering in a database takes the tracking address from here; every other call of ours names it.
+        mlflow.set_tracking_uri(self._uri)
+        mlflow.set_registry_uri(self._uri)
+        self._sent.versions[entry["model_key"]] = deliver_model(self._client, self._run_id(run), folder, entry)
 
 
 def _parts(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -13,7 +13,7 @@ from common.errors import CheckpointError, TrackingError
 from common.settings import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import quieten
-from common.tracking.registry import CHAMPION
+from common.tracking.model_delivery import CHAMPION
 from common.tracking.sender import short_reason
 
 if TYPE_CHECKING:

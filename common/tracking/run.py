@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -167,6 +168,30 @@ class TrackedRun:
         shutil.copyfile(path, part)
         return self._log_kept(part, kept, name)
 
+    def log_model(
+        self, folder: Path, *, name: str, step: int, tags: Mapping[str, str], metrics: Mapping[str, float], people: str
+    ) -> str:
+        """Have a model that is kept in `folder`, below the run's, registered as `name`; returns the key of its version.
+
+        metrics: linked to the model at `step`.  people: of a candidate for champion, their digest; else empty.
+        """
+        key = uuid.uuid4().hex
+        told = {e.get("key"): e["time_ms"] for e in self._spool.entries() if self._is_mine(e) and e.get("step") == step}
+        time_ms = now_ms()
+        # With the time of the run's own point, MLflow draws it once.
+        linked = [[k, str(float(v)), told.get(k, time_ms)] for k, v in metrics.items()]
+        place = str(folder.relative_to(self.folder))
+        fields = {"model_key": key, "name": name, "step": step, "tags": dict(tags), "metrics": linked, "people": people}
+        self._event("model", folder=place, **fields)
+        return key
+
+    def version_of(self, key: str) -> str:
+        """The registered version of a model that `log_model` gave this key; empty while MLflow has not taken it."""
+        return self._sender.version(key) if self._sender else ""
+
+    def _is_mine(self, entry: Mapping[str, object]) -> bool:
+        return entry["run"] == self._name and "event" not in entry
+
     def child(self, run_name: str, tags: Mapping[str, str]) -> "TrackedRun":
         """A nested run, for example one client's; asking for the same name again gives the same run.
 
@@ -191,8 +216,10 @@ class TrackedRun:
         """Record that the run begins, or goes on (called by `open_run` and `child`)."""
         self._experiment = experiment
         self._tags = dict(tags)
+        key = self._sender.run_key if self._sender else uuid.uuid4().hex
         self._event(
             "start",
+            run_key=key,
             experiment=experiment,
             name=run_name,
             tags={key: str(value) for key, value in tags.items()},

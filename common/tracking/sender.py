@@ -59,6 +59,15 @@ class Sender:
         """MLflow's id of a run of this spool; empty while unknown."""
         return self._sent.run_ids.get(run, "")
 
+    @property
+    def run_key(self) -> str:
+        """What finds this spool's runs on any server."""
+        return self._sent.run_key
+
+    def version(self, key: str) -> str:
+        """The registered version of the model whose event has this key; empty while there is none."""
+        return self._sent.versions.get(key, "")
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is sent; False when an attempt fails meanwhile or the time is up."""
         deadline = time.monotonic() + timeout_s

@@ -7,21 +7,39 @@ A line is JSON with "time_ms" (wall clock), "run" ("" for the run itself, else t
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import math
 import os
+import shutil
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from common.errors import TrackingError
 
 SPOOL_NAME = "spool.jsonl"
 SENT_NAME = "spool.sent.json"
 SYNC_INTERVAL_S = 1.0
+LOCK_WITHIN_S = 10.0  # children of a program that was killed may hold its lock a little longer
+LEAST_FREE_BYTES = 50_000_000  # below this no run begins
+LOW_FREE_BYTES = 500_000_000  # below this a run says so, while there is time to make room
+LOOK_AT_DISK_S = 10.0
 _ENTRIES_AT_ONCE = 1000
+# What each event must hold; a line without it is corrupt.
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "start": {"experiment": str, "name": str, "tags": dict, "params": dict},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "dataset": {"name": str, "digest": str, "context": str, "profile": dict},
+    "artifact": {"file": str, "name": str},
+    "model": {"model_key": str, "name": str, "folder": str, "step": int, "tags": dict, "metrics": list, "people": str},
+    "finish": {"status": str},
+}
 
 _log = logging.getLogger("facefed.tracking")
 
@@ -50,14 +68,25 @@ class Spool:
     """Appends lines to RUN/spool.jsonl; a line is with the operating system at once, on the disk within a second."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: the run's folder; made where it is missing.  An earlier spool in it is continued."""
+        """folder: the run's folder; made where it is missing.  An earlier spool in it is continued.
+
+        Raises TrackingError when another process writes or sends it, and when the disk is full.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_full_disk(folder)
         self.path = folder / SPOOL_NAME
         self._file = self.path.open("a+b", buffering=0)
+        try:
+            hold(self._file, folder, LOCK_WITHIN_S)
+        except TrackingError:
+            self._file.close()
+            raise
         self._size = self.path.stat().st_size
         self._lock = threading.Lock()
         self._torn = self._ends_torn()
         self._failed = False
+        self._low = False
+        self._look_at = 0.0
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self._syncer = threading.Thread(target=self._sync_each_second, name="spool-sync", daemon=True)
@@ -70,12 +99,7 @@ class Spool:
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Every whole entry written so far, also by earlier processes."""
-        offset = 0
-        while True:
-            entries, offset, _ = read_lines(self.path, offset, _ENTRIES_AT_ONCE)
-            yield from entries
-            if len(entries) < _ENTRIES_AT_ONCE:
-                return
+        return entries_of(self.path)
 
     def append(self, lines: bytes) -> None:
         """Write whole lines.  A disk that is full is reported once and does not raise: training is worth more."""
@@ -110,6 +134,21 @@ class Spool:
             if self._dirty.is_set():
                 self._dirty.clear()
                 self._sync()
+            if time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + LOOK_AT_DISK_S
+                self._look_at_disk()
+
+    def _look_at_disk(self) -> None:
+        """Say once when the disk fills up, before checkpoints and records fail."""
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.path.parent).free
+            if free < LOW_FREE_BYTES and not self._low:
+                _log.warning(
+                    "Tracking: only %d MB are free for %s; make room, or checkpoints and metrics will be lost.",
+                    free // 10**6,
+                    self.path.parent,
+                )
+            self._low = free < LOW_FREE_BYTES
 
     def _sync(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # reported by the next append
@@ -122,6 +161,46 @@ class Spool:
         with self._lock:
             self._sync()
             self._file.close()
+
+
+def _refuse_full_disk(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise TrackingError(
+            f"{folder} has {free // 10**6} MB free and a run needs {LEAST_FREE_BYTES // 10**6} MB to begin; make room"
+            " or choose another folder with --out."
+        )
+
+
+def hold(file: BinaryIO, folder: Path, within_s: float) -> None:
+    """Take the lock of a run's spool, until the file is closed or the process dies.
+
+    Raises TrackingError when another process keeps it for longer than `within_s`.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TrackingError(
+                    f"{folder} is in use by a run or a `facefed tracking sync` that has not ended; wait for it."
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+
+
+def entries_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole entry of a spool."""
+    offset = 0
+    while True:
+        entries, offset, _ = read_lines(path, offset, _ENTRIES_AT_ONCE)
+        yield from entries
+        if len(entries) < _ENTRIES_AT_ONCE:
+            return
 
 
 def read_lines(path: Path, offset: int, most: int) -> tuple[list[dict[str, Any]], int, int]:
@@ -146,13 +225,18 @@ def read_lines(path: Path, offset: int, most: int) -> tuple[list[dict[str, Any]]
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
+        entry["time_ms"] = int(entry["time_ms"])
         if "event" not in entry:
             entry["value"] = float(entry["value"])
             entry["step"] = int(entry["step"])
-        entry["time_ms"] = int(entry["time_ms"])
-        return entry if isinstance(entry["run"], str) else None
-    except (ValueError, KeyError, TypeError):
+            return entry if _has(entry, {"run": str, "key": str}) else None
+        return entry if _has(entry, {"run": str, **_FIELDS.get(entry["event"], {})}) else None
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+def _has(entry: Mapping[str, object], fields: Mapping[str, type]) -> bool:
+    return all(isinstance(entry.get(name), kind) for name, kind in fields.items())
 
 
 @dataclasses.dataclass
@@ -164,12 +248,14 @@ class Sent:
     run_key: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was cut off
     run_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # name in the spool -> MLflow's run id
     nonfinite: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name in the spool -> metric names
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # key of a model's event -> registered version
 
     def forget(self) -> None:
         """Start from the spool's first line again."""
         self.offset = 0
         self.run_ids = {}
         self.nonfinite = {}
+        self.versions = {}
 
 
 def load_sent(folder: Path, uri: str) -> Sent:
@@ -177,15 +263,31 @@ def load_sent(folder: Path, uri: str) -> Sent:
     try:
         sent = Sent(**json.loads((folder / SENT_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return Sent(uri=uri)
+        key = _key_of(folder / SPOOL_NAME)  # without it the server would get the run a second time
+        return Sent(uri=uri, run_key=key) if key else Sent(uri=uri)
     if sent.uri != uri:
         sent.uri = uri
         sent.forget()
+    with contextlib.suppress(OSError):
+        if sent.offset > (folder / SPOOL_NAME).stat().st_size:  # a power cut took lines that the server has
+            sent.offset = 0
     return sent
 
 
+def _key_of(path: Path) -> str:
+    """The key that a run wrote into its spool when it began; empty where it did not."""
+    try:
+        keys = (
+            entry.get("run_key") for entry in entries_of(path) if entry.get("event") == "start" and not entry["run"]
+        )
+        return next((key for key in keys if isinstance(key, str)), "")
+    except OSError:
+        return ""
+
+
 def save_sent(folder: Path, sent: Sent) -> None:
-    """Replace the note atomically; losing it costs a repeated sending, which adds nothing."""
+    """Replace the note atomically; losing it (the disk is full) costs a repeated sending, which adds nothing."""
     part = folder / f"{SENT_NAME}.part"
-    part.write_text(json.dumps(dataclasses.asdict(sent)), encoding="utf-8")
-    part.replace(folder / SENT_NAME)
+    with contextlib.suppress(OSError):
+        part.write_text(json.dumps(dataclasses.asdict(sent)), encoding="utf-8")
+        part.replace(folder / SENT_NAME)

@@ -1,0 +1,266 @@
+"""Looks at everything that tracking needs and says what is well, what is worth knowing and what is wrong."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
+from common.runtime import SILENCE
+from common.settings import Settings
+from common.tracking.address import SERVERS, resolve_uri, shown_uri, sqlite_path
+from common.tracking.doctor_write import write_and_remove
+from common.tracking.sender import short_reason
+from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME, hold
+from common.tracking.stores import check_backend, require_folder, without_password
+from common.tracking.sync import unsent
+from common.version import facefed_version
+
+OK, NOTE, WRONG = "ok", "note", "wrong"
+ANSWER_WITHIN_S: Final = 10.0
+STRANGER: Final = "stranger.invalid"  # a name that no server of ours has (RFC 2606)
+_BAD_HOST: Final = b"Invalid Host header"  # MLflow 3.17's own words, with a 403
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: str  # OK, NOTE or WRONG
+    text: str  # one line; where something is wrong, also what to do
+    values: Mapping[str, object] = field(default_factory=dict)
+
+
+def examine(settings: Settings, environment: Mapping[str, str], base: Path) -> Iterator[Finding]:
+    """Every finding, as soon as it is known.
+
+    environment: of this process, with which its child processes start.  base: what relative paths start from.
+    Nothing stays behind but, on the tracking server, a deleted experiment of this machine.
+    """
+    yield _versions()
+    yield _telemetry(environment)
+    out = base / Path(settings.run.out).expanduser()
+    tracking = settings.tracking
+    if tracking.enabled:
+        try:
+            uri = resolve_uri(tracking.uri, base)
+        except TrackingError as error:
+            yield Finding(name="address", state=WRONG, text=str(error))
+        else:
+            yield from _server(uri) if uri.startswith(SERVERS) else _database(uri, base)
+            database = sqlite_path(uri)
+            if database:
+                yield _disk("disk of the database", database.parent)
+    else:
+        yield Finding(name="address", state=OK, text="tracking is off; records stay in the runs' folders")
+    yield _disk("disk of the runs", out)
+    yield _spools(out)
+
+
+def exit_code(findings: list[Finding]) -> int:
+    """0 when nothing is wrong, else 1."""
+    return EXIT_FAILED if any(finding.state == WRONG for finding in findings) else EXIT_DONE
+
+
+def as_line(finding: Finding) -> str:
+    """A finding as a line of text."""
+    return f"{finding.state.upper() if finding.state == WRONG else finding.state:5}  {finding.name}: {finding.text}"
+
+
+def as_json(findings: list[Finding]) -> str:
+    """All findings as JSON: {"well": ..., "findings": [{"name", "state", "text", "values"}, ...]}."""
+    well = exit_code(findings) == EXIT_DONE
+    return json.dumps({"well": well, "findings": [asdict(finding) for finding in findings]}, indent=2)
+
+
+def _versions() -> Finding:
+    versions = {"facefed": facefed_version(), "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("mlflow", "tensorboard", "flwr")}
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding(name="versions", state=OK, text=text, values=versions)
+
+
+def _telemetry(environment: Mapping[str, str]) -> Finding:
+    """Off in this process and in what it starts: both read these variables before anything is sent."""
+    name = "telemetry"
+    loud = [variable for variable, value in SILENCE.items() if environment.get(variable) != value]
+    if loud:
+        return Finding(name=name, state=WRONG, text=f"not switched off: {', '.join(loud)}; start it as `facefed`.")
+    from mlflow.telemetry.client import get_telemetry_client
+
+    if get_telemetry_client() is not None:
+        return Finding(name=name, state=WRONG, text="MLflow's is on although it is switched off; leave MLflow unused.")
+    return Finding(name=name, state=OK, text="off for MLflow, Flower and Ray, here and in child processes")
+
+
+# -- a server ----------------------------------------------------------------------------------------------------------
+
+
+def _server(uri: str) -> Iterator[Finding]:
+    status, _, reason = _ask(f"{uri}/health")
+    shown = shown_uri(uri)
+    if status != 200:
+        seen = reason or f"status {status}"
+        advice = "start it (facefed tracking serve), or correct --tracking-uri"
+        yield Finding(name="reachable", state=WRONG, text=f"{shown} is not healthy ({seen}); {advice}.")
+        return
+    yield Finding(name="reachable", state=OK, text=f"{shown} is healthy")
+    yield _server_version(uri)
+    hosts = _hosts(uri)
+    yield hosts
+    if hosts.state != WRONG:
+        yield _write_test(uri)
+
+
+def _ask(url: str, host: str = "") -> tuple[int, bytes, str]:
+    """Of a GET the status and the first bytes, or 0 and why there was no answer."""
+    parts = urlsplit(url)  # a user name in it is MLflow's affair
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    request = urllib.request.Request(bare, headers={"Host": host} if host else {})  # noqa: S310 - http or https
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as answer:  # noqa: S310
+            return int(answer.status), answer.read(200), ""
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(200), ""
+    except (OSError, ValueError) as error:
+        return 0, b"", short_reason(getattr(error, "reason", error) if isinstance(error, OSError) else error)
+
+
+def _server_version(uri: str) -> Finding:
+    status, body, _ = _ask(f"{uri}/version")
+    theirs, ours = body.decode(errors="replace").strip(), importlib.metadata.version("mlflow")
+    if status in (401, 403):
+        return Finding(name="server's version", state=OK, text="not told before a login")
+    if status != 200 or not theirs[:1].isdigit():
+        return Finding(name="server's version", state=NOTE, text="unknown; it may be no MLflow server")
+    same = theirs.split(".")[:2] == ours.split(".")[:2]
+    text = f"MLflow {theirs}" + ("" if same else f", and {ours} here; use one version on both sides")
+    return Finding(name="server's version", state=OK if same else NOTE, text=text, values={"server": theirs})
+
+
+def _hosts(uri: str) -> Finding:
+    """Whether the server answers under the name we call it, and under a name that is not its own."""
+    name, own = "allowed hosts", urlsplit(uri).netloc.rpartition("@")[2]
+    status, body, reason = _ask(f"{uri}/")
+    if status == 403 and _BAD_HOST in body:
+        host = urlsplit(uri).hostname or own
+        return Finding(
+            name=name,
+            state=WRONG,
+            text=f"the server answers 403 to {own}; start it with --allowed-hosts {host} (and its other names).",
+            values={"own": False},
+        )
+    if status == 0:
+        return Finding(name=name, state=WRONG, text=f"no answer from {own} ({reason}); look into the server's log.")
+    status, body, _ = _ask(f"{uri}/", STRANGER)
+    if status == 403 and _BAD_HOST in body:
+        text = f"{own} is answered, names that are not the server's are refused"
+        return Finding(name=name, state=OK, text=text, values={"own": True, "stranger": False})
+    text = f"{own} is answered, and so is any other name: a web page may reach the server (DNS rebinding)"
+    return Finding(name=name, state=NOTE, text=text, values={"own": True, "stranger": True})
+
+
+# -- a database --------------------------------------------------------------------------------------------------------
+
+
+def _database(uri: str, base: Path) -> Iterator[Finding]:
+    database = sqlite_path(uri)
+    try:
+        if database and not database.exists():
+            require_folder(_existing(database.parent), "--tracking-uri")
+            yield Finding(name="reachable", state=OK, text=f"{database} is made by the first run; its folder is ready")
+            return
+        address = check_backend(uri, base, "--tracking-uri")
+    except TrackingError as error:
+        yield Finding(name="reachable", state=WRONG, text=str(error))
+        return
+    yield Finding(name="reachable", state=OK, text=f"{shown_uri(uri)} opens")
+    yield _write_test(address)
+
+
+def _write_test(uri: str) -> Finding:
+    name = "write test"
+    try:
+        seconds, note = write_and_remove(uri)
+    except FaceFedError as error:
+        return Finding(name=name, state=WRONG, text=str(error))
+    except Exception as error:  # MLflow raises what its database or network library raises
+        reason = without_password(short_reason(error), uri)
+        return Finding(name=name, state=WRONG, text=f"failed ({reason}); {_advice(reason)}.")
+    text = f"a metric, a parameter and a file were written, read and deleted again in {seconds:.1f} s"
+    return Finding(name=name, state=NOTE if note else OK, text=f"{text}{note}", values={"seconds": round(seconds, 2)})
+
+
+def _advice(reason: str) -> str:
+    if "401" in reason or "not authenticated" in reason.lower():
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if "403" in reason or "permission" in reason.lower():
+        return "have the server's administrator let this user write"
+    if "schema" in reason.lower():
+        return "back the database up, then run: mlflow db upgrade"
+    return "look into the server's log"
+
+
+# -- this machine ------------------------------------------------------------------------------------------------------
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that exists."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _disk(name: str, folder: Path) -> Finding:
+    place = _existing(folder.resolve())
+    try:
+        require_folder(place, name)
+        free = shutil.disk_usage(place).free
+    except (OSError, TrackingError) as error:
+        return Finding(name=name, state=WRONG, text=str(error))
+    values = {"folder": str(folder), "free_bytes": free}
+    text = f"{free / 1e9:,.1f} GB free for {folder}"
+    if free < LEAST_FREE_BYTES:
+        return Finding(name=name, state=WRONG, text=f"{text}; no run can begin: make room.", values=values)
+    if free < LOW_FREE_BYTES:
+        return Finding(name=name, state=NOTE, text=f"{text}; make room soon.", values=values)
+    return Finding(name=name, state=OK, text=text, values=values)
+
+
+def _spools(out: Path) -> Finding:
+    """What ended runs hold that their server lacks; a run that is being written sends by itself."""
+    waiting, running, local = {}, [], 0
+    for path in sorted(out.rglob(SPOOL_NAME)) if out.is_dir() else []:
+        rest = unsent(path.parent)
+        name = str(path.parent.relative_to(out))
+        if not rest.uri:
+            local += 1
+        elif _in_use(path):
+            running.append(name)
+        elif rest.num_bytes:
+            waiting[name] = rest.num_bytes
+    values = {"unsent_bytes": waiting, "running": running, "local_only": local}
+    if waiting:
+        shown = ", ".join(f"{name} ({size:,} bytes)" for name, size in waiting.items())
+        folders = " ".join(str(out / name) for name in waiting)
+        text = f"{shown}; send it: facefed tracking sync {folders}"
+        return Finding(name="unsent records", state=WRONG, text=text, values=values)
+    text = "none" + (f"; being written: {', '.join(running)}" if running else "")
+    text += f"; {local} recorded with tracking off" if local else ""
+    return Finding(name="unsent records", state=OK, text=text, values=values)
+
+
+def _in_use(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            hold(file, path.parent, 0.0)
+        except TrackingError:
+            return True
+    return False
