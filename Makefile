@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test lint types unit e2e bench bench-faces clean
+.PHONY: help setup system demo test lint types unit e2e bench bench-faces clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 setup: $(STAMP) ## create .venv and install the pinned dependencies
+
+system: ## install the databases, the browser and the tracer that some end-to-end tests use (Debian, as root)
+	@tests/system-packages install
 
 demo: $(STAMP) ## two synthetic face data sets, federated, tracked: the main job, in a few minutes
 	$(BIN)/facefed data synth --layout celeba --out data/celeba
@@ -38,6 +41,7 @@ unit: $(STAMP) ## unit, golden and integration tests
 	$(BIN)/python -m pytest -q tests/unit tests/golden tests/integration
 
 e2e: $(STAMP) ## whole programs, as a user runs them
+	@tests/system-packages
 	$(BIN)/python -m pytest -q tests/e2e
 
 bench: $(STAMP) ## speed and memory figures (minutes)
