@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,12 +65,13 @@ def _check(task: Task) -> None:
         raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
 
 
-def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None) -> RecordDict:
+def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
     workplace = _workplace(site, task)
     if task.kind == "join":
         return wire.site_content(join(workplace))
-    work = train if task.kind == "train" else evaluate_global
-    return wire.reply_content(work(workplace, task, shared))
+    if task.kind == "train":
+        return wire.reply_content(train(workplace, task, shared, began=began))
+    return wire.reply_content(evaluate_global(workplace, task, shared))
 
 
 def _public_reason(error: FaceFedError) -> str:
@@ -82,13 +84,14 @@ def _public_reason(error: FaceFedError) -> str:
 
 def handle(site: SiteSettings, message: Message) -> Message:
     """Answer one message; a failure that we understand becomes an error reply of one line, in the ledger as well."""
+    began = time.perf_counter()
     task = NO_TASK
     ledger = site.state_dir / "egress"
     try:
         given, shared = wire.read_task(message)
         _check(given)
         task = given
-        content = _answer(site, task, shared)
+        content = _answer(site, task, shared, began)
     except FaceFedError as error:
         log.warning("%s%s: %s", SHOWN, site.name, error)
         reason = f"{site.name}: {_public_reason(error)}"

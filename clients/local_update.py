@@ -178,11 +178,13 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
     }
 
 
-def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
+def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
     """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
 
+    began: when the message came, by time.perf_counter(); what lies between is told as part of receiving.
     Raises TrainingFailed, ReplyRefused or CheckpointError.
     """
+    began = time.perf_counter() if began is None else began
     settings, recogniser = workplace.settings, workplace.recogniser
     federation = settings.federation
     compute, received = _receive(workplace, task, shared)
@@ -222,19 +224,18 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) 
     save_private(folder, task.server_round, recogniser, optimiser, workplace.private)
     prune(folder, {0, task.best_round, task.server_round - 1, task.server_round})
     change = flatten(recogniser.state_dict(), workplace.manifest) - received
+    seconds = {
+        "receive_seconds": started - began,
+        "evaluate_seconds": evaluated - started,
+        "warmup_seconds": warmed_up - evaluated,
+        "seconds": trained - warmed_up,
+        "send_seconds": time.perf_counter() - trained,
+    }
     return Reply(
         server_round=task.server_round,
         manifest=workplace.manifest.digest,
         num_examples=len(workplace.pack.indices(Split.TRAIN)),
-        train=_train_fields(
-            sums,
-            warmup,
-            seconds={
-                "seconds": trained - warmed_up,
-                "evaluate_seconds": evaluated - started,
-                "warmup_seconds": warmed_up - evaluated,
-            },
-        ),
+        train=_train_fields(sums, warmup, seconds=seconds),
         evaluations=evaluations,
         change=change,
     )

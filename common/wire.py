@@ -33,8 +33,8 @@ _PAIRS_SHAPE, _FOLDS_SHAPE = (2, NUM_BINS), (NUM_FOLDS, 2, FOLD_BINS)
 CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
 CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
 TRAIN_FIELDS = (
-    "num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "seconds", "evaluate_seconds",
-    "num_warmup_pictures", "num_warmup_steps", "warmup_seconds",
+    "num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "num_warmup_pictures", "num_warmup_steps",
+    "receive_seconds", "evaluate_seconds", "warmup_seconds", "seconds", "send_seconds",
 )  # fmt: skip
 
 

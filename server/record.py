@@ -17,7 +17,7 @@ from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
 from server.runs import federated_kind, write_run_file
-from server.scores import client_metrics, figures, merged_train, open_scores, train_metrics
+from server.scores import client_metrics, figures, merged_train, open_scores, own_seconds, train_metrics
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
@@ -123,31 +123,49 @@ class Record:
         self._events.emit("scored", round=step, split="public", best_round=history.best_round, **metrics)
 
     def trained(
-        self, history: History, server_round: int, replies: Mapping[str, Reply], costs: Mapping[str, float]
+        self,
+        history: History,
+        server_round: int,
+        replies: Mapping[str, Reply],
+        *,
+        sizes: Mapping[str, float],
+        clients: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """A round is whole: its training figures, seconds and bytes."""
+        """A round is whole: its training figures and bytes.
+
+        sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, and answer_seconds
+        from the sending of its task until its reply was taken.
+        """
         merged = merged_train(replies)
         self._num_pictures += merged["num_pictures"]
         self._num_steps += merged["num_steps"]
         self._num_warmup_pictures += merged["num_warmup_pictures"]
         train = train_metrics(merged)
         record = history.at(server_round)
-        record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **costs}
+        record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **sizes}
+        record.metrics["round_clients"] = float(len(replies))
         self._tracked.log_metrics(record.metrics, step=server_round)
         for name, reply in replies.items():
-            own = train_metrics(reply.train)
+            own = train_metrics(reply.train) | dict(clients[name])
+            own["wait_seconds"] = max(0.0, own.pop("answer_seconds") - own_seconds(reply.train))
             record.clients.setdefault(name, {}).update(own)
             self._children[name].log_metrics(own, step=server_round)
+        if self._settings.tracking.plots == "all":
+            self._draw_curves(history)
+
+    def timed(self, history: History, server_round: int, seconds: Mapping[str, float]) -> None:
+        """Where the seconds of a round that was `trained` went, its record among them: keep, log, tell."""
+        metrics = history.at(server_round).metrics
+        metrics |= seconds
+        self._tracked.log_metrics(seconds, step=server_round)
         self._events.emit(
             "round",
             round=server_round,
             rounds=self._settings.federation.rounds,
-            clients=len(replies),
-            seconds=costs["round_seconds"],
-            train_loss=train["train_loss"],
+            clients=int(metrics["round_clients"]),
+            seconds=seconds["round_seconds"],
+            train_loss=metrics["round_train_loss"],
         )
-        if self._settings.tracking.plots == "all":
-            self._draw_curves(history)
 
     def stopped_early(self, last_round: int, history: History) -> None:
         """No further round: validation has not become better for long enough."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from flwr.app import Message
 from numpy.typing import NDArray
 
 from common import config, wire
@@ -23,6 +24,7 @@ from server.optimiser import ServerOptimiser
 from server.public_set import PublicScorer
 from server.record import Record
 from server.roster import Member, Roster
+from server.round_clock import RoundClock
 from server.scores import evaluation_sums
 
 Buffer = NDArray[np.float32]
@@ -54,6 +56,7 @@ class Federation:
     record: Record
     public: PublicScorer | None = None
     history: History = field(default_factory=History)
+    clock: RoundClock = field(default_factory=RoundClock)  # of the round in progress
 
     def run(self) -> Outcome:
         """All rounds and the final evaluation.
@@ -81,28 +84,30 @@ class Federation:
 
     def _round(self, server_round: int) -> str:
         """One round; returns the SHA-256 of the new global model."""
-        started = time.monotonic()
+        self.clock = clock = RoundClock()
         members = self.roster.gather()
+        clock.lap("wait")
         self.record.members(members)
+        clock.lap("log")
         splits = self._splits_to_score(server_round - 1)
         tasks = self._tasks("train", server_round, members, splits)
-        gathered = time.monotonic()
         change = WeightedChange(self.manifest.size)
         replies = self._exchange(tasks, members, change)
         self._require_enough(replies, members, server_round, kept=server_round - 1)
-        exchanged = time.monotonic()
         self._score(server_round - 1, replies, splits)
+        clock.lap("evaluate")
         self.optimiser.apply(self.model, change.mean())
-        applied = time.monotonic()
+        clock.lap("aggregate")
         sha256 = self._save(server_round)
-        seconds = {
-            "round_seconds": time.monotonic() - started,
-            "wait_seconds": gathered - started,
-            "exchange_seconds": exchanged - gathered,
-            "aggregate_seconds": applied - exchanged,
-            "checkpoint_seconds": time.monotonic() - applied,
+        clock.lap("checkpoint")
+        clients = {name: self._costs(name, reply) for name, reply in replies.items()}
+        sizes = {
+            "bytes_down": float(len(tasks) * self.manifest.num_bytes),
+            "bytes_up": sum(costs["bytes_up"] for costs in clients.values()),
         }
-        self.record.trained(self.history, server_round, replies, seconds | self._bytes(len(tasks), replies))
+        self.record.trained(self.history, server_round, replies, sizes=sizes, clients=clients)
+        clock.lap("log")
+        self.record.timed(self.history, server_round, clock.metrics())
         return sha256
 
     def _splits_to_score(self, step: int) -> str:
@@ -151,7 +156,9 @@ class Federation:
         ]
         sent = dict(zip(names, self.mailbox.send(messages), strict=True))
         del messages, shared  # the SuperLink has them now
+        self.clock.sent()
         self._score_public(next(iter(tasks.values()), None))
+        self.clock.lap("evaluate")
         replies = {}
         for name in names:
             try:
@@ -172,17 +179,29 @@ class Federation:
     ) -> Reply:
         if not message_id:
             raise ReplyRefused("the task could not be sent; the client is not connected")
-        message = self.patience.until(lambda: self.mailbox.receive(message_id), deadline)
+        message = self.patience.until(lambda: self._look(message_id), deadline)
+        self.clock.lap("wait")
         if message is None:
             raise ReplyRefused(f"no answer within {self.settings.federation.round_timeout_s:g} s")
+        self.clock.answered(member.site.name)
         reply = wire.read_reply(message, task.splits)
         if change is None:
             check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
             return reply
         check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
+        self.clock.lap("receive")
         if reply.change is not None:
             change.add(reply.change, reply.num_examples)
+        self.clock.lap("aggregate")
         return dataclasses.replace(reply, change=None)
+
+    def _look(self, message_id: str) -> Message | None:
+        """The reply if it is there; pulling it is no waiting."""
+        self.clock.lap("wait")
+        message = self.mailbox.receive(message_id)
+        if message is not None:
+            self.clock.lap("receive")
+        return message
 
     def _require_enough(
         self, replies: Mapping[str, Reply], members: Mapping[str, Member], step: int, *, kept: int
@@ -198,16 +217,15 @@ class Federation:
                 f" The model of round {kept} is kept in {self.checkpoints.path(kept)}."
             )
 
-    def _bytes(self, num_sent: int, replies: Mapping[str, Reply]) -> dict[str, float]:
+    def _costs(self, client: str, reply: Reply) -> dict[str, float]:
+        """Bytes each way and seconds of one client's answer to a training task."""
+        counts = sum(
+            array.nbytes for s in reply.evaluations.values() for array in (s.pairs, s.twins, s.folds, s.confusion)
+        )
         return {
-            "bytes_down": float(num_sent * self.manifest.num_bytes),
-            "bytes_up": float(
-                sum(
-                    self.manifest.num_bytes
-                    + sum(s.pairs.nbytes + s.folds.nbytes + s.confusion.nbytes for s in reply.evaluations.values())
-                    for reply in replies.values()
-                )
-            ),
+            "bytes_down": float(self.manifest.num_bytes),
+            "bytes_up": float(self.manifest.num_bytes + counts),
+            "answer_seconds": self.clock.answer_seconds(client),
         }
 
     def _score(self, step: int, replies: Mapping[str, Reply], splits: str) -> None:

@@ -78,10 +78,17 @@ def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
         "train_acc": train["correct"] / pictures,
         "gradient_norm": train["gradient_norm_sum"] / steps,
         "images_per_second": train["num_pictures"] / max(train["seconds"], 1e-9),
-        "train_seconds": train["seconds"],
+        "receive_seconds": train["receive_seconds"],
         "evaluate_seconds": train["evaluate_seconds"],
+        "train_seconds": train["seconds"],
+        "send_seconds": train["send_seconds"],
     }
     return figures | warmup if train["num_warmup_pictures"] > 0 else figures
+
+
+def own_seconds(train: Mapping[str, float]) -> float:
+    """How long a client worked on a training task by its own clock, in all its phases."""
+    return sum(value for name, value in train.items() if name == "seconds" or name.endswith("_seconds"))
 
 
 def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:

@@ -194,7 +194,7 @@ def test_the_deadline_is_the_rounds_and_not_each_clients(tmp_path):
     nodes = {n: client(f"a{n}", lambda _task: None) for n in (1, 2, 3)}
     nodes |= {8: client("x"), 9: client("y")}
     federation, _ = run(tmp_path, nodes, federation__rounds=1, federation__round_timeout_s=0.5)
-    seconds = federation.history.at(1).metrics["exchange_seconds"]
+    seconds = federation.history.at(1).metrics["wait_seconds"]
     assert 0.5 <= seconds < 1.0
     assert sorted(federation.record.reasons(1)) == ["a1", "a2", "a3"]
 
@@ -403,6 +403,7 @@ def test_the_warm_up_of_new_heads_is_counted_apart_in_the_summary_and_at_the_cli
 def test_the_bytes_received_are_those_of_all_arrays(tmp_path):
     """Two clients, two splits: the change of 7 numbers, and every array of counts."""
     federation, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=1)
-    counts = sum(array.nbytes for array in (vars(sums_with(0.5))[name] for name in ("pairs", "folds", "confusion")))
+    sums = sums_with(0.5)
+    counts = sum(array.nbytes for array in (sums.pairs, sums.twins, sums.folds, sums.confusion))
     assert outcome.history.at(1).metrics["bytes_up"] == 2 * (MANIFEST.num_bytes + 2 * counts)
     assert federation.model.tolist() == [0.5] * MANIFEST.size

@@ -1,0 +1,44 @@
+"""Where a round's seconds go, as the server sees it: every moment belongs to one phase, so the phases add up."""
+
+import time
+from collections.abc import Callable
+
+# wait: until clients are there and have answered.  send: tasks and model to the SuperLink.  receive: replies taken,
+# decoded and checked.  evaluate: sums merged, public pairs scored.  log: records, pictures and events.
+PHASES = ("wait", "send", "receive", "aggregate", "evaluate", "checkpoint", "log")
+
+
+class RoundClock:
+    """A stopwatch with laps: each lap's seconds go to the phase that is named when the lap ends."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """now: seconds from any beginning.  The first lap begins here."""
+        self._now = now
+        self._began = self._lap_began = now()
+        self._phases = dict.fromkeys(PHASES, 0.0)
+        self._exchange_began = self._began
+        self._answers: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Count the seconds since the last lap to one of PHASES."""
+        now = self._now()
+        self._phases[phase] += now - self._lap_began
+        self._lap_began = now
+
+    def sent(self) -> None:
+        """The tasks are on their way: end the lap of sending, from which each client's answer is timed."""
+        self.lap("send")
+        self._exchange_began = self._lap_began
+
+    def answered(self, client: str) -> None:
+        """A client's reply was taken just now."""
+        self._answers[client] = self._now() - self._exchange_began
+
+    def answer_seconds(self, client: str) -> float:
+        """From the sending of the tasks until that client's reply was taken; replies are taken in a fixed order."""
+        return self._answers[client]
+
+    def metrics(self) -> dict[str, float]:
+        """round_seconds, and wait_seconds, send_seconds, ... which add up to it."""
+        phases = {f"{phase}_seconds": seconds for phase, seconds in self._phases.items()}
+        return {"round_seconds": self._lap_began - self._began, **phases}

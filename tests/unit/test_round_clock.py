@@ -1,0 +1,126 @@
+"""Where a round's seconds go: each moment in one phase, at the server and at each client."""
+
+import itertools
+import json
+import time
+
+import pytest
+from tiny_federation import MANIFEST, ScriptedMailbox, client, enter_run, federation_over, reply_to, settings_with
+
+from common.wire import Task
+from server.round_clock import PHASES, RoundClock
+
+
+def test_a_lap_belongs_to_the_phase_named_at_its_end():
+    clock = RoundClock(now=iter([0.0, 2.0, 5.0, 6.0, 10.0]).__next__)
+    clock.lap("wait")
+    clock.lap("receive")
+    clock.lap("wait")
+    clock.lap("log")
+    assert clock.metrics() == {
+        "round_seconds": 10.0, "wait_seconds": 3.0, "send_seconds": 0.0, "receive_seconds": 3.0,
+        "aggregate_seconds": 0.0, "evaluate_seconds": 0.0, "checkpoint_seconds": 0.0, "log_seconds": 4.0,
+    }  # fmt: skip
+
+
+def test_an_answer_is_timed_from_the_sending():
+    clock = RoundClock(now=itertools.count(0.0).__next__)  # a second a look
+    clock.lap("wait")
+    clock.sent()  # at 2
+    clock.lap("wait")
+    clock.answered("alpha")  # at 4
+    assert clock.answer_seconds("alpha") == 2.0
+    assert clock.metrics()["send_seconds"] == 1.0
+
+
+class SlowMailbox(ScriptedMailbox):
+    """After joining: 0.05 s to send, 0.1 s to pull a reply that is there, and each is there at the sixth look."""
+
+    looks = 0
+
+    def _is_slow(self):
+        return self.tasks and self.tasks[-1][1].kind == "train"
+
+    def send(self, messages):
+        sent = super().send(messages)
+        time.sleep(0.05 if self._is_slow() else 0.0)
+        return sent
+
+    def receive(self, message_id):
+        if self._is_slow():
+            self.looks += 1
+            if self.looks % 6:
+                return None
+            time.sleep(0.1)
+        return super().receive(message_id)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A round of two slow clients, and its spool: run -> metric -> value at step 1."""
+    folder = tmp_path_factory.mktemp("slow")
+    nodes = {1: client("alpha", lambda task: reply_to(task)), 2: client("beta")}
+    with pytest.MonkeyPatch.context() as patch:
+        enter_run(patch)
+        settings = settings_with(federation__rounds=1, federation__round_timeout_s=60.0)
+        federation = federation_over(SlowMailbox(nodes), settings, folder / "run")
+        federation.run()
+    logged = {}
+    for line in (folder / "run" / "spool.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row.get("step") == 1 and "key" in row:
+            logged.setdefault(row["run"], {})[row["key"]] = row["value"]
+    return logged
+
+
+def test_the_phases_of_a_round_add_up_to_it(slow):
+    phases = [slow[""][f"{phase}_seconds"] for phase in PHASES]
+    assert sum(phases) == pytest.approx(slow[""]["round_seconds"])
+    assert min(phases) >= 0.0
+    assert slow[""]["log_seconds"] > 0.0
+    assert slow[""]["checkpoint_seconds"] > 0.0
+
+
+def test_pulling_a_reply_is_no_waiting_and_looking_for_it_is(slow):
+    """Five looks in vain, with pauses from 10 ms on, each half as long again: 0.13 s for each of two clients."""
+    assert slow[""]["send_seconds"] >= 0.05
+    assert slow[""]["receive_seconds"] >= 0.2
+    assert slow[""]["wait_seconds"] >= 0.26
+
+
+def test_a_client_has_its_own_phases_and_bytes(slow):
+    """The scripted replies say one second for each phase, five in all: more than the round took, so no wait is left."""
+    for name in ("alpha", "beta"):
+        own = slow[name]
+        assert [own[f"{phase}_seconds"] for phase in ("receive", "evaluate", "train", "send")] == [1.0] * 4
+        assert own["wait_seconds"] == 0.0
+        assert own["bytes_down"] == MANIFEST.num_bytes
+    assert slow[""]["bytes_up"] == slow["alpha"]["bytes_up"] + slow["beta"]["bytes_up"]
+    assert slow[""]["bytes_down"] == 2 * MANIFEST.num_bytes
+
+
+def test_a_clients_wait_is_what_its_own_clock_does_not_tell(tmp_path, monkeypatch):
+    enter_run(monkeypatch)
+
+    def answer(task):
+        reply = reply_to(task)
+        quick = {name: 0.01 if name == "seconds" or name.endswith("_seconds") else 1.0 for name in reply.train}
+        return reply.__class__(**{**vars(reply), "train": quick})
+
+    mailbox = SlowMailbox({1: client("alpha", answer), 2: client("beta", answer)})
+    settings = settings_with(federation__rounds=1, federation__round_timeout_s=60.0)
+    federation = federation_over(mailbox, settings, tmp_path / "run")
+    federation.run()
+    waits = {name: rows[1]["wait_seconds"] for name, rows in federation.history.client_rows().items()}
+    assert 0.05 <= waits["alpha"] < waits["beta"]  # replies are taken in the order of names
+
+
+@pytest.mark.parametrize("splits", ["val", "val test"])
+def test_the_bytes_of_a_reply_are_those_of_its_arrays(tmp_path, splits):
+    """Pairs and twins [2, 8192], folds [10, 2, 1024], confusion [2, 2], all int64: 426,016 bytes for each split."""
+    federation = federation_over(ScriptedMailbox({}), settings_with(), tmp_path / "run")
+    federation.clock.answered("alpha")
+    reply = reply_to(Task(kind="train", run_id="r", server_round=1, settings="", splits=splits))
+    counts = 8 * (2 * 8192 * 2 + 10 * 2 * 1024 + 4) * len(splits.split())
+    assert federation._costs("alpha", reply)["bytes_up"] == MANIFEST.num_bytes + counts
+    federation.record._tracked.finish("KILLED")
