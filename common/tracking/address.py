@@ -1,21 +1,32 @@
 """Tracking addresses, checked at the door: what MLflow refuses with a page of text is one line here."""
 
+import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from typing import Final
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from common.errors import TrackingError
 
 SERVERS = ("http", "https")
 DATABASES = ("postgresql", "mysql")  # also with a driver, as in mysql+pymysql
+# Of each database the drivers, the one that a plain address means first (SQLAlchemy 2.1), and the package to install.
+DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
+    "postgresql": (("psycopg", "psycopg"), ("psycopg2", "psycopg2")),
+    "mysql": (("mysqldb", "MySQLdb"), ("pymysql", "pymysql")),
+}
+INSTALL: Final[Mapping[str, str]] = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
 _WHAT_TO_USE = "use sqlite:///mlflow.db, or the address of a running `mlflow server` such as http://127.0.0.1:5000"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9]*)(\+[A-Za-z0-9]+)?:")
+_SECRET_IN_QUERY = re.compile(r"([?&][^=&]*pass[^=&]*=)([^&]*)", re.IGNORECASE)
 
 
 def resolve_uri(uri: str, base: Path) -> str:
     """The tracking address as MLflow takes it from any folder: a relative sqlite path becomes absolute below `base`.
 
-    Accepted: sqlite, http(s), postgresql and mysql.  Raises TrackingError for anything else, for example a bare folder.
+    Accepted: sqlite, http(s), postgresql and mysql; the last two get the driver that is installed.  Raises
+    TrackingError for anything else, for example a bare folder, and where a driver is missing.
     """
     text = uri.strip()
     if not text:
@@ -30,10 +41,36 @@ def resolve_uri(uri: str, base: Path) -> str:
         return _resolve_sqlite(text, base)
     if scheme not in SERVERS + DATABASES:
         raise TrackingError(f"tracking address {shown_uri(text)!r} has the unknown scheme {scheme!r}; {_WHAT_TO_USE}.")
-    parts = urlsplit(text)
-    if "://" not in text or not (parts.hostname or scheme in DATABASES):
-        raise TrackingError(f"tracking address {shown_uri(text)!r} names no host; {_WHAT_TO_USE}.")
-    return text.rstrip("/") if scheme in SERVERS else text
+    if "://" not in text or not _is_sound(text, needs_host=scheme in SERVERS):
+        raise TrackingError(
+            f"tracking address {shown_uri(text)!r} names no host or no port that there can be (in a password write / as"
+            f" %2F, # as %23, ? as %3F, @ as %40); {_WHAT_TO_USE}."
+        )
+    return text.rstrip("/") if scheme in SERVERS else with_driver(text)
+
+
+def _is_sound(uri: str, *, needs_host: bool) -> bool:
+    """A database without a host is asked over its socket."""
+    try:
+        parts = urlsplit(uri)
+        return parts.port != 0 and not parts.fragment and bool(parts.hostname or not needs_host)
+    except ValueError:  # a port that is no number, or an IPv6 address without its end
+        return False
+
+
+def with_driver(uri: str) -> str:
+    """A PostgreSQL or MySQL address with the driver that is installed.  Raises TrackingError when none is."""
+    scheme, _, rest = uri.partition(":")
+    kind, plus, driver = scheme.lower().partition("+")
+    installed = [(name, module) for name, module in DRIVERS[kind] if importlib.util.find_spec(module)]
+    if plus:
+        modules = dict(DRIVERS[kind])
+        if driver in modules and driver not in dict(installed):
+            raise TrackingError(f"{shown_uri(uri)} needs the package {modules[driver]}: pip install {modules[driver]}.")
+        return f"{scheme.lower()}:{rest}"
+    if not installed:
+        raise TrackingError(f"{shown_uri(uri)} needs a driver for {kind}: pip install {INSTALL[kind]}.")
+    return f"{kind}+{installed[0][0]}:{rest}"
 
 
 def _resolve_sqlite(uri: str, base: Path) -> str:
@@ -58,8 +95,29 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def shown_uri(uri: str) -> str:
-    """The address without a password or user name, fit for logs and files."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    """The address without a password or user name, fit for logs and files; also one that is not well formed."""
+    text = _SECRET_IN_QUERY.sub(r"\1***", uri)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if "@" in parts.netloc:
+        return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    scheme, mark, rest = text.partition("://")
+    # A "/" or "#" in a password ends the netloc before the "@"; in a server's path an "@" is nothing special.
+    if mark and "@" in rest and scheme.partition("+")[0].lower() in DATABASES:
+        return f"{scheme}://***@{rest.rpartition('@')[2]}"
+    return text
+
+
+def without_password(text: str, uri: str) -> str:
+    """A text in which neither the address nor a password of it can be read."""
+    clean = text.replace(uri, shown_uri(uri))
+    try:
+        given = [urlsplit(uri).password or ""]
+    except ValueError:
+        given = []
+    given += [found.group(2) for found in _SECRET_IN_QUERY.finditer(uri)]
+    for secret in sorted({form for one in given for form in (one, unquote(one)) if form}, key=len, reverse=True):
+        clean = clean.replace(secret, "***")
+    return clean

@@ -12,12 +12,13 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.errors import TrackingError
-from common.tracking.address import shown_uri, sqlite_path
+from common.tracking.address import shown_uri
+from common.tracking.experiments import experiment_id
 from common.tracking.model_delivery import deliver_model
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
@@ -50,7 +51,11 @@ class Delivery:
     """One spool's way to one MLflow server or database."""
 
     def __init__(self, uri: str, folder: Path, sent: Sent) -> None:
-        """uri: resolved.  folder: the run's folder.  sent: what the server has; its run ids are filled in here."""
+        """uri: resolved.  folder: the run's folder.  sent: what the server has; its run ids are filled in here.
+
+        Experiments made in a PostgreSQL or MySQL database without a server keep artifacts beside the run's folder, in
+        `mlruns` (see `experiment_id`).
+        """
         from mlflow import MlflowClient
 
         self._uri = uri
@@ -73,8 +78,6 @@ class Delivery:
                 self._send_metrics(run, metrics)
 
     def _send_event(self, run: str, entry: Mapping[str, Any]) -> None:
-        from mlflow.exceptions import MlflowException
-
         kind = entry["event"]
         if kind == "start":
             self._start(run, entry)
@@ -82,17 +85,36 @@ class Delivery:
         self._recover(run, entry["time_ms"])
         # A registry may be closed to us while the run is not.
         for_good = _FORBIDDEN if kind == "model" else _REFUSED_FOR_GOOD
-        try:
-            self._send_known_event(run, kind, entry)
-        except MlflowException as error:
-            if error.error_code not in for_good or not self._is_active(self._run_id(run)):
-                raise
+        refusal = self._refusal(self._run_id(run), for_good, lambda: self._send_known_event(run, kind, entry))
+        if refusal:
             _log.warning(
                 "Tracking: MLflow takes no %s %r (%s); it is kept in the run's folder.",
                 kind,
                 entry.get("name", run),
-                short_reason(error),
+                short_reason(refusal),
             )
+
+    def _refusal(self, run_id: str, for_good: Sequence[str], send: Callable[[], None]) -> Exception | None:
+        """Call `send`; returns why MLflow will never take it, or None when it did.  Raises what may pass.
+
+        MLflow answers BAD_REQUEST for a database connection that broke in its hands as well.  So what counts is to be
+        refused twice, with the run found in between.
+        """
+        from mlflow.exceptions import MlflowException
+
+        refusal: MlflowException | None = None
+        for _ in range(2):
+            try:
+                send()
+            except MlflowException as error:
+                if error.error_code not in for_good or not self._is_active(run_id):
+                    raise
+                refusal = error
+                if error.error_code != "BAD_REQUEST":
+                    break
+            else:
+                return None
+        return refusal
 
     def _send_known_event(self, run: str, kind: str, entry: Mapping[str, Any]) -> None:
         if kind == "params":
@@ -158,7 +180,7 @@ class Delivery:
 
     def _find_or_create(self, run: str, entry: Mapping[str, Any]) -> str:
         key = f"{self._sent.run_key}/{run}"
-        experiment = self._experiment_id(entry["experiment"])
+        experiment = experiment_id(self._client, self._uri, entry["experiment"], self._folder.parent)
         found = self._client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
@@ -168,25 +190,6 @@ class Delivery:
             tags["mlflow.parentRunId"] = self._run_id("")
         made = self._client.create_run(experiment, start_time=entry["time_ms"], tags=tags, run_name=entry["name"])
         return str(made.info.run_id)
-
-    def _experiment_id(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            database = sqlite_path(self._uri)
-            # Without this a database's artifacts would land in whatever folder the program was started from.
-            location = (database.parent / "mlruns" / name).as_uri() if database else None
-            with contextlib.suppress(MlflowException):  # another process may make it at the same moment
-                return str(self._client.create_experiment(name, artifact_location=location))
-            found = self._client.get_experiment_by_name(name)
-        if found is None or found.lifecycle_stage != "active":
-            number = "" if found is None else f" -x {found.experiment_id}"
-            raise TrackingError(
-                f"experiment {name!r} of {shown_uri(self._uri)} was deleted; bring it back with"
-                f" `mlflow experiments restore{number}`, then `facefed tracking sync` sends what is kept."
-            )
-        return str(found.experiment_id)
 
     def _is_active(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -248,16 +251,9 @@ class Delivery:
                 _log.warning("Tracking: MLflow takes no %s %r (kept in the spool).", kind.removesuffix("s"), item.key)
 
     def _accepted(self, run_id: str, kind: str, items: Sequence[Any]) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            # The default would queue the batch and lose it when the server is away.
-            self._client.log_batch(run_id, **{kind: items}, synchronous=True)
-        except MlflowException as error:
-            if error.error_code not in _REFUSED_FOR_GOOD or not self._is_active(run_id):
-                raise
-            return False
-        return True
+        # The default would queue the batch and lose it when the server is away.
+        send = partial(self._client.log_batch, run_id, **{kind: items}, synchronous=True)
+        return self._refusal(run_id, _REFUSED_FOR_GOOD, send) is None
 
     def _send_artifact(self, run: str, file: str, name: str) -> None:
         """file: path below the run's folder.  name: path among the run's artifacts."""

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
 from common.runtime import SILENCE
 from common.settings import Settings
-from common.tracking.address import SERVERS, resolve_uri, shown_uri, sqlite_path
+from common.tracking.address import SERVERS, resolve_uri, shown_uri, sqlite_path, without_password
 from common.tracking.doctor_write import write_and_remove
 from common.tracking.sender import short_reason
 from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME, hold
-from common.tracking.stores import check_backend, require_folder, without_password
+from common.tracking.stores import check_backend, require_folder
 from common.tracking.sync import unsent
 from common.version import facefed_version
 

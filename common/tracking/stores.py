@@ -9,17 +9,11 @@ from urllib.parse import urlsplit
 
 from common.errors import TrackingError
 from common.processes import can_connect
-from common.tracking.address import DATABASES, SERVERS, resolve_uri, shown_uri, sqlite_path
+from common.tracking.address import DATABASES, SERVERS, resolve_uri, shown_uri, sqlite_path, without_password
 from common.tracking.sender import short_reason
 
 DEFAULT_DATABASE: Final = "sqlite:///mlflow.db"
 DATABASE_PORTS: Final[Mapping[str, int]] = {"postgresql": 5432, "mysql": 3306}
-# The driver that each kind of address takes by itself (SQLAlchemy 2.1), and others that do as well.
-DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
-    "postgresql": (("psycopg", "psycopg"), ("psycopg2", "psycopg2")),
-    "mysql": (("mysqldb", "MySQLdb"), ("pymysql", "pymysql")),
-}
-INSTALL: Final[Mapping[str, str]] = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
 
 
 def check_backend(text: str, base: Path, option: str = "--backend") -> str:
@@ -34,7 +28,7 @@ def check_backend(text: str, base: Path, option: str = "--backend") -> str:
         raise TrackingError(f"{option} {shown_uri(uri)} is a server already; give its database, or use it as it is.")
     database = sqlite_path(uri)
     if database is None:
-        return check_database(with_driver(uri))
+        return check_database(uri)
     require_folder(database.parent, option)
     _require_sqlite(database, option)
     return uri
@@ -68,21 +62,6 @@ def require_folder(folder: Path, option: str) -> None:
         ) from None
 
 
-def with_driver(uri: str) -> str:
-    """A PostgreSQL or MySQL address with the driver that is installed.  Raises TrackingError when none is."""
-    scheme, _, rest = uri.partition(":")
-    kind, plus, driver = scheme.partition("+")
-    installed = [(name, module) for name, module in DRIVERS[kind] if importlib.util.find_spec(module)]
-    if plus:
-        modules = dict(DRIVERS[kind])
-        if driver in modules and driver not in dict(installed):
-            raise TrackingError(f"{shown_uri(uri)} needs the package {modules[driver]}: pip install {modules[driver]}.")
-        return uri
-    if not installed:
-        raise TrackingError(f"{shown_uri(uri)} needs a driver for {kind}: pip install {INSTALL[kind]}.")
-    return f"{kind}+{installed[0][0]}:{rest}"
-
-
 def check_database(uri: str) -> str:
     """Log into a PostgreSQL or MySQL database and return its address.  Raises TrackingError."""
     parts = urlsplit(uri)
@@ -106,12 +85,6 @@ def check_database(uri: str) -> str:
             f"{shown_uri(uri)} cannot be opened ({reason}); make the database, or correct user, password and name."
         ) from None
     return uri
-
-
-def without_password(text: str, uri: str) -> str:
-    """A text in which neither an address nor its password can be read."""
-    password = urlsplit(uri).password
-    return text.replace(uri, shown_uri(uri)).replace(password or uri, "***")
 
 
 def check_artifacts(text: str, base: Path) -> str:

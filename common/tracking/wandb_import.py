@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, TextIO
 from common.errors import TrackingError
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import METRICS_PER_CALL, NAMES_PER_CALL, NONFINITE_TAG, quieten
+from common.tracking.experiments import experiment_id
 from common.tracking.sender import short_reason
 from common.tracking.wandb_file import Damage
 from common.tracking.wandb_mapping import (
@@ -130,29 +131,15 @@ class Importer:
 
     def _find_or_create(self, experiment: str, name: str, facts: RunFacts) -> tuple[str, Mapping[str, str]]:
         """MLflow's id and tags of the run."""
-        experiment_id = self._experiment_id(experiment)
-        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        number = experiment_id(self._client, self._uri, experiment, Path.cwd())
+        found = self._client.search_runs([number], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
         if found:
             return found[0].info.run_id, found[0].data.tags
         tags = {RUN_TAG: name}
         made = self._client.create_run(
-            experiment_id, start_time=facts.start_ms or None, tags=tags, run_name=facts.name or facts.run_id
+            number, start_time=facts.start_ms or None, tags=tags, run_name=facts.name or facts.run_id
         )
         return made.info.run_id, tags
-
-    def _experiment_id(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            database = sqlite_path(self._uri)
-            # Without this a database's artifacts would land in whatever folder the program was started from.
-            location = (database.parent / "mlruns" / name).as_uri() if database else None
-            return str(self._client.create_experiment(name, artifact_location=location))
-        if found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"experiment {name!r} was deleted; restore it (mlflow experiments restore) or name another one "
-                "with --experiment."
-            )
-        return str(found.experiment_id)
 
     def _end(self, log: Path, facts: RunFacts, run_id: str) -> None:
         """A run whose end the log does not tell was stopped, as far as anybody knows."""

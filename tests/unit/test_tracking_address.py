@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import TrackingError
-from common.tracking.address import resolve_uri, shown_uri, sqlite_path
+from common.tracking import address
+from common.tracking.address import resolve_uri, shown_uri, sqlite_path, without_password
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The drivers that are, as far as anybody looks."""
+    here: set[str] = set()
+    monkeypatch.setattr(address.importlib.util, "find_spec", lambda name: name if name in here else None)
+    return here
 
 
 @pytest.mark.parametrize(
@@ -16,11 +25,14 @@ from common.tracking.address import resolve_uri, shown_uri, sqlite_path
         ("sqlite:////data/x.db", "sqlite:////data/x.db"),
         (" http://127.0.0.1:5000/ ", "http://127.0.0.1:5000"),
         ("https://mlflow.example.org/tracking", "https://mlflow.example.org/tracking"),
-        ("postgresql://me:secret@db/mlflow", "postgresql://me:secret@db/mlflow"),
+        ("postgresql://me:secret@db/mlflow", "postgresql+psycopg2://me:secret@db/mlflow"),
+        ("PostgreSQL+psycopg2://db:5433/mlflow", "postgresql+psycopg2://db:5433/mlflow"),
+        ("mysql:///mlflow?unix_socket=/run/x", "mysql+pymysql:///mlflow?unix_socket=/run/x"),
         ("mysql+pymysql://me@db/mlflow", "mysql+pymysql://me@db/mlflow"),
     ],
 )
-def test_usable_addresses(uri, resolved):
+def test_usable_addresses(uri, resolved, installed):
+    installed |= {"psycopg2", "pymysql"}
     assert resolve_uri(uri, Path("/base")) == resolved
 
 
@@ -37,6 +49,10 @@ def test_usable_addresses(uri, resolved):
         ("databricks://profile", "unknown scheme"),
         ("http:5000", "no host"),
         ("http://", "no host"),
+        ("http://host:5000x", "no port"),
+        ("http://[::1", "no host"),
+        ("postgresql://me:sec/ret@host/db", "in a password write / as %2F"),
+        ("mysql://host:0/db", "no port"),
         ("sqlite://", "no database file"),
         ("sqlite:///:memory:", "no database file"),
         ("  ", "empty"),
@@ -57,13 +73,52 @@ def test_a_folder_is_no_database(tmp_path):
         resolve_uri(f"sqlite:///{tmp_path}", Path("/base"))
 
 
-def test_an_error_does_not_show_the_password():
+def test_the_driver_that_is_installed(installed):
+    """SQLAlchemy 2.1 takes psycopg 3 for a plain postgresql:// address, where 2.0 took psycopg2."""
+    for uri, package in (
+        ("postgresql://me:secret@host/db", "psycopg2-binary"), ("postgresql+psycopg://host/db", "psycopg"),
+        ("mysql://me:secret@host/db", "pymysql"), ("mysql+pymysql://host/db", "pymysql"),
+    ):  # fmt: skip
+        with pytest.raises(TrackingError, match=f"pip install {package}") as caught:
+            resolve_uri(uri, Path("/base"))
+        assert "secret" not in str(caught.value)
+    installed.add("psycopg2")
+    assert resolve_uri("postgresql://host/db", Path("/base")) == "postgresql+psycopg2://host/db"
+    installed.add("psycopg")
+    assert resolve_uri("postgresql://host/db", Path("/base")) == "postgresql+psycopg://host/db"
+    assert resolve_uri("postgresql+psycopg2://host/db", Path("/base")) == "postgresql+psycopg2://host/db"
+
+
+@pytest.mark.parametrize(
+    "uri", ["ftp://me:secret@host/x", "postgresql://me:secret/1@host/x", "postgresql://me:#secret@host:5432x/x"]
+)
+def test_an_error_does_not_show_the_password(uri):
     with pytest.raises(TrackingError) as caught:
-        resolve_uri("ftp://me:secret@host/x", Path("/base"))
+        resolve_uri(uri, Path("/base"))
     assert "secret" not in str(caught.value)
-    assert shown_uri("postgresql://me:secret@db:5432/mlflow?x=1") == "postgresql://***@db:5432/mlflow?x=1"
-    assert shown_uri("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
-    assert shown_uri("sqlite:////data/x.db") == "sqlite:////data/x.db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:secret@db:5432/mlflow?x=1", "postgresql://***@db:5432/mlflow?x=1"),
+        ("postgresql://db/mlflow?user=me&password=secret&x=1", "postgresql://db/mlflow?user=me&password=***&x=1"),
+        ("mysql+pymysql://me:sec/ret@db/mlflow", "mysql+pymysql://***@db/mlflow"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("https://me:secret@host/a@b", "https://***@host/a@b"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("sqlite:////data/x.db", "sqlite:////data/x.db"),
+    ],
+)
+def test_what_is_shown_of_an_address(uri, shown):
+    assert shown_uri(uri) == shown
+
+
+def test_a_text_without_the_password():
+    uri = "postgresql://me:se%2Fcret@db/mlflow?sslpassword=hidden"
+    text = f"{uri}: no se/cret and no se%2Fcret, nor hidden"
+    assert without_password(text, uri) == "postgresql://***@db/mlflow?sslpassword=***: no *** and no ***, nor ***"
+    assert without_password("all well", "http://host") == "all well"
 
 
 def test_the_file_of_a_database():

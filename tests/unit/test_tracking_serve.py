@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import EXIT_INTERRUPTED, FaceFedError, UserError
 from common.processes import free_port, start
-from common.tracking import serve, stores
+from common.tracking import address, serve
 from common.tracking.serve import EVERYWHERE, ServeOptions, ServerPlan, plan_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +53,12 @@ def test_a_loopback_server_answers_to_this_machine_only(mlflow_rules):
 def test_names_for_other_machines_and_containers(mlflow_rules, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "GPU1.lab.example")
     hosts = serve.allowed_hosts(EVERYWHERE[0], ["mlflow", "*.lab.example", "proxy.example:443"])
-    address = next(
+    own_address = next(
         one.address for card in psutil.net_if_addrs().values() for one in card if one.family == socket.AF_INET
     )
     good = ("mlflow:5000", "mlflow", "gpu1:80", "gpu1.lab.example:5000", "a.lab.example:1", "proxy.example:443")
     bad = ("proxy.example:444", "mlflow.evil.example", "evil.example:5000", "10.evil.example", "lab.example")
-    for name in (*good, f"{address}:5000", "localhost:5000"):
+    for name in (*good, f"{own_address}:5000", "localhost:5000"):
         assert mlflow_rules.is_allowed_host_header(hosts, name), name
     for name in bad:
         assert not mlflow_rules.is_allowed_host_header(hosts, name), name
@@ -111,25 +111,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_database_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "with_driver", lambda uri: uri)
+    monkeypatch.setattr(address, "with_driver", lambda uri: uri)
     line = refused(tmp_path, backend=f"postgresql://me:secret@127.0.0.1:{free_port()}/runs")
     assert "nothing answers at 127.0.0.1:" in line
     assert "secret" not in line
-
-
-def test_the_driver_that_is_installed(monkeypatch):
-    """SQLAlchemy 2.1 takes psycopg 3 for a plain postgresql:// address, where 2.0 took psycopg2."""
-    here: set[str] = set()
-    monkeypatch.setattr(stores.importlib.util, "find_spec", lambda name: name if name in here else None)
-    with pytest.raises(UserError, match="pip install psycopg2-binary"):
-        stores.with_driver("postgresql://host/db")
-    with pytest.raises(UserError, match="pip install pymysql"):
-        stores.with_driver("mysql+pymysql://host/db")
-    here.add("psycopg2")
-    assert stores.with_driver("postgresql://host/db") == "postgresql+psycopg2://host/db"
-    here.add("psycopg")
-    assert stores.with_driver("postgresql://host/db") == "postgresql+psycopg://host/db"
-    assert stores.with_driver("postgresql+psycopg2://host/db") == "postgresql+psycopg2://host/db"
 
 
 def test_an_odd_name(tmp_path):

@@ -311,5 +311,5 @@ def test_a_deleted_experiment_is_one_line(uri, client, tmp_path):
     write_log(tmp_path, [run_record(), exit_record()])
     client.delete_experiment(client.create_experiment("thrown away"))
 
-    with pytest.raises(TrackingError, match=r"'thrown away' was deleted; restore it"):
+    with pytest.raises(TrackingError, match=r"'thrown away' of .* was deleted; bring it back"):
         bring(uri, "thrown away", tmp_path)
