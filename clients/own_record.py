@@ -12,7 +12,7 @@ from common.gallery import private_pictures
 from common.models.recogniser import Recogniser
 from common.settings import Settings, TrackingSettings
 from common.tracking.hardware import gpu_type
-from common.tracking.run import open_run
+from common.tracking.run import TrackedRun, finishing, open_run
 from common.training import Compute
 from common.version import facefed_version, git_commit
 from common.wire import Task
@@ -42,7 +42,21 @@ def keep_own_record(
     """
     if settings.tracking.plots == "none":
         return
-    tracked = open_run(
+    try:
+        tracked = _open(site, task, settings, len(pack), compute.device)
+        with finishing(tracked):
+            scores = evaluate(recogniser, pack, "test", compute).scores()
+            tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=task.server_round)
+            tracked.log_dict({"round": task.server_round, "test": scores}, "metrics.json")
+            pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
+            for name, figure in pictures.items():
+                tracked.log_figure(figure, f"plots/{name}")
+    except (FaceFedError, OSError) as error:
+        log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
+
+
+def _open(site: SiteSettings, task: Task, settings: Settings, num_pictures: int, device: str) -> TrackedRun:
+    return open_run(
         TrackingSettings(enabled=bool(site.tracking_uri), tensorboard="none"),
         uri=site.tracking_uri,
         folder=own_folder(site, task.run_id),
@@ -52,26 +66,12 @@ def keep_own_record(
             "mode": "federated_client",
             "model_type": settings.model.backbone,
             "dataset": site.dataset,
-            "dataset_size": str(len(pack)),
-            "device": compute.device,
-            "gpu_type": gpu_type(compute.device),
+            "dataset_size": str(num_pictures),
+            "device": device,
+            "gpu_type": gpu_type(device),
             "facefed_version": facefed_version(),
             "git_commit": git_commit(),
             "run_folder": task.run_id,
         },
         params={"client": site.name, "model": settings.model.backbone, "method": settings.federation.strategy},
     )
-    status = "FAILED"
-    try:
-        scores = evaluate(recogniser, pack, "test", compute).scores()
-        tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=task.server_round)
-        tracked.log_dict({"round": task.server_round, "test": scores}, "metrics.json")
-        for name, figure in private_pictures(
-            recogniser, pack, compute, client=site.name, seed=settings.run.seed
-        ).items():
-            tracked.log_figure(figure, f"plots/{name}")
-        status = "FINISHED"
-    except FaceFedError as error:
-        log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
-    finally:
-        tracked.finish(status)

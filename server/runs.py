@@ -1,7 +1,7 @@
 """The beginning of a run's record, the same for all modes: its files, and what the tracking is told first."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,8 +77,14 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
 
 
 def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
-    """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json."""
-    write_run_file(folder, settings, kind, kind.clients)
+    """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json.
+
+    Raises TrackingError, and writes nothing, when another process uses the folder.
+    """
+    return _open(settings, folder, commit, kind, lambda: write_run_file(folder, settings, kind, kind.clients))
+
+
+def _open(settings: Settings, folder: Path, commit: str, kind: RunKind, prepare: Callable[[], None]) -> TrackedRun:
     gpu = {"gpu_type": gpu_type(kind.tags["device"])} if "device" in kind.tags else {}  # a federation's is known later
     return open_run(
         settings.tracking,
@@ -96,6 +102,7 @@ def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) ->
             **kind.tags,
         },
         params=kind.params,
+        prepare=prepare,
     )
 
 
@@ -103,10 +110,15 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
     """The record of a run that trains: with its settings as parameters too, and as the artifact config.toml.
 
     How busy this machine is becomes part of it, every `tracking.system_metrics_s`, until the run finishes.
+    Raises TrackingError, and writes nothing, when another process uses the folder.
     """
-    write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+
+    def prepare() -> None:
+        write_run_file(folder, settings, kind, kind.clients)
+        write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+
     params = all_params(settings, kind)
-    tracked = open_record(settings, folder, commit, dataclasses.replace(kind, params=params))
+    tracked = _open(settings, folder, commit, dataclasses.replace(kind, params=params), prepare)
     tracked.log_file(folder / "config.toml", "config.toml")
     if isinstance(settings.tracking.system_metrics_s, float):
         sampler = HardwareSampler(tracked.log_system_metrics, settings.tracking.system_metrics_s, folder)

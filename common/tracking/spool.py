@@ -1,8 +1,7 @@
 """The local record of a run: every metric and event is a line of `spool.jsonl` before anything is sent anywhere.
 
-A line is JSON with "time_ms" (wall clock), "run" ("" for the run itself, else the name of a nested run), and either
-"key", "value", "step" (a metric) or "event" and its fields.  JSON has no NaN: non-finite values are the texts "nan",
-"inf", "-inf", which `float()` reads back.  `spool.sent.json` says how many bytes of it the tracking server has.
+`common.tracking.lines` says what a line holds.  `spool.sent.json` says how many bytes of the spool the tracking server
+has, and which lines before that wait aside.
 """
 
 import contextlib
@@ -10,17 +9,18 @@ import dataclasses
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import TrackingError
+from common.tracking.kept import bring_to_disk
+from common.tracking.lines import read_lines
 
 SPOOL_NAME = "spool.jsonl"
 SENT_NAME = "spool.sent.json"
@@ -30,33 +30,9 @@ LEAST_FREE_BYTES = 50_000_000  # below this no run begins
 LOW_FREE_BYTES = 500_000_000  # below this a run says so, while there is time to make room
 LOOK_AT_DISK_S = 10.0
 _ENTRIES_AT_ONCE = 1000
-# What each event must hold; a line without it is corrupt.
-_FIELDS: Mapping[str, Mapping[str, type]] = {
-    "start": {"experiment": str, "name": str, "tags": dict, "params": dict},
-    "params": {"values": dict},
-    "tags": {"values": dict},
-    "dataset": {"name": str, "digest": str, "context": str, "profile": dict},
-    "artifact": {"file": str, "name": str},
-    "model": {"model_key": str, "name": str, "folder": str, "step": int, "tags": dict, "metrics": list, "people": str},
-    "finish": {"status": str},
-}
+_READ_BYTES = 65536
 
 _log = logging.getLogger("facefed.tracking")
-
-
-def metric_line(run: str, key: str, value: float, step: int, time_ms: int) -> bytes:
-    """One metric as a line of the spool."""
-    shown: float | str = value if math.isfinite(value) else str(value)
-    return _line({"time_ms": time_ms, "run": run, "key": key, "value": shown, "step": step})
-
-
-def event_line(run: str, event: str, time_ms: int, fields: Mapping[str, object]) -> bytes:
-    """One event ("start", "params", "tags", "artifact", "finish", ...) as a line of the spool."""
-    return _line({"time_ms": time_ms, "run": run, "event": event, **fields})
-
-
-def _line(entry: Mapping[str, object]) -> bytes:
-    return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def now_ms() -> int:
@@ -81,9 +57,12 @@ class Spool:
         except TrackingError:
             self._file.close()
             raise
-        self._size = self.path.stat().st_size
+        with contextlib.suppress(OSError):
+            bring_to_disk(folder)  # a power cut shall not take the file's name
+        self.num_lost = 0  # lines that a full disk did not take
         self._lock = threading.Lock()
-        self._torn = self._ends_torn()
+        self._size = self._end_of_lines()
+        self._torn = self._size < self.path.stat().st_size
         self._failed = False
         self._low = False
         self._look_at = 0.0
@@ -94,7 +73,7 @@ class Spool:
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """Bytes of whole lines written so far."""
         return self._size
 
     def entries(self) -> Iterator[dict[str, Any]]:
@@ -106,28 +85,32 @@ class Spool:
         with self._lock:
             if self._closed.is_set():
                 raise RuntimeError(f"{self.path} is closed: the run has finished")
+            rest = b"\n" + lines if self._torn else lines
             try:
-                self._write(b"\n" + lines if self._torn else lines)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                self._torn = False
+                self._size = self._file.tell()
             except OSError as error:
                 self._torn = True
+                with contextlib.suppress(OSError):
+                    self._size = self._end_of_lines()
+                self.num_lost += min(rest.count(b"\n"), lines.count(b"\n"))
                 if not self._failed:
                     self._failed = True
                     _log.warning("%s cannot be written (%s); metrics are lost until there is room.", self.path, error)
         self._dirty.set()
 
-    def _write(self, data: bytes) -> None:
-        while data:
-            written = self._file.write(data)
-            self._size += written
-            data = data[written:]
-        self._torn = False
-
-    def _ends_torn(self) -> bool:
-        """Whether the last line was cut short, as kill -9 or a full disk leaves it."""
-        if self._size == 0:
-            return False
-        self._file.seek(-1, os.SEEK_END)
-        return self._file.read(1) != b"\n"
+    def _end_of_lines(self) -> int:
+        """Where the last whole line ends; kill -9 or a full disk may have cut the one behind it short."""
+        end = self._file.seek(0, os.SEEK_END)
+        while end:
+            begin = self._file.seek(max(0, end - _READ_BYTES))
+            found = self._file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                return begin + found + 1
+            end = begin
+        return 0
 
     def _sync_each_second(self) -> None:
         while not self._closed.wait(SYNC_INTERVAL_S):
@@ -203,42 +186,6 @@ def entries_of(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def read_lines(path: Path, offset: int, most: int) -> tuple[list[dict[str, Any]], int, int]:
-    """At most `most` whole entries from byte `offset` on: (entries, offset behind them, number of corrupt lines)."""
-    entries: list[dict[str, Any]] = []
-    corrupt = 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        while len(entries) < most:
-            line = file.readline()
-            if not line.endswith(b"\n"):  # being written, or torn: not ours yet
-                break
-            offset += len(line)
-            entry = _parsed(line)
-            if entry is not None:
-                entries.append(entry)
-            elif line.strip():
-                corrupt += 1
-    return entries, offset, corrupt
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-        entry["time_ms"] = int(entry["time_ms"])
-        if "event" not in entry:
-            entry["value"] = float(entry["value"])
-            entry["step"] = int(entry["step"])
-            return entry if _has(entry, {"run": str, "key": str}) else None
-        return entry if _has(entry, {"run": str, **_FIELDS.get(entry["event"], {})}) else None
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return None
-
-
-def _has(entry: Mapping[str, object], fields: Mapping[str, type]) -> bool:
-    return all(isinstance(entry.get(name), kind) for name, kind in fields.items())
-
-
 @dataclasses.dataclass
 class Sent:
     """What a tracking server already has of one spool."""
@@ -247,12 +194,14 @@ class Sent:
     offset: int = 0  # bytes of the spool
     run_key: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was cut off
     run_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # name in the spool -> MLflow's run id
+    aside: list[int] = dataclasses.field(default_factory=list)  # where lines begin that the server did not take yet
     nonfinite: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name in the spool -> metric names
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # key of a model's event -> registered version
 
     def forget(self) -> None:
         """Start from the spool's first line again."""
         self.offset = 0
+        self.aside = []
         self.run_ids = {}
         self.nonfinite = {}
         self.versions = {}
@@ -270,7 +219,7 @@ def load_sent(folder: Path, uri: str) -> Sent:
         sent.forget()
     with contextlib.suppress(OSError):
         if sent.offset > (folder / SPOOL_NAME).stat().st_size:  # a power cut took lines that the server has
-            sent.offset = 0
+            sent.offset, sent.aside = 0, []
     return sent
 
 

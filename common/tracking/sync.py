@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import EXIT_DONE, FaceFedError, TrackingError
-from common.tracking.address import resolve_uri, shown_uri, sqlite_path
+from common.tracking.address import resolve_uri, shown_uri
+from common.tracking.connect import open_delivery
 from common.tracking.delivery import Delivery, quieten
+from common.tracking.forward import Forwarder, backlog
+from common.tracking.lines import read_lines
 from common.tracking.sender import LINES_PER_BATCH, StartOver, short_reason
-from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold, load_sent, read_lines, save_sent
+from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold, load_sent, save_sent
 
 _HIDDEN = "***@"  # what `shown_uri` puts for a user name and password
 
@@ -49,9 +52,9 @@ class Unsent:
 
 def unsent(folder: Path) -> Unsent:
     """How much of a run's spool no server has yet; asks no server.  Raises TrackingError."""
-    size = _spool_of(folder).stat().st_size
+    path = _spool_of(folder)
     uri = _remembered_uri(folder)
-    return Unsent(folder=folder, uri=uri, num_bytes=max(0, size - load_sent(folder, uri).offset))
+    return Unsent(folder=folder, uri=uri, num_bytes=backlog(path, load_sent(folder, uri)).num_bytes)
 
 
 def sync_runs(runs: Sequence[str], out: Path, uri: str, stdout: TextIO, stderr: TextIO) -> int:
@@ -83,7 +86,7 @@ def sync_run(folder: Path, uri: str = "") -> Synced:
 
     folder: the run's.  uri: as `--tracking-uri` takes it, relative to the current folder; empty for the run's own.
     Raises TrackingError when `folder` is no run's or its run still writes, and when the server cannot be used;
-    FaceFedError when the server goes away in the middle (the same call goes on).
+    FaceFedError when the server goes away in the middle or does not take a file (the same call goes on).
     """
     path = _spool_of(folder)
     address = resolve_uri(uri, Path.cwd()) if uri else _own_uri(folder)
@@ -120,33 +123,30 @@ def _send_all(folder: Path, uri: str) -> Synced:
     sent = load_sent(folder, shown_uri(uri))
     delivery = _connect(uri, folder, sent)
     path = folder / SPOOL_NAME
+    forwarder = Forwarder(path, sent, delivery)
     counted: collections.Counter[str] = collections.Counter()
     try:
-        if sent.offset < path.stat().st_size and delivery.is_gone():
+        if backlog(path, sent).num_bytes and delivery.is_gone():
             _log.warning("Tracking: %s was deleted at %s; a new run gets the whole record.", folder, shown_uri(uri))
             sent.forget()
-        while True:
-            entries, offset, _ = read_lines(path, sent.offset, LINES_PER_BATCH)
-            if offset == sent.offset:
-                break
-            try:
-                delivery.send(entries)
-            except StartOver:
-                continue
-            sent.offset = offset
-            save_sent(folder, sent)
-            counted.update(entry.get("event", "metric") for entry in entries)
+        _forward(forwarder, sent, counted)
         delivery.end_killed(_last_words(path))
     except FaceFedError:
         raise
     except Exception as error:  # MLflow raises what its database or network library raises
-        left = path.stat().st_size - sent.offset
-        reason = short_reason(error).replace(uri, shown_uri(uri))
+        left = backlog(path, sent).num_bytes
         raise FaceFedError(
-            f"{folder}: {shown_uri(uri)} stopped taking records ({reason}), {left} bytes are left; run this again."
+            f"{folder}: {shown_uri(uri)} stopped taking records ({_reason(error, uri)}), {left} bytes are left; run"
+            " this again."
         ) from None
     finally:
         save_sent(folder, sent)
+    if sent.aside:
+        reason = "" if forwarder.refusal is None else f" ({_reason(forwarder.refusal, uri)})"
+        raise FaceFedError(
+            f"{folder}: {shown_uri(uri)} has every record, but {len(sent.aside)} of the run's files it did not"
+            f" take{reason}; run this again."
+        )
     return Synced(
         folder=folder,
         uri=shown_uri(uri),
@@ -156,16 +156,31 @@ def _send_all(folder: Path, uri: str) -> Synced:
     )
 
 
+def _forward(forwarder: Forwarder, sent: Sent, counted: collections.Counter[str]) -> None:
+    def count(entry: Mapping[str, object]) -> None:
+        counted[str(entry.get("event", "metric"))] += 1
+
+    while True:
+        try:
+            if not forwarder.send_some(LINES_PER_BATCH, count):
+                break
+        except StartOver:
+            sent.aside.clear()
+    forwarder.retry_aside(lambda: None, count)
+
+
+def _reason(error: Exception, uri: str) -> str:
+    return short_reason(error).replace(uri, shown_uri(uri))
+
+
 def _connect(uri: str, folder: Path, sent: Sent) -> Delivery:
-    database = sqlite_path(uri)
     try:
-        if database:
-            database.parent.mkdir(parents=True, exist_ok=True)
-        delivery = Delivery(uri, folder, sent)
+        delivery = open_delivery(uri, folder, sent)
         delivery.check()
     except Exception as error:
-        reason = short_reason(error).replace(uri, shown_uri(uri))
-        raise ServerUnusable(f"{shown_uri(uri)} cannot be used ({reason}); {_what_to_do(error)}.") from None
+        raise ServerUnusable(
+            f"{shown_uri(uri)} cannot be used ({_reason(error, uri)}); {_what_to_do(error)}."
+        ) from None
     return delivery
 
 

@@ -10,6 +10,7 @@ from clients import own_record
 from clients.own_record import export_own_model, keep_own_record, own_folder
 from common.checkpoints import read_tensors
 from common.errors import DataError
+from common.tracking import spool
 from common.training import Compute
 
 CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
@@ -62,6 +63,15 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_not_the_answer(tmp_p
     folder = keep(tmp_path)
     assert "this client's own pictures of run run-1 are not complete: no pictures" in caplog.text
     assert (folder / "metrics.json").exists()
+
+
+def test_a_folder_in_use_costs_a_warning_and_not_the_answer(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(spool, "LOCK_WITHIN_S", 0.1)
+    other = spool.Spool(tmp_path / "alpha" / "runs" / "run-1")
+    folder = keep(tmp_path)
+    other.close()
+    assert "this client's own pictures of run run-1 are not complete: " in caplog.text
+    assert f"{folder} is in use by a run" in caplog.text
 
 
 @pytest.mark.parametrize(("normalisation", "kept"), [("shared", False), ("private", True)])

@@ -6,7 +6,7 @@ import torch
 from common.errors import FaceFedError
 from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
-from common.tracking import sync as sync_module
+from common.tracking import connect
 from common.tracking.address import resolve_uri
 from common.tracking.delivery import Delivery
 from common.tracking.registry import register_model
@@ -39,15 +39,16 @@ def client(uri):
 
 
 class Cut:
-    """A client that is cut off at one call: the server has acted, and its answer is lost."""
+    """A client that is cut off at one call: the server has acted, its answer is lost, and it is away from then on."""
 
     def __init__(self, client, at):
-        self.client, self.at = client, at
+        self.client, self.at, self.is_away = client, at, False
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
-            answer = getattr(self.client, name)(*args, **kwargs)
-            if name == self.at:
+            answer = None if self.is_away else getattr(self.client, name)(*args, **kwargs)
+            self.is_away |= name == self.at
+            if self.is_away:
                 raise ConnectionError("cut off")
             return answer
 
@@ -115,7 +116,7 @@ def test_a_model_whose_sending_is_cut_off_after_every_call_is_there_once(uri, cl
                 super().__init__(*args)
                 self._client = Cut(self._client, name)
 
-        monkeypatch.setattr(sync_module, "Delivery", CutDelivery)
+        monkeypatch.setattr(connect, "Delivery", CutDelivery)
 
     for name in (
         "create_run", "log_batch", "create_logged_model", "log_outputs", "log_model_artifacts",

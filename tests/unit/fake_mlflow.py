@@ -19,6 +19,7 @@ class FakeMlflow:
         self.runs = {}  # id -> {"experiment", "start", "end", "status", "stage", "tags", "params", "points", ...}
         self.artifacts = {}  # path -> bytes
         self.status = 200  # another one is answered to everything
+        self.refused = ()  # artifacts whose path ends so get 500
         self.thaw = threading.Event()
         self.thaw.set()
         self.faults = iter(())  # for each request "": well, "before" or "after": cut off before or after acting
@@ -31,6 +32,7 @@ class FakeMlflow:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else the answer's second part waits 40 ms for the client's word
 
             def answer(self):
                 fake.answer(self)
@@ -75,6 +77,8 @@ class FakeMlflow:
             return self.status, b"Invalid Host header - possible DNS rebinding attack detected"
         parts = urllib.parse.urlsplit(path)
         if "/mlflow-artifacts/" in parts.path:
+            if self.refused and parts.path.endswith(self.refused):
+                return 500, {"error_code": "INTERNAL_ERROR", "message": "the store of artifacts is full"}
             self.artifacts[parts.path.partition("/artifacts/")[2]] = body
             return 200, {}
         given = dict(urllib.parse.parse_qsl(parts.query)) | (json.loads(body) if body else {})

@@ -1,6 +1,9 @@
 """A run's own record: what stands in its folder with tracking switched off, and that MLflow is then never imported."""
 
+import errno
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +77,67 @@ def test_figures_and_files_are_kept_in_the_folder(run, tmp_path):
         "config.toml": "config.toml",
     }
     assert not list(run.folder.rglob("*.part"))
+
+
+class FullDiskPicture:
+    """A matplotlib figure on a disk that gets full while it is written."""
+
+    def savefig(self, fname, *, format):  # noqa: A002, ARG002
+        fname.write_bytes(b"half of a pic")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_picture_without_room_costs_a_warning_and_a_tag(run, caplog):
+    run.log_figure(FullDiskPicture(), "plots/roc.png")
+    run.keep_figure(FullDiskPicture(), "plots/det.png")
+    run.child("celeba", {}).log_figure(FullDiskPicture(), "plots/roc.png")
+    assert not list(run.folder.rglob("*.png*"))
+    assert caplog.messages == [
+        f"Tracking: {run.folder}/plots/roc.png cannot be written ([Errno 28] No space left on device); the run goes on"
+        " without it.",
+        f"Tracking: {run.folder}/plots/celeba/roc.png cannot be written ([Errno 28] No space left on device); the run"
+        " goes on without it.",
+    ]
+    run.log_figure(Picture(), "plots/roc.png")
+    run.finish("FINISHED")
+    events = [(e["run"], e["event"], e.get("values") or e.get("name")) for e in _record(run) if e["event"] != "start"]
+    assert events == [
+        ("", "tags", {"missing_artifacts": "plots/roc.png"}),
+        ("", "tags", {"missing_artifacts": "plots/roc.png, plots/det.png"}),
+        ("celeba", "tags", {"missing_artifacts": "plots/roc.png"}),
+        ("", "tags", {"missing_artifacts": "plots/det.png"}),
+        ("", "artifact", "plots/roc.png"),
+        ("celeba", "tags", {"missing_artifacts": "plots/roc.png"}),
+        ("celeba", "finish", None),
+        ("", "tags", {"missing_artifacts": "plots/det.png"}),
+        ("", "finish", None),
+    ]
+
+
+def test_an_artifact_is_on_the_disk_before_the_record_speaks_of_it(run, monkeypatch):
+    """Else a power cut could leave an event without its file."""
+    synced = []
+    real = os.fsync
+
+    def fsync(number):
+        about = os.fstat(number)
+        told = (run.folder / "spool.jsonl").read_bytes().count(b'"artifact"')
+        synced.append((about.st_ino, about.st_size if stat.S_ISREG(about.st_mode) else "folder", told))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = run.log_text("hello", "notes/note.txt")
+    assert synced[:2] == [(path.stat().st_ino, 5, 0), (path.parent.stat().st_ino, "folder", 0)]
+
+
+def test_a_model_is_on_the_disk_before_the_record_speaks_of_it(run, monkeypatch):
+    folder = run.folder / "models" / "m"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "weights").write_bytes(b"123")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, len(_record(run)))))
+    run.log_model(folder, name="m", step=1, tags={}, metrics={}, people="")
+    assert {((folder / "data" / "weights").stat().st_ino, 1), ((folder / "data").stat().st_ino, 1)} <= set(synced)
 
 
 def test_a_nested_run_has_its_own_metrics_and_files(run):

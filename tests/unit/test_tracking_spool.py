@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line, read_lines, save_sent
+from common.tracking.lines import event_line, metric_line, read_lines
+from common.tracking.spool import Sent, Spool, load_sent, save_sent
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 from common.errors import FaceFedError, TrackingError
 from common.settings import TrackingSettings
 from common.tracking import sync as sync_module
+from common.tracking.lines import metric_line
 from common.tracking.run import open_run
-from common.tracking.spool import SENT_NAME, Spool, load_sent, metric_line
+from common.tracking.spool import SENT_NAME, Spool, load_sent
 from common.tracking.sync import ServerUnusable, sync_run, sync_runs, unsent
 from tests.unit.fake_mlflow import FakeMlflow
 
@@ -211,7 +212,8 @@ def test_a_server_that_does_not_let_us_in_costs_one_line(server, folder, status,
     assert "\n" not in str(refused.value)
 
 
-def test_a_frozen_server_is_given_up(server, folder):
+def test_a_frozen_server_is_given_up(server, folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server.thaw.clear()
     begun = time.monotonic()
     with pytest.raises(ServerUnusable, match="timed out"):
