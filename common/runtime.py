@@ -24,6 +24,9 @@ SILENCE: Mapping[str, str] = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Whatever its name says: without it Ray looks for a way to 8.8.8.8, takes the address of that network card and
+    # listens there; with "0" it is 127.0.0.1 on Linux too.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 # What keeps MLflow quiet and quick to give up (its own retries block for minutes); a user's own value wins.
 PATIENCE: Mapping[str, str] = {

@@ -19,6 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation.run_simulation import _run_simulation
 from flwr.supercore.telemetry import EventType
+from ray._private import services
 from ray._private.state import actors
 from ray._private.worker import global_worker
 
@@ -59,6 +60,7 @@ def _start_ray(num_gpus: int) -> None:
     without its Ray the engine hangs for a minute and dies before the run's end is recorded. (Ray itself blocks SIGINT.)
     """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    start_dashboard, services.start_api_server = services.start_api_server, _no_dashboard
     try:
         ray.init(
             num_cpus=num_cores(),
@@ -67,11 +69,21 @@ def _start_ray(num_gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
-            _node_ip_address="127.0.0.1",
+            resources={"TPU": 0},  # else Ray takes /dev/vfio and /dev/accel for a TPU and asks Google's cloud about it
             _system_config={"worker_niceness": 0},  # the clients are the work, not something beside it
         )
     finally:
+        services.start_api_server = start_dashboard
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _no_dashboard(*_: object, **__: object) -> tuple[None, None]:
+    """Stands in for Ray's, which says so too when its dashboard does not start.
+
+    Ray's starts that process with `include_dashboard=False` also, for its reports of usage, and with these off it still
+    asks 169.254.169.254 and the DNS which cloud this machine is in.
+    """
+    return None, None
 
 
 def _server_app(
