@@ -23,6 +23,8 @@ from common.tracking.experiments import experiment_id
 from common.tracking.sender import short_reason
 from common.tracking.wandb_file import Damage
 from common.tracking.wandb_mapping import (
+    FILES_ABOUT_PEOPLE,
+    METADATA_FILE,
     Apart,
     Names,
     Point,
@@ -30,14 +32,16 @@ from common.tracking.wandb_mapping import (
     final_points,
     is_infinite,
     nearest_name,
+    of_the_machine,
     params_of,
     plain,
+    run_name,
     split_row,
     tags_of,
 )
 from common.tracking.wandb_records import RunFacts, is_number, read_history
 
-RUN_TAG: Final = "facefed.wandb_run"  # project/run id
+RUN_TAG: Final = "facefed.wandb_run"  # `run_name` of it
 READ_TAG: Final = (
     "facefed.wandb_read"  # .<the log's folder>: bytes read without damage, bytes in all, its files' digest
 )
@@ -50,7 +54,7 @@ class Imported(NamedTuple):
     """What became of one log."""
 
     log: Path
-    name: str  # project/run id
+    name: str  # `run_name` of it
     experiment: str
     mlflow_run_id: str
     num_points: int  # metric points sent; 0 when there was nothing new
@@ -98,7 +102,7 @@ class Importer:
     def _send(self, log: Path, facts: RunFacts) -> Imported:
         project = facts.project or NO_PROJECT
         # Names from the file go into filters and paths.
-        name = nearest_name("/".join(part for part in (facts.entity, project, facts.run_id) if part))
+        name = run_name(facts.entity, project, facts.run_id)
         experiment = self._experiment or nearest_name(project)
         run_id, tags = self._find_or_create(experiment, name, facts)
         source = _source(log)
@@ -115,6 +119,7 @@ class Importer:
             points, apart = self._send_history(log, facts, run_id, int(before.partition(" ")[0] or 0), kept)
             _keep(kept / "config.json", facts.config)
             _keep(kept / "summary.json", facts.summary)
+            _keep_metadata(kept / "metadata.json", log.parent / "files" / METADATA_FILE)
             self._client.log_artifacts(run_id, str(kept), f"wandb/{source}")
         for target, path in files.items():
             self._send_file(run_id, target, path)
@@ -241,10 +246,15 @@ def _source(log: Path) -> str:
 
 
 def _files_of(log: Path) -> Iterator[tuple[str, Path]]:
-    """The run's files by their place among the artifacts; a link of wandb's that leads nowhere is told."""
+    """The run's files by their place among the artifacts; a link of wandb's that leads nowhere is told.
+
+    Not wandb's own files that say who trained it, on which host and in which folders.
+    """
     folder = log.parent / "files"
     for place, _, names in os.walk(folder):
         for path in sorted(Path(place) / name for name in names):
+            if path.parent == folder and path.name in FILES_ABOUT_PEOPLE:
+                continue
             if path.is_file():
                 yield path.relative_to(folder).as_posix(), path
             else:
@@ -255,6 +265,14 @@ def _digest(files: Mapping[str, Path]) -> str:
     """Tells whether any file is new or another one than before, from names, sizes and times."""
     seen = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _keep_metadata(path: Path, source: Path) -> None:
+    try:
+        found = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or damaged
+        return
+    _keep(path, of_the_machine(found))
 
 
 def _keep(path: Path, content: object) -> None:

@@ -2,6 +2,8 @@
 
 config -> params (nested names joined by dots); numbers of the history -> metrics; numbers of the summary that the
 history does not end with -> metrics at the last step; all else that was logged -> lines of JSON kept as an artifact.
+Who trained it is not carried (the log keeps it): neither wandb's entity nor what it noted by itself about the account,
+the person and the folders of the machine.
 """
 
 import hashlib
@@ -19,6 +21,12 @@ MAX_PARAM: Final = 6000
 MAX_TAG: Final = 5000
 SUMMARY_PREFIX: Final = "summary."
 _OF_WANDB: Final = ("_step", "_runtime", "_timestamp")  # not logged by the user
+METADATA_FILE: Final = "wandb-metadata.json"
+FILES_ABOUT_PEOPLE: Final = (METADATA_FILE, "config.yaml", "conda-environment.yaml")  # wandb's own, not the user's
+_OF_THE_MACHINE: Final = (
+    "os", "python", "heartbeatAt", "startedAt", "state", "memory", "cpu_count", "cpu_count_logical", "cpu_freq", "gpu",
+    "gpu_count", "gpu_nvidia", "gpu_amd", "gpu_apple", "gpudevices", "apple", "tpu", "cuda", "cudaVersion",
+)  # fmt: skip
 _NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
 
 
@@ -78,6 +86,21 @@ def nearest_name(name: str) -> str:
     return nearest
 
 
+def run_name(entity: str, project: str, run_id: str) -> str:
+    """What a run is found again by: runs of two entities stay two runs, and no entity can be read from it."""
+    apart = hashlib.sha256(entity.encode()).hexdigest()[:8] if entity else ""
+    return nearest_name("/".join(part for part in (apart, project, run_id) if part))
+
+
+def of_the_machine(metadata: object) -> Tree:
+    """What wandb noted of the machine and the commit, without account, host, folders, command line and remote."""
+    if not isinstance(metadata, dict):
+        return {}
+    kept = {key: metadata[key] for key in _OF_THE_MACHINE if key in metadata}
+    git = metadata.get("git")
+    return {**kept, "git": {"commit": git["commit"]}} if isinstance(git, dict) and "commit" in git else kept
+
+
 def split_row(row: Row, names: Names) -> Iterator[Point | Apart]:
     """The metrics of a row, truth values as 1 and 0, and what is none."""
     for key, value in leaves(row.values):
@@ -129,7 +152,6 @@ def tags_of(facts: RunFacts) -> dict[str, str]:
     described = {
         "mlflow.note.content": facts.notes,
         "wandb.tags": ", ".join(facts.tags),
-        "wandb.entity": facts.entity,
         "wandb.project": facts.project,
         "wandb.group": facts.group,
         "wandb.job_type": facts.job_type,

@@ -276,6 +276,54 @@ def test_a_link_of_wandb_is_followed_and_a_dead_one_told(uri, client, tmp_path, 
     assert "gone.txt leads to a file that is gone" in caplog.text
 
 
+# What wandb writes about a person and a machine by itself; the keys are those of 0.16 and of 0.31.
+WHO = {
+    "username": "nele-the-user", "email": "nele@example.org", "host": "neles-laptop", "root": "/home/nele/wandb",
+    "program": "/home/nele/train.py", "codePath": "nele/train.py", "codePathLocal": "nele/train.py",
+    "executable": "/home/nele/bin/python", "args": ["--owner", "nele"], "docker": "nele/image",
+    "git": {"remote": "git@example.org:nele/faces.git", "commit": "c0ffee"}, "disk": {"/home/nele": {"total": 1}},
+    "slurm": {"job_user": "nele"}, "writerId": "nele", "os": "Linux-6", "python": "3.11.7", "gpu": "NVIDIA H100",
+}  # fmt: skip
+
+
+def test_who_trained_it_stays_in_wandbs_folder(uri, client, tmp_path):
+    """A person's name reaches MLflow only in what the user logged: the account, the host and the folders do not."""
+    records = [run_record(entity="nele-entity", host="neles-laptop"), *some_rows(0, 2), exit_record()]
+    files = write_log(tmp_path, records).parent / "files"
+    (files / "mine").mkdir(parents=True)
+    (files / "wandb-metadata.json").write_text(json.dumps(WHO))
+    (files / "config.yaml").write_text("_wandb:\n  value:\n    e:\n      x:\n        email: nele@example.org\n")
+    (files / "conda-environment.yaml").write_text("prefix: /home/nele/conda\n")
+    (files / "mine" / "config.yaml").write_text("width: 3\n")  # the user's own, by wandb's name
+
+    said = bring(uri, "who", tmp_path)
+    run = only_run(client, "who")
+    all_of_it = str(run.to_dictionary()) + "".join(text_of(client, run, it, tmp_path) for it in artifacts(client, run))
+
+    assert "nele" not in (said + all_of_it).lower().replace(str(tmp_path).lower(), "")
+    kept = json.loads(text_of(client, run, "wandb/offline-run-20260101_000000-r1/metadata.json", tmp_path))
+    assert kept == {"os": "Linux-6", "python": "3.11.7", "gpu": "NVIDIA H100", "git": {"commit": "c0ffee"}}
+    assert "mine/config.yaml" in set(artifacts(client, run))
+    assert "nothing new" in bring(uri, "who", tmp_path)
+
+
+def test_two_entities_runs_of_one_name_stay_two_runs(uri, client, tmp_path):
+    for entity in ("nele", "ada"):
+        write_log(tmp_path / entity, [run_record(entity=entity), *some_rows(0, 2), exit_record()])
+        bring(uri, "two entities", tmp_path / entity)
+
+    assert len(client.search_runs([client.get_experiment_by_name("two entities").experiment_id])) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"git": null}'])
+def test_damaged_metadata_of_wandb_keep_nothing_back(uri, tmp_path, content):
+    log = write_log(tmp_path, [run_record(), *some_rows(0, 2), exit_record()])
+    (log.parent / "files").mkdir()
+    (log.parent / "files" / "wandb-metadata.json").write_text(content)
+
+    assert "2 points" in bring(uri, f"damaged {content!r}", tmp_path)
+
+
 def test_one_bad_file_keeps_no_other_back(uri, client, tmp_path):
     good = write_log(tmp_path, [run_record(), *some_rows(0, 2), exit_record()])
     bad = tmp_path / "wandb" / "run-bad" / "run-bad.wandb"

@@ -42,8 +42,15 @@ def items(number, values):
     return b"".join(field(number, item(path, value)) for path, value in values.items())
 
 
-def run_record(*, run_id="r1", project="p", name="a run", config=None, seconds=1_700_000_000):
-    body = field(1, run_id) + field(3, project) + field(8, name) + field(17, field(1, seconds) + field(2, 5_000_000))
+def run_record(*, run_id="r1", project="p", name="a run", config=None, seconds=1_700_000_000, entity="", host=""):
+    body = (
+        field(1, run_id)
+        + field(2, entity)
+        + field(3, project)
+        + field(8, name)
+        + field(13, host)
+        + field(17, field(1, seconds) + field(2, 5_000_000))
+    )
     return field(17, body + field(4, items(1, config or {})))
 
 
