@@ -1,6 +1,7 @@
 """Pictures that need embeddings or single predictions, and so are drawn where the data are, and only there.
 
-They may name people: a site keeps them in its own folder and sends them, if anywhere, to a tracking of its own.
+A site keeps them in its own folder and sends them, if anywhere, to a tracking of its own.  That may be another machine,
+so people are numbers here too: the classes of the head.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ def private_pictures(
     figures: dict[str, SavesFigure] = {}
     predicted, labels = closed_set_predictions(recogniser, pack, Split.TEST_PICTURES, compute)
     if len(labels):
-        names = [pack.people[person] for person in pack.training_people.tolist()]
+        names = [str(label) for label in range(pack.num_classes)]
         title = f"Confusion of people seen in training, {client}"
         figures["confusion.png"] = confusion_of_predictions(predicted, labels, names, title=title)
     if len(pack.indices(Split.TEST_PEOPLE)) > 1:
