@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from clients.egress import record_egress
 from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
+from clients.own_record import keep_round
 from clients.site import SiteSettings
 from common import wire
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
@@ -70,7 +71,10 @@ def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, 
     if task.kind == "join":
         return wire.site_content(join(workplace))
     if task.kind == "train":
-        return wire.reply_content(train(workplace, task, shared, began=began))
+        with keep_round(site, task, workplace.settings, num_pictures=len(workplace.pack)) as kept:
+            reply = train(workplace, task, shared, began=began)
+            kept(reply)
+        return wire.reply_content(reply)
     return wire.reply_content(evaluate_global(workplace, task, shared))
 
 

@@ -1,6 +1,8 @@
 """What a site keeps of a run for itself: its own model, its test figures and pictures, a tracking of its own."""
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from clients.site import SiteSettings
@@ -9,13 +11,15 @@ from common.errors import FaceFedError
 from common.evaluation import evaluate
 from common.faces.pack import FacePack
 from common.gallery import private_pictures
+from common.metrics.training import train_metrics
 from common.models.recogniser import Recogniser
+from common.runtime import resolve_device
 from common.settings import Settings, TrackingSettings
-from common.tracking.hardware import gpu_type
-from common.tracking.run import TrackedRun, finishing, open_run
+from common.tracking.hardware import gpu_type, sample_hardware
+from common.tracking.run import SavesFigure, TrackedRun, finishing, open_run
 from common.training import Compute
 from common.version import facefed_version, git_commit
-from common.wire import Task
+from common.wire import Reply, Task, counts_nbytes
 
 log = logging.getLogger("facefed.client")
 
@@ -33,31 +37,64 @@ def export_own_model(site: SiteSettings, task: Task, settings: Settings, recogni
         write_tensors(site.state_dir / "export" / f"{task.run_id}.safetensors", backbone, notes)
 
 
+@contextlib.contextmanager
+def keep_round(
+    site: SiteSettings, task: Task, settings: Settings, *, num_pictures: int
+) -> Iterator[Callable[[Reply], None]]:
+    """Record a round's training in this site's own folder, and meanwhile how busy its machine is.
+
+    Yields what is called with the round's reply.  A failure costs a warning, never the round.
+    """
+    device = resolve_device(site.device)
+    with contextlib.ExitStack() as at_end:
+        tracked = None
+        try:
+            tracked = _open(site, task, settings, num_pictures, device, delivers=False)
+            at_end.callback(tracked.pause)
+            sample_hardware(tracked, settings.tracking)
+        except (FaceFedError, OSError) as error:
+            log.warning("this client's own figures of round %d are not kept: %s", task.server_round, error)
+
+        def told(reply: Reply) -> None:
+            if tracked:
+                size = 0 if reply.change is None else reply.change.nbytes
+                sizes = {"bytes_down": float(size), "bytes_up": float(size + counts_nbytes(reply))}
+                tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
+
+        yield told
+
+
 def keep_own_record(
     site: SiteSettings, task: Task, settings: Settings, recogniser: Recogniser, pack: FacePack, compute: Compute
 ) -> None:
-    """Draw and measure the best global model on this site's own test data, into this site's own folder and tracking.
+    """Measure the best global model on this site's own test data, and draw it, for its own folder and tracking.
 
+    Where the site has an MLflow of its own, all that the rounds left in the folder is sent there now.
     A failure costs a warning, never the run.
     """
-    if settings.tracking.plots == "none":
+    draws = settings.tracking.plots != "none"
+    if not draws and not site.tracking_uri:
         return
     try:
-        tracked = _open(site, task, settings, len(pack), compute.device)
+        tracked = _open(site, task, settings, len(pack), compute.device, delivers=bool(site.tracking_uri))
         with finishing(tracked):
             scores = evaluate(recogniser, pack, "test", compute).scores()
             tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=task.server_round)
             tracked.log_dict({"round": task.server_round, "test": scores}, "metrics.json")
-            pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
+            pictures: Mapping[str, SavesFigure] = {}
+            if draws:
+                pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
             for name, figure in pictures.items():
                 tracked.log_figure(figure, f"plots/{name}")
     except (FaceFedError, OSError) as error:
         log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
 
 
-def _open(site: SiteSettings, task: Task, settings: Settings, num_pictures: int, device: str) -> TrackedRun:
+def _open(
+    site: SiteSettings, task: Task, settings: Settings, num_pictures: int, device: str, *, delivers: bool
+) -> TrackedRun:
     return open_run(
-        TrackingSettings(enabled=bool(site.tracking_uri), tensorboard="none"),
+        TrackingSettings(enabled=delivers, tensorboard="none"),
         uri=site.tracking_uri,
         folder=own_folder(site, task.run_id),
         experiment=f"{settings.tracking.experiment_prefix}_client_{site.name}",

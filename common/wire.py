@@ -98,6 +98,12 @@ class Reply:
     change: NDArray[np.float32] | None  # flat; None after evaluate
 
 
+def counts_nbytes(reply: Reply) -> int:
+    """The size of a reply's counts: its arrays but the change."""
+    sums = reply.evaluations.values()
+    return sum(array.nbytes for s in sums for array in (s.pairs, s.twins, s.folds, s.confusion))
+
+
 def _task_record(task: Task) -> ConfigRecord:
     return ConfigRecord(dataclasses.asdict(task))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from common.evaluation import EvaluationSums, pooled
 from common.events import EventLog
+from common.metrics.training import own_seconds, train_metrics
 from common.metrics.verification import roc_auc, roc_curve
 from common.plots import curves, verification
 from common.plots.comparison import client_comparison
@@ -17,7 +18,7 @@ from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
 from server.runs import federated_kind, write_run_file
-from server.scores import client_metrics, figures, merged_train, open_scores, own_seconds, train_metrics
+from server.scores import client_metrics, figures, merged_train, open_scores
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from common.errors import NotEnoughClients, ReplyRefused
 from common.parameters import Manifest
 from common.precision import threads_for
 from common.settings import Settings
+from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
 from server.aggregate import WeightedChange
 from server.checkpointing import RunCheckpoints
@@ -115,7 +116,7 @@ class Federation:
 
     def _tasks(self, kind: str, step: int, members: Mapping[str, Member], splits: str) -> dict[str, Task]:
         """The task of each member by name; clients of one machine get equal precision and divided cores."""
-        settings_json = config.to_json(self.settings)
+        settings_json = config.to_json(without_secrets(self.settings))
         first_on: dict[tuple[str, str], Member] = {}
         for member in members.values():
             first_on.setdefault((member.site.machine, member.site.device), member)
@@ -219,12 +220,9 @@ class Federation:
 
     def _costs(self, client: str, reply: Reply) -> dict[str, float]:
         """Bytes each way and seconds of one client's answer to a training task."""
-        counts = sum(
-            array.nbytes for s in reply.evaluations.values() for array in (s.pairs, s.twins, s.folds, s.confusion)
-        )
         return {
             "bytes_down": float(self.manifest.num_bytes),
-            "bytes_up": float(self.manifest.num_bytes + counts),
+            "bytes_up": float(self.manifest.num_bytes + wire.counts_nbytes(reply)),
             "answer_seconds": self.clock.answer_seconds(client),
         }
 

@@ -22,6 +22,7 @@ from common.tracking.experiments import experiment_id
 from common.tracking.model_delivery import deliver_model
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
+from common.tracking.stores import open_client
 
 METRICS_PER_CALL = 1000  # MLflow's own limits
 NAMES_PER_CALL = 100
@@ -43,8 +44,9 @@ def quieten() -> None:
 
     # Its model classes, when the first model is logged.
     warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
+    # What goes wrong is told by our own one line; MLflow shows 60 of them each time that its database is away.
     for chatty in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
 class Delivery:
@@ -54,14 +56,13 @@ class Delivery:
         """uri: resolved.  folder: the run's folder.  sent: what the server has; its run ids are filled in here.
 
         Experiments made in a PostgreSQL or MySQL database without a server keep artifacts beside the run's folder, in
-        `mlruns` (see `experiment_id`).
+        `mlruns` (see `experiment_id`).  Raises TrackingError when such a database cannot be opened now.
         """
-        from mlflow import MlflowClient
-
         self._uri = uri
         self._folder = folder
         self._sent = sent
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._begun: dict[str, dict[str, Any]] = {}  # runs that this object began, until they end: tags and params
+        self._client = open_client(uri)
 
     def send(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Send entries in their order; the metrics between two events travel together, one call for each run."""
@@ -129,6 +130,7 @@ class Delivery:
             self._send_model(run, entry)
         elif kind == "finish":
             self._client.set_terminated(self._run_id(run), status=entry["status"], end_time=entry["time_ms"])
+            self._begun.pop(run, None)
         else:
             _log.warning("Tracking: the spool's event %r is unknown here and is not sent.", kind)
 
@@ -155,6 +157,9 @@ class Delivery:
     def _start(self, run: str, entry: Mapping[str, Any]) -> None:
         """Create the run, or open it again; a run that was deleted on the server is made anew, with all its record."""
         known = self._sent.run_ids.get(run)
+        begun = {name: entry[name] for name in ("tags", "params")}
+        if known and self._begun.get(run) == begun:  # it paused and went on; the server was told
+            return
         if not known:
             self._sent.run_ids[run] = self._find_or_create(run, entry)
         elif self._is_active(known):
@@ -165,6 +170,7 @@ class Delivery:
             raise StartOver(f"run {known} is gone from {shown_uri(self._uri)}")
         self._send_tags(run, entry["tags"])
         self._send_params(run, entry["params"])
+        self._begun[run] = begun
 
     def _recover(self, run: str, time_ms: int) -> None:
         """Make a run whose first line is damaged, so that the rest of its record has a place."""

@@ -10,8 +10,14 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+from common.settings import TrackingSettings
+
+if TYPE_CHECKING:
+    from common.tracking.record import TrackedRun
 
 MB = 1e6
 MIB = 2**20
@@ -61,6 +67,14 @@ class HardwareSampler:
                 self._record({name: round(value, 1) for name, value in (sample | gpus).items()})
         except Exception as error:  # whatever it is: training goes on
             _log.warning("System metrics: no more samples (%s).", error)
+
+
+def sample_hardware(run: "TrackedRun", tracking: TrackingSettings) -> None:
+    """Make how busy this machine is part of a run, every `system_metrics_s`, until it is finished or paused."""
+    if isinstance(tracking.system_metrics_s, float):
+        sampler = HardwareSampler(run.log_system_metrics, tracking.system_metrics_s, run.folder)
+        run.before_finish(sampler.stop)
+        sampler.start()
 
 
 def _network_bytes() -> tuple[int, int]:

@@ -233,6 +233,20 @@ class TrackedRun:
         """Wait until MLflow has everything; False when tracking is off, the server is away or the time is up."""
         return self._sender is not None and self._sender.flush(timeout_s)
 
+    def pause(self) -> None:
+        """Stop recording without an end of the run, which goes on when its folder is opened again.
+
+        For a run that is kept in its folder alone: raises ValueError for one that goes to MLflow, or is nested.
+        """
+        if self._name or self._sender:
+            raise ValueError(f"run {self.folder.name!r} is nested or goes to MLflow; finish it")
+        while self._before_finish:
+            self._before_finish.pop()()
+        self._finished = True
+        if self._board:
+            self._board.close()
+        self._spool.close()
+
     def finish(self, status: str, timeout_s: float = FINISH_TIMEOUT_S) -> None:
         """End the run (and its nested runs) as "FINISHED", "FAILED" or "KILLED" and send the rest, within bounds.
 

@@ -7,9 +7,11 @@ import pytest
 from tiny_federation import settings_with, task_for, tiny_workplace
 
 from clients import own_record
-from clients.own_record import export_own_model, keep_own_record, own_folder
+from clients.local_update import train
+from clients.own_record import export_own_model, keep_own_record, keep_round, own_folder
 from common.checkpoints import read_tensors
 from common.errors import DataError
+from common.parameters import flatten
 from common.tracking import spool
 from common.training import Compute
 
@@ -86,3 +88,81 @@ def test_a_site_keeps_its_own_model_only_where_there_is_no_common_one(tmp_path, 
         tensors, notes = read_tensors(path)
         assert set(tensors) == {f"backbone.{name}" for name in workplace.recogniser.backbone.state_dict()}
         assert notes["round"] == "2"
+
+
+# ---- round by round
+
+
+def trained_rounds(folder, rounds, uri="", **values):
+    """The tiny client alpha answers `rounds` training tasks, through `clients.app.handle`'s own way."""
+    settings = settings_with(**({"tracking__system_metrics_s": 0.05, "tracking__plots": "none"} | values))
+    workplace = tiny_workplace(settings, folder)
+    site = dataclasses.replace(workplace.site, tracking_uri=uri)
+    shared = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    for server_round in range(1, rounds + 1):
+        task = task_for(workplace.manifest, settings, server_round=server_round, splits="val")
+        with keep_round(site, task, settings, num_pictures=len(workplace.pack)) as kept:
+            kept(train(workplace, task, shared))
+    return workplace, site, settings
+
+
+def spooled(folder):
+    return [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
+
+
+def test_each_round_leaves_its_figures_and_the_machines_use_in_the_sites_own_folder(tmp_path):
+    workplace, site, _ = trained_rounds(tmp_path, 2)
+    rows = [row for row in spooled(own_folder(site, "run-1")) if "key" in row]
+    for name in (
+        "train_loss",
+        "gradient_norm",
+        "images_per_second",
+        "receive_seconds",
+        "train_seconds",
+        "send_seconds",
+    ):
+        assert [row["step"] for row in rows if row["key"] == name] == [1, 2], name
+    assert {row["value"] for row in rows if row["key"] == "bytes_down"} == {workplace.manifest.num_bytes}
+    counts = 8 * (2 * 8192 * 2 + 10 * 2 * 1024 + 6 * 6)  # pairs, twins, folds, and six people's confusion, of one split
+    assert {row["value"] for row in rows if row["key"] == "bytes_up"} == {workplace.manifest.num_bytes + counts}
+    used = [row["step"] for row in rows if row["key"] == "system/cpu_utilization_percentage"]
+    assert used == list(range(len(used)))
+    assert len(used) >= 2
+
+
+def test_a_sites_own_mlflow_gets_all_rounds_at_the_end_as_one_run(tmp_path):
+    uri = f"sqlite:///{tmp_path}/own.db"
+    workplace, site, settings = trained_rounds(tmp_path, 3, uri)
+    assert not (tmp_path / "own.db").exists()  # rounds wait for nothing and nobody
+    first = spooled(own_folder(site, "run-1"))[0]["time_ms"]
+    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=3, last=True)
+    keep_own_record(site, task, settings, workplace.recogniser, workplace.pack, CPU)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    [run] = client.search_runs([client.get_experiment_by_name("facial_recognition_client_alpha").experiment_id])
+    assert (run.info.status, run.info.start_time) == ("FINISHED", first)
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2, 3]
+    assert "test_roc_auc" in run.data.metrics
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert not client.list_artifacts(run.info.run_id, "plots")
+
+
+def test_a_folder_in_use_costs_the_rounds_figures_and_not_the_round(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(spool, "LOCK_WITHIN_S", 0.1)
+    other = spool.Spool(tmp_path / "alpha" / "runs" / "run-1")
+    trained_rounds(tmp_path, 1)
+    other.close()
+    assert "this client's own figures of round 1 are not kept: " in caplog.text
+
+
+def test_a_round_that_fails_leaves_the_folder_free(tmp_path):
+    settings = settings_with()
+    workplace = tiny_workplace(settings, tmp_path)
+    task = task_for(workplace.manifest, settings)
+    with (
+        pytest.raises(DataError, match="broken"),
+        keep_round(workplace.site, task, settings, num_pictures=1),
+    ):
+        raise DataError("broken")
+    spool.Spool(own_folder(workplace.site, task.run_id)).close()
