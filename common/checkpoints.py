@@ -13,12 +13,15 @@ from torch import Tensor
 from common.errors import CheckpointError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part of it."""
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Replace a file in one step: readers see the old or the new content, never a part of it.
+
+    mode: of the file, less what the user's umask takes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from common.runtime import stream_seed
 from common.settings import Settings
 from common.tracking.registry import register_model
 from common.tracking.run import TrackedRun
+from common.tracking.settings import without_secrets
 from common.wire import Task
 from server.checkpointing import RunCheckpoints
 from server.history import History
@@ -29,7 +30,7 @@ from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation, Outcome
 from server.run_folder import new_run_folder
-from server.runs import begin_tracking, federated_kind
+from server.runs import CONFIG_FILE, begin_tracking, federated_kind
 
 log = logging.getLogger("facefed.server")
 
@@ -131,7 +132,7 @@ def _federate(
         roster=Roster(
             mailbox,
             settings.federation,
-            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(settings)),
+            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(without_secrets(settings))),
             events=events,
             patience=patience,
             all_nodes_are_here=surroundings.all_nodes_are_here,
@@ -162,6 +163,8 @@ def main(grid: Grid, context: Context) -> None:
     settings = config.from_json(text) if text else Settings()
     given = str(context.run_config.get("run-folder", ""))
     folder = Path(given) if given else new_run_folder(settings)
+    if given:  # Flower hands the run config to every client, so it has no secrets
+        settings = config.load(folder / CONFIG_FILE)
     federate(
         settings,
         GridMailbox(grid),

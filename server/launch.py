@@ -17,8 +17,10 @@ from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, Interrupt
 from common.events import OUTCOME_FILE, STOP_FILE
 from common.processes import child_environment, require_free_port, start, stop
 from common.settings import Settings
+from common.tracking.settings import without_secrets
 from common.version import facefed_version, git_commit
 from server.bundle import write_bundle
+from server.runs import write_config_file
 
 log = logging.getLogger("facefed.server")
 
@@ -105,12 +107,13 @@ class Launch:
             f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n', encoding="utf-8"
         )
         run_config = {
-            "settings": config.to_json(self._settings),
+            "settings": config.to_json(without_secrets(self._settings)),
             "run-folder": str(self._folder),
             "git-commit": git_commit(),
         }
         config_file = self._folder / "flwr" / "run-config.toml"
         config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()), encoding="utf-8")
+        write_config_file(self._folder, self._settings)
         bundle = write_bundle(self._folder / "flwr" / "facefed", facefed_version())
         answer = self._flwr("run", str(bundle), CONNECTION, "--run-config", str(config_file), "--format", "json")
         if not answer.get("success"):

@@ -8,11 +8,14 @@ from pathlib import Path
 from common import config
 from common.checkpoints import write_bytes, write_json
 from common.settings import Settings
-from common.tracking.hardware import HardwareSampler, gpu_type
+from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import TrackedRun, open_run
+from common.tracking.settings import without_secrets
 from common.version import facefed_version
 
 RUN_FILE = "run.json"  # what kind of run a folder holds
+CONFIG_FILE = "config.toml"  # its settings, resolved
+_SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where that differs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class RunKind:
 
 def flat_params(settings: Settings) -> dict[str, object]:
     """Every setting as one tracking parameter, "model.backbone": "resnet18"."""
-    return {f"{section}.{k}": v for section, values in config.to_mapping(settings).items() for k, v in values.items()}
+    shown = config.to_mapping(without_secrets(settings))
+    return {f"{section}.{k}": v for section, values in shown.items() for k, v in values.items()}
 
 
 def _guide_params(settings: Settings) -> dict[str, object]:
@@ -76,6 +80,20 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
     write_json(folder / RUN_FILE, about)
 
 
+def write_config_file(folder: Path, settings: Settings) -> Path:
+    """Write the resolved settings as RUN/config.toml; returns the file that others may see.
+
+    Where the tracking address has a password, config.toml is for this user alone and the other file is without it.
+    """
+    shown, own = without_secrets(settings), folder / CONFIG_FILE
+    if shown == settings:
+        write_bytes(own, config.to_toml(settings).encode())
+        return own
+    write_bytes(own, config.to_toml(settings).encode(), mode=0o600)
+    write_bytes(folder / _SHOWN_CONFIG_FILE, config.to_toml(shown).encode())
+    return folder / _SHOWN_CONFIG_FILE
+
+
 def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
     """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json.
 
@@ -115,13 +133,11 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
 
     def prepare() -> None:
         write_run_file(folder, settings, kind, kind.clients)
-        write_bytes(folder / "config.toml", config.to_toml(settings).encode())
+        write_config_file(folder, settings)
 
     params = all_params(settings, kind)
     tracked = _open(settings, folder, commit, dataclasses.replace(kind, params=params), prepare)
-    tracked.log_file(folder / "config.toml", "config.toml")
-    if isinstance(settings.tracking.system_metrics_s, float):
-        sampler = HardwareSampler(tracked.log_system_metrics, settings.tracking.system_metrics_s, folder)
-        tracked.before_finish(sampler.stop)
-        sampler.start()
+    shown = folder / _SHOWN_CONFIG_FILE
+    tracked.log_file(shown if shown.exists() else folder / CONFIG_FILE, CONFIG_FILE)
+    sample_hardware(tracked, settings.tracking)
     return tracked

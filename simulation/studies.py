@@ -16,6 +16,7 @@ from common import config
 from common.errors import InterruptedRun
 from common.settings import Settings
 from common.tracking.run import TrackedRun, finishing
+from common.tracking.settings import without_secrets
 from common.version import git_commit
 from server.runs import RunKind, all_params, begin_tracking
 from simulation.baselines import kind_of
@@ -61,7 +62,7 @@ def nested_run(
     kind = kind_of("twins", trainee, {site.name: site})
     child = parent.child(name, {**kind.tags, **tags})
     child.log_params(all_params(trainee.settings, kind))
-    child.log_text(config.to_toml(trainee.settings), "config.toml")
+    child.log_text(config.to_toml(without_secrets(trainee.settings)), "config.toml")
     return child
 
 

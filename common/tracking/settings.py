@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common import config
 from common.settings import Settings
-from common.tracking.address import resolve_uri
+from common.tracking.address import resolve_uri, shown_uri
 from common.tracking.tensorboard import OFF
 
 
@@ -20,3 +20,9 @@ def with_absolute_uri(settings: Settings, base: Path) -> Settings:
     if not tracking.enabled:
         return settings
     return config.with_value(settings, "tracking", "uri", resolve_uri(tracking.uri, base))
+
+
+def without_secrets(settings: Settings) -> Settings:
+    """The settings as others may see them, such as clients and MLflow: no user and password in the tracking address."""
+    shown = shown_uri(settings.tracking.uri)
+    return settings if shown == settings.tracking.uri else config.with_value(settings, "tracking", "uri", shown)
