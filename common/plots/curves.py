@@ -132,8 +132,8 @@ def _points(rows: Rows, metric: str) -> tuple[list[float], list[float]]:
 
 
 def _best(rows: Rows, auc: str) -> tuple[float, float] | None:
-    """The step with the highest AUC and that AUC; the first of equals."""
-    steps, values = _points(rows, auc)
+    """The step with the highest AUC and that AUC; the first of equals.  Step 0 is never chosen: it is untrained."""
+    steps, values = _points([row for row in rows if row["step"] > 0], auc)
     if not values:
         return None
     highest = max(values)

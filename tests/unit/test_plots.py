@@ -75,6 +75,7 @@ def test_convergence_marks_the_round_with_the_best_validation_auc():
     rounds[3]["round_val_auc"] = 0.95
     rounds[4]["round_val_auc"] = 0.95  # the first of equals is meant
     rounds[5]["round_test_auc"] = 0.99  # test is never a choice
+    rounds[0]["round_val_auc"] = 0.99  # nor is the untrained model
     figure = convergence(rounds)
     for axes in figure.axes:
         marks = [line for label, line in _lines(axes).items() if label.startswith("best round: 3")]
