@@ -87,6 +87,19 @@ def check_database(uri: str) -> str:
     return uri
 
 
+def open_client(uri: str) -> Any:  # noqa: ANN401 - MlflowClient
+    """MLflow's client of an address from `resolve_uri`, tracking and registry.
+
+    Asks a PostgreSQL or MySQL database first: MLflow would try one that refuses again for 100 s, and hold up every
+    other database of this process meanwhile.  Raises TrackingError.
+    """
+    from mlflow import MlflowClient
+
+    if sqlite_path(uri) is None and not uri.startswith(SERVERS):
+        check_database(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
 def check_artifacts(text: str, base: Path) -> str:
     """`--artifacts` as MLflow takes it: a folder, which is made, or s3://BUCKET/PREFIX, which is asked for.
 

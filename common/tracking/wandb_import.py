@@ -21,6 +21,7 @@ from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import METRICS_PER_CALL, NAMES_PER_CALL, NONFINITE_TAG, quieten
 from common.tracking.experiments import experiment_id
 from common.tracking.sender import short_reason
+from common.tracking.stores import open_client
 from common.tracking.wandb_file import Damage
 from common.tracking.wandb_mapping import (
     FILES_ABOUT_PEOPLE,
@@ -71,15 +72,13 @@ class Importer:
     def __init__(self, uri: str, experiment: str) -> None:
         """uri: from `resolve_uri`.  experiment: made where missing; empty for each run's own wandb project."""
         quieten()
-        from mlflow import MlflowClient
-
         self._uri = uri
         self._experiment = experiment
         database = sqlite_path(uri)
         if database:
             database.parent.mkdir(parents=True, exist_ok=True)
         with self._one_line():
-            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self._client = open_client(uri)
 
     def send(self, log: Path, facts: RunFacts) -> Imported:
         """Send what of a log MLflow has not.  facts: from `read_facts`.  Raises TrackingError: MLflow takes nothing."""
