@@ -16,6 +16,7 @@ from pathlib import Path
 
 from programs import BIN, free_port
 
+from common.processes import be_killed_with_parent
 from tests.conftest import skip_or_fail
 
 READY_WITHIN_S = 120.0
@@ -63,6 +64,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=be_killed_with_parent,  # even where pytest itself is killed
             )
 
     def _as_account(self) -> dict[str, object]:

@@ -226,7 +226,8 @@ def test_a_database_that_dies_under_its_server_costs_nothing(house, tmp_path, ca
     record.assert_whole(client_of(server), DIRECT, "alone", registers=False)
     away = [line for line in caplog.messages if "cannot be used now" in line]
     again = [line for line in caplog.messages if "takes records again" in line]
-    assert (len(away), len(again), len(caplog.messages)) == (2, 2, 4), caplog.messages
+    assert (len(away), len(again)) == (2, 2), caplog.messages
+    assert {one.name.partition(".")[0] for one in caplog.records} == {"facefed"}  # MLflow tells 60 lines each time
     assert PASSWORD not in caplog.text
 
 
