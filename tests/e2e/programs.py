@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,23 @@ class Ended:
 class Program:
     """A started program, in a process group of its own, with its output in files."""
 
-    def __init__(self, name: str, *arguments: object, cwd: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        *arguments: object,
+        cwd: Path,
+        wrapper: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """wrapper: a command that becomes the program, such as `nsenter`.  environment: instead of this process's."""
         self.cwd, self._mark = cwd, uuid.uuid4().hex
         self.log = cwd / f"{name}-{self._mark[:6]}"
         self._out, self._err = self.log.with_suffix(".out"), self.log.with_suffix(".err")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "FLWR_HOME"))}
+        inherited = os.environ if environment is None else environment
+        environment = {k: v for k, v in inherited.items() if not k.startswith(("MLFLOW_TRACKING", "FLWR_HOME"))}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [str(BIN / name), *map(str, arguments)],
+                [*wrapper, str(BIN / name), *map(str, arguments)],
                 cwd=cwd,
                 env=environment | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
@@ -141,9 +151,9 @@ class Programs:
         self.cwd = cwd
         self._started: list[Program] = []
 
-    def start(self, name: str, *arguments: object) -> Program:
-        """Start a program in the folder."""
-        program = Program(name, *arguments, cwd=self.cwd)
+    def start(self, name: str, *arguments: object, **how: object) -> Program:
+        """Start a program in the folder; how: `Program`'s wrapper and environment."""
+        program = Program(name, *arguments, cwd=self.cwd, **how)
         self._started.append(program)
         return program
 
