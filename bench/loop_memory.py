@@ -42,7 +42,7 @@ class StandIns:
         ids = []
         for message in messages:
             ids.append(str(next(self._numbers)))
-            self._waiting[ids[-1]] = (message.metadata.dst_node_id, wire.read_task(message)[0])
+            self._waiting[ids[-1]] = (message.metadata.dst_node_id, wire.read_task(message.content)[0])
             self._originals[ids[-1]] = message
         return ids
 

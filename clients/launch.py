@@ -1,4 +1,4 @@
-"""`flower-client`: keeps one SuperNode running for a site, across runs and server restarts, until told to stop."""
+"""`flower-client`: keeps a site's SuperNode and trainer running, across runs and servers, until told to stop."""
 
 import fcntl
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from clients.residence import Trainer, follow
 from clients.site import SiteSettings
 from common.errors import FaceFedError, InterruptedRun, UserError
 from common.events import LAST_TASK_FILE, SHOWN
@@ -20,7 +21,6 @@ from common.processes import can_connect, child_environment, free_port, start, s
 log = logging.getLogger("facefed.client")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-LOG_KEPT_BYTES = 10_000_000
 ROUND = re.compile(r"\[RUN (\d+), ROUND (\d+)\]")
 
 
@@ -62,8 +62,9 @@ class Launch:
                     f"--state-dir {self._site.state_dir} is in use by another flower-client; give each its own --name."
                 ) from None
             self._last_task().unlink(missing_ok=True)
-            self._wait_for_server(self._options.connect_timeout_s)
-            self._serve()
+            with Trainer(self._site, self._notice) as trainer:  # it imports torch while we wait for the server
+                self._wait_for_server(self._options.connect_timeout_s)
+                self._serve(trainer)
 
     def _open_lock(self) -> IO[str]:
         folder = self._site.state_dir
@@ -94,11 +95,11 @@ class Launch:
                 raise InterruptedRun("stopped by the user")
             pause = min(pause * 2, LONGEST_PAUSE_S)
 
-    def _serve(self) -> None:
+    def _serve(self, trainer: Trainer) -> None:
         pause = FIRST_PAUSE_S
         while True:
             started = time.monotonic()
-            if self._one_supernode():
+            if self._one_supernode(trainer):
                 return
             if self._options.once and self._round:
                 raise FaceFedError(f"the server went in round {self._round}, before the run was over.")
@@ -108,20 +109,21 @@ class Launch:
                 raise InterruptedRun("stopped by the user")
             self._wait_for_server(float("inf"))
 
-    def _one_supernode(self) -> bool:
+    def _one_supernode(self, trainer: Trainer) -> bool:
         """Run one SuperNode until it ends or its server goes; True when a run is over and one was asked for."""
         state = self._site.state_dir
         self._answered_last = False
-        process = start(self._command(), environment=child_environment(state / "flwr"), output=subprocess.PIPE)
-        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
-        reader.start()
+        process = start(
+            self._command(trainer.folder), environment=child_environment(state / "flwr"), output=subprocess.PIPE
+        )
+        reader = follow(process, state / "supernode.log", self._notice)
         try:
-            return self._until_over(process)
+            return self._until_over(process, trainer)
         finally:
             stop(process)
             reader.join(timeout=5)
 
-    def _until_over(self, process: subprocess.Popen[bytes]) -> bool:
+    def _until_over(self, process: subprocess.Popen[bytes], trainer: Trainer) -> bool:
         """Until the SuperNode ends or its server goes; True when that was the end of the one run asked for.
 
         To leave right after the last answer would be too early: Flower throws away what a node sent that has left
@@ -131,6 +133,7 @@ class Launch:
         while process.poll() is None and misses < 3:
             if self._stop.wait(0.5):
                 raise InterruptedRun("stopped by the user")
+            trainer.keep_alive()
             # Flower's SuperNode retries for ever against a new server that does not know it.
             misses = 0 if can_connect(self._options.host, self._options.port) else misses + 1
         if self._options.once and self._answered_last:
@@ -139,18 +142,8 @@ class Launch:
         self._say(f"the server at {self._options.host}:{self._options.port} {what}; waiting for the next one")
         return False
 
-    def _command(self) -> list[str]:
-        site = self._site
-        node_config = {
-            "name": site.name,
-            "dataset": site.dataset,
-            "data-dir": str(site.data_dir),
-            "device": site.device,
-            "state-dir": str(site.state_dir),
-            "cache-dir": str(site.cache_dir),
-            "tracking-uri": site.tracking_uri,
-        }
-        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+    def _command(self, trainer: Path) -> list[str]:
+        """Others can read it: what the site keeps for itself is told to the trainer alone."""
         return [
             "flower-supernode",
             "--insecure",
@@ -159,19 +152,8 @@ class Launch:
             "--port",
             str(free_port()),
             "--node-config",
-            f"{pairs} pack-workers={site.pack_workers}",
+            f"name={json.dumps(self._site.name)} trainer={json.dumps(str(trainer))}",
         ]
-
-    def _read(self, output: IO[bytes]) -> None:
-        """Keep the SuperNode's log, and say its few interesting lines in our words."""
-        path = self._site.state_dir / "supernode.log"
-        if path.exists() and path.stat().st_size > LOG_KEPT_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        with path.open("ab") as kept:
-            for raw in output:
-                kept.write(raw)
-                kept.flush()
-                self._notice(raw.decode(errors="replace"))
 
     def _notice(self, line: str) -> None:
         found = ROUND.search(line)

@@ -121,12 +121,12 @@ def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s:
     return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=str(task.server_round))
 
 
-def read_task(message: Message) -> tuple[Task, NDArray[np.float32] | None]:
-    """The inverse of `task_message` at the client.  Raises ReplyRefused for a message that is none of ours."""
+def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
+    """The inverse of `task_message` at the client, from a message's content.  Raises ReplyRefused for none of ours."""
     try:
-        fields: dict[str, Any] = dict(message.content[TASK])
+        fields: dict[str, Any] = dict(content[TASK])
         task = Task(**fields)
-        arrays = message.content.get(ARRAYS)
+        arrays = content.get(ARRAYS)
         return task, None if arrays is None else _array(typing.cast("Mapping[str, Any]", arrays), SHARED)
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None

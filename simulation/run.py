@@ -23,7 +23,7 @@ from ray._private import services
 from ray._private.state import actors
 from ray._private.worker import global_worker
 
-from clients.app import build_client_app
+from clients.answer import build_client_app
 from clients.site import SiteSettings
 from common.checkpoints import read_json
 from common.console import stopping_on_signals

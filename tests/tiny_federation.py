@@ -16,7 +16,7 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from clients.app import handle
+from clients.answer import handle
 from clients.local_update import Workplace
 from clients.site import SiteSettings
 from common import config, wire
@@ -171,7 +171,7 @@ class ScriptedMailbox:
         ids = []
         for message in messages:
             node = message.metadata.dst_node_id
-            task, shared = wire.read_task(message)
+            task, shared = wire.read_task(message.content)
             self.tasks.append((node, task))
             self.models.append(None if shared is None else shared.copy())
             ids.append(f"message-{len(self.tasks)}")
@@ -181,7 +181,7 @@ class ScriptedMailbox:
     def receive(self, message_id: str) -> Message | None:
         message = self._waiting[message_id]
         script = self.nodes.get(message.metadata.dst_node_id)
-        return None if script is None else script(wire.read_task(message)[0], message)
+        return None if script is None else script(wire.read_task(message.content)[0], message)
 
 
 def roster_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path, *, all_here: bool = False) -> Roster:
@@ -285,7 +285,7 @@ Tamper = Callable[[str, Task, Message], Message]
 
 
 class InProcessMailbox:
-    """A Mailbox whose nodes are clients in this process, answered by `clients.app.handle` itself."""
+    """A Mailbox whose nodes are clients in this process, answered by `clients.answer.handle` itself."""
 
     def __init__(self, names: Iterable[str], folder: Path, tamper: Tamper = lambda _name, _task, reply: reply) -> None:
         """tamper: may change a reply on its way to the server."""
@@ -304,4 +304,4 @@ class InProcessMailbox:
     def receive(self, message_id: str) -> Message | None:
         message = self._sent[int(message_id)]
         site = self.sites[message.metadata.dst_node_id]
-        return self._tamper(site.name, wire.read_task(message)[0], handle(site, message))
+        return self._tamper(site.name, wire.read_task(message.content)[0], handle(site, message))

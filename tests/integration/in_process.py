@@ -13,7 +13,7 @@ with warnings.catch_warnings():
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.app import handle
+from clients.answer import handle
 from clients.local_update import Workplace, join, open_workplace, train
 from clients.site import SiteSettings
 from common import config

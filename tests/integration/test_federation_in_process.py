@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
 
-import clients.app
+import clients.answer
 import clients.local_update
 from server.app import Surroundings, federate
 
@@ -14,7 +14,7 @@ from server.app import Surroundings, federate
 @pytest.fixture(autouse=True)
 def tiny_packs(monkeypatch):
     enter_run(monkeypatch)
-    monkeypatch.setattr(clients.app, "_workplaces", {})
+    monkeypatch.setattr(clients.answer, "_workplaces", {})
     packs = {}
 
     def open_pack(_dataset, data_dir, *_args, **_named):
@@ -26,7 +26,7 @@ def tiny_packs(monkeypatch):
 
 def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, reply: reply, **values):
     """Run it; returns (outcome, summary) as the run's folder tells them; no summary when it failed."""
-    clients.app._workplaces.clear()
+    clients.answer._workplaces.clear()
     settings = settings_with(**({"federation__rounds": 3, "federation__join_timeout_s": 20.0} | values))
     mailbox = InProcessMailbox(names, folder / "sites", tamper)
     run = folder / "run-1"

@@ -8,9 +8,9 @@ import pytest
 from flwr.app import Message, RecordDict
 from tiny_federation import settings_with, site_settings, task_for, tiny_pack, tiny_workplace
 
-import clients.app
+import clients.answer
 import clients.local_update
-from clients.app import handle
+from clients.answer import handle
 from clients.egress import record_egress
 from common import wire
 from common.parameters import flatten
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("in_a_run")
 @pytest.fixture
 def at_a_site(tmp_path, monkeypatch):
     """(send, ledger, model): hand a task to the client, read its ledger, the shared parameters of a fresh model."""
-    monkeypatch.setattr(clients.app, "_workplaces", {})
+    monkeypatch.setattr(clients.answer, "_workplaces", {})
     monkeypatch.setattr(clients.local_update, "open_pack", lambda *_args, **_named: tiny_pack("alpha"))
     workplace = tiny_workplace(settings_with(), tmp_path)
     shared = flatten(workplace.recogniser.state_dict(), workplace.manifest)
@@ -80,7 +80,7 @@ def test_nothing_is_answered_that_could_not_be_written_down(at_a_site, monkeypat
     def full(*_arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(clients.app, "record_egress", full)
+    monkeypatch.setattr(clients.answer, "record_egress", full)
     with pytest.raises(OSError, match="no space"):
         send()
 

@@ -95,7 +95,7 @@ def test_a_task_comes_back_as_it_went(kind):
     assert message.metadata.dst_node_id == 7
     assert message.metadata.message_type == wire.MESSAGE_TYPES[kind]
     assert message.metadata.ttl == 12.5
-    back, array = wire.read_task(message)
+    back, array = wire.read_task(message.content)
     assert back == task(kind)
     assert (array is None) == (kind == "join")
     if array is not None:
@@ -118,7 +118,7 @@ def test_each_kind_has_a_message_type_of_its_own():
 )
 def test_a_message_of_another_program_is_refused(content):
     with pytest.raises(ReplyRefused, match="is not one of FaceFed's"):
-        wire.read_task(message_with(content))
+        wire.read_task(message_with(content).content)
 
 
 # --------------------------------------------------------------------------------------------------------------- join

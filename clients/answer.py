@@ -1,0 +1,112 @@
+"""One site's answers: a message's content in, a reply's content out. A site that fails answers with one line."""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from clients.egress import record_egress
+from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
+from clients.own_record import keep_round
+from clients.site import SiteSettings
+from common import wire
+from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
+from common.evaluation import SPLITS
+from common.events import LAST_TASK_FILE, SHOWN
+from common.wire import Task
+
+log = logging.getLogger("facefed.client")
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here
+NO_TASK = Task(kind="unknown", run_id="unknown", server_round=0, settings="")  # a message that is none of ours
+
+# One per process: a trainer or a Ray actor answers many messages; the pack and the model's memory serve all of them.
+_workplaces: dict[tuple[str, str, str], Workplace] = {}
+
+
+def _workplace(site: SiteSettings, task: Task) -> Workplace:
+    key = (site.name, task.run_id, task.settings)
+    if key not in _workplaces:
+        for old in [known for known in _workplaces if known[1] != task.run_id]:
+            del _workplaces[old]  # one run's state at a time
+        _workplaces[key] = open_workplace(site, read_settings(task))
+    return _workplaces[key]
+
+
+def _check(task: Task) -> None:
+    """Raises ReplyRefused for a task that no server of ours sends: its words become paths and choices here."""
+    if not RUN_ID.fullmatch(str(task.run_id)):
+        raise ReplyRefused(f"the run id {task.run_id!r} is not one of FaceFed's.")
+    if task.kind not in wire.MESSAGE_TYPES:
+        raise ReplyRefused(f"the task {task.kind!r} is unknown; choose {', '.join(wire.MESSAGE_TYPES)}.")
+    unknown = [split for split in task.splits.split() if split not in SPLITS]
+    if unknown:
+        raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
+
+
+def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
+    workplace = _workplace(site, task)
+    if task.kind == "join":
+        return wire.site_content(join(workplace))
+    if task.kind == "train":
+        with keep_round(site, task, workplace.settings, num_pictures=len(workplace.pack)) as kept:
+            reply = train(workplace, task, shared, began=began)
+            kept(reply)
+        return wire.reply_content(reply)
+    return wire.reply_content(evaluate_global(workplace, task, shared))
+
+
+def _public_reason(error: FaceFedError) -> str:
+    """What the server may read of a failure: lines about data and files hold this site's paths, and maybe names."""
+    if isinstance(error, DataError | CheckpointError):
+        kind = "data" if isinstance(error, DataError) else "state"
+        return f"its {kind} cannot be used; the client's own output says why."
+    return str(error)
+
+
+def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
+    """Answer the content of one message, with the content of the reply or the one line of a refusal.
+
+    Either is in the egress ledger before this returns.
+    """
+    began = time.perf_counter()
+    task = NO_TASK
+    ledger = site.state_dir / "egress"
+    try:
+        given, shared = wire.read_task(content)
+        _check(given)
+        task = given
+        reply = _answer(site, task, shared, began)
+    except FaceFedError as error:
+        log.warning("%s%s: %s", SHOWN, site.name, error)
+        reason = f"{site.name}: {_public_reason(error)}"
+        record_egress(ledger, site.name, task, reason)
+        return reason
+    record_egress(ledger, site.name, task, reply)
+    if task.last:
+        (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
+    return reply
+
+
+def handle(site: SiteSettings, message: Message) -> Message:
+    """Answer one message of Flower's."""
+    reply = answer(site, message.content)
+    return wire.error_message(reply, message) if isinstance(reply, str) else Message(reply, reply_to=message)
+
+
+def build_client_app(find_site: Callable[[Context], SiteSettings]) -> ClientApp:
+    """A ClientApp that answers in its own process, for the sites that `find_site` names: a simulation's."""
+    client_app = ClientApp()
+
+    def respond(message: Message, context: Context) -> Message:
+        return handle(find_site(context), message)
+
+    client_app.query()(respond)
+    client_app.train()(respond)
+    client_app.evaluate()(respond)
+    return client_app

@@ -1,0 +1,296 @@
+"""The resident trainer and the way to it: exact contents, nobody else's, and no end that leaves anyone waiting."""
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from tiny_federation import site_settings
+
+from clients import trainer
+from clients.handover import KEY, SITE, SOCKET, TrainerGone, hand_over
+from clients.launch import ClientOptions, Launch
+from clients.residence import Trainer
+from clients.trainer import LEFT_ALONE, serve, site_from_json, site_to_json
+
+ROOT = Path(__file__).parents[2]
+PAUSED = """
+import sys, time
+from pathlib import Path
+from clients import trainer
+trainer.end_with_parent(int(sys.argv[2]))
+def answer(site, content):
+    print("working", flush=True)
+    time.sleep(120)
+trainer.serve(Path(sys.argv[1]), None, answer)
+"""
+
+
+def content_of(**arrays):
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+            "sums": MetricRecord({"whole": 3, "part": 0.1, "none": float("nan"), "list": [1.5, 2.5]}),
+            "task": ConfigRecord({"text": "Zoë ✓", "yes": True, "number": -7, "empty": ""}),
+        }
+    )
+
+
+@pytest.fixture
+def meeting(tmp_path_factory):
+    """A folder with a key, as flower-client makes it; its path is short enough for a socket."""
+    folder = tmp_path_factory.mktemp("t")
+    (folder / KEY).write_bytes(b"k" * 32)
+    return folder
+
+
+@pytest.fixture
+def serving(meeting):
+    """Start a trainer's loop in a thread: serving(answer) -> the folder."""
+
+    def begin(answer):
+        threading.Thread(target=serve, args=(meeting, site_settings("alpha", meeting), answer), daemon=True).start()
+        return meeting
+
+    return begin
+
+
+def test_a_content_arrives_as_it_was_and_so_does_the_answer(serving):
+    rng = np.random.default_rng(0)
+    sent = content_of(
+        change=rng.normal(size=70_000).astype(np.float32), counts=np.arange(6).reshape(2, 3), empty=np.zeros((0, 4))
+    )
+    seen = []
+
+    def answer(site, content):
+        seen.append((site.name, content))
+        return content
+
+    back = hand_over(serving(answer), sent)
+    for got in (seen[0][1], back):
+        assert list(got) == list(sent)
+        for name, array in sent["arrays"].items():
+            assert got["arrays"][name].numpy().tobytes() == array.numpy().tobytes()
+            assert (got["arrays"][name].dtype, got["arrays"][name].shape) == (array.dtype, array.shape)
+        assert repr(dict(got["sums"])) == repr(dict(sent["sums"]))  # NaN is not equal to itself
+        assert dict(got["task"]) == dict(sent["task"])
+        assert [type(value) for value in got["task"].values()] == [str, bool, int, str]
+    assert seen[0][0] == "alpha"
+
+
+def test_a_refusal_is_its_one_line(serving):
+    assert hand_over(serving(lambda _site, _content: "alpha: no"), content_of()) == "alpha: no"
+
+
+def test_what_fails_costs_one_reply_and_the_next_is_answered(serving, caplog):
+    answers = iter([ValueError("broken"), content_of()])
+
+    def answer(_site, _content):
+        given = next(answers)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    folder = serving(answer)
+    line = hand_over(folder, content_of())
+    assert line == "alpha: its trainer failed (ValueError); the client's own output says why."
+    assert "facefed: alpha: the trainer failed" in caplog.text
+    assert isinstance(hand_over(folder, content_of()), RecordDict)
+
+
+def test_another_key_is_refused_and_the_right_one_is_served_after_it(serving, tmp_path):
+    folder = serving(lambda _site, content: content)
+    assert isinstance(hand_over(folder, content_of()), RecordDict)
+    (tmp_path / KEY).write_bytes(b"x" * 32)
+    (tmp_path / SOCKET).symlink_to(folder / SOCKET)
+    with pytest.raises(TrainerGone, match="does not know this client's key"):
+        hand_over(tmp_path, content_of())
+    assert isinstance(hand_over(folder, content_of()), RecordDict)
+
+
+def test_bytes_that_are_no_message_leave_the_trainer_well(serving):
+    folder = serving(lambda _site, content: content)
+    hand_over(folder, content_of())  # it listens
+    for nonsense in (b"\x80\x04\x95pickle", b"{}", b'{"records": 3}', b"[]", b'{"refusal": "x"}'):
+        with Client(str(folder / SOCKET), family="AF_UNIX", authkey=b"k" * 32) as connection:
+            connection.send_bytes(nonsense)
+            assert connection.poll(10)
+    assert isinstance(hand_over(folder, content_of()), RecordDict)
+
+
+def test_only_this_user_reaches_the_socket(serving):
+    folder = serving(lambda _site, content: content)
+    hand_over(folder, content_of())
+    assert stat.S_IMODE((folder / SOCKET).stat().st_mode) == 0o600
+
+
+def test_without_a_trainer_there_is_one_line_after_a_while(meeting):
+    with pytest.raises(TrainerGone, match="not there"):
+        hand_over(meeting, content_of(), there_within_s=0.2)
+    with pytest.raises(TrainerGone, match="not there"):
+        hand_over(meeting / "gone", content_of(), there_within_s=60.0)
+
+
+@pytest.fixture
+def paused(meeting):
+    """A trainer process that works for two minutes on whatever comes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, str(meeting), str(os.getpid())], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_trainer_whose_client_app_goes_ends_at_once(meeting, paused):
+    code = (
+        "import sys; from pathlib import Path; from flwr.app import RecordDict; from clients.handover import hand_over;"
+        "hand_over(Path(sys.argv[1]), RecordDict())"
+    )
+    waiting = subprocess.Popen([sys.executable, "-c", code, str(meeting)], cwd=ROOT)
+    assert paused.stdout.readline() == "working\n"
+    waiting.kill()
+    waiting.wait()
+    assert paused.wait(timeout=60) == LEFT_ALONE
+
+
+def test_a_client_app_whose_trainer_is_killed_hears_of_it(meeting, paused):
+    told = []
+
+    def wait():
+        try:
+            hand_over(meeting, content_of())
+        except TrainerGone as gone:
+            told.append(str(gone))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert paused.stdout.readline() == "working\n"
+    paused.kill()
+    waiting.join(60)
+    assert told == ["the trainer went in the middle of its work; it is started again."]
+
+
+def test_a_trainer_ends_with_its_flower_client(tmp_path):
+    """Even where the kernel has no signal for it: the parent here is a shell that is killed."""
+    code = f"import sys; sys.argv[1:] = [{str(tmp_path)!r}, '%d']\n{PAUSED}"
+    (tmp_path / KEY).write_bytes(b"k" * 32)
+    (tmp_path / "t.py").write_text(code.replace("'%d'", "str(__import__('os').getppid())"))
+    shell = f"{sys.executable} {tmp_path / 't.py'} & echo $!; wait"
+    parent = subprocess.Popen(
+        ["/bin/sh", "-c", shell],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / SOCKET).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < deadline, "the trainer lives on"
+        time.sleep(0.05)
+
+
+def test_the_client_app_imports_neither_torch_nor_our_data_code():
+    heavy = ("torch", "common", "PIL")
+    code = f"import sys, clients.app; print(sorted(n for n in sys.modules if n.split('.')[0] in {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_failure_has_the_code_that_the_server_knows():
+    from clients import app
+    from common import wire
+
+    assert app.CLIENT_FAILED == wire.CLIENT_FAILED
+
+
+# ---- as flower-client has it
+
+
+def test_a_site_travels_as_json():
+    site = dataclasses.replace(
+        site_settings("alpha", Path("/somewhere")), tracking_uri="http://me:pw@h:1", pack_workers=3
+    )
+    assert site_from_json(site_to_json(site)) == site
+
+
+@pytest.fixture
+def resident(tmp_path, monkeypatch):
+    """A Trainer whose process only says that it is there."""
+    (tmp_path / "alpha").mkdir()
+    script = tmp_path / "stand_in.py"
+    script.write_text("import time\nprint('here', flush=True)\ntime.sleep(120)\n")
+    started = []
+
+    def start(command, **named):
+        from common.processes import start as real
+
+        started.append(command)
+        return real([sys.executable, str(script)], **named)
+
+    monkeypatch.setattr("clients.residence.start", start)
+    said = []
+    site = dataclasses.replace(site_settings("alpha", tmp_path), tracking_uri="http://me:hunter2@h:1")
+    with Trainer(site, said.append) as made:
+        yield made, started, said
+    assert not made.folder.exists()
+
+
+def _until(look):
+    deadline = time.monotonic() + 60
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_meeting_place_is_this_users_and_no_command_line_tells_what_is_in_it(resident):
+    made, started, _ = resident
+    assert stat.S_IMODE(made.folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE((made.folder / name).stat().st_mode) for name in (KEY, SITE)} == {0o600}
+    assert json.loads((made.folder / SITE).read_text())["tracking_uri"] == "http://me:hunter2@h:1"
+    options = ClientOptions(host="127.0.0.1", port=1, connect_timeout_s=1.0, once=False)
+    supernode = Launch(made._site, options, print)._command(made.folder)
+    assert "hunter2" not in " ".join([*started[0], *supernode])
+    assert f'trainer="{made.folder}"' in supernode[-1]
+
+
+def test_a_trainer_that_ends_is_started_again(resident):
+    made, started, said = resident
+    _until(lambda: said == ["here\n"])
+    made.keep_alive()
+    assert len(started) == 1
+    made._process.kill()
+    made._process.wait()
+    made.keep_alive()
+    assert len(started) == 2
+    _until(lambda: said == ["here\n", "here\n"])
+    assert "here" in (made._site.state_dir / "trainer.log").read_text()
+
+
+def test_a_trainer_that_ended_for_lack_of_interest_is_no_warning(resident, caplog):
+    made, started, _ = resident
+    made._process.kill()
+    made._process.wait()
+    made._process.returncode = LEFT_ALONE
+    made.keep_alive()
+    assert len(started) == 2
+    assert caplog.text == ""
+    assert trainer.LEFT_ALONE not in (0, 1, 2)
