@@ -15,6 +15,7 @@ from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import quieten
 from common.tracking.model_delivery import CHAMPION
 from common.tracking.sender import short_reason
+from common.tracking.stores import open_client
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,4 @@ def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN4
 
 def _client(tracking: TrackingSettings) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
     quieten()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
+    return open_client(tracking.uri)
