@@ -8,11 +8,13 @@ on behind the last whole step, as a training does.
 
 import collections
 import json
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.mlflow_server import MlflowServer, Point
 from common.settings import TrackingSettings
@@ -36,16 +38,28 @@ def begin(uri: str, folder: Path) -> TrackedRun:
     )
 
 
-def log(run: TrackedRun, steps: Iterable[int], pause_s: float = 0.0) -> list[float]:
-    """Log steps with a pause behind each; returns the seconds that each call took."""
-    costs = []
+class Call(NamedTuple):
+    """One log call."""
+
+    seconds: float  # by the clock
+    is_preempted: bool  # the kernel gave the processor to another program in the middle
+
+
+def log(run: TrackedRun, steps: Iterable[int], pause_s: float = 0.0) -> list[Call]:
+    """Log steps with a pause behind each."""
+    calls = []
     for step in steps:
         values = values_of(step)
+        preempted = _preemptions()
         begun = time.perf_counter()
         run.log_metrics(values, step=step)
-        costs.append(time.perf_counter() - begun)
+        calls.append(Call(time.perf_counter() - begun, _preemptions() > preempted))
         time.sleep(pause_s)
-    return costs
+    return calls
+
+
+def _preemptions() -> int:
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nivcsw
 
 
 def spool_entries(folder: Path) -> list[dict]:

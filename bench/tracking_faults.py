@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.mlflow_server import MlflowServer
-from bench.tracked_points import NUM_VALUES, Trainer, assert_exactly_once, begin, log, spool_entries
+from bench.tracked_points import NUM_VALUES, Call, Trainer, assert_exactly_once, begin, log, spool_entries
 from common.tracking.run import TrackedRun
 
 PROGRAMS = Path(sys.executable).parent
@@ -34,8 +34,8 @@ class Survived:
     """What came of it."""
 
     num_points: int  # each in the database exactly once
-    well_s: Sequence[float]  # of each log call of ten values
-    frozen_s: Sequence[float]
+    well: Sequence[Call]  # log calls of ten values while the server is well
+    frozen: Sequence[Call]
     late_s: float  # between the run's beginning and the server's
 
 
@@ -53,6 +53,7 @@ def survive_server(server: MlflowServer, folder: Path, faults: Faults) -> Surviv
     server.wait()
     late_s = time.time() - begun
     for kill in range(faults.num_kills):
+        wait_until_sent(run)  # else it might still wait for the server's return when that is killed again
         log(run, phases[1 + 2 * kill])
         run.log_text(f"before kill {kill}", f"notes/kill_{kill}.txt")
         time.sleep(chance.uniform(0.0, 1.0))  # somewhere between two batches or in one
@@ -83,7 +84,7 @@ def survive_server(server: MlflowServer, folder: Path, faults: Faults) -> Surviv
     for name in told:
         kept = (folder / "notes" / f"{name}.txt").read_bytes()
         assert server.artifact(run.mlflow_run_id, f"notes/{name}.txt") == kept, name
-    return Survived(num_points=num_points, well_s=well, frozen_s=frozen, late_s=late_s)
+    return Survived(num_points=num_points, well=well, frozen=frozen, late_s=late_s)
 
 
 def wait_until_sent(run: TrackedRun) -> None:

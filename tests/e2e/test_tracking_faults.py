@@ -41,20 +41,18 @@ def server(migrated, tmp_path):
     made.kill()
 
 
-def _p99(costs):
-    return sorted(costs)[len(costs) * 99 // 100]
-
-
 def test_a_server_that_is_late_dies_twice_and_freezes_loses_and_doubles_nothing(server, tmp_path, caplog):
     faults = Faults(num_steps=200, num_kills=2, freeze_s=5.0, pause_s=0.01, seed=0)
     survived = survive_server(server, tmp_path / "run", faults)
     assert survived.num_points == 10 * (200 + 2 * 500)
-    thirds = [survived.frozen_s[first : first + 166] for first in (0, 166, 332)]
-    assert min(map(_p99, thirds)) < 1e-3  # other programs may hold the processor during one
+    # Whatever waits gives the processor back itself; in which calls other programs took it is no matter of ours.
+    alone = sorted(call.seconds for call in survived.frozen if not call.is_preempted)
+    assert len(alone) > 100
+    assert alone[len(alone) * 99 // 100] < 1e-3
     ours = [record.getMessage() for record in caplog.records if record.name == "facefed.tracking"]
     away = ["cannot be used now" in line for line in ours]
     assert away == [True, False] * (len(ours) // 2), ours  # one when it goes, one when it is well again
-    assert len(ours) <= 2 * 4
+    assert 2 * 3 <= len(ours) <= 2 * 4  # late, killed twice, and frozen if this machine is slow
     assert all("takes records again" in line for line in ours[1::2]), ours
 
 
