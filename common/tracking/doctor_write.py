@@ -95,6 +95,7 @@ def _remove(client: Any, uri: str, experiment: str, run: Any) -> None:  # noqa: 
         repository.delete_artifacts()
         with contextlib.suppress(OSError):
             _remove_empty_folders(run.info.artifact_uri)
+        client.set_terminated(run.info.run_id)
         client.delete_run(run.info.run_id)
     client.delete_experiment(experiment)
 
