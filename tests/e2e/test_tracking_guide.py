@@ -1,0 +1,158 @@
+"""docs/TRACKING.md: every command and program in it is executed, in order, and every output shown there is printed."""
+
+import contextlib
+import re
+import shutil
+import sqlite3
+import tomllib
+
+import pytest
+from conftest import SMALL
+from databases import ObjectStore, PostgreSQL
+from guide_commands import Reader, Substitution, assert_printed, blocks_of
+from programs import free_port
+
+from tests.conftest import ROOT, skip_or_fail
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]  # one block alone needs all blocks before it
+
+GUIDE = (ROOT / "docs" / "TRACKING.md").read_text(encoding="utf-8")
+BLOCKS = blocks_of(GUIDE)
+EXECUTED = [block for block in BLOCKS if block.language != "dockerfile"]  # see the test of the container
+PORTS = (5000, 5001, 5002, 5433, 6006)
+NEEDED = ("bash", "psql", "pg_dump", "pg_restore", "strace", "unshare", "ip", "du")
+NO_DRIVER = """\
+import importlib.util
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if "psycopg" in name else find_spec(name, package)
+"""
+
+
+def substitutions(postgresql, store):
+    """All ways in which what is executed differs from what the guide says."""
+    administrator = postgresql.uri(database="postgres")
+    full = "mkdir -p full && mount -t tmpfs -o size=20m none full"  # a disk of its own, gone with the command
+    return [
+        # Where the guide takes the default port, the test may not.
+        Substitution(r"(facefed tracking serve)(?![^\n]*--port)", r"\1 --port 5000"),
+        Substitution(r"postgresql://postgres:secret@localhost:5432/postgres", administrator),
+        Substitution(r"localhost:5432", f"127.0.0.1:{postgresql.port}"),
+        Substitution(r"http://localhost:9000", store.address),
+        # A name under which this machine is reached but which the server was not told.
+        Substitution(r"gpu1\.example\.org", "127.0.0.2", back=True),
+        # The small configuration of the end-to-end tests instead of the demo's.
+        Substitution(r"resnet18", "cnn"),
+        Substitution(r"size = 64", "size = 32"),
+        Substitution(r"^(facefed train local .* --out full)$", rf"unshare -rm sh -c '{full} && \1'"),
+        Substitution(r"^(facefed tracking serve .*@db\.example\.org)", r"PYTHONPATH=../hidden:$PYTHONPATH \1"),
+        *(Substitution(rf"\b{port}\b", str(free_port()), back=True) for port in PORTS),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(faces, tmp_path_factory):
+    """What a reader has who made the demo's data, and once used wandb offline."""
+    folder = tmp_path_factory.mktemp("guide") / "here"
+    for name in ("configs", ".facefed", "../hidden"):
+        (folder / name).mkdir(parents=True)
+    (folder / "data").symlink_to(faces.folder / "data")
+    (faces.folder / "packs").mkdir(exist_ok=True)
+    (folder / ".facefed" / "packs").symlink_to(faces.folder / "packs")
+    (folder / "configs" / "demo.toml").write_text(SMALL)
+    (folder / "../hidden/sitecustomize.py").write_text(NO_DRIVER)
+    shutil.copytree(ROOT / "tests" / "data" / "wandb" / "wandb-0.31.0" / "wandb", folder / "wandb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(folder):
+    missing = [name for name in NEEDED if not shutil.which(name)]
+    if missing:
+        skip_or_fail(f"not installed: {', '.join(missing)}")
+    with contextlib.ExitStack() as at_end:
+        database = PostgreSQL()
+        at_end.callback(database.close)
+        store = ObjectStore()
+        at_end.callback(store.close)
+        made = Reader(EXECUTED, folder, substitutions(database, store))
+        at_end.callback(made.close)
+        yield made
+
+
+@pytest.mark.parametrize("index", range(len(EXECUTED)), ids=map(str, EXECUTED))
+def test_block(reader, index):
+    reader.read(index)
+
+
+def test_nothing_is_replaced_that_the_guide_does_not_have(reader):
+    reader.read(len(EXECUTED) - 1)
+    assert [one.pattern for one in reader.substitutions if not one.used] == []
+
+
+def test_what_the_guide_says_is_recorded_is_recorded(reader, folder):
+    """The rows of the programs that it runs: experiments, metrics, tags in the database, artifacts among the files."""
+    reader.read(len(EXECUTED) - 1)
+    rows = {row.split("|")[1].strip(): row.split("|")[1:] for row in GUIDE.splitlines() if row.startswith("|")}
+    tags = re.search(r"The tags are (.*?)\.", GUIDE, re.DOTALL)[1]
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+
+        def ask(statement, *values):
+            return [row[0] for row in database.execute(statement, values)]
+
+        experiments = set(ask("select name from experiments"))
+        assert {"facial_recognition_local_celeba", "facial_recognition_federated_fedavg"} <= experiments & names(GUIDE)
+        for row, mode in (("local", "local"), ("federated", "federated"), ("its nested clients", "federated_client")):
+            run = ask("select run_uuid from tags where key = 'mode' and value = ?", mode)[0]
+            metrics = set(ask("select key from latest_metrics where run_uuid = ?", run))
+            assert names(rows[row][1]) - {"test_...", "val_", "test_"} <= metrics, row
+            assert mode == "federated_client" or any(name.startswith("system/") for name in metrics)
+            assert names(tags) <= set(ask("select key from tags where run_uuid = ?", run)), row
+            artifacts = next(folder.glob(f"mlartifacts/*/{run}/artifacts"))
+            assert all((artifacts / name).is_file() for name in names(rows[row][2])), row
+
+
+def names(text):
+    """What stands in code marks."""
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_every_function_that_takes_the_place_of_one_of_wandb_exists():
+    import mlflow
+
+    import common.tracking
+    from common.tracking.run import TrackedRun
+
+    table = GUIDE[GUIDE.index("| wandb |") : GUIDE.index("Runs that wandb kept")]
+    found = re.findall(r"(?:`(common\.tracking|mlflow)\.|(the run's) `)(\w+)`", table)
+    assert len(found) > 14
+    owners = {"common.tracking": common.tracking, "mlflow": mlflow, "the run's": TrackedRun}
+    assert not [name for library, run, name in found if not hasattr(owners[library or run], name)]
+
+
+def test_the_container_runs_a_line_that_mlflow_knows_in_the_version_we_use():
+    """The one kind of block that is not executed: its programs, options and versions are held against the real ones."""
+    from mlflow.cli import server
+
+    [block] = [block for block in BLOCKS if block not in EXECUTED]
+    options = {option for parameter in server.params for option in parameter.opts}
+    given = set(re.findall(r'"(--[a-z-]+)"', block.text))
+    assert len(given) == 7
+    assert given <= options
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = re.search(r'install --no-cache-dir "([^"]+)" (\S+)\n', block.text)
+    assert wanted[1] in needed["dependencies"]
+    assert any(one.startswith(wanted[2]) for one in needed["optional-dependencies"]["postgresql"])
+    assert names(" ".join(re.findall(r"`pip install \"facefed\[\w+\]\"`", GUIDE))) == {
+        f'pip install "facefed[{extra}]"' for extra in needed["optional-dependencies"] if extra != "dev"
+    }
+
+
+def test_an_output_that_is_not_as_shown_is_seen():
+    """The control of the comparison."""
+    printed = "one 1\ntwo\nthree"
+    for good in ("one …\ntwo", "one 1\n…\nthree", "two", "…\nthree"):
+        assert_printed(good, printed)
+    for bad in ("one\n", "one 1\nthree", "two\none 1", "two\n…\ntwo", "on"):
+        with pytest.raises(AssertionError, match="not printed"):
+            assert_printed(bad, printed)
