@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Test files run side by side, in processes of one thread each.
+UNIT_WORKERS ?= auto
+E2E_WORKERS  ?= 2
 
 .PHONY: help setup system demo test lint types unit e2e bench bench-faces clean
 .DEFAULT_GOAL := help
@@ -38,11 +41,11 @@ types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
 unit: $(STAMP) ## unit, golden and integration tests
-	$(BIN)/python -m pytest -q tests/unit tests/golden tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(UNIT_WORKERS) --dist loadfile tests/unit tests/golden tests/integration
 
 e2e: $(STAMP) ## whole programs, as a user runs them
 	@tests/system-packages
-	$(BIN)/python -m pytest -q tests/e2e
+	$(BIN)/python -m pytest -q -n $(E2E_WORKERS) --dist loadfile tests/e2e
 
 bench: $(STAMP) ## speed and memory figures (minutes)
 	$(BIN)/python -m bench.run

@@ -578,7 +578,7 @@ def test_the_public_pairs_give_each_round_scores(faces, public, tmp_path):
 @proves("tracking.enabled", "tracking.uri")
 def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr("common.tracking.run._sender", lambda _spool, uri, *_: asked.append(uri))
+    monkeypatch.setattr("common.tracking.run.make_sender", lambda _spool, uri, *_: asked.append(uri))
     monkeypatch.setattr(
         "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
