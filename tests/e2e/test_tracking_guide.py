@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from conftest import SMALL
 from databases import ObjectStore, PostgreSQL
-from guide_commands import Reader, Substitution, assert_printed, blocks_of
+from guide_commands import FENCE, Block, Reader, Substitution, assert_printed, blocks_of
 from programs import free_port
 
 from tests.conftest import ROOT, skip_or_fail
@@ -17,6 +17,7 @@ from tests.conftest import ROOT, skip_or_fail
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]  # one block alone needs all blocks before it
 
 GUIDE = (ROOT / "docs" / "TRACKING.md").read_text(encoding="utf-8")
+PROSE = FENCE.sub("", GUIDE)
 BLOCKS = blocks_of(GUIDE)
 EXECUTED = [block for block in BLOCKS if block.language != "dockerfile"]  # see the test of the container
 PORTS = (5000, 5001, 5002, 5433, 6006)
@@ -93,15 +94,15 @@ def test_nothing_is_replaced_that_the_guide_does_not_have(reader):
 def test_what_the_guide_says_is_recorded_is_recorded(reader, folder):
     """The rows of the programs that it runs: experiments, metrics, tags in the database, artifacts among the files."""
     reader.read(len(EXECUTED) - 1)
-    rows = {row.split("|")[1].strip(): row.split("|")[1:] for row in GUIDE.splitlines() if row.startswith("|")}
-    tags = re.search(r"The tags are (.*?)\.", GUIDE, re.DOTALL)[1]
+    rows = {row.split("|")[1].strip(): row.split("|")[1:] for row in PROSE.splitlines() if row.startswith("|")}
+    tags = re.search(r"The tags are (.*?)\.", PROSE, re.DOTALL)[1]
     with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
 
         def ask(statement, *values):
             return [row[0] for row in database.execute(statement, values)]
 
         experiments = set(ask("select name from experiments"))
-        assert {"facial_recognition_local_celeba", "facial_recognition_federated_fedavg"} <= experiments & names(GUIDE)
+        assert {"facial_recognition_local_celeba", "facial_recognition_federated_fedavg"} <= experiments & names(PROSE)
         for row, mode in (("local", "local"), ("federated", "federated"), ("its nested clients", "federated_client")):
             run = ask("select run_uuid from tags where key = 'mode' and value = ?", mode)[0]
             metrics = set(ask("select key from latest_metrics where run_uuid = ?", run))
@@ -130,6 +131,7 @@ def test_every_function_that_takes_the_place_of_one_of_wandb_exists():
     assert not [name for library, run, name in found if not hasattr(owners[library or run], name)]
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")  # MLflow's own classes
 def test_the_container_runs_a_line_that_mlflow_knows_in_the_version_we_use():
     """The one kind of block that is not executed: its programs, options and versions are held against the real ones."""
     from mlflow.cli import server
@@ -156,3 +158,13 @@ def test_an_output_that_is_not_as_shown_is_seen():
     for bad in ("one\n", "one 1\nthree", "two\none 1", "two\n…\ntwo", "on"):
         with pytest.raises(AssertionError, match="not printed"):
             assert_printed(bad, printed)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [("bash", "du\n"), ("sh", "wget x\n"), ("console", "$ printf a\nb\n"), ("sh", "du nothing\n")]
+)
+def test_what_cannot_be_executed_or_goes_wrong_is_a_failure(tmp_path, language, text):
+    """The control of the execution: an unknown language, an unknown program, another output, an exit code."""
+    (tmp_path / "here").mkdir()
+    with pytest.raises(AssertionError):
+        Reader([Block(1, language, text)], tmp_path / "here", []).read(0)
