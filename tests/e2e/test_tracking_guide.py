@@ -42,7 +42,7 @@ def substitutions(postgresql, store):
         Substitution(r"http://localhost:9000", store.address),
         # A name under which this machine is reached but which the server was not told.
         Substitution(r"gpu1\.example\.org", "127.0.0.2", back=True),
-        # The small configuration of the end-to-end tests instead of the demo's.
+        # The small configuration of the end-to-end tests instead of the demo's; see `folder`.
         Substitution(r"resnet18", "cnn"),
         Substitution(r"size = 64", "size = 32"),
         Substitution(r"^(facefed train local .* --out full)$", rf"unshare -rm sh -c '{full} && \1'"),
