@@ -61,10 +61,9 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        default="sqlite",
         metavar="URI",
         help="where runs are kept: sqlite (mlflow.db here), sqlite:///FILE, postgresql://USER@HOST/NAME or mysql://..."
-        " (default: sqlite)",
+        " (default: MLFLOW_BACKEND_STORE_URI, where nobody else reads a password in it, or sqlite)",
     )
     parser.add_argument(
         "--artifacts",
@@ -88,7 +87,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     options = ServeOptions(
         host=arguments.host,
         port=arguments.port,
-        backend=arguments.backend,
+        backend=arguments.backend or os.environ.get("MLFLOW_BACKEND_STORE_URI", "") or "sqlite",
         artifacts=arguments.artifacts,
         auth=arguments.auth,
         allowed_hosts=[name for name in arguments.allowed_hosts.replace(" ", "").split(",") if name],

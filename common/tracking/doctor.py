@@ -235,9 +235,13 @@ def _disk(name: str, folder: Path) -> Finding:
 
 
 def _spools(out: Path) -> Finding:
-    """What ended runs hold that their server lacks; a run that is being written sends by itself."""
+    """What ended runs hold that their server lacks; a run that is being written sends by itself.
+
+    Left out is what a simulation's clients keep for themselves: it is meant for no server.
+    """
     waiting, running, local = {}, [], 0
-    for path in sorted(out.rglob(SPOOL_NAME)) if out.is_dir() else []:
+    found = (path for path in out.rglob(SPOOL_NAME) if path.relative_to(out).parts[0] != "clients")
+    for path in sorted(found):
         rest = unsent(path.parent)
         name = str(path.parent.relative_to(out))
         if not rest.uri:

@@ -167,6 +167,7 @@ def test_what_is_unsent(tmp_path):
     size = (behind / "spool.jsonl").stat().st_size
     save_sent(whole, Sent(uri="http://gone:5000", offset=size))
     _run(out, "sweep/trial", sent=None)
+    _run(out, "clients/celeba/runs/trial", sent=None)  # a simulation's client, for itself
     finding = found("sqlite:///mlflow.db", tmp_path)["unsent records"]
     assert finding.state == "wrong"
     assert finding.values == {"unsent_bytes": {"behind": size - 10}, "running": [], "local_only": 1}

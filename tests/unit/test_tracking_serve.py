@@ -287,3 +287,24 @@ def test_a_stopped_start_leaves_nothing(tmp_path):
         began = time.monotonic()
         serve.serve(plan, is_stopped=lambda: time.monotonic() > began + 0.5, on_ready=lambda: pytest.fail("not ready"))
     assert seen[0].returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "backend"),
+    [
+        ((), "", "sqlite"),
+        ((), "postgresql://me:secret@host/db", "postgresql://me:secret@host/db"),
+        (("--backend", "sqlite:///mine.db"), "postgresql://me:secret@host/db", "sqlite:///mine.db"),
+    ],
+)
+def test_a_database_may_be_named_where_nobody_reads_its_password(monkeypatch, capsys, given, variable, backend):
+    """The flag wins over the variable, which is MLflow's own."""
+    from simulation.cli import main
+
+    def plan(options, *_):
+        raise UserError(f"asked for {options.backend}")
+
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", variable)
+    monkeypatch.setattr(serve, "plan_server", plan)
+    assert main(["tracking", "serve", *given]) == 2
+    assert capsys.readouterr().err == f"facefed: asked for {backend}\n"
