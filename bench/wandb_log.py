@@ -12,6 +12,7 @@ START_S = 1_700_000_000
 
 
 def varint(number: int) -> bytes:
+    number &= (1 << 64) - 1
     out = b""
     while number > 0x7F:
         out += bytes((number & 0x7F | 0x80,))
@@ -35,8 +36,9 @@ def row(step: int, values: dict[str, float]) -> bytes:
     return field(2, items(told) + field(2, field(1, step)))
 
 
-def framed(records: Iterable[bytes]) -> bytes:
-    out = bytearray(HEAD)
+def framed(records: Iterable[bytes]) -> tuple[bytes, list[int]]:
+    """The records in LevelDB's log format, with wandb's head; returns the bytes and where each record begins."""
+    out, begins = bytearray(HEAD), list[int]()
     for record in records:
         rest, first = record, True
         while first or rest:
@@ -46,9 +48,10 @@ def framed(records: Iterable[bytes]) -> bytes:
                 continue
             part, rest = rest[: left - 7], rest[left - 7 :]
             kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not rest]
+            begins += [len(out)] if first else []
             out += struct.pack("<IHB", zlib.crc32(bytes((kind,)) + part), len(part), kind) + part
             first = False
-    return bytes(out)
+    return bytes(out), begins
 
 
 def write_run(folder: Path, num_steps: int, num_values: int) -> Path:
@@ -61,5 +64,6 @@ def write_run(folder: Path, num_steps: int, num_values: int) -> Path:
     records = [field(17, about), *rows, field(18, field(1, 0))]
     log = folder / "wandb" / "offline-run-20260101_000000-r1" / "run-r1.wandb"
     log.parent.mkdir(parents=True)
-    log.write_bytes(framed(records))
+    content, _ = framed(records)
+    log.write_bytes(content)
     return folder / "wandb"

@@ -28,7 +28,7 @@ from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.settings import Settings
-from common.training import Compute, TrainSums, make_optimiser, proximal, train_epochs, warm_up_head
+from common.training import Compute, Penalty, TrainSums, make_optimiser, proximal, train_epochs, warm_up_head
 from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
 
 
@@ -178,6 +178,16 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
     }
 
 
+def _penalty(workplace: Workplace) -> Penalty | None:
+    """FedProx's pull to the shared parameters as they are now, or None for other strategies."""
+    federation = workplace.settings.federation
+    if federation.strategy != "fedprox" or federation.proximal_mu <= 0.0:
+        return None
+    named = dict(workplace.recogniser.named_parameters())
+    shared = [named[entry.name] for entry in workplace.manifest.entries if entry.name in named]
+    return proximal(shared, federation.proximal_mu)
+
+
 def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
     """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
 
@@ -204,9 +214,6 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, 
             recogniser, workplace.pack, settings=settings, compute=compute, stream_name=workplace.site.name
         )
     warmed_up = time.perf_counter()
-    named = dict(recogniser.named_parameters())
-    shared_parameters = [named[e.name] for e in workplace.manifest.entries if e.name in named]
-    use_penalty = federation.strategy == "fedprox" and federation.proximal_mu > 0.0
     first = (task.server_round - 1) * federation.local_epochs
     sums = train_epochs(
         recogniser,
@@ -217,7 +224,7 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, 
         epochs=range(first, first + federation.local_epochs),
         total_epochs=settings.total_epochs,
         stream_name=workplace.site.name,
-        penalty=proximal(shared_parameters, federation.proximal_mu) if use_penalty else None,
+        penalty=_penalty(workplace),
     )
     trained = time.perf_counter()
 

@@ -1,5 +1,6 @@
 """Which FaceFed this is, for the tags of a run."""
 
+import functools
 import importlib.metadata
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ def facefed_version() -> str:
         return "unknown"
 
 
+@functools.cache  # each round of a client asks
 def git_commit() -> str:
     """The commit of the checkout that this file is in, or "unknown" outside one."""
     try:

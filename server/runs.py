@@ -80,18 +80,20 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
     write_json(folder / RUN_FILE, about)
 
 
-def write_config_file(folder: Path, settings: Settings) -> Path:
-    """Write the resolved settings as RUN/config.toml; returns the file that others may see.
+def write_config_file(folder: Path, settings: Settings) -> None:
+    """Write the resolved settings as RUN/config.toml.
 
-    Where the tracking address has a password, config.toml is for this user alone and the other file is without it.
+    Where the tracking address has a password, that file is for this user alone, and another is without it.
     """
-    shown, own = without_secrets(settings), folder / CONFIG_FILE
-    if shown == settings:
-        write_bytes(own, config.to_toml(settings).encode())
-        return own
-    write_bytes(own, config.to_toml(settings).encode(), mode=0o600)
-    write_bytes(folder / _SHOWN_CONFIG_FILE, config.to_toml(shown).encode())
-    return folder / _SHOWN_CONFIG_FILE
+    shown, own = _shown_config_file(folder, settings), folder / CONFIG_FILE
+    write_bytes(own, config.to_toml(settings).encode(), mode=0o666 if shown == own else 0o600)
+    if shown != own:
+        write_bytes(shown, config.to_toml(without_secrets(settings)).encode())
+
+
+def _shown_config_file(folder: Path, settings: Settings) -> Path:
+    """The file of the settings that others may see."""
+    return folder / (CONFIG_FILE if without_secrets(settings) == settings else _SHOWN_CONFIG_FILE)
 
 
 def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
@@ -137,7 +139,6 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
 
     params = all_params(settings, kind)
     tracked = _open(settings, folder, commit, dataclasses.replace(kind, params=params), prepare)
-    shown = folder / _SHOWN_CONFIG_FILE
-    tracked.log_file(shown if shown.exists() else folder / CONFIG_FILE, CONFIG_FILE)
+    tracked.log_file(_shown_config_file(folder, settings), CONFIG_FILE)
     sample_hardware(tracked, settings.tracking)
     return tracked

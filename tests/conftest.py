@@ -30,6 +30,17 @@ def shared_faces() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def silent_mlflow():
+    """The environment that our programs give MLflow: silent outside, and soon done with a server that is away."""
+    from common.runtime import PATIENCE, SILENCE
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SILENCE, **PATIENCE}.items():
+            patch.setenv(name, value)
+        yield patch
+
+
 @pytest.fixture(autouse=True)
 def _own_logging():
     """What a program run in this process sets up for its log goes with the test: its stream will be closed."""

@@ -8,20 +8,12 @@ import pytest
 from bench.mlflow_server import MlflowServer
 from bench.tracked_points import assert_exactly_once, begin, log
 from bench.tracking_faults import Faults, assert_true_times, survive_server, survive_trainer, wait_until_sent
-from common.runtime import PATIENCE, SILENCE
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("silent_mlflow"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SILENCE, **PATIENCE}.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

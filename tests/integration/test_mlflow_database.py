@@ -17,15 +17,10 @@ from common.tracking.run import open_run
 ROOT = Path(__file__).resolve().parents[2]
 ON = TrackingSettings(tensorboard="none")
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SILENCE, **PATIENCE}.items():
-            patch.setenv(name, value)
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("silent_mlflow"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 from common.models.recogniser import EmbeddingModel, build_backbone
-from common.runtime import PATIENCE, SILENCE
 from common.settings import ModelSettings, TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
@@ -20,7 +19,10 @@ from common.tracking.run import open_run
 NAME = "cnn_federated_fedavg"
 SIZE = 16
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("silent_mlflow"),
+]
 
 # Runs with `python -I` in an empty folder.  It compares nothing itself: it has no model of ours to compare with.
 STRANGER = """
@@ -63,14 +65,6 @@ class SmallEmbedder(torch.nn.Module):
     def forward(self, pictures):
         x = torch.relu(self.norm(self.conv(pictures))).mean(dim=(2, 3))
         return F.normalize(self.out(self.drop(x)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SILENCE, **PATIENCE}.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

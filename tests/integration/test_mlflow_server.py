@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
 from common.tracking import sender as sender_module
 from common.tracking.registry import register_model
@@ -23,13 +22,9 @@ from common.tracking.run import open_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SILENCE, **PATIENCE}.items():
-            patch.setenv(name, value)
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
-        patch.setattr(sender_module, "RETRY_LAST_S", 1.0)
-        yield
+def _impatient(silent_mlflow):
+    silent_mlflow.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    silent_mlflow.setattr(sender_module, "RETRY_LAST_S", 1.0)
 
 
 def _free_port():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from common.errors import FaceFedError
-from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
 from common.tracking import connect
 from common.tracking.address import resolve_uri
@@ -19,11 +18,8 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SILENCE, **PATIENCE, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
-            patch.setenv(name, value)
-        yield
+def _impatient(silent_mlflow):
+    silent_mlflow.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.wandb_log import BLOCK, HEAD, field, framed, varint
 from common.errors import TrackingError
 from common.tracking.wandb_file import CUT_SHORT, Damage, Malformed, Record, fields, read_records, signed
 from common.tracking.wandb_records import leaves, read_facts, read_history
 from tests.unit.wandb_logs import (
-    BLOCK,
-    HEAD,
     NEW,
     OLD,
     exit_record,
-    field,
-    framed,
     log_of,
     row_record,
     run_record,
     summary_record,
-    varint,
     write_log,
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.wandb_log import framed
 from common.errors import TrackingError
 from common.tracking import wandb_import
 from common.tracking.wandb_folders import find_logs, import_folders
@@ -18,7 +19,6 @@ from tests.unit.wandb_logs import (
     NEW,
     OLD,
     exit_record,
-    framed,
     log_of,
     row_record,
     run_record,

@@ -1,36 +1,18 @@
-"""Writes logs as wandb does, for what its own small files in tests/data/wandb do not hold; shares no code with us."""
+"""Writes logs as wandb does, for what its own small files in tests/data/wandb do not hold."""
 
 import json
-import struct
-import zlib
 from pathlib import Path
+
+from bench.wandb_log import field, framed
 
 DATA = Path(__file__).parents[1] / "data" / "wandb"
 OLD, NEW = DATA / "wandb-0.16.6", DATA / "wandb-0.31.0"
-HEAD = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
-BLOCK = 32768
 
 
 def log_of(folder):
     """The one log below a folder."""
     (log,) = folder.glob("wandb/*run-*/*.wandb")
     return log
-
-
-def varint(number):
-    number &= (1 << 64) - 1
-    out = b""
-    while number > 0x7F:
-        out += bytes((number & 0x7F | 0x80,))
-        number >>= 7
-    return out + bytes((number,))
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def item(path, value):
@@ -64,25 +46,6 @@ def summary_record(values):
 
 def exit_record(code=0):
     return field(18, field(1, code))
-
-
-def framed(records):
-    """The records in LevelDB's log format, with wandb's head; returns the bytes and where each record begins."""
-    out, begins = bytearray(HEAD), []
-    for record in records:
-        rest, first = record, True
-        begins.append(None)
-        while first or rest:
-            left = BLOCK - len(out) % BLOCK
-            if left < 7:
-                out += bytes(left)
-                continue
-            part, rest = rest[: left - 7], rest[left - 7 :]
-            kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not rest]
-            begins[-1] = len(out) if first else begins[-1]
-            out += struct.pack("<IHB", zlib.crc32(bytes((kind,)) + part), len(part), kind) + part
-            first = False
-    return bytes(out), begins
 
 
 def write_log(folder, records, name="offline-run-20260101_000000-r1"):
