@@ -10,8 +10,9 @@ from urllib.parse import unquote, urlsplit
 from common.errors import FaceFedError
 from common.processes import is_loopback
 from common.runtime import machine_digest
-from common.tracking.address import SERVERS, sqlite_path
+from common.tracking.address import SERVERS
 from common.tracking.delivery import quieten
+from common.tracking.experiments import make_experiment
 from common.tracking.spool import now_ms
 
 _VALUE = 0.5
@@ -47,11 +48,7 @@ def write_and_remove(uri: str) -> tuple[float, str]:
 def _own_experiment(client: Any, uri: str) -> str:  # noqa: ANN401 - MLflow's own type
     # An experiment keeps the artifacts' address it was made with, and only a server's clients can use a server's.
     name = f"facefed-doctor-{machine_digest()}" + ("" if uri.startswith(SERVERS) else "-database")
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        database = sqlite_path(uri)
-        location = (database.parent / "mlruns" / name).as_uri() if database else None
-        return str(client.create_experiment(name, artifact_location=location))
+    found = client.get_experiment_by_name(name) or make_experiment(client, uri, name, Path.cwd())
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

@@ -19,7 +19,7 @@ def experiment_id(client: Any, uri: str, name: str, place: Path) -> str:  # noqa
     it shows them while it runs on this machine and may read the folder; other machines have the numbers only.
     Raises TrackingError for a deleted experiment and, without a server, for one whose artifacts only a server reaches.
     """
-    found = client.get_experiment_by_name(name) or _make(client, uri, name, place)
+    found = client.get_experiment_by_name(name) or make_experiment(client, uri, name, place)
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {name!r} of {shown_uri(uri)} was deleted; bring it back with"
@@ -33,7 +33,8 @@ def experiment_id(client: Any, uri: str, name: str, place: Path) -> str:  # noqa
     return str(found.experiment_id)
 
 
-def _make(client: Any, uri: str, name: str, place: Path) -> Any:  # noqa: ANN401 - MLflow's own types
+def make_experiment(client: Any, uri: str, name: str, place: Path) -> Any:  # noqa: ANN401 - MLflow's own types
+    """Make the experiment, or find the one that another process made meanwhile; see `experiment_id`."""
     from mlflow.exceptions import MlflowException
 
     database = sqlite_path(uri)
