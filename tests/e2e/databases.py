@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -185,10 +186,11 @@ class MariaDB(Service):
     def _execute(self, statement: str) -> None:
         import pymysql
 
-        connection = pymysql.connect(user="root", unix_socket=str(self._socket))
-        try:
+        connection = pymysql.connect(user="root", unix_socket=str(self._socket), defer_connect=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:  # PyMySQL would not close one that is refused
+            line.connect(str(self._socket))
+            connection.connect(line)
             connection.cursor().execute(statement)
-        finally:
             connection.close()
 
 
