@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.faces.batches import augment, num_batches, to_float
+from common.faces.batches import augment, num_batches, on_device, to_float
 from common.faces.pack import Pictures
 from common.settings import AugmentationSettings, TwinSettings
 
@@ -42,11 +42,11 @@ def twin_batches(
     """
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
     pairs = pair_up(chosen, person, family, twins, random)
-    for part in into_batches(pairs, person, family, twins, num_batches(len(chosen), batch_size), random):
-        rows = np.sort(np.array(part, dtype=np.int64))  # in file order, so that reading the memory map moves forward
-        batch = torch.from_numpy(pictures[rows]).to(device, non_blocking=True)
-        targets = torch.from_numpy(labels[rows]).to(device, non_blocking=True)
-        partners = torch.from_numpy(partners_in(person[rows], family[rows], random)).to(device, non_blocking=True)
+    parts = into_batches(pairs, person, family, twins, num_batches(len(chosen), batch_size), random)
+    # in file order, so that reading the memory map moves forward
+    in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
+    read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
+    for batch, targets, partners in on_device(read, device):
         yield augment(to_float(batch), augmentation, stream), targets, partners
 
 

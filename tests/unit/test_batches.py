@@ -8,16 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.faces import batches
 from common.faces.batches import (
     augment,
     evaluation_batches,
     num_batches,
+    on_device,
     random_affine,
     random_colour,
     random_erase,
+    sampling_grid,
     to_float,
     training_batches,
 )
+from common.faces.prefetch import prefetched
 from common.settings import AugmentationSettings
 
 OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
@@ -64,10 +68,10 @@ def test_sizes_are_nearly_equal_and_none_is_one(num_pictures, batch_size):
 
 def test_each_picture_comes_once_an_epoch_with_its_label():
     chosen = [3, 5, 8, 9, 20, 21, 30, 39, 1]
-    batches = batches_of(chosen)
-    seen = torch.cat([labels for _, labels in batches]).tolist()
+    parts = batches_of(chosen)
+    seen = torch.cat([labels for _, labels in parts]).tolist()
     assert sorted(seen) == sorted(chosen)
-    for images, labels in batches:
+    for images, labels in parts:
         shown = ((images + 1) * 127.5).mean((1, 2, 3))
         torch.testing.assert_close(shown, labels.float(), atol=1e-2, rtol=0)
 
@@ -113,7 +117,32 @@ def test_evaluation_is_plain_and_in_order():
     assert torch.equal(torch.cat(parts), to_float(torch.from_numpy(images[indices])))
 
 
+def test_reading_ahead_changes_no_bit(monkeypatch):
+    """What a CUDA device is given, with pinning and copying to it left out: there is none here."""
+    plain = batches_of(range(30), augmentation=STRONG, seed=3)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, where, **how: moved.append((where, how)) or tensor)
+    parts = ((np.full(2, number), np.full(3, number)) for number in range(30))
+    ahead = [int(one[0] + other[0]) for one, other in on_device(parts, "cuda:0")]
+    assert ahead == [2 * number for number in range(30)]
+    assert moved == [("cuda:0", {"non_blocking": True})] * 60
+    monkeypatch.undo()
+    real = batches.on_device
+    monkeypatch.setattr(batches, "on_device", lambda parts, device: prefetched(real(parts, device), depth=3))
+    for (one, labels), (other, others) in zip(plain, batches_of(range(30), augmentation=STRONG, seed=3), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(labels, others)
+
+
 # ------------------------------------------------------------------------------------------------------ augmentation
+
+
+@pytest.mark.parametrize("side", [7, 16])
+def test_the_sampling_grid_is_affine_grids(side):
+    affine = random_affine(9, STRONG, stream(5))
+    expected = torch.nn.functional.affine_grid(affine, [9, 3, side, side], align_corners=False)
+    torch.testing.assert_close(sampling_grid(affine, side), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", [16, 33])
