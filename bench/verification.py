@@ -1,24 +1,27 @@
 """All-pairs verification of many embeddings: our histogram and scores against scikit-learn's roc_curve.
 
-    python -m bench.verification [--pictures 6000] [--people 1000] [--json]
+    python -m bench.verification [--pictures 3000] [--people 1000]
 
 Ours goes from embeddings to AUC, EER and TAR@FAR; scikit-learn's gets the scores of all pairs ready made, and the time
-to make them is given apart. Each repeat of each side is a process of its own with one thread; the sides take turns.
-Peak memory is that of the whole process, the interpreter and its libraries included, which are also given apart.
+to make them is not counted. Each side is a process of its own with one thread; the sides take turns. Memory is what
+the process needs above its libraries and the embeddings; of scikit-learn's side the scores are part of that.
 """
 
 import argparse
 import json
-import os
 import resource
-import statistics
-import subprocess
 import sys
 import time
+from functools import partial
+
+from bench.comparison import Claim, Comparison, Figures, Place, measure, table
+from bench.sides import ROOT, environment
+from bench.watch import run_side
 
 REPEATS = 5
 DIMENSION = 512
-SIDES = ("ours", "sklearn")
+FARS = (1e-1, 1e-2, 1e-3)
+NUM_PICTURES, NUM_PEOPLE = 3000, 500  # 4.5 million pairs
 
 
 def peak_mib() -> float:
@@ -51,13 +54,10 @@ def ours(num_pictures: int, num_people: int) -> dict[str, float]:
     counted = time.perf_counter()
     scores = open_set_scores(histogram)
     ended = time.perf_counter()
-    figures = {"seconds": ended - started, "curve_seconds": ended - counted, "auc": scores["roc_auc"]}
-    return figures | {
-        "mib_imported": imported,
-        "mib_before": before,
-        "mib_peak": peak_mib(),
-        "num_pairs": float(histogram.sum()),
-    }
+    figures = {"seconds": ended - started, "curve_seconds": ended - counted, "num_pairs": float(histogram.sum())}
+    figures |= {"roc_auc": scores["roc_auc"], "eer": scores["eer"]}
+    figures |= {f"tar_{far:g}": scores[f"tar_at_far_{far:.0e}".replace("e-0", "e-")] for far in FARS}
+    return figures | {"mib_imported": imported, "mib_above": peak_mib() - before}
 
 
 def sklearn(num_pictures: int, num_people: int) -> dict[str, float]:
@@ -77,58 +77,64 @@ def sklearn(num_pictures: int, num_people: int) -> dict[str, float]:
     scored = time.perf_counter()
     far, tar, _ = roc_curve(same, scores)
     ended = time.perf_counter()
-    figures = {"seconds": ended - scored, "score_seconds": scored - started, "auc": float(auc(far, tar))}
-    return figures | {
-        "mib_imported": imported,
-        "mib_before": before,
-        "mib_peak": peak_mib(),
-        "num_pairs": float(num_pairs),
-    }
+    figures = {"seconds": ended - scored, "score_seconds": scored - started, "num_pairs": float(num_pairs)}
+    crossing = int(np.argmin(np.abs(1.0 - tar - far)))
+    figures |= {"roc_auc": float(auc(far, tar)), "eer": float((far[crossing] + 1.0 - tar[crossing]) / 2)}
+    figures |= {f"tar_{limit:g}": float(tar[far <= limit].max()) for limit in FARS}
+    return figures | {"mib_imported": imported, "mib_above": peak_mib() - before}
 
 
-def in_a_process(side: str, num_pictures: int, num_people: int) -> dict[str, float]:
+def error(num_pictures: int, num_people: int) -> dict[str, float]:
+    """How far our figures are from scikit-learn's on the same pairs, the largest of all."""
+    found, exact = ours(num_pictures, num_people), sklearn(num_pictures, num_people)
+    names = ("roc_auc", "eer", *(f"tar_{far:g}" for far in FARS))
+    apart = {f"{name}_error": abs(found[name] - exact[name]) for name in names}
+    tar = max(apart[f"tar_{far:g}_error"] for far in FARS)
+    return {"error": max(apart["roc_auc_error"], apart["eer_error"]), "tar_error": tar, **apart}
+
+
+SIDES = {"sklearn": sklearn, "ours": ours, "error": error}
+
+
+def in_a_process(_: Place, *, side: str, num_pictures: int = NUM_PICTURES, num_people: int = NUM_PEOPLE) -> Figures:
     command = [sys.executable, "-m", "bench.verification", "--side", side]
     sizes = ["--pictures", str(num_pictures), "--people", str(num_people)]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    done = subprocess.run(
-        [*command, *sizes], env=os.environ | one_thread, stdout=subprocess.PIPE, text=True, check=True
+    return run_side([*command, *sizes], cwd=ROOT, environment=environment(**one_thread))
+
+
+def comparison(num_pictures: int = NUM_PICTURES, num_people: int = NUM_PEOPLE) -> Comparison:
+    what = f"{num_pictures * (num_pictures - 1) / 2e6:.1f} M pairs: AUC, EER, TAR"
+    sizes = {"num_pictures": num_pictures, "num_people": num_people}
+    return Comparison(
+        name="verification",
+        what=f"{what}; one thread. sklearn: roc_curve on ready scores.",
+        sides={side: partial(in_a_process, side=side, **sizes) for side in SIDES},
+        claims=(
+            Claim(what=what, ours="ours", figure="seconds", peer="sklearn", goal=0.1),
+            Claim(what=f"{what}, memory", ours="ours", figure="mib_above", peer="sklearn", goal=0.1, unit="MiB"),
+            Claim(what="larger error of AUC and EER", ours="error", figure="error", unit="", goal=2e-5, of="ours"),
+            Claim(what="largest error of TAR", ours="error", figure="tar_error", unit="", goal=2e-5, of="ours"),
+        ),
+        repeats=REPEATS,
     )
-    return json.loads(done.stdout)
+
+
+COMPARISON = comparison()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=6000)
-    parser.add_argument("--people", type=int, default=1000)
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=NUM_PICTURES)
+    parser.add_argument("--people", type=int, default=NUM_PEOPLE)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        work = {"ours": ours, "sklearn": sklearn}[arguments.side]
-        print(json.dumps(work(arguments.pictures, arguments.people)))
+        print(json.dumps(SIDES[arguments.side](arguments.pictures, arguments.people)))
         return
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(REPEATS):
-        for side in SIDES:
-            runs[side].append(in_a_process(side, arguments.pictures, arguments.people))
-    medians = {
-        side: {name: statistics.median(run[name] for run in of_side) for name in of_side[0]}
-        for side, of_side in runs.items()
-    }
-    ratio = medians["sklearn"]["seconds"] / medians["ours"]["seconds"]
-    if arguments.json:
-        print(json.dumps({"medians": medians, "runs": runs, "times_as_fast": ratio}))
-        return
-    print(f"{medians['ours']['num_pairs']:,.0f} pairs of {arguments.pictures:,} embeddings; medians of {REPEATS}")
-    for side, median in medians.items():
-        seconds = sorted(run["seconds"] for run in runs[side])
-        apart = f", after {median['score_seconds']:.2f} s for the scores" if side == "sklearn" else " with the scores"
-        print(
-            f"{side:8} {median['seconds']:6.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}){apart}; peak"
-            f" {median['mib_peak']:,.0f} MiB: {median['mib_imported']:,.0f} libraries, {median['mib_before']:,.0f} with"
-            f" the embeddings; AUC {median['auc']:.6f}"
-        )
-    print(f"ours is {ratio:.1f} times as fast")
+    wanted = comparison(arguments.pictures, arguments.people)
+    result = measure(wanted, Place(scratch=ROOT, quick=False), lambda text: print(text, file=sys.stderr))
+    print(table({wanted.name: result.to_json()}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The peers, each written as its own users write it."""
