@@ -47,7 +47,7 @@ e2e: $(STAMP) ## whole programs, as a user runs them
 	@tests/system-packages
 	$(BIN)/python -m pytest -q -n $(E2E_WORKERS) --dist loadfile tests/e2e
 
-bench: $(STAMP) ## speed and memory figures (minutes)
+bench: $(STAMP) ## speed and memory against the peers, a table and JSON (a quarter of an hour)
 	$(BIN)/python -m bench.run
 
 bench-faces: $(STAMP) ## accuracy on a CelebA and a VGGFace2 folder: make bench-faces CELEBA=DIR VGGFACE2=DIR (an hour)

@@ -1,4 +1,4 @@
-"""What a user waits for every day: indexing, drawing, packing, reopening a pack, and `--help`; medians of interleaved runs.
+"""What a user waits for: indexing, drawing, packing, reopening a pack, and `--help`; medians of interleaved runs.
 
     python -m bench.everyday [--celeba-lists DIR]
 
