@@ -1,28 +1,20 @@
-"""The ClientApp that Flower starts for every message: hands it to the site's resident trainer, and the answer back.
+"""The ClientApp of the bundle, which Flower wants there.  Nobody needs it: a site runs what it installed itself.
 
-It imports neither torch nor the data, so that a message costs as little as Flower lets it.
+`flower-client` answers messages by `clients/executor.py` and never unpacks a bundle.  A SuperNode that was started in
+another way would come here.
 """
-
-from pathlib import Path
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from clients.handover import TrainerGone, hand_over
+from clients.handover import CLIENT_FAILED
 
-CLIENT_FAILED = 500  # as in common.wire, which this file must not import
-TRAINER = "trainer"  # the node's configuration: the folder where the trainer is met
+REASON = "this node was not started by flower-client, which runs its own site's code only; start it with that."
 
 
-def respond(message: Message, context: Context) -> Message:
-    """Answer one message."""
-    try:
-        answer = hand_over(Path(str(context.node_config[TRAINER])), message.content)
-    except TrainerGone as gone:
-        answer = f"{context.node_config.get('name', 'client')}: {gone}"
-    if isinstance(answer, str):
-        return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
-    return Message(answer, reply_to=message)
+def respond(message: Message, _: Context) -> Message:
+    """Answer that there is no answer."""
+    return Message(Error(code=CLIENT_FAILED, reason=REASON), reply_to=message)
 
 
 app = ClientApp()

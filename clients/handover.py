@@ -1,8 +1,8 @@
-"""From the short-lived ClientApp to its site's resident trainer and back, over a local socket.
+"""From the executor beside the SuperNode to the site's resident trainer and back, over a local socket.
 
 The folder that both know is the user's own (0700) and holds the socket (0600) and a key, with which either side proves
 itself (HMAC, `multiprocessing.connection`).  Nothing is pickled: a content travels as one JSON header, and then the
-bytes of each array.  This file imports neither torch nor anything that reads data: a ClientApp starts for each message.
+bytes of each array.  This file imports neither torch nor anything that reads data.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+CLIENT_FAILED = 500  # as in common.wire, which would bring torch along
 SOCKET, KEY, SITE = "socket", "key", "site.json"
 THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 LOOK_EVERY_S = 0.05

@@ -1,10 +1,10 @@
 """`flower-client`: keeps a site's SuperNode and trainer running, across runs and servers, until told to stop."""
 
 import fcntl
-import json
 import logging
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -142,17 +142,19 @@ class Launch:
         self._say(f"the server at {self._options.host}:{self._options.port} {what}; waiting for the next one")
         return False
 
-    def _command(self, trainer: Path) -> list[str]:
+    def _command(self, meeting: Path) -> list[str]:
         """Others can read it: what the site keeps for itself is told to the trainer alone."""
         return [
-            "flower-supernode",
+            sys.executable,
+            "-P",
+            "-m",
+            "clients.node",
+            str(meeting),
+            self._site.name,
+            str(free_port()),
             "--insecure",
             "--superlink",
             f"{self._options.host}:{self._options.port}",
-            "--port",
-            str(free_port()),
-            "--node-config",
-            f"name={json.dumps(self._site.name)} trainer={json.dumps(str(trainer))}",
         ]
 
     def _notice(self, line: str) -> None:

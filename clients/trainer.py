@@ -1,10 +1,10 @@
 """The resident trainer: one process for the life of a `flower-client`, with torch, the data and the model in memory.
 
-    flower-client --starts--> flower-supernode --starts for each message--> ClientApp (clients/app.py)
-                  --starts--> this process   <--------- local socket ------------'
+    flower-client --starts--> clients/node.py: Flower's SuperNode and our executor
+                  --starts--> this process  <--- local socket ---'
 
-It answers one message at a time, ends with its flower-client, and ends itself when the ClientApp that waits for an
-answer goes (the run was stopped): what it was computing is then of no use, and the next run finds a fresh one.
+It answers one message at a time, ends with its flower-client, and ends itself when the executor that waits for an
+answer goes (the server went): what it was computing is then of no use, and the next run finds a fresh one.
 """
 
 import contextlib

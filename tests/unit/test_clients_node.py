@@ -1,0 +1,180 @@
+"""The executor in the place of Flower's, and the pace of the SuperNode's loop."""
+
+import inspect
+import re
+import threading
+import time
+
+import httpx
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.common.constant import SubStatus
+from tiny_federation import site_settings
+
+from clients import executor, node
+from clients.executor import Executor
+from clients.handover import CLIENT_FAILED, KEY, TrainerGone
+from clients.pace import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
+from clients.residence import Trainer
+
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
+
+class Found:
+    """What AcquireTask answers."""
+
+    def __init__(self, token=""):
+        self.token = token
+
+    def HasField(self, name):  # noqa: N802 - protobuf's name
+        return name == "task" and bool(self.token)
+
+
+class StandIn:
+    """The SuperNode's API: hands out tokens, and keeps what is pushed."""
+
+    def __init__(self, tokens):
+        self.tokens, self.outputs, self.replies = list(tokens), [], []
+        self.over = threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def AcquireTask(self, request):  # noqa: N802
+        assert list(request.supported_task_types) == ["flwr-clientapp"]
+        if not self.tokens:
+            self.over.set()
+            time.sleep(3600)
+        return Found(self.tokens.pop(0))
+
+    def SendTaskHeartbeat(self, _):  # noqa: N802
+        raise httpx.ConnectError("the heart of this test does not beat")
+
+
+@pytest.fixture
+def executed(tmp_path, monkeypatch):
+    """executed(tokens, hand_over, pull) -> the stand-in, after an Executor took those tokens."""
+
+    def execute(tokens, hand_over, pull=None):
+        (tmp_path / KEY).write_bytes(b"k" * 32)
+        stand_in = StandIn(tokens)
+        request = Message(RecordDict(), 5, "train")
+        monkeypatch.setattr(Executor, "_client", lambda *_: stand_in)
+        monkeypatch.setattr(executor, "pull_task_input", pull or (lambda _: (request, "context", None, None)))
+        monkeypatch.setattr(executor, "push_message", lambda _, reply, __: stand_in.replies.append(reply))
+        monkeypatch.setattr(executor, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
+        monkeypatch.setattr(executor, "hand_over", hand_over)
+        monkeypatch.setattr(executor, "LOOK_EVERY_S", 0.01)
+        serving = Executor(tmp_path, name="alpha", port=1, pace=Pace())
+        threading.Thread(target=serving.serve, daemon=True).start()
+        assert stand_in.over.wait(60)
+        return stand_in
+
+    return execute
+
+
+def test_a_message_is_answered_with_what_the_trainer_says(executed):
+    told = RecordDict()
+    stand_in = executed(["token"], lambda _folder, _content: told)
+    assert [reply.content for reply in stand_in.replies] == [told]
+    assert stand_in.outputs == [("context", SubStatus.COMPLETED, "")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("alpha: no pictures", "alpha: no pictures"), (TrainerGone("it went"), "alpha: it went")]
+)
+def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer, said):
+    def hand_over(_folder, _content):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    stand_in = executed(["token"], hand_over)
+    (reply,) = stand_in.replies
+    assert (reply.error.code, reply.error.reason) == (CLIENT_FAILED, said)
+    assert stand_in.outputs == [("context", SubStatus.COMPLETED, "")]
+
+
+def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(executed):
+    request = Message(RecordDict(), 5, "train")
+    inputs = iter([RuntimeError("no message"), (request, "context", None, None)])
+
+    def pull(_):
+        given = next(inputs)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    stand_in = executed(["first", "", "second"], lambda _folder, _content: RecordDict(), pull)
+    assert [status for _, status, _ in stand_in.outputs] == [SubStatus.FAILED, SubStatus.COMPLETED]
+    assert len(stand_in.replies) == 1
+
+
+def test_whoever_takes_a_message_from_the_supernode_must_know_the_key(tmp_path):
+    told = node.own_arguments(tmp_path, 1234)
+    assert told[told.index("--isolation") + 1] == "process"
+    assert told[told.index("--superexec-auth-secret-file") + 1] == str(tmp_path / KEY)
+    assert told[told.index("--host") + 1] == "127.0.0.1"
+
+
+# ---- the pace
+
+
+def test_the_answer_ends_the_sleep_that_waits_for_it():
+    pace = Pace()
+    threading.Timer(0.05, pace.tell_done).start()
+    started = time.monotonic()
+    for _ in range(200):  # as Flower's loop looks; were it deaf it would take 100 s
+        pace.sleep(ANSWER_POLL_S)
+        if time.monotonic() - started > 0.05:
+            break
+    assert time.monotonic() - started < 30
+
+
+def test_waiting_for_an_answer_tells_that_there_is_work():
+    pace = Pace()
+    pace.tell_done()
+    pace.sleep(ANSWER_POLL_S)
+    started = time.monotonic()
+    pace.wait_for_work(60.0)
+    assert time.monotonic() - started < 30
+    pace.wait_for_work(0.0)  # once only: the second call waits its time and returns
+
+
+def test_looks_for_messages_are_frequent_first_and_then_as_rare_as_flowers(monkeypatch):
+    pace, now, slept = Pace(), [0.0], []
+    pace._last_message = 0.0
+    monkeypatch.setattr("clients.pace.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("clients.pace.time.sleep", slept.append)
+    for now[0] in (0.0, 0.5, 10.0, 29.0, 31.0, 1e6):
+        pace.sleep(3)
+    assert slept == pytest.approx([0.1, 0.1, 1.0, 2.9, LONGEST_PAUSE_S, LONGEST_PAUSE_S])
+
+
+def test_what_is_put_into_flowers_loop_is_what_it_uses(monkeypatch):
+    """Names inside Flower that `quicken` replaces: another version may have others, and would be slow again."""
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supernode import start_client_internal
+
+    monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)
+    monkeypatch.setitem(inflatable_utils.pull_objects.__kwdefaults__, "initial_backoff", 1.0)
+    source = inspect.getsource(start_client_internal)
+    assert source.count("time.sleep(3)") == 1
+    assert source.count("time.sleep(0.5)") == 2
+    assert len(re.findall(r"(?<![\w.])time\.", source)) == 3, "the loop asks `time` for more than sleep"
+    assert "pull_objects(\n                obj_ids_to_pull,\n                pull_object_fn=" in source
+    node.quicken(Pace())
+    assert isinstance(start_client_internal.time, Pace)
+    assert inspect.signature(inflatable_utils.pull_objects).parameters["initial_backoff"].default == node.QUICK_RETRY_S
+
+
+def test_the_key_is_readable_by_its_owner_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_start", lambda _: None)
+    trainer = Trainer(site_settings("alpha", tmp_path), lambda _: None)
+    monkeypatch.setattr(Trainer, "__exit__", lambda *_: None)
+    with trainer as resident:
+        assert (resident.folder / KEY).stat().st_mode & 0o777 == 0o600
+        assert resident.folder.stat().st_mode & 0o777 == 0o700
