@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clients.site import SiteSettings
 from common.checkpoints import write_tensors
+from common.codec import num_bytes
 from common.errors import FaceFedError
 from common.evaluation import evaluate
 from common.faces.pack import FacePack
@@ -57,8 +58,11 @@ def keep_round(
 
         def told(reply: Reply) -> None:
             if tracked:
-                size = 0 if reply.change is None else reply.change.nbytes
-                sizes = {"bytes_down": float(size), "bytes_up": float(size + counts_nbytes(reply))}
+                up = down = 0
+                if reply.change is not None:
+                    up = reply.change.nbytes
+                    down = num_bytes(settings.federation.download_codec, reply.change.size)
+                sizes = {"bytes_down": float(down), "bytes_up": float(up + counts_nbytes(reply))}
                 tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
 
         yield told

@@ -1,4 +1,5 @@
-"""What stays with a client between rounds: its head, private normalisation, and their optimiser state, on its disk.
+"""What stays with a client between rounds, on its disk: its head, private normalisation, their optimiser state, and
+what a lossy codec has not sent yet.
 
 Kept by run and round (the previous, the latest and the best round's), so that a repeated round starts from where that
 round started.
@@ -7,13 +8,17 @@ round started.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.checkpoints import read_tensors, write_tensors
 from common.errors import CheckpointError
 
 MODEL, OPTIMISER = "model/", "optimiser/"
+RESIDUE = "residue"
 
 
 def _round_file(folder: Path, server_round: int) -> Path:
@@ -33,13 +38,23 @@ def _slots(module: nn.Module, optimiser: torch.optim.Optimizer, names: Iterable[
 
 
 def save_private(
-    folder: Path, server_round: int, module: nn.Module, optimiser: torch.optim.Optimizer, names: Iterable[str]
+    folder: Path,
+    server_round: int,
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    names: Iterable[str],
+    residue: NDArray[np.float32] | None = None,
 ) -> None:
-    """Write the named (private) tensors of the module and their optimiser state as those after `server_round`."""
+    """Write the named (private) tensors of the module and their optimiser state as those after `server_round`.
+
+    residue: what the codec of the change has not sent yet, flat float32; None where nothing is lost.
+    """
     names = tuple(names)
     state: Mapping[str, Tensor] = module.state_dict()
     tensors = {MODEL + name: state[name] for name in names}
     tensors |= {OPTIMISER + name: value for name, value in _slots(module, optimiser, names).items()}
+    if residue is not None:
+        tensors[RESIDUE] = torch.from_numpy(residue)
     write_tensors(_round_file(folder, server_round), tensors, {"server_round": str(server_round)})
 
 
@@ -81,14 +96,34 @@ def _restore_slots(module: nn.Module, optimiser: torch.optim.Optimizer, tensors:
             optimiser.state[parameters[name]][slot] = value.to(device)
 
 
+def load_residue(folder: Path, server_round: int, size: int) -> NDArray[np.float32]:
+    """What the codec had not sent after `server_round`, [size] float32: zeros before the first change was sent.
+
+    server_round: as `load_private` returned it.  Raises CheckpointError when it is of another model.
+    """
+    path = _round_file(folder, server_round)
+    if not path.is_file():
+        return np.zeros(size, dtype=np.float32)
+    with safe_open(path, framework="np") as file:
+        if RESIDUE not in file.keys():  # noqa: SIM118 - not a mapping
+            return np.zeros(size, dtype=np.float32)
+        residue: NDArray[np.float32] = file.get_tensor(RESIDUE)
+    if residue.shape != (size,) or residue.dtype != np.float32:
+        raise CheckpointError(f"{path}: the residue is {residue.dtype} {residue.shape}, the model has ({size},).")
+    return residue
+
+
 def rounds_here(folder: Path) -> list[int]:
     """The rounds whose private state is here, ascending."""
     return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))
 
 
 def prune(folder: Path, keep: Iterable[int]) -> None:
-    """Delete the private states of all rounds but those in `keep`."""
-    wanted = {_round_file(folder, server_round) for server_round in keep}
-    for path in folder.glob("round-*.safetensors"):
-        if path not in wanted:
-            path.unlink()
+    """Delete all private states but those that `load_private` would take for one of the rounds in `keep`.
+
+    A client that was not sampled for a while may need a state that is older than all of them.
+    """
+    here = rounds_here(folder)
+    wanted = {max((number for number in here if number <= server_round), default=-1) for server_round in keep}
+    for server_round in set(here) - wanted:
+        _round_file(folder, server_round).unlink()

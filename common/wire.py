@@ -5,6 +5,9 @@
     evaluate  -> task settings, shared parameters   <- sums, histograms
 
 Heads, embeddings and pictures have no place in any of them.
+
+An array is its bytes, little-endian, under a header of Flower's own: dtype, shape, and as its serialisation type one of
+two names of ours.  The header is checked before the bytes are looked at, and they are not copied.
 """
 
 import dataclasses
@@ -19,16 +22,27 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from common import codec
+from common.codec import Coded
 from common.errors import ReplyRefused
 from common.metrics.classification import MOST_GROUPS
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.twins import no_twins
 from common.metrics.verification import NUM_BINS
+from common.settings import CODECS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
 SHARED, CHANGE = "shared", "change"
 COUNTS = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
+FLAT = "facefed.flat"  # a flat buffer: dtype names the codec, shape its elements
+PLAIN = "facefed.plain"  # whole numbers
+_COUNT_DTYPES = (
+    "uint8",
+    "uint16",
+    "uint32",
+    "int64",
+)  # most counts are small, and the smallest that holds them travels
 _PAIRS_SHAPE, _FOLDS_SHAPE = (2, NUM_BINS), (NUM_FOLDS, 2, FOLD_BINS)
 CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
 CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
@@ -95,22 +109,33 @@ class Reply:
     num_examples: int
     train: Mapping[str, float]  # TRAIN_FIELDS; empty after evaluate
     evaluations: Mapping[str, SplitSums]  # by split
-    change: NDArray[np.float32] | None  # flat; None after evaluate
+    change: Coded | None  # None after evaluate
 
 
 def counts_nbytes(reply: Reply) -> int:
     """The size of a reply's counts: its arrays but the change."""
-    sums = reply.evaluations.values()
-    return sum(array.nbytes for s in sums for array in (s.pairs, s.twins, s.folds, s.confusion))
+    return sum(_flat_counts(sums).nbytes for sums in reply.evaluations.values())
+
+
+def _flat_counts(sums: SplitSums) -> NDArray[Any]:
+    """All of a split's counts in one array, of the smallest of the dtypes that holds them."""
+    parts = (sums.pairs, sums.folds, sums.twins, sums.confusion)
+    counts = np.concatenate([part.reshape(-1) for part in parts])
+    largest = int(counts.max(initial=0))
+    return counts.astype(next(name for name in _COUNT_DTYPES if largest <= np.iinfo(name).max))
 
 
 def _task_record(task: Task) -> ConfigRecord:
     return ConfigRecord(dataclasses.asdict(task))
 
 
-def pack_shared(shared: NDArray[np.float32]) -> ArrayRecord:
+def pack_shared(shared: Coded) -> ArrayRecord:
     """The flat global model as a record; made once, it serves the messages to all clients."""
-    return ArrayRecord({SHARED: Array(shared)})
+    return ArrayRecord({SHARED: _flat_array(shared)})
+
+
+def _flat_array(coded: Coded) -> Array:
+    return Array(dtype=coded.codec, shape=(coded.size,), stype=FLAT, data=coded.data)
 
 
 def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s: float) -> Message:
@@ -127,21 +152,50 @@ def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
         fields: dict[str, Any] = dict(content[TASK])
         task = Task(**fields)
         arrays = content.get(ARRAYS)
-        return task, None if arrays is None else _array(typing.cast("Mapping[str, Any]", arrays), SHARED)
+        if arrays is None:
+            return task, None
+        return task, codec.decode(_read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED))
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
 
 
-def _array(record: Mapping[str, Any], name: str) -> NDArray[Any]:
-    try:
-        array = record[name].numpy()
-    except KeyError:
-        raise
-    except Exception as error:  # the bytes are the other end's, and NumPy's reader fails in many ways
-        raise ReplyRefused(f"the array {name!r} cannot be decoded ({type(error).__name__}: {error})") from None
-    if not isinstance(array, np.ndarray):
+def _header(record: Mapping[str, Any], name: str, stype: str) -> Array:
+    """The array of that name, one-dimensional and of that kind.  Raises KeyError or ReplyRefused."""
+    array = record[name]
+    if not isinstance(array, Array):
         raise ReplyRefused(f"{name!r} is no array but a {type(array).__name__}")
+    if array.stype != stype or len(array.shape) != 1:
+        raise ReplyRefused(
+            f"the array {name!r} is {array.stype!r} {tuple(array.shape)}, not {stype!r} of one dimension"
+        )
     return array
+
+
+def _check_length(array: Array, name: str, wanted: int) -> None:
+    if len(array.data) != wanted:
+        raise ReplyRefused(
+            f"the array {name!r} has {len(array.data)} bytes; {array.dtype} {tuple(array.shape)} takes {wanted}"
+        )
+
+
+def _read_flat(record: Mapping[str, Any], name: str) -> Coded:
+    array = _header(record, name, FLAT)
+    if array.dtype not in CODECS:
+        raise ReplyRefused(
+            f"the array {name!r} is in the codec {array.dtype!r}; this version knows {', '.join(CODECS)}"
+        )
+    size = int(array.shape[0])
+    _check_length(array, name, codec.num_bytes(array.dtype, size))
+    return Coded(codec=array.dtype, size=size, data=array.data)
+
+
+def _read_counts(record: Mapping[str, Any], name: str) -> NDArray[np.int64]:
+    array = _header(record, name, PLAIN)
+    if array.dtype not in _COUNT_DTYPES:
+        raise ReplyRefused(f"{name} is {array.dtype}, not {', '.join(_COUNT_DTYPES)}")
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    _check_length(array, name, int(array.shape[0]) * dtype.itemsize)
+    return np.frombuffer(array.data, dtype=dtype).astype(np.int64)
 
 
 def _number(sums: Mapping[str, Any], name: str) -> int | float:
@@ -180,10 +234,15 @@ def reply_content(reply: Reply) -> RecordDict:
     arrays = {}
     for split, values in reply.evaluations.items():
         sums |= {f"{split}-{name}": value for name, value in values.closed.items()}
-        parts = (values.pairs, values.folds, values.twins, values.confusion)
-        arrays[COUNTS.format(split=split)] = Array(np.concatenate([part.reshape(-1) for part in parts]))
+        counts = _flat_counts(values)
+        arrays[COUNTS.format(split=split)] = Array(
+            dtype=str(counts.dtype),
+            shape=counts.shape,
+            stype=PLAIN,
+            data=counts.astype(counts.dtype.newbyteorder("<"), copy=False).tobytes(),
+        )
     if reply.change is not None:
-        arrays[CHANGE] = Array(reply.change)
+        arrays[CHANGE] = _flat_array(reply.change)
     content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: ArrayRecord(arrays)})
     content[TASK] = ConfigRecord({"manifest": reply.manifest})
     return content
@@ -191,12 +250,12 @@ def reply_content(reply: Reply) -> RecordDict:
 
 def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums:  # noqa: ANN401
     name = COUNTS.format(split=split)
-    counts = _array(arrays, name)
+    counts = _read_counts(arrays, name)
     ends = np.cumsum([math.prod(_PAIRS_SHAPE), math.prod(_FOLDS_SHAPE), math.prod(_PAIRS_SHAPE)]).tolist()
     groups = math.isqrt(max(counts.size - ends[-1], 0))
     size = ends[-1] + groups**2
-    if counts.dtype != np.int64 or counts.shape != (size,) or groups > MOST_GROUPS:
-        raise ReplyRefused(f"{name} is {counts.dtype} {counts.shape}, not this version's counts, int64 ({size},)")
+    if counts.shape != (size,) or groups > MOST_GROUPS:
+        raise ReplyRefused(f"{name} has the shape {counts.shape}, this version's counts ({size},)")
     if bool((counts < 0).any()):
         raise ReplyRefused(f"{name} holds {counts.min()}, not counts")
     pairs, folds, twins, confusion = np.split(counts, ends)
@@ -226,7 +285,7 @@ def read_reply(message: Message, splits: str) -> Reply:
             num_examples=sums["num-examples"],
             train={name: float(sums[f"train-{name}"]) for name in TRAIN_FIELDS if f"train-{name}" in sums},
             evaluations={split: _read_split(split, sums, arrays) for split in splits.split()},
-            change=_array(arrays, CHANGE) if CHANGE in arrays else None,
+            change=_read_flat(arrays, CHANGE) if CHANGE in arrays else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
@@ -244,10 +303,7 @@ def describe(content: RecordDict) -> list[dict[str, Any]]:
         for key, value in record.items():
             name = f"{record_name}.{key}"
             if isinstance(value, Array):
-                array = value.numpy()
-                rows.append(
-                    {"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "data": array.tobytes()}
-                )
+                rows.append({"name": name, "shape": list(value.shape), "dtype": value.dtype, "data": value.data})
             else:
                 rows.append(
                     {"name": name, "shape": [], "dtype": type(value).__name__, "data": json.dumps(value).encode()}

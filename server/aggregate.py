@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common.codec import Coded, add_to
+
 
 class WeightedChange:
     """The running sum of num_examples * change over clients, in float32.
@@ -18,9 +20,9 @@ class WeightedChange:
         self.num_examples = 0
         self.num_clients = 0
 
-    def add(self, change: NDArray[np.float32], num_examples: int) -> None:
-        """Add one client's change, [size] float32, with its weight."""
-        self._sum.add_(torch.from_numpy(change), alpha=float(num_examples))
+    def add(self, change: Coded, num_examples: int) -> None:
+        """Add one client's change of `size` elements with its weight; it is decoded piece by piece as it is added."""
+        add_to(self._sum, change, float(num_examples))
         self.num_examples += num_examples
         self.num_clients += 1
 

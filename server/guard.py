@@ -7,6 +7,7 @@ import numpy as np
 from flwr.app import Message
 
 from common import wire
+from common.codec import decode, largest_magnitude
 from common.errors import ReplyRefused
 from common.parameters import Manifest
 from common.settings import CLIENT_NAME
@@ -27,11 +28,11 @@ def read_site(message: Message) -> Site:
     return site
 
 
-def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
-    """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round and model."""
+def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str) -> None:
+    """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec."""
     _check_origin(reply, server_round, manifest)
     _check_num_examples(reply.num_examples, site)
-    _check_change(reply, manifest)
+    _check_change(reply, manifest, codec)
     missing = [name for name in TRAIN_FIELDS if name not in reply.train]
     if missing:
         raise ReplyRefused(f"the reply lacks the training sum {missing[0]}")
@@ -59,17 +60,23 @@ def _check_num_examples(num_examples: object, site: Site) -> None:
         raise ReplyRefused(f"num-examples is {num_examples}; the client joined with {site.num_training_pictures}")
 
 
-def _check_change(reply: Reply, manifest: Manifest) -> None:
+def _check_change(reply: Reply, manifest: Manifest, codec: str) -> None:
     change = reply.change
     if change is None:
         raise ReplyRefused("the reply holds no change of the model")
-    if change.dtype != np.float32 or change.shape != (manifest.size,):
-        raise ReplyRefused(f"the change is {change.dtype} {change.shape}, the model float32 ({manifest.size},)")
-    usable = np.abs(change) <= LARGEST_CHANGE  # False for NaN too
-    if not usable.all():
-        position = int(np.argmin(usable))
-        name = next(e.name for e in manifest.entries if e.offset <= position < e.offset + e.size)
-        raise ReplyRefused(f"the change holds {change[position]} in {name}")
+    if change.codec != codec or change.size != manifest.size:
+        raise ReplyRefused(
+            f"the change is {change.codec} of {change.size} numbers; {codec} of {manifest.size} were asked for"
+        )
+    if largest_magnitude(change) <= LARGEST_CHANGE:  # False for NaN too
+        return
+    values = decode(change)
+    usable = np.abs(values) <= LARGEST_CHANGE
+    if usable.all():  # large scales of small codes
+        return
+    position = int(np.argmin(usable))
+    name = next(e.name for e in manifest.entries if e.offset <= position < e.offset + e.size)
+    raise ReplyRefused(f"the change holds {values[position]} in {name}")
 
 
 def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:

@@ -5,13 +5,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from common.codec import encode
 from server.aggregate import WeightedChange
 
 
-def mean_of(replies):
+def mean_of(replies, codec="float32"):
     total = WeightedChange(len(replies[0][0]))
     for change, num_examples in replies:
-        total.add(change, num_examples)
+        total.add(encode(change, codec), num_examples)
     return total.mean()
 
 
@@ -52,7 +53,7 @@ def test_memory_does_not_grow_with_the_number_of_replies():
         total = WeightedChange(size)
         tracemalloc.start()
         for number in range(num_clients):
-            total.add(np.full(size, number, dtype=np.float32), 3)
+            total.add(encode(np.full(size, number, dtype=np.float32), "float32"), 3)
         seen = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return seen
@@ -64,10 +65,20 @@ def test_memory_does_not_grow_with_the_number_of_replies():
 
 def test_a_reply_is_not_changed_and_not_kept():
     total = WeightedChange(2)
-    change = np.float32([1.0, 2.0])
+    change = encode(np.float32([1.0, 2.0]), "float32")
+    sent = bytes(bytearray(change.data))
     total.add(change, 2)
-    change[:] = 99.0
+    assert change.data == sent
     assert total.mean().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("codec", "bound"), [("float16", 2.0**-11), ("int8", 0.5 / 127)])
+def test_lossy_replies_add_up_to_what_their_codec_says(codec, bound):
+    """Each element is off by at most its codec's rounding: float16 of its value, int8 of its block's largest."""
+    replies = random_replies(8, 5_000)
+    largest = max(float(np.abs(change).max()) for change, _ in replies)
+    off = np.abs(mean_of(replies, codec) - mean_of(replies))
+    assert 0 < off.max() <= bound * largest * 1.001
 
 
 def test_no_reply_has_no_mean():

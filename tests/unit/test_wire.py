@@ -1,7 +1,6 @@
 """What crosses the wire: nothing is lost on the way, and whatever else comes is refused in one line."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -9,12 +8,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
+from common.codec import decode, encode, num_bytes
 from common.errors import ReplyRefused
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 
 SHARED = np.linspace(-1, 1, 7, dtype=np.float32)
+HEADER = ("dtype", "shape", "stype", "data")
 PAIRS = np.arange(2 * NUM_BINS, dtype=np.int64).reshape(2, NUM_BINS)
 FOLDS = np.arange(NUM_FOLDS * 2 * FOLD_BINS, dtype=np.int64).reshape(NUM_FOLDS, 2, FOLD_BINS)
 CONFUSION = np.arange(9, dtype=np.int64).reshape(3, 3)
@@ -77,7 +78,7 @@ def reply() -> Reply:
             )
             for shift, split in enumerate(("val", "test"))
         },
-        change=SHARED,
+        change=encode(SHARED, "float32"),
     )
 
 
@@ -90,7 +91,7 @@ def message_with(content: RecordDict) -> Message:
 
 @pytest.mark.parametrize("kind", ["join", "train", "evaluate"])
 def test_a_task_comes_back_as_it_went(kind):
-    shared = None if kind == "join" else wire.pack_shared(SHARED)
+    shared = None if kind == "join" else wire.pack_shared(encode(SHARED, "float32"))
     message = wire.task_message(task(kind), shared, node_id=7, ttl_s=12.5)
     assert message.metadata.dst_node_id == 7
     assert message.metadata.message_type == wire.MESSAGE_TYPES[kind]
@@ -163,8 +164,8 @@ def test_a_reply_comes_back_as_it_went():
     assert (back.server_round, back.manifest, back.num_examples) == (3, "ab" * 32, 50)
     assert isinstance(back.num_examples, int)
     assert back.train == reply().train
-    assert back.change.dtype == np.float32
-    np.testing.assert_array_equal(back.change, SHARED)
+    assert back.change == encode(SHARED, "float32")
+    np.testing.assert_array_equal(decode(back.change), SHARED)
     for split in ("val", "test"):
         assert back.evaluations[split].closed == reply().evaluations[split].closed
         for name in ("pairs", "folds", "confusion"):
@@ -215,7 +216,7 @@ def test_malformed_numbers_are_refused(values):
 def test_a_confusion_matrix_of_more_groups_than_agreed_is_refused():
     bad = dataclasses.replace(reply().evaluations["val"], confusion=np.zeros((65, 65), dtype=np.int64))
     content = wire.reply_content(dataclasses.replace(reply(), evaluations={"val": bad}))
-    with pytest.raises(ReplyRefused, match="val-counts is"):
+    with pytest.raises(ReplyRefused, match="val-counts has"):
         wire.read_reply(message_with(content), "val")
 
 
@@ -230,70 +231,119 @@ def test_a_missing_record_is_refused(record):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda counts: counts.astype(np.int32),
-        lambda counts: counts.astype(np.float64),
-        lambda counts: counts.astype(">i8"),
-        lambda counts: counts[:-1],
-        lambda counts: counts[:100],
-        lambda counts: counts.reshape(1, -1),
-        lambda counts: np.where(counts == 5, -1, counts),
+        {"dtype": "int32"},
+        {"dtype": "float64"},
+        {"dtype": ">i8"},
+        {"dtype": "object"},
+        {"shape": (4,)},
+        {"shape": (2**62,)},
+        {"shape": (-1,)},
+        {"shape": ()},
+        {"shape": (1, 7)},
+        {"stype": "numpy.ndarray"},
+        {"stype": wire.FLAT},
+        {"data": b""},
     ],
 )
-def test_an_array_that_is_no_counts_is_refused(spoil):
+def test_counts_under_another_header_are_refused(spoil):
     content = wire.reply_content(reply())
-    good = content["arrays"]["val-counts"].numpy()
-    content["arrays"]["val-counts"] = Array(spoil(good))
-    with pytest.raises(ReplyRefused, match=r"val-counts (is|holds) .*, not"):
+    good = content["arrays"]["val-counts"]
+    content["arrays"]["val-counts"] = Array(**({name: getattr(good, name) for name in HEADER} | spoil))
+    with pytest.raises(ReplyRefused, match=r"val-counts"):
         wire.read_reply(message_with(content), "val")
 
 
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
+def counts_array(counts):
+    return Array(dtype=str(counts.dtype), shape=counts.shape, stype=wire.PLAIN, data=counts.tobytes())
 
 
-def npz() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, a=SHARED)
-    return file.getvalue()
+@pytest.mark.parametrize("size", [0, 100, 53247, 53250, 53248 + 65**2])
+def test_another_number_of_counts_is_refused(size):
+    """53,248 and a square: 2 x 8,192, 10 x 2 x 1,024 and 2 x 8,192 counts, and the confusion of groups."""
+    content = wire.reply_content(reply())
+    content["arrays"]["val-counts"] = counts_array(np.zeros(size, dtype=np.uint8))
+    with pytest.raises(ReplyRefused, match="val-counts has the shape"):
+        wire.read_reply(message_with(content), "val")
 
 
-def huge() -> bytes:
-    """A header that asks for 2**62 bytes."""
-    return npy(np.zeros(4, dtype=np.uint8)).replace(b"(4,), ", f"({2**62},), ".encode(), 1)
+def test_counts_below_zero_are_refused():
+    content = wire.reply_content(reply())
+    content["arrays"]["val-counts"] = counts_array(np.full(53248, -1, dtype=np.int64))
+    with pytest.raises(ReplyRefused, match="val-counts holds -1, not counts"):
+        wire.read_reply(message_with(content), "val")
 
 
-BAD_BYTES = {
-    "empty": b"",
-    "cut": npy(SHARED)[:-3],
-    "no header": b"\x93NUMPY\x01\x00",
-    "a zip": npz(),
-    "half a zip": npz()[:40],
-    "a pickle": b"\x80\x04N.",
-    "noise": bytes(range(256)),
-    "bad header": npy(SHARED).replace(b"'fortran", b"((fortran", 1),
-    "huge": huge(),
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(255, "uint8"), (256, "uint16"), (65_536, "uint32"), (2**32 - 1, "uint32"), (2**32, "int64"), (2**62, "int64")],
+)
+def test_counts_travel_in_the_smallest_numbers_that_hold_them(largest, dtype):
+    pairs = np.zeros_like(PAIRS)
+    pairs[1, 3] = largest
+    sums = dataclasses.replace(reply().evaluations["val"], pairs=pairs, folds=np.zeros_like(FOLDS))
+    answer = dataclasses.replace(reply(), evaluations={"val": sums})
+    content = wire.reply_content(answer)
+    array = content["arrays"]["val-counts"]
+    assert array.dtype == dtype
+    assert len(array.data) == wire.counts_nbytes(answer) == array.shape[0] * np.dtype(dtype).itemsize
+    assert wire.read_reply(message_with(content), "val").evaluations["val"].pairs[1, 3] == largest
+
+
+BAD_HEADERS = {
+    "too few bytes": {"data": SHARED.tobytes()[:-1]},
+    "too many bytes": {"data": SHARED.tobytes() + b"x"},
+    "no bytes": {"data": b""},
+    "more elements than bytes": {"shape": (8,)},
+    "2**62 elements": {"shape": (2**62,)},
+    "fewer than none": {"shape": (-7,)},
+    "two dimensions": {"shape": (7, 1)},
+    "no dimension": {"shape": ()},
+    "another codec's size": {"dtype": "int8"},
+    "no codec of ours": {"dtype": "zstd"},
+    "a dtype that is no codec": {"dtype": "float64"},
+    "Flower's own format": {"stype": "numpy.ndarray"},
+    "another library's": {"stype": "torch"},
+    "counts": {"stype": wire.PLAIN},
 }
 
 
-@pytest.mark.parametrize("what", BAD_BYTES)
-@pytest.mark.parametrize("name", ["change", "val-counts"])
-def test_bytes_that_are_no_array_are_refused(name, what):
+@pytest.mark.parametrize("what", BAD_HEADERS)
+def test_a_change_whose_header_does_not_fit_its_bytes_is_refused_before_it_is_decoded(what, monkeypatch):
+    monkeypatch.setattr(wire.codec, "decode", None)
     content = wire.reply_content(reply())
+    good = content["arrays"]["change"]
     arrays = dict(content["arrays"])
-    arrays[name] = Array("float32", (7,), "numpy.ndarray", BAD_BYTES[what])
+    arrays["change"] = Array(**({name: getattr(good, name) for name in HEADER} | BAD_HEADERS[what]))
     content["arrays"] = ArrayRecord(arrays)
-    with pytest.raises(ReplyRefused) as caught:
+    with pytest.raises(ReplyRefused, match="'change'"):
         wire.read_reply(message_with(content), "val")
-    assert name in str(caught.value)
 
 
-def test_an_array_in_another_library_format_is_refused():
+@pytest.mark.parametrize("what", BAD_HEADERS)
+def test_a_model_whose_header_does_not_fit_its_bytes_is_refused(what):
+    """What the server sends is checked like what it gets."""
+    shared = wire.pack_shared(encode(SHARED, "float32"))
+    shared["shared"] = Array(**({name: getattr(shared["shared"], name) for name in HEADER} | BAD_HEADERS[what]))
+    message = wire.task_message(task("train"), shared, node_id=7, ttl_s=5)
+    with pytest.raises(ReplyRefused, match="'shared'"):
+        wire.read_task(message.content)
+
+
+def test_an_unknown_codec_is_named_with_those_that_are_known():
     content = wire.reply_content(reply())
-    content["arrays"] = ArrayRecord(dict(content["arrays"]) | {"change": Array("f", (7,), "torch", npy(SHARED))})
-    with pytest.raises(ReplyRefused, match="change"):
+    content["arrays"]["change"] = Array(dtype="zstd", shape=(7,), stype=wire.FLAT, data=bytes(28))
+    with pytest.raises(ReplyRefused, match="in the codec 'zstd'; this version knows float32, float16, int8"):
         wire.read_reply(message_with(content), "val")
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+def test_a_model_and_a_change_travel_in_each_codec(codec):
+    coded = encode(SHARED, codec)
+    message = wire.task_message(task("train"), wire.pack_shared(coded), node_id=7, ttl_s=5)
+    np.testing.assert_array_equal(wire.read_task(message.content)[1], decode(coded))
+    content = wire.reply_content(dataclasses.replace(reply(), change=coded))
+    assert len(content["arrays"]["change"].data) == num_bytes(codec, len(SHARED))
+    assert wire.read_reply(message_with(content), "val").change == coded
 
 
 # ------------------------------------------------------------------------------------------------------- what leaves
@@ -305,7 +355,9 @@ def test_a_reply_is_at_most_three_arrays_and_holds_what_the_ledger_says():
     rows = {row["name"]: row for row in wire.describe(content)}
     assert rows["arrays.change"]["shape"] == [7]
     assert rows["arrays.change"]["data"] == SHARED.tobytes()
-    assert rows["arrays.val-counts"]["dtype"] == "int64"
+    assert rows["arrays.change"]["dtype"] == "float32"
+    assert rows["arrays.val-counts"]["dtype"] == "uint16"
+    assert len(rows["arrays.val-counts"]["data"]) == 2 * rows["arrays.val-counts"]["shape"][0]
     assert rows["sums.num-examples"] == {"name": "sums.num-examples", "shape": [], "dtype": "int", "data": b"50"}
     total = sum(len(record) for record in content.values())
     assert len(rows) == total, "every value of every record is named"
