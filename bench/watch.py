@@ -77,9 +77,9 @@ def proportional_mib(processes: Sequence[psutil.Process]) -> float:
 
 
 def _busy_s() -> float:
-    """CPU-seconds that the whole machine has worked since it started."""
+    """CPU-seconds that the whole machine has worked since it started, or that its host kept for others."""
     times = psutil.cpu_times()
-    return times.user + times.nice + times.system + times.irq + times.softirq
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal
 
 
 def own_orphans() -> None:
