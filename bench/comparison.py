@@ -170,9 +170,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
             peer = shown(one.peer) if one.peer is not None else result["absent"].get(claim.peer, "-").split(":")[0]
             verdict = {True: "reached", False: "missed", None: ""}[one.reached]
             cpu, memory = (f"{shown(a)} / {shown(b)}" for a, b in (one.costs[:2], one.costs[2:]))
-            unit = f" {claim.unit}" if claim.unit else ""
+            ours = f"{shown(one.ours)} {claim.unit}".rstrip() if one.ours is not None else "-"
             against = f" against {claim.peer}" if claim.peer else ""
-            peer += unit if one.peer is not None else ""
+            peer = f"{peer} {claim.unit}".rstrip() if one.peer is not None else peer
             what = f"{name}: {claim.what}{against}"
-            rows.append((what, shown(one.ours) + unit, peer, shown(one.ratio), claim.goal_text(), verdict, cpu, memory))
+            rows.append((what, ours, peer, shown(one.ratio), claim.goal_text(), verdict, cpu, memory))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -24,7 +24,8 @@ GROWN = 1.02  # the exact but slow measure of memory is taken when the quick one
 PR_SET_CHILD_SUBREAPER = 36
 TORCH = "libtorch_cpu"
 PART = "BENCH_PART"  # in a process's environment, inherited by all that it starts: which part of the side it is
-MIB = 2**20
+COMMAND_WORDS = 4
+LONGEST_COMPLAINT = 400  # characters
 
 
 class SideFailed(Exception):
@@ -37,8 +38,8 @@ class Tree:
 
     cpu_s: float = 0.0
     peak_mib: float = 0.0  # proportional set size: shared pages count once
-    # (process, its start): clients' processes that ever loaded torch
-    clients_with_torch: set[tuple[int, float]] = field(default_factory=set)
+    # (process, its start) -> its command: clients' processes that ever loaded torch
+    clients_with_torch: dict[tuple[int, float], str] = field(default_factory=dict)
     _own_s: dict[tuple[int, float], float] = field(default_factory=dict)
     _highest_rss: float = 0.0
 
@@ -52,7 +53,7 @@ class Tree:
                 self._own_s[key] = times.user + times.system
                 resident += process.memory_info().rss
                 if key not in self.clients_with_torch and is_client_with_torch(process.pid):
-                    self.clients_with_torch.add(key)
+                    self.clients_with_torch[key] = " ".join(process.cmdline()[:COMMAND_WORDS])
         self.cpu_s = sum(self._own_s.values())
         if resident > self._highest_rss * GROWN:
             self._highest_rss = resident
@@ -141,10 +142,11 @@ def run_side(
         out.seek(0), err.seek(0)
         said, complaint = out.read(), err.read()
     if code != 0:
-        raise SideFailed(f"exit code {code}: {(complaint or said).strip()[-600:]}")
+        raise SideFailed(f"exit code {code}: {' '.join((complaint or said).split())[-LONGEST_COMPLAINT:]}")
     measured = {
         "seconds": seconds, "cpu_s": tree.cpu_s, "peak_mib": tree.peak_mib, "started": started,
         "torch_processes": len(tree.clients_with_torch), "others_cores": max(0.0, rest / seconds),
+        "torch_commands": sorted(tree.clients_with_torch.values()),
     }  # fmt: skip
     return measured | _last_object(said)
 
