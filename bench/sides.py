@@ -21,7 +21,8 @@ def environment(**extra: str) -> dict[str, str]:
     """Ours, with this checkout first on the import path of every process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MLFLOW_TRACKING"))}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-    return kept | SILENT | {"PYTHONPATH": os.pathsep.join(paths)} | extra
+    programs = f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"  # peers start theirs by bare name
+    return kept | SILENT | {"PYTHONPATH": os.pathsep.join(paths), "PATH": programs} | extra
 
 
 def workload_of(place: Place) -> Workload:
@@ -121,5 +122,5 @@ def our_deployment(place: Place, *, rounds: int, codec: str) -> Figures:
 
 def nvflare_simulation(place: Place, *, rounds: int) -> Figures:
     if importlib.util.find_spec("nvflare") is None:
-        raise NotInstalled("pip install nvflare into this environment")
+        raise NotInstalled("pip install nvflare pyhocon, or put it on PYTHONPATH")
     return _stock(place, "nvflare_simulation", rounds)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from common.processes import free_port
 
-PROGRAMS = Path(sys.executable).parent
 APP = Path(__file__).parent / "flower_app"
 NUM_CLIENTS = 2
 CONNECTION = "bench"
@@ -47,9 +46,7 @@ def until(look, within_s: float, processes: list[subprocess.Popen]) -> None:
 def federate(folder: Path) -> None:
     """One run; every process it starts has ended afterwards."""
     port, times = free_port(), Path(os.environ["BENCH_TIMES"])
-    environment = os.environ | {
-        "FLWR_HOME": str(folder / "home"), "PATH": f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}",
-    }  # fmt: skip
+    environment = os.environ | {"FLWR_HOME": str(folder / "home")}
     (folder / "home").mkdir()
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     (folder / "home" / "config.toml").write_text(connection)
