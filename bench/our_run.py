@@ -16,7 +16,10 @@ def newest_run(folder: Path) -> Path:
 
 
 def _metrics(run: Path) -> tuple[dict[tuple[str, str, int], float], dict[int, float]]:
-    """(client or "", metric, round) -> value, and round -> when it ended in seconds since the epoch."""
+    """(client or "", metric, round) -> value, and round -> when its end was told, in seconds since the epoch.
+
+    That is when the next round's messages are on their way, so it is no clock for the rounds themselves.
+    """
     found, ends = {}, {}
     for text in (run / "spool.jsonl").read_bytes().splitlines():
         entry = json.loads(text)
@@ -28,7 +31,11 @@ def _metrics(run: Path) -> tuple[dict[tuple[str, str, int], float], dict[int, fl
 
 
 def figures(run: Path) -> dict:
-    """round_seconds (a list, of steady rounds), round_1_ended, overhead_seconds, bytes, and each phase's median."""
+    """round_seconds (a list, of steady rounds), round_1_ended, overhead_seconds, bytes, and each phase's median.
+
+    Rounds follow on each other by the server's clock; `from_told_seconds`, the mean by when their ends were told, is a
+    check of it from outside.
+    """
     found, ends = _metrics(run)
     steady = [step for step in sorted(ends) if step >= FIRST_STEADY]
     phases: dict[str, list[float]] = defaultdict(list)
@@ -41,11 +48,12 @@ def figures(run: Path) -> dict:
     for (client, metric, step), value in found.items():
         if step in steady and metric.endswith("_seconds"):
             phases[f"{'client' if client else 'server'} {metric}"].append(value)
-    rounds = {step: ends[step] - ends[step - 1] for step in steady}
+    rounds = {step: found["", "round_seconds", step] for step in steady}
     return {
         "round_seconds": list(rounds.values()),
         "overhead_seconds": [rounds[step] - working[step] for step in steady],
         "work_seconds": [working[step] for step in steady],
+        "from_told_seconds": (ends[steady[-1]] - ends[1]) / len(steady) if steady else None,
         "round_1_ended": ends[1],
         "bytes_per_round": [found["", "bytes_down", step] + found["", "bytes_up", step] for step in steady],
         "phases": {name: statistics.median(values) for name, values in sorted(phases.items())},

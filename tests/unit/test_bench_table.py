@@ -160,7 +160,7 @@ def entry(step, key, value, client="", time_ms=0):
 def test_a_runs_record_gives_steady_rounds_and_the_overhead_of_the_slowest_client(tmp_path):
     lines = [json.dumps({"event": "start", "time_ms": 0, "run": ""})]
     for step, ended_ms in ((1, 20_000), (2, 30_000), (3, 42_000)):
-        lines += [entry(step, "round_seconds", 9.0, time_ms=ended_ms), entry(step, "wait_seconds", 1.0)]
+        lines += [entry(step, "round_seconds", 8.0 + step, time_ms=ended_ms), entry(step, "wait_seconds", 1.0)]
         lines += [entry(step, "bytes_down", 100.0), entry(step, "bytes_up", 30.0)]
         for client, train in (("north", 6.0), ("south", 7.0)):
             lines += [entry(step, "train_seconds", train, client), entry(step, "evaluate_seconds", 1.0, client)]
@@ -169,8 +169,9 @@ def test_a_runs_record_gives_steady_rounds_and_the_overhead_of_the_slowest_clien
     found = figures(tmp_path)
 
     assert found["round_1_ended"] == 20.0
-    assert found["round_seconds"] == [10.0, 12.0]
-    assert found["overhead_seconds"] == [2.0, 4.0]  # beyond 7 + 1
+    assert found["round_seconds"] == [10.0, 11.0]
+    assert found["from_told_seconds"] == 11.0
+    assert found["overhead_seconds"] == [2.0, 3.0]  # beyond 7 + 1
     assert found["bytes_per_round"] == [130.0, 130.0]
     assert found["phases"]["client train_seconds"] == 6.5
 
