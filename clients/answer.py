@@ -18,6 +18,7 @@ from common import wire
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.evaluation import SPLITS
 from common.events import LAST_TASK_FILE, SHOWN
+from common.settings import Settings
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
@@ -29,12 +30,20 @@ NO_TASK = Task(kind="unknown", run_id="unknown", server_round=0, settings="")  #
 _workplaces: dict[tuple[str, str, str], Workplace] = {}
 
 
-def _workplace(site: SiteSettings, task: Task) -> Workplace:
+def _workplace(site: SiteSettings, task: Task, settings: Settings) -> Workplace:
+    """The site's workplace for this run, as it was left or new.
+
+    Virtual clients take turns at one: what a process holds must not grow with the number of clients that it serves.
+    """
     key = (site.name, task.run_id, task.settings)
     if key not in _workplaces:
         for old in [known for known in _workplaces if known[1] != task.run_id]:
             del _workplaces[old]  # one run's state at a time
-        _workplaces[key] = open_workplace(site, read_settings(task))
+        former = None
+        if site.share is not None:
+            former = next((place for (_, *run), place in _workplaces.items() if run == list(key[1:])), None)
+            _workplaces.clear()
+        _workplaces[key] = open_workplace(site, settings, former)
     return _workplaces[key]
 
 
@@ -50,10 +59,13 @@ def _check(task: Task) -> None:
 
 
 def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
-    workplace = _workplace(site, task)
+    settings = read_settings(task)
     if task.kind == "join":
-        return wire.site_content(join(workplace))
+        return wire.site_content(join(site, settings))
+    workplace = _workplace(site, task, settings)
     if task.kind == "train":
+        if site.share is not None:  # it is no site, so it keeps no record of its own
+            return wire.reply_content(train(workplace, task, shared, began=began))
         with keep_round(site, task, workplace.settings, num_pictures=len(workplace.pack)) as kept:
             reply = train(workplace, task, shared, began=began)
             kept(reply)
@@ -88,7 +100,7 @@ def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
         record_egress(ledger, site.name, task, reason)
         return reason
     record_egress(ledger, site.name, task, reply)
-    if task.last:
+    if task.last and site.share is None:
         (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
     return reply
 

@@ -5,6 +5,16 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of a data set a virtual client of a simulation has; see common/faces/partition.py."""
+
+    number: int  # from 0
+    num_clients: int  # among whom the data set is divided
+    alpha: float | None  # of Dirichlet; None: by identity
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteSettings:
     """A site's name, data, device and folders."""
 
@@ -16,3 +26,4 @@ class SiteSettings:
     cache_dir: Path  # packs and trials; several sites of one machine may share it
     pack_workers: int = 1  # processes that decode pictures
     tracking_uri: str = ""  # an MLflow of the site's own; none where empty
+    share: Share | None = None  # None: all of the data set; a site of its own always has that

@@ -92,6 +92,8 @@ def event_line(event: Mapping[str, Any]) -> str:
         num_here, wanted = len(event["here"]), event["wanted"]
         of_wanted = f" of {wanted}" if num_here <= wanted else ""  # more may come than are needed
         return f"joined: {event['client']} ({held}); {num_here}{of_wanted} clients are here"
+    if kind == "gathered":
+        return f"joined: {event['clients']:,} clients are here ({event['wanted']:,} needed)"
     if kind == "waiting":
         here = ", ".join(event["here"]) or "nobody yet"
         missing = event["wanted"] - len(event["here"])

@@ -27,7 +27,8 @@ class EventLog:
     def emit(self, kind: str, **values: object) -> None:
         """values: JSON.
 
-        kind: joined, waiting, members, refused, round, scored, stopped_early, saving, warning, finished or failed.
+        kind: joined, gathered, waiting, members, refused, round, scored, stopped_early, saving, warning, finished or
+        failed.
         """
         line = json.dumps({"kind": kind, "time": time.time(), **values})
         with self.path.open("a", encoding="utf-8") as file:

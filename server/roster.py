@@ -13,6 +13,7 @@ from common.settings import FederationSettings
 from common.wire import Site, Task
 from server.guard import read_site
 from server.mailbox import Mailbox, Patience
+from server.scores import MOST_TOLD_APART
 
 SAY_WAITING_EVERY_S = 10.0
 
@@ -63,12 +64,17 @@ class Roster:
             self._check_hope()
             if time.monotonic() - said[0] >= SAY_WAITING_EVERY_S:
                 said[0] = time.monotonic()
-                self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
+                if len(self._members) <= MOST_TOLD_APART:
+                    self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
+                else:
+                    self._say_how_many()
             return None
 
         found = self._patience.until(look, started + self._federation.join_timeout_s)
         if found is None and len(self._members) < self._federation.min_clients:
             raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
+        if not self._complete and len(self._members) > MOST_TOLD_APART:
+            self._say_how_many()
         self._complete = True
         return self.members()
 
@@ -83,9 +89,16 @@ class Roster:
     def _who(self) -> Mapping[str, object]:
         return {"here": sorted(self._members), "wanted": self._federation.min_clients}
 
+    def _say_how_many(self) -> None:
+        self._events.emit("gathered", clients=len(self._members), wanted=self._federation.min_clients)
+
     def _missing_line(self, when: str) -> str:
-        here = ", ".join(sorted(self._members)) or "none"
-        reasons = "".join(f" Refused: {reason}." for reason in self._refused.values())
+        names = sorted(self._members)
+        here = ", ".join(names[:MOST_TOLD_APART]) or "none"
+        here += ", ..." if len(names) > MOST_TOLD_APART else ""
+        # One line of each, once: a thousand virtual clients fail for one reason, and an engine's own are tracebacks.
+        lines = dict.fromkeys(reason.strip().splitlines()[-1] for reason in self._refused.values() if reason.strip())
+        reasons = "".join(f" Refused: {line}." for line in list(lines)[:MOST_TOLD_APART])
         missing = self._federation.min_clients - len(self._members)
         return (
             f"{len(self._members)} of {self._federation.min_clients} clients joined {when} (here: {here}; missing:"
@@ -134,6 +147,8 @@ class Roster:
             self._refused[earlier.node_id] = reason
             self._events.emit("warning", line=reason)
         self._members[site.name] = Member(node_id=node_id, site=site)
+        if len(self._members) > MOST_TOLD_APART:
+            return
         self._events.emit(
             "joined",
             client=site.name,

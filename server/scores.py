@@ -1,13 +1,17 @@
 """The server's view of the scores: sums of all clients merged, then turned into ratios, never the other way round."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
 
 from common.errors import DataError
 from common.evaluation import EvaluationSums
 from common.metrics.classification import ClosedSetSums
 from common.wire import Reply, SplitSums
 
+MOST_TOLD_APART: Final = 32  # more clients have no runs, curves and sums of their own, but quantiles over them
 INTEGER_SUMS = ("num_examples", "correct", "num_classes")
 _ROUND_OPEN = ("roc_auc", "eer", "twins_roc_auc", "twins_eer", "strangers_roc_auc")
 
@@ -73,3 +77,37 @@ def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:
         for name, value in reply.train.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+@dataclass
+class Tally:
+    """One split's sums of a model as the replies come in: pooled, and by client while these are few."""
+
+    split: str
+    total: EvaluationSums | None = None  # None: nobody yet
+    by_client: dict[str, EvaluationSums] = field(default_factory=dict)  # empty for more than MOST_TOLD_APART
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client -> `client_metrics`, of all
+
+    def add(self, replies: Mapping[str, Reply]) -> None:
+        """Add the sums of other clients, which are half a megabyte each."""
+        for name, reply in replies.items():
+            sums = evaluation_sums(reply.evaluations[self.split])
+            self.total = sums if self.total is None else self.total + sums
+            self.metrics[name] = client_metrics(self.split, sums)
+            if len(self.metrics) <= MOST_TOLD_APART:
+                self.by_client[name] = sums
+            else:
+                self.by_client.clear()
+
+
+def quantiles(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure the deciles 1, 5 and 9 over the clients that have it: {"clients_train_loss_p50": 1.2, ...}."""
+    values: dict[str, list[float]] = {}
+    for own in metrics.values():
+        for name, value in own.items():
+            values.setdefault(name, []).append(value)
+    return {
+        f"clients_{name}_p{percent}": float(np.percentile(numbers, percent))
+        for name, numbers in values.items()
+        for percent in (10, 50, 90)
+    }

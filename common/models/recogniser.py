@@ -195,6 +195,18 @@ def build_recogniser(
     return Recogniser(backbone, head, glca_head)
 
 
+def with_new_heads(recogniser: Recogniser, model: ModelSettings, *, num_people: int, head_seed: int) -> Recogniser:
+    """Fresh heads for other people on the backbone of `recogniser`, which is the same module, not a copy.
+
+    model: of equal settings.  The heads are those of `build_recogniser` for the same seed; the global random state
+    stays untouched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(head_seed)
+        heads = [build_head(model, num_people=num_people) for head in (recogniser.head, recogniser.glca_head) if head]
+    return Recogniser(recogniser.backbone, *heads)
+
+
 def for_people(recogniser: Recogniser, people: slice) -> Recogniser:
     """The recogniser with the heads' rows of some people only; the backbone is the same module, not a copy.
 
