@@ -40,7 +40,8 @@ def stepper(attention: str, arguments: argparse.Namespace):
     from common.faces.epoch_batches import Batch
     from common.models.dcal import random_partners
     from common.settings import TrainingSettings
-    from common.training import Compute, _step, make_optimiser
+    from common.training import Compute, make_optimiser
+    from common.training_step import Stepper
 
     compute = Compute(
         device="cpu", precision=arguments.precision, memory_format="channels_last", threads=arguments.threads
@@ -52,20 +53,15 @@ def stepper(attention: str, arguments: argparse.Namespace):
     batch = arguments.batch_size
     pictures, labels = torch.rand(batch, 3, SIDE_PX, SIDE_PX) * 2 - 1, torch.arange(batch) % NUM_PEOPLE
 
-    def step() -> None:
-        partners = random_partners(labels, stream) if "pwca" in recogniser.branches else None
-        _step(
-            recogniser,
-            optimiser,
-            Batch(pictures, labels, None),
-            training=training,
-            compute=compute,
-            penalty=None,
-            partners=partners,
-            where="the bench",
-        )
-
-    return step
+    steps = Stepper(
+        recogniser=recogniser,
+        optimiser=optimiser,
+        training=training,
+        compute=compute,
+        choose_partners=(lambda part: random_partners(part.labels, stream)) if "pwca" in recogniser.branches else None,
+        stream=stream,
+    )
+    return lambda: steps.step(Batch(pictures, labels, None), where="the bench")
 
 
 def embedder(attention: str, inference: str, arguments: argparse.Namespace):

@@ -90,6 +90,7 @@ def join(workplace: Workplace) -> Site:
         device=device,
         threads=threads_for(workplace.settings, 1, num_cores()),
         cache_dir=site.cache_dir,
+        num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
     return Site(
         name=site.name,
@@ -106,6 +107,7 @@ def join(workplace: Workplace) -> Site:
         device=device.split(":")[0],
         precision=compute.precision,
         memory_format=compute.memory_format,
+        compiled=compute.compiled,
     )
 
 
@@ -137,6 +139,7 @@ def _receive(
         precision=task.precision,
         memory_format=task.memory_format,
         threads=task.threads,
+        compiled=task.compiled,
     )
     return compute, shared
 
@@ -174,6 +177,7 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
         "gradient_norm_sum": sums.gradient_norm_sum,
         "num_warmup_pictures": warmup.num_warmup_pictures,
         "num_warmup_steps": warmup.num_warmup_steps,
+        "num_halvings": sums.num_halvings + warmup.num_halvings,
         **seconds,
     }
 

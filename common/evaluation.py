@@ -22,7 +22,7 @@ from common.models.recogniser import Recogniser
 from common.runtime import stream_seed
 from common.training import Compute
 
-EVALUATION_BATCH = 128
+EVALUATION_BATCH = 64  # on a CPU a tenth faster than 128
 SPLITS = {"val": (Split.VAL_PICTURES, Split.VAL_PEOPLE), "test": (Split.TEST_PICTURES, Split.TEST_PEOPLE)}
 
 
@@ -90,7 +90,7 @@ def people_digest(pack: FacePack, split: str) -> str:
     return hashlib.sha256(f"{pack.dataset}\n{named}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute: Compute) -> torch.Tensor:
     """Raw embeddings of the chosen pictures: [len(indices), D] float32 on the CPU.
 
@@ -100,11 +100,11 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
         return torch.empty(0, recogniser.embedding_size)
     compute.place(recogniser)
     recogniser.eval()
-    parts = []
-    for batch in evaluation_batches(pack.pictures, indices, batch_size=EVALUATION_BATCH, device=compute.device):
-        with compute.autocast():
-            parts.append(recogniser.embed(compute.laid_out(batch)).float().cpu())
-    embeddings = torch.cat(parts)
+    parts: list[torch.Tensor] = []
+    batches = evaluation_batches(pack.pictures, indices, batch_size=EVALUATION_BATCH, device=compute.device)
+    with compute.autocast():  # around all of them, so that the weights are rounded once
+        parts.extend(recogniser.embed(compute.laid_out(batch)).float() for batch in batches)
+    embeddings = torch.cat(parts).cpu()
     if not bool(torch.isfinite(embeddings).all()):
         raise TrainingFailed(f"the model gives embeddings that are not finite on {pack.dataset}'s pictures.")
     return embeddings

@@ -13,6 +13,8 @@ HEADS = ("softmax", "cosface", "arcface")
 ALIGNMENTS = ("landmarks", "box", "resize")
 # A client's name is shown on terminals and becomes part of folders, tags and metrics.
 CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
+CODECS = ("float32", "float16", "int8")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -107,8 +109,11 @@ class TrainingSettings:
     triplet: float = setting(0.0, low=0.0)  # weight of the batch-hard triplet loss
     triplet_margin: float = setting(0.3, above=0.0, high=2.0)  # distance of unit embeddings
     device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
-    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", choices=("auto", *PRECISIONS))
     memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
+    compile: str = setting("off", choices=("off", "on", "auto"))  # torch.compile; auto: where it pays within the run
+    accumulate: int = setting(1, low=1)  # parts in which a batch's gradient is worked out, one after the other
+    activation_checkpointing: bool = setting(default=False)  # less memory, about a third more time
     threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
 
 
@@ -143,7 +148,10 @@ class FederationSettings:
     server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
     server_beta2: float = setting(0.99, low=0.0, high=0.9999)  # fedadam, fedyogi
     server_adaptivity: float = setting(1e-3, low=1e-9)  # fedadam, fedyogi: tau, added to the root of the moment
-    min_clients: int = setting(2, low=1)
+    upload_codec: str = setting("float32", choices=CODECS)  # of the clients' changes, see common/codec.py
+    download_codec: str = setting("float32", choices=CODECS)  # of the global model
+    min_clients: int = setting(2, low=1)  # to begin with, and usable replies of each round
+    clients_per_round: int | str = setting("all", low=1, word="all")  # so many are drawn for each round
     join_timeout_s: float = setting(300.0, above=0.0)
     round_timeout_s: float = setting(3600.0, above=0.0)
     test_every_rounds: int = setting(1, low=1)  # how often the test curve gets a point; never used for a choice

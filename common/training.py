@@ -3,75 +3,31 @@
 `train_epochs` knows nothing of rounds or messages: a caller says which of all epochs to run and what penalty to add.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from common.errors import TrainingFailed
+from common.compute import Compute as Compute
 from common.faces.batches import num_batches
 from common.faces.epoch_batches import Batch, epoch_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import Partners, random_partners
-from common.models.gradients import clip_gradient
-from common.models.heads import spreadout
-from common.models.losses import batch_hard_triplet
 from common.models.recogniser import Recogniser
-from common.runtime import random_stream, use_threads
+from common.optimiser import make_optimiser as make_optimiser
+from common.runtime import random_stream
 from common.settings import Settings, TrainingSettings
+from common.training_step import Penalty as Penalty
+from common.training_step import Stepped, Stepper, loss_scaler, thrift
 
-Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
-INPUT_VECTORS = ("class_token", "pos_embedding")
-# Adam moves a number by about the rate in a step, whatever its gradient: weights of losses have to get from 0 to the
-# logarithm of their loss, a few units, and at the network's rate would not within a run.
-LOSS_WEIGHTS_ADAM = 20.0
 HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How to compute, resolved: nothing here is 'auto' any more."""
-
-    device: str
-    precision: str  # float32 | bfloat16
-    memory_format: str  # contiguous | channels_last
-    threads: int
-
-    def autocast(self) -> torch.autocast:
-        """The context in which forward passes run."""
-        return torch.autocast(
-            self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=True
-        )
-
-    def laid_out(self, pictures: Tensor) -> Tensor:
-        """The batch in the chosen memory format."""
-        layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
-        return pictures.contiguous(memory_format=layout)
-
-    def place(self, module: nn.Module) -> None:
-        """Move a module to the device, in the chosen memory format, and set this process's threads."""
-        use_threads(self.threads)
-        if self.memory_format == "channels_last":
-            module.to(memory_format=torch.channels_last)
-        module.to(self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stepped:
-    """What one optimiser step tells."""
-
-    losses: dict[str, float]  # mean cross-entropy by branch
-    correct: int  # pictures, by self-attention
-    gradient_norm: float  # before clipping
-    gradient_norms: dict[str, float]  # by group of parameters, see common/models/gradients.py
 
 
 @dataclass
@@ -87,6 +43,7 @@ class TrainSums:
     gradient_norm_sums: dict[str, float] = field(default_factory=dict)  # over steps, by group of parameters
     num_warmup_pictures: int = 0  # seen by a new head alone, before training; in none of the sums above
     num_warmup_steps: int = 0
+    num_halvings: int = 0  # of the batch, because the device had no room for a whole one
     lr_last: float = field(default=0.0)
 
     def add(self, stepped: Stepped, num_pictures: int) -> None:
@@ -109,6 +66,7 @@ class TrainSums:
             "train_loss": self.loss_sum / num_pictures,
             "train_acc": self.correct / num_pictures,
             "gradient_norm": self.gradient_norm_sum / num_steps,
+            **({"num_halvings": float(self.num_halvings)} if self.num_halvings else {}),
             **{f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()},
             **{f"gradient_norm_{group}": total / num_steps for group, total in self.gradient_norm_sums.items()},
         }
@@ -123,30 +81,6 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     if progress < warmup:
         return training.lr * (progress / warmup)
     return training.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
-
-
-def make_optimiser(module: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW over all parameters of a recogniser, or of its head alone.
-
-    Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1), and a
-    ViT's class token and positions, which are vectors of the input. Learned loss weights are a group of their own, the
-    last; "lr_factor" of a group multiplies the schedule's rate.
-    """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(INPUT_VECTORS)]
-    spared = [p for name, p in named if p.ndim <= 1 or name.endswith(INPUT_VECTORS)]
-    loss_weights = [p for name, p in named if name.startswith("loss_weights.")]
-    spared = [p for p in spared if all(p is not weight for weight in loss_weights)]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    if loss_weights:
-        factor = LOSS_WEIGHTS_ADAM if training.optimiser == "adamw" else 1.0
-        groups.append({"params": loss_weights, "weight_decay": 0.0, "lr_factor": factor})
-    if training.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=training.lr)
-    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
 
 
 def proximal(parameters: Sequence[nn.Parameter], mu: float) -> Penalty:
@@ -165,59 +99,7 @@ def proximal(parameters: Sequence[nn.Parameter], mu: float) -> Penalty:
     return add_gradient
 
 
-def _branch_losses(
-    recogniser: Recogniser, embeddings: dict[str, Tensor], labels: Tensor, training: TrainingSettings
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each branch the cross-entropy, and what is minimised: that and the triplet loss."""
-    told, minimised = {}, {}
-    for name, embedding in embeddings.items():
-        logits = recogniser.branch_logits(name, embedding.float(), labels)
-        told[name] = minimised[name] = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-        if training.triplet > 0.0:
-            triplet = batch_hard_triplet(embedding.float(), labels, training.triplet_margin)
-            minimised[name] = told[name] + training.triplet * triplet
-    return told, minimised
-
-
-def _step(  # one optimiser step
-    recogniser: Recogniser,
-    optimiser: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    training: TrainingSettings,
-    compute: Compute,
-    penalty: Penalty | None,
-    partners: Tensor | None,
-    where: str,
-) -> Stepped:
-    """partners: those of PWCA, [B] int64.  Raises TrainingFailed if loss or gradient is not finite."""
-    pictures, labels = batch.pictures, batch.labels
-    with compute.autocast():
-        embeddings = recogniser.branch_embeddings(compute.laid_out(pictures), partners)
-    told, minimised = _branch_losses(recogniser, embeddings, labels, training)
-    objective = recogniser.combined(minimised)
-    if training.spreadout > 0.0:
-        apart = spreadout(recogniser.head.identity_vectors, training.spreadout_margin)
-        objective = objective + training.spreadout * apart
-    recogniser.zero_grad(set_to_none=True)  # also of what this optimiser does not hold, or it would count in the norm
-    objective.backward()  # type: ignore[no-untyped-call]
-    if penalty is not None:
-        penalty()
-    norm, norms = clip_gradient(recogniser.network_parameters(), training.clip_norm)
-    values = {name: loss.item() for name, loss in told.items()}
-    if not all(math.isfinite(value) for value in (*values.values(), norm)):
-        raise TrainingFailed(
-            f"the loss is {values['sa']} and the gradient norm {norm} at {where}; lower training.lr"
-            f" (now {training.lr})."
-        )
-    with torch.no_grad():  # before the step, and without the margin, which would count right answers as wrong
-        logits = recogniser.head.class_logits(embeddings["sa"].detach().float())
-        correct = int((logits.argmax(1) == labels).sum())
-    optimiser.step()
-    return Stepped(losses=values, correct=correct, gradient_norm=norm, gradient_norms=norms)
-
-
-def _pwca_partners(batch: Batch, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:
+def _pwca_partners(batch: Batch, *, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:
     """Each picture's partner, [B] int64.  wanted: "random", or "twin" where the batch has a picture of the twin."""
     partners = choose(batch.labels, stream)
     if wanted == "random" or batch.twins is None:
@@ -253,24 +135,17 @@ def warm_up_head(
     sums = TrainSums()
     if settings.training.head_warmup_epochs == 0:
         return sums
+    compute = dataclasses.replace(compute, compiled=False)  # a graph of its own would not pay back
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser.heads, settings.training)
+    stepper = Stepper(recogniser=recogniser, optimiser=optimiser, training=settings.training, compute=compute)
     with _frozen(recogniser.backbone):
         for epoch in range(settings.training.head_warmup_epochs):
             batches = epoch_batches(
                 pack, settings, device=compute.device, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
             )
             for step, batch in enumerate(batches):
-                _step(
-                    recogniser,
-                    optimiser,
-                    batch,
-                    training=settings.training,
-                    compute=compute,
-                    penalty=None,
-                    partners=None,
-                    where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}",
-                )
+                stepper.step(batch, where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}")
                 sums.num_warmup_pictures += len(batch.labels)
                 sums.num_warmup_steps += 1
     return sums
@@ -300,24 +175,28 @@ def train_epochs(
     recogniser.train()
     sums = TrainSums()
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
-    partners = partial(_pwca_partners, wanted=settings.twins.partner, choose=choose_partners)
+    scaler = loss_scaler(compute)
     for epoch in epochs:
         torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", epoch).initial_seed())
-        partner_stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
+        stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
+        partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
+        stepper = Stepper(
+            recogniser=recogniser,
+            optimiser=optimiser,
+            training=settings.training,
+            compute=compute,
+            penalty=penalty,
+            choose_partners=partners if "pwca" in recogniser.branches else None,
+            stream=stream,
+            scaler=scaler,
+        )
         batches = epoch_batches(pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch)
-        for step, batch in enumerate(batches):
-            sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
-            for group in optimiser.param_groups:
-                group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
-            stepped = _step(
-                recogniser,
-                optimiser,
-                batch,
-                training=settings.training,
-                compute=compute,
-                penalty=penalty,
-                partners=partners(batch, partner_stream) if "pwca" in recogniser.branches else None,
-                where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}",
-            )
-            sums.add(stepped, len(batch.labels))
+        with closing(batches), thrift(recogniser, settings.training):
+            for step, batch in enumerate(batches):
+                sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
+                for group in optimiser.param_groups:
+                    group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
+                stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")
+                sums.add(stepped, len(batch.labels))
+        sums.num_halvings += stepper.num_halvings
     return sums

@@ -48,6 +48,7 @@ CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the clien
 CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
 TRAIN_FIELDS = (
     "num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "num_warmup_pictures", "num_warmup_steps",
+    "num_halvings",
     "receive_seconds", "evaluate_seconds", "warmup_seconds", "seconds", "send_seconds",
 )  # fmt: skip
 
@@ -65,6 +66,7 @@ class Task:
     best_round: int = 0  # the client keeps its private state of this round
     precision: str = ""
     memory_format: str = ""
+    compiled: bool = False
     threads: int = 1
     last: bool = False  # nothing follows: the run is over
 
@@ -87,6 +89,7 @@ class Site:
     device: str
     precision: str
     memory_format: str
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

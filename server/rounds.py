@@ -136,6 +136,7 @@ class Federation:
                 best_round=self.history.best_round,
                 precision=model_of_kind.precision,
                 memory_format=model_of_kind.memory_format,
+                compiled=model_of_kind.compiled,
                 threads=threads_for(self.settings, num_on[member.site.machine], member.site.cores),
             )
         return tasks

@@ -66,6 +66,10 @@ def kind_of(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> R
         params={
             "client": "+".join(trainee.clients),
             "epochs": settings.local_training_epochs,
+            "precision": trainee.compute.precision,
+            "memory_format": trainee.compute.memory_format,
+            "compiled": trainee.compute.compiled,
+            "threads": trainee.compute.threads,
             **trainee.sizes(),
         },
     )

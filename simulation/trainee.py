@@ -57,9 +57,15 @@ class Trainee:
         }
 
 
-def _compute(settings: Settings, site: SiteSettings) -> Compute:
+def _compute(settings: Settings, site: SiteSettings, num_training_pictures: int) -> Compute:
     threads = threads_for(settings, 1, num_cores())
-    return resolve_compute(settings, device=site.device, threads=threads, cache_dir=site.cache_dir)
+    return resolve_compute(
+        settings,
+        device=site.device,
+        threads=threads,
+        cache_dir=site.cache_dir,
+        num_training_pictures=num_training_pictures,
+    )
 
 
 def _trainee(settings: Settings, site: SiteSettings, name: str, packs: Mapping[str, FacePack]) -> Trainee:
@@ -74,7 +80,7 @@ def _trainee(settings: Settings, site: SiteSettings, name: str, packs: Mapping[s
     return Trainee(
         name=name,
         settings=settings,
-        compute=_compute(settings, site),
+        compute=_compute(settings, site, len(pack.indices(Split.TRAIN))),
         recogniser=recogniser,
         pack=pack,
         clients=packs,

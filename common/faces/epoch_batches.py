@@ -1,6 +1,6 @@
 """One epoch's training batches of a pack: of single pictures, or of pairs where the data set knows families."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     twins: Tensor | None  # [B] int64, the place in the batch of a picture of each one's twin, or NO_TWIN
 
 
-def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int) -> Iterator[Batch]:
+def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int) -> Generator[Batch]:
     """The training batches of one epoch; the same (seed, stream_name, epoch) gives the same batches anywhere.
 
     Each training picture is used once, whichever kind of batches it is: see `training_batches` and `twin_batches`.

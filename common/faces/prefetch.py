@@ -15,41 +15,41 @@ def prefetched(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
     What the making raises is raised here, after the items before it. The thread ends with the items, or when this
     generator is closed.
     """
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[Item] | BaseException] = queue.Queue(maxsize=depth)
     stop = threading.Event()
     thread = threading.Thread(target=_make, args=(items, ready, stop), name="facefed-prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            item, end = ready.get()
-            if isinstance(end, StopIteration):
+            made = ready.get()
+            if isinstance(made, StopIteration):
                 return
-            if end is not None:
-                raise end
-            yield item
+            if isinstance(made, BaseException):
+                raise made
+            yield made[0]
     finally:
         stop.set()
         thread.join()
 
 
-def _make(
-    items: Iterable[Item], ready: "queue.Queue[tuple[Item | None, BaseException | None]]", stop: threading.Event
-) -> None:
+def _make(items: Iterable[Item], ready: "queue.Queue[tuple[Item] | BaseException]", stop: threading.Event) -> None:
     try:
         for item in items:
-            if not _hand_over(ready, (item, None), stop):
+            if not _hand_over(ready, (item,), stop):
                 return
     except BaseException as error:
-        _hand_over(ready, (None, error), stop)
+        _hand_over(ready, error, stop)
     else:
-        _hand_over(ready, (None, StopIteration()), stop)
+        _hand_over(ready, StopIteration(), stop)
 
 
-def _hand_over(ready: "queue.Queue[Item]", message: Item, stop: threading.Event) -> bool:
+def _hand_over(
+    ready: "queue.Queue[tuple[Item] | BaseException]", made: tuple[Item] | BaseException, stop: threading.Event
+) -> bool:
     """Whether it was taken into the queue before the taker left."""
     while not stop.is_set():
         try:
-            ready.put(message, timeout=POLL_S)
+            ready.put(made, timeout=POLL_S)
         except queue.Full:
             continue
         return True

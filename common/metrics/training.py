@@ -20,6 +20,8 @@ def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
         "train_seconds": train["seconds"],
         "send_seconds": train["send_seconds"],
     }
+    # Told where it happened: a device had no room for whole batches.
+    figures |= {"num_halvings": train["num_halvings"]} if train["num_halvings"] > 0 else {}
     return figures | warmup if train["num_warmup_pictures"] > 0 else figures
 
 

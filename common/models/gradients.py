@@ -59,8 +59,9 @@ def clip_gradient(named: Iterable[tuple[str, nn.Parameter]], clip_norm: float) -
     gradients = [p.grad for _, p in everything if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))  # noqa: SLF001 - as in clip_grad_norm_: all in one go
     total = torch.linalg.vector_norm(norms)
-    nn.utils.clip_grads_with_norm_([p for _, p in everything], clip_norm, total)
     whole, *parts = torch.cat([total[None], norms]).tolist()  # the one wait for the device
+    if not whole <= clip_norm:  # otherwise every gradient would be read and written to be multiplied by 1
+        nn.utils.clip_grads_with_norm_([p for _, p in everything], clip_norm, total)
     squares: dict[str, float] = {}
     for name, part in zip(names, parts, strict=True):
         squares[groups[name]] = squares.get(groups[name], 0.0) + part * part

@@ -17,12 +17,13 @@ from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
 from tiny_federation import enter_run
 
-from common import config
+from common import config, training_step
 from common.checkpoints import read_json, write_tensors
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.faces.twin_batches import twin_batches
+from common.models import recompute
 from common.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from server.app import initial_model
@@ -79,6 +80,7 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "training.label_smoothing": 0.2,
     "training.clip_norm": 0.1,
     "training.precision": "bfloat16",
+    "training.accumulate": 2,  # batch normalisation sees smaller parts
     "training.head_warmup_epochs": 1,
     "training.spreadout": 5.0,
     "training.spreadout_margin": 2.0,
@@ -369,6 +371,21 @@ def test_the_memory_format_reaches_the_tensors(faces, tmp_path, monkeypatch):
         settings = changed(BASE, training__memory_format=name, federation__rounds=1)
         two_rounds(settings, site_at(tmp_path, "folder", faces))
         assert seen == {expected}
+
+
+@proves("training.compile", "training.activation_checkpointing")
+def test_compiling_and_checkpointing_reach_the_training(faces, tmp_path, monkeypatch):
+    """That they leave the gradients alone is shown in tests/unit/test_training_step.py."""
+    calls = []
+    kept = training_step.eager
+    monkeypatch.setattr(training_step, "compiled", lambda: lambda *args: calls.append("compiled") or kept(*args))
+    real = recompute.checkpoint
+    monkeypatch.setattr(recompute, "checkpoint", lambda *args, **how: calls.append("recomputed") or real(*args, **how))
+    for number, values in enumerate(({}, {"training__compile": "on"}, {"training__activation_checkpointing": True})):
+        settings = changed(BASE, federation__rounds=1, **values)
+        two_rounds(settings, site_at(tmp_path / str(number), "folder", faces))
+        assert set(calls) == [set(), {"compiled"}, {"recomputed"}][number]
+        calls.clear()
 
 
 @proves("training.threads")

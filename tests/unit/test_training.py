@@ -7,7 +7,7 @@ import pytest
 import torch
 from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 
-from common import config, training
+from common import config, training, training_step
 from common.errors import TrainingFailed
 from common.settings import TrainingSettings
 from common.training import (
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(monkeypatch, value):
         calls.append(1)
         return real(logits, labels, **keywords) * (value if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(training.F, "cross_entropy", loss)
+    monkeypatch.setattr(training_step.F, "cross_entropy", loss)
     with pytest.raises(TrainingFailed, match=r"at epoch 2, step 2 of 3; lower training.lr \(now 0.05\)"):
         run(epochs=range(3), total=3)
 
@@ -279,7 +279,7 @@ def distances(recogniser):
 
 def test_without_weight_spreadout_is_not_even_worked_out(monkeypatch):
     plain, _ = run()
-    monkeypatch.setattr(training, "spreadout", lambda *_: pytest.fail("it costs something"))
+    monkeypatch.setattr(training_step, "spreadout", lambda *_: pytest.fail("it costs something"))
     same, _ = run(config.with_value(SETTINGS, "training", "spreadout_margin", 2.0))
     assert same_bits(plain, same)
 
@@ -381,6 +381,6 @@ def test_stale_gradients_of_the_backbone_do_not_count_in_the_clipped_norm():
 
 
 def test_a_warm_up_that_diverges_says_where(monkeypatch):
-    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * math.nan)
+    monkeypatch.setattr(training_step.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * math.nan)
     with pytest.raises(TrainingFailed, match=r"at epoch 1 of the head's warm-up, step 1; lower training.lr"):
         warm_up(1)

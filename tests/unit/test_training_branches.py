@@ -7,7 +7,7 @@ import pytest
 import torch
 from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
-from common import config, training
+from common import config, training, training_step
 from common.evaluation import embed
 from common.faces.splits import Split
 from common.faces.twin_batches import NO_TWIN
@@ -247,15 +247,15 @@ def test_a_closed_set_without_pictures_is_evaluated_as_with_other_backbones():
 
 def test_without_weight_triplets_are_not_even_worked_out(monkeypatch):
     plain, _ = run(MODEL)
-    monkeypatch.setattr(training, "batch_hard_triplet", lambda *_: pytest.fail("it costs something"))
+    monkeypatch.setattr(training_step, "batch_hard_triplet", lambda *_: pytest.fail("it costs something"))
     same, _ = run(MODEL, triplet_margin=1.5)
     assert same_bits(plain, same)
 
 
 @pytest.mark.parametrize("model", [MODEL, DCAL], ids=["cnn", "dcal"])
 def test_triplets_bring_people_together_in_every_branch_and_are_no_part_of_the_loss_told(model, monkeypatch):
-    real, seen = training.batch_hard_triplet, []
-    monkeypatch.setattr(training, "batch_hard_triplet", lambda *args: seen.append(real(*args)) or seen[-1])
+    real, seen = training_step.batch_hard_triplet, []
+    monkeypatch.setattr(training_step, "batch_hard_triplet", lambda *args: seen.append(real(*args)) or seen[-1])
     plain, without = run(model)
     assert seen == []
     changed, with_it = run(model, triplet=5.0)
