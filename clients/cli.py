@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="allow plain text to another machine: anyone on the way can read and alter it",
     )
+    program.add_argument(
+        "--tls", metavar="DIR", help="the folder that the server's operator made for this site with `facefed certs`"
+    )
     program.add_argument("--log-level", default="info", metavar="LEVEL", help=", ".join(LOG_LEVELS))
     return program
 
@@ -65,10 +68,13 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     if not CLIENT_NAME.fullmatch(name):
         raise UserError(f"--name {name}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'.")
     host, port = parse_address(arguments.server, "--server")
-    if not (is_loopback(host) or arguments.insecure):
+    if arguments.tls and arguments.insecure:
+        raise UserError("--tls and --insecure contradict each other; give one of them.")
+    if not (is_loopback(host) or arguments.tls or arguments.insecure):
         raise UserError(
             f"--server {host}:{port} is another machine and the connection would be plain text: anyone on the way"
-            " could read and alter models. Give --insecure if you accept that."
+            " could read and alter models. Give --tls DIR, the folder that the server's operator made for you, or"
+            " --insecure if you accept that."
         )
     return host, port
 
@@ -78,10 +84,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(arguments.log_level)
     from clients.launch import ClientOptions, Launch
     from clients.site import SiteSettings
+    from common.certs import read_client_folder
     from common.faces.sources import read_index
     from common.runtime import resolve_device
     from common.tracking.address import resolve_uri
 
+    tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None
     name = arguments.name or arguments.dataset
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
     index = read_index(arguments.dataset, data_dir)
@@ -97,7 +105,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         pack_workers=num_cores(),
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
     )
-    options = ClientOptions(host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once)
+    options = ClientOptions(
+        host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once, tls=tls
+    )
     launch = Launch(site, options, _say)
     with stopping_on_signals(launch.request_stop):
         launch.run()

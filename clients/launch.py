@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from clients.handshake import examine
 from clients.residence import Trainer, follow
 from clients.site import SiteSettings
+from common.certs import ClientFiles
 from common.errors import FaceFedError, InterruptedRun, UserError
 from common.events import LAST_TASK_FILE, SHOWN
 from common.processes import can_connect, child_environment, free_port, start, stop
@@ -21,6 +23,9 @@ from common.processes import can_connect, child_environment, free_port, start, s
 log = logging.getLogger("facefed.client")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+# Flower's words for a key that the server does not know: at once, or in the middle.
+REFUSED = re.compile(r"\[code: 2004\]|401 Unauthorized")
+REFUSED_FOR_S = 30.0  # a server that starts may not have read its keys yet
 ROUND = re.compile(r"\[RUN (\d+), ROUND (\d+)\]")
 
 
@@ -32,6 +37,7 @@ class ClientOptions:
     port: int
     connect_timeout_s: float
     once: bool  # end after the first run
+    tls: ClientFiles | None = None
 
 
 class Launch:
@@ -43,6 +49,8 @@ class Launch:
         self._stop = threading.Event()
         self._round = ""
         self._answered_last = False
+        self._refused = False
+        self._refused_since = float("inf")
 
     def request_stop(self) -> None:
         """Ask to end; safe in a signal handler."""
@@ -78,7 +86,7 @@ class Launch:
         return self._site.state_dir / LAST_TASK_FILE
 
     def _wait_for_server(self, timeout_s: float) -> None:
-        """Wait with back-off until something listens at the server's address.  Raises UserError, InterruptedRun."""
+        """Wait with back-off until the server is there.  Raises UserError, also where it is another; InterruptedRun."""
         host, port = self._options.host, self._options.port
         started, pause, said = time.monotonic(), FIRST_PAUSE_S, False
         while not can_connect(host, port):
@@ -94,6 +102,7 @@ class Launch:
             if self._stop.wait(min(pause, timeout_s - waited)):
                 raise InterruptedRun("stopped by the user")
             pause = min(pause * 2, LONGEST_PAUSE_S)
+        examine(host, port, self._options.tls)
 
     def _serve(self, trainer: Trainer) -> None:
         pause = FIRST_PAUSE_S
@@ -101,6 +110,7 @@ class Launch:
             started = time.monotonic()
             if self._one_supernode(trainer):
                 return
+            self._judge_refusal()
             if self._options.once and self._round:
                 raise FaceFedError(f"the server went in round {self._round}, before the run was over.")
             # A SuperNode ends when its server goes; the next server does not know it, so it starts afresh.
@@ -109,10 +119,25 @@ class Launch:
                 raise InterruptedRun("stopped by the user")
             self._wait_for_server(float("inf"))
 
+    def _judge_refusal(self) -> None:
+        """Say that the server does not accept this site's key; raise UserError once it has said so for a while."""
+        tls = self._options.tls
+        if not (self._refused and tls):
+            self._refused_since = float("inf")
+            return
+        where = f"the server at {self._options.host}:{self._options.port}"
+        self._refused_since = min(self._refused_since, time.monotonic())
+        if time.monotonic() - self._refused_since >= REFUSED_FOR_S:
+            raise UserError(
+                f"{where} does not accept this site's key ({tls.fingerprint}): it is not registered there, or was"
+                " revoked. Ask its operator, who registers keys with `facefed certs add`."
+            )
+        self._say(f"{where} does not accept this site's key ({tls.fingerprint}); trying again")
+
     def _one_supernode(self, trainer: Trainer) -> bool:
         """Run one SuperNode until it ends or its server goes; True when a run is over and one was asked for."""
         state = self._site.state_dir
-        self._answered_last = False
+        self._answered_last = self._refused = False
         process = start(
             self._command(trainer.folder), environment=child_environment(state / "flwr"), output=subprocess.PIPE
         )
@@ -138,6 +163,8 @@ class Launch:
             misses = 0 if can_connect(self._options.host, self._options.port) else misses + 1
         if self._options.once and self._answered_last:
             return True
+        if self._refused:
+            return False
         what = "ended" if self._answered_last else "is lost"
         self._say(f"the server at {self._options.host}:{self._options.port} {what}; waiting for the next one")
         return False
@@ -152,10 +179,17 @@ class Launch:
             str(meeting),
             self._site.name,
             str(free_port()),
-            "--insecure",
+            *self._trust(),
             "--superlink",
             f"{self._options.host}:{self._options.port}",
         ]
+
+    def _trust(self) -> list[str]:
+        """Paths, never what is in them."""
+        tls = self._options.tls
+        if tls is None:
+            return ["--insecure"]
+        return ["--root-certificates", str(tls.ca), "--auth-supernode-private-key", str(tls.key)]
 
     def _notice(self, line: str) -> None:
         found = ROUND.search(line)
@@ -163,6 +197,8 @@ class Launch:
             self._round = found.group(2)
         if SHOWN in line:
             self._say(line.partition(SHOWN)[2].strip())
+        elif REFUSED.search(line):
+            self._refused = True
         elif "SuperNode ID:" in line:
             self._say(f"connected to {self._options.host}:{self._options.port}")
         elif "Receiving: train" in line:

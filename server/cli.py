@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.console import (
     Follower,
@@ -19,6 +20,9 @@ from common.events import EventReader
 from common.flags import add_run_settings, read_run_settings, refuse_ablation
 from common.processes import is_loopback, parse_address, require_free_port
 from common.runtime import go_silent
+
+if TYPE_CHECKING:
+    from server.launch import ServerOptions
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 
@@ -44,27 +48,64 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="allow plain text outside this machine: anyone on the way can read and alter it",
     )
+    group.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="certificates and accepted keys, as `facefed certs init` makes them (docs/SECURITY.md)",
+    )
+    group.add_argument(
+        "--front-door",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let nginx listen, which passes on what clients need and nothing else (default: where other machines reach"
+        " the address)",
+    )
     add_run_settings(program, without=("--epochs",))
     return program
+
+
+def _check_exposure(arguments: argparse.Namespace, host: str, port: int) -> None:
+    if arguments.tls and arguments.insecure:
+        raise UserError("--tls and --insecure contradict each other; give one of them.")
+    if not (is_loopback(host) or arguments.tls or arguments.insecure):
+        raise UserError(
+            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the way"
+            " could read and alter models, and anyone could take part. Give --tls DIR (`facefed certs init` makes it),"
+            " use 127.0.0.1, or give --insecure if you accept that."
+        )
+
+
+def _say_where(options: "ServerOptions", wanted: int) -> None:
+    where = f"server at {options.host}:{options.port}"
+    if options.tls:
+        from common.certs import CA_KEY, accepted_keys
+
+        names = list(accepted_keys(options.tls.clients))
+        where += f" with TLS, for {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        if (options.tls.ca.parent / CA_KEY).exists():
+            sys.stdout.write(f"note: {options.tls.ca.parent / CA_KEY} can make other servers; keep it elsewhere\n")
+    sys.stdout.write(f"{where}; waiting for {wanted} clients\n")
+    sys.stdout.flush()
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     host, port = parse_address(arguments.address, "--address")
-    if not (is_loopback(host) or arguments.insecure):
-        raise UserError(
-            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the"
-            " way could read and alter models, and anyone could submit code. Use 127.0.0.1, or give --insecure if you"
-            " accept that."
-        )
+    _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)
+    from common.certs import read_server_folder
     from common.tracking.settings import with_absolute_uri
+    from server.front_door import find_nginx
     from server.launch import Launch, ServerOptions
     from server.public_set import open_public_set, with_absolute_public_set
     from server.run_folder import new_run_folder
 
     settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
+    tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None
+    front_door = not is_loopback(host) if arguments.front_door is None else arguments.front_door
+    if front_door:
+        find_nginx()
     require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
     if settings.model.pretrained != "none":
         from server.app import initial_model
@@ -73,9 +114,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
     run_folder = new_run_folder(settings)
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
-    launch = Launch(settings, ServerOptions(host=host, port=port, database=database), run_folder)
-    sys.stdout.write(f"server at {host}:{port}; waiting for {settings.federation.min_clients} clients\n")
-    sys.stdout.flush()
+    options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
+    launch = Launch(settings, options, run_folder)
+    _say_where(options, settings.federation.min_clients)
     with (
         stopping_on_signals(launch.request_stop),
         RunView(sys.stdout) as view,

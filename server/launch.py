@@ -1,32 +1,34 @@
 """`flower-server`: a SuperLink of our own, one run submitted to it, watched until it ends, and everything ended."""
 
-import http.client
 import json
 import logging
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common import config
-from common.checkpoints import read_json
+from common.certs import ServerFiles
+from common.checkpoints import read_json, write_bytes
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE
-from common.processes import child_environment, require_free_port, start, stop
+from common.processes import child_environment, free_port, require_free_port, start, stop
 from common.settings import Settings
 from common.tracking.settings import without_secrets
 from common.version import facefed_version, git_commit
 from server.bundle import write_bundle
+from server.front_door import Door, FrontDoor
 from server.runs import write_config_file
+from server.superlink import ADMITTED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
 
 log = logging.getLogger("facefed.server")
 
-CONNECTION = "facefed"
 HEALTHY_WITHIN_S = 60.0
-SUBMIT_WITHIN_S = 60.0
 LOOK_EVERY_S = 0.2
 ASK_STATUS_EVERY_S = 15.0
 STOP_WITHIN_S = 20.0
@@ -34,11 +36,13 @@ STOP_WITHIN_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where the SuperLink listens and keeps its state."""
+    """Where clients connect to, and how."""
 
     host: str
     port: int
-    database: Path | None
+    database: Path | None = None  # of the SuperLink's state
+    tls: ServerFiles | None = None
+    front_door: bool = False  # nginx listens there, and the SuperLink on loopback
 
 
 class Launch:
@@ -48,7 +52,14 @@ class Launch:
         """run_folder: where logs, the bundle and Flower's own files of this run are kept."""
         self._settings, self._options, self._folder = settings, options, run_folder
         self._stop = threading.Event()
-        self._environment = child_environment(run_folder / "flwr")
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._superlink = Superlink(
+            host="127.0.0.1" if options.front_door else options.host,
+            port=free_port() if options.front_door else options.port,
+            home=run_folder / "flwr",
+            tls=options.tls,
+            database=options.database,
+        )
 
     def request_stop(self) -> None:
         """Ask the run to end; safe in a signal handler."""
@@ -57,88 +68,82 @@ class Launch:
     def run(self) -> dict[str, Any]:
         """Start, submit, watch, end; returns the outcome {"exit_code", "line"}.  Raises FaceFedError."""
         require_free_port(self._options.host, self._options.port, "--address")
-        log_path = self._folder / "logs" / "superlink.log"
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("wb") as output:
-            superlink = start(self._superlink_command(), environment=self._environment, output=output)
+        with ExitStack() as started:
             try:
-                self._wait_until(lambda: self._is_healthy(superlink), HEALTHY_WITHIN_S, "the SuperLink did not start")
-                return self._watch(superlink, self._submit())
+                self._start(started)
+                return self._watch(self._submit())
             except InterruptedRun as error:
                 return {"exit_code": EXIT_INTERRUPTED, "line": str(error)}
-            finally:
-                stop(superlink)
 
-    def _superlink_command(self) -> list[str]:
-        options = self._options
-        command = ["flower-superlink", "--insecure", "--host", options.host, "--port", str(options.port)]
-        command.append("--disable-runtime-dependency-installation")  # it would ask a package index
-        return [*command, "--database", str(options.database)] if options.database else command
+    def _start(self, started: ExitStack) -> None:
+        """The SuperLink and its steward, and once all keys are admitted the front door."""
+        link, log_path = self._superlink, self._folder / "logs" / "superlink.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        output = started.enter_context(log_path.open("ab"))
+        started.callback(forget_secrets, link.home)
+        self._add(started, "the SuperLink", link.command(write_secret(link.home)), output)
+        self._add(started, "the SuperLink's steward", self._steward_command(), output)
+        self._wait_until(lambda: self._lives() and link.answers(), "the SuperLink did not start")
+        admitted = link.home / ADMITTED
+        self._wait_until(lambda: self._lives() and admitted.exists(), "the sites' keys were not admitted")
+        if self._options.front_door:
+            options = self._options
+            at = Door(host=options.host, port=options.port, superlink_port=link.port, tls=options.tls)
+            door = started.enter_context(FrontDoor(at, self._folder / "logs" / "front_door"))
+            self._running["nginx, the front door,"] = door.process
+            self._wait_until(lambda: self._lives() and door.is_open(), "the front door did not open")
 
-    def _local_host(self) -> str:
-        return "127.0.0.1" if self._options.host == "0.0.0.0" else self._options.host  # noqa: S104
+    def _add(self, started: ExitStack, name: str, command: list[str], output: IO[bytes]) -> None:
+        process = start(command, environment=child_environment(self._superlink.home), output=output)
+        started.callback(stop, process)
+        self._running[name] = process
 
-    def _is_healthy(self, superlink: subprocess.Popen[bytes]) -> bool:
-        if superlink.poll() is not None:
-            raise FaceFedError(f"the SuperLink ended at once (see {self._folder}/logs/superlink.log).")
-        connection = http.client.HTTPConnection(self._local_host(), self._options.port, timeout=2)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
+    def _steward_command(self) -> list[str]:
+        link = self._superlink
+        command = [sys.executable, "-P", "-m", "server.steward", str(link.home), link.address]
+        return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
 
-    def _wait_until(self, look: Callable[[], bool], within_s: float, failure: str) -> None:
-        deadline = time.monotonic() + within_s
+    def _dead(self) -> str:
+        """What has ended of what should run, in a sentence, or nothing."""
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                return f"{name} ended with exit code {process.returncode} (see {self._folder}/logs)."
+        return ""
+
+    def _lives(self) -> bool:
+        """Raises FaceFedError where something has ended."""
+        if dead := self._dead():
+            raise FaceFedError(dead)
+        return True
+
+    def _wait_until(self, look: Callable[[], bool], failure: str) -> None:
+        deadline = time.monotonic() + HEALTHY_WITHIN_S
         while not look():
             if self._stop.wait(LOOK_EVERY_S):
                 raise InterruptedRun("stopped by the user")
             if time.monotonic() > deadline:
-                raise FaceFedError(f"{failure} within {within_s:g} s (see {self._folder}/logs).")
+                raise FaceFedError(f"{failure} within {HEALTHY_WITHIN_S:g} s (see {self._folder}/logs).")
 
     def _submit(self) -> int:
-        """Submit the bundle; returns Flower's run id."""
-        home = self._folder / "flwr"
-        home.mkdir(parents=True, exist_ok=True)
-        address = f"{self._local_host()}:{self._options.port}"
-        (home / "config.toml").write_text(
-            f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n', encoding="utf-8"
-        )
+        """Submit the bundle, and tell the steward that this run is ours; returns Flower's run id."""
+        link = self._superlink
+        link.write_connection()
         run_config = {
             "settings": config.to_json(without_secrets(self._settings)),
             "run-folder": str(self._folder),
             "git-commit": git_commit(),
         }
-        config_file = self._folder / "flwr" / "run-config.toml"
+        config_file = link.home / "run-config.toml"
         config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()), encoding="utf-8")
         write_config_file(self._folder, self._settings)
-        bundle = write_bundle(self._folder / "flwr" / "facefed", facefed_version())
-        answer = self._flwr("run", str(bundle), CONNECTION, "--run-config", str(config_file), "--format", "json")
+        bundle = write_bundle(link.home / "facefed", facefed_version())
+        answer = link.flwr("run", str(bundle), CONNECTION, "--run-config", str(config_file), "--format", "json")
         if not answer.get("success"):
             raise FaceFedError(f"Flower refused the run: {answer.get('error-message', answer)}")
+        write_bytes(link.home / RUN_ID, str(answer["run-id"]).encode())
         return int(answer["run-id"])
 
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        try:
-            done = subprocess.run(
-                ["flwr", *arguments],
-                env=self._environment,
-                capture_output=True,
-                text=True,
-                timeout=SUBMIT_WITHIN_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise FaceFedError(f"flwr {arguments[0]} did not end within {SUBMIT_WITHIN_S:g} s.") from None
-        try:
-            answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-        except ValueError:
-            raise FaceFedError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-400:]}") from None
-        return answer
-
-    def _watch(self, superlink: subprocess.Popen[bytes], flower_run: int) -> dict[str, Any]:
+    def _watch(self, flower_run: int) -> dict[str, Any]:
         """Wait for the outcome file; Flower's own status tells of a ServerApp that died without writing one."""
         outcome = self._folder / OUTCOME_FILE
         ask_at = time.monotonic() + ASK_STATUS_EVERY_S
@@ -151,11 +156,8 @@ class Launch:
                 time.sleep(LOOK_EVERY_S)
             if time.monotonic() > give_up_at:
                 return {"exit_code": EXIT_INTERRUPTED, "line": "stopped by the user"}
-            if superlink.poll() is not None:
-                return {
-                    "exit_code": EXIT_FAILED,
-                    "line": f"the SuperLink died (see {self._folder}/logs/superlink.log).",
-                }
+            if (dead := self._dead()) and not outcome.exists():
+                return {"exit_code": EXIT_FAILED, "line": dead}
             if time.monotonic() > ask_at:
                 ask_at = time.monotonic() + ASK_STATUS_EVERY_S
                 status = self._status(flower_run)
@@ -166,7 +168,9 @@ class Launch:
 
     def _status(self, flower_run: int) -> str:
         try:
-            runs = self._flwr("ls", CONNECTION, "--run-id", str(flower_run), "--format", "json").get("runs", [])
+            runs = self._superlink.flwr("ls", CONNECTION, "--run-id", str(flower_run), "--format", "json").get(
+                "runs", []
+            )
         except FaceFedError as error:
             log.warning("the run's status is unknown: %s", error)
             return "unknown"

@@ -11,6 +11,7 @@ from common.tracking.settings import without_secrets
 from server.app import Surroundings, federate
 from server.launch import Launch, ServerOptions
 from server.runs import begin_tracking, federated_kind, flat_params
+from server.superlink import Superlink
 
 ADDRESS = "http://researcher:hunter2@127.0.0.1:9"
 SECRETS = ("hunter2", "researcher")
@@ -70,7 +71,7 @@ def test_without_a_password_there_is_one_configuration(tmp_path):
 
 def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatch, settings):
     launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), tmp_path)
-    monkeypatch.setattr(launch, "_flwr", lambda *_: {"success": True, "run-id": 7})
+    monkeypatch.setattr(Superlink, "flwr", lambda *_: {"success": True, "run-id": 7})
     assert launch._submit() == 7
     told = (tmp_path / "flwr" / "run-config.toml").read_text()
     assert "127.0.0.1:9" in told

@@ -5,7 +5,9 @@ import socket
 import pytest
 
 import server.cli
+from common.certs import ServerFiles
 from server.launch import Launch, ServerOptions
+from server.superlink import forget_secrets, write_secret
 
 
 @pytest.fixture
@@ -62,10 +64,69 @@ def test_a_zero_or_negative_setting_is_refused_by_name(nothing_starts, capsys, o
     assert not list(nothing_starts.iterdir())
 
 
+def test_an_address_that_others_reach_gets_a_front_door_or_nothing(nothing_starts, capsys, monkeypatch):
+    monkeypatch.setattr("server.front_door.shutil.which", lambda *_, **__: None)
+    assert serve("--address", "0.0.0.0:8000", "--insecure") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "nginx is not installed" in said
+    assert "--no-front-door" in said
+    assert not list(nothing_starts.iterdir())
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_tls_and_insecure_exclude_each_other(capsys):
+    assert serve("--tls", "tls", "--insecure") == 2
+    assert "--tls and --insecure contradict each other" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_of_ours_is_refused(nothing_starts, capsys):
+    assert serve("--tls", str(nothing_starts)) == 2
+    said = capsys.readouterr().err
+    assert "is not a folder that `facefed certs init` made: ca.crt is missing" in said
+    assert len(said.splitlines()) == 1
+
+
+def launch(folder, **options):
+    return Launch(None, ServerOptions(**{"host": "127.0.0.1", "port": 8123, **options}), folder)
+
+
 def test_flowers_own_programs_get_the_address_and_no_package_index(tmp_path):
-    options = ServerOptions(host="127.0.0.1", port=8123, database=tmp_path / "state.db")
-    command = Launch(None, options, tmp_path)._superlink_command()
+    command = launch(tmp_path, database=tmp_path / "state.db")._superlink.command(tmp_path / "secret")
     assert command[0] == "flower-superlink"
     assert command[command.index("--port") + 1] == "8123"
     assert command[command.index("--database") + 1] == str(tmp_path / "state.db")
     assert "--disable-runtime-dependency-installation" in command
+
+
+def test_whoever_takes_a_task_must_know_a_secret(tmp_path):
+    command = launch(tmp_path)._superlink.command(tmp_path / "secret")
+    assert command[command.index("--isolation") + 1] == "process"
+    assert command[command.index("--superexec-auth-secret-file") + 1] == str(tmp_path / "secret")
+
+
+def test_with_tls_sites_must_prove_who_they_are(tmp_path):
+    files = {name: tmp_path / name for name in ("ca", "certificate", "key", "clients")}
+    made = launch(tmp_path, tls=ServerFiles(**files))
+    command = made._superlink.command(tmp_path / "secret")
+    assert "--enable-supernode-auth" in command
+    assert "--insecure" not in command
+    for option, name in (("--ssl-ca-certfile", "ca"), ("--ssl-certfile", "certificate"), ("--ssl-keyfile", "key")):
+        assert command[command.index(option) + 1] == str(files[name])
+    assert made._steward_command()[-2:] == [str(files["ca"]), str(files["clients"])]
+
+
+def test_behind_a_front_door_the_superlink_is_on_loopback_at_a_port_of_its_own(tmp_path):
+    command = launch(tmp_path, host="0.0.0.0", front_door=True)._superlink.command(tmp_path / "secret")  # noqa: S104
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--port") + 1] != "8123"
+
+
+def test_secrets_are_this_users_and_go_with_the_superlink(tmp_path):
+    path = write_secret(tmp_path)
+    assert (path.stat().st_mode & 0o777, path.stat().st_size) == (0o600, 32)
+    first = path.read_bytes()
+    assert write_secret(tmp_path).read_bytes() != first
+    (tmp_path / "task-7.token").write_text("token")
+    forget_secrets(tmp_path)
+    assert not list(tmp_path.iterdir())

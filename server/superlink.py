@@ -1,0 +1,118 @@
+"""The SuperLink of a run: how it is started, reached, asked and spoken to, in plain text or with TLS."""
+
+import http.client
+import json
+import os
+import secrets
+import ssl
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.certs import ServerFiles
+from common.errors import FaceFedError
+from common.processes import child_environment
+
+CONNECTION = "facefed"
+ANSWER_WITHIN_S = 60.0
+# In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted.
+SECRET, RUN_ID, ADMITTED = "superexec.key", "run-id", "admitted"
+TOKEN = ".token"  # noqa: S105 - ends the name of a task's token
+
+
+def write_secret(home: Path) -> Path:
+    """A new secret for whoever takes tasks, readable by this user only; marks of an earlier start go."""
+    home.mkdir(parents=True, exist_ok=True)
+    forget_secrets(home)
+    for name in (RUN_ID, ADMITTED):
+        (home / name).unlink(missing_ok=True)
+    return write_private(home / SECRET, secrets.token_bytes(32))
+
+
+def forget_secrets(home: Path) -> None:
+    """Delete what is of no use once the SuperLink has ended."""
+    for path in (home / SECRET, *home.glob(f"*{TOKEN}")):
+        path.unlink(missing_ok=True)
+
+
+def write_private(path: Path, content: bytes) -> Path:
+    """Write a new file that nobody but this user ever could read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Superlink:
+    """Where it listens, with which files, and the folder where Flower's files of this run are."""
+
+    host: str
+    port: int
+    home: Path
+    tls: ServerFiles | None = None
+    database: Path | None = None
+
+    @property
+    def address(self) -> str:
+        """Where this machine reaches it."""
+        return f"{self._local_host}:{self.port}"
+
+    @property
+    def _local_host(self) -> str:
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104
+
+    def command(self, secret: Path) -> list[str]:
+        """secret: the file of what whoever takes a task must know; without it any caller could take one."""
+        command = ["flower-superlink", "--host", self.host, "--port", str(self.port)]
+        command.append("--disable-runtime-dependency-installation")  # it would ask a package index
+        command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+        if self.tls:
+            command += ["--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)]
+            command += ["--ssl-ca-certfile", str(self.tls.ca), "--enable-supernode-auth"]
+        else:
+            command.append("--insecure")
+        return [*command, "--database", str(self.database)] if self.database else command
+
+    def answers(self) -> bool:
+        """Whether it is up."""
+        connection = self._connection()
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if not self.tls:
+            return http.client.HTTPConnection(self._local_host, self.port, timeout=2)
+        context = ssl.create_default_context(cafile=str(self.tls.ca))
+        return http.client.HTTPSConnection(self._local_host, self.port, timeout=2, context=context)
+
+    def write_connection(self) -> None:
+        """Tell Flower's command line, in this run's own home, how to reach it."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        how = f"root-certificates = {json.dumps(str(self.tls.ca))}" if self.tls else "insecure = true"
+        text = f'[superlink.{CONNECTION}]\naddress = "{self.address}"\n{how}\n'
+        (self.home / "config.toml").write_text(text, encoding="utf-8")
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run Flower's command line and return the JSON it answers.  Raises FaceFedError."""
+        try:
+            done = subprocess.run(
+                ["flwr", *arguments],
+                env=child_environment(self.home),
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_WITHIN_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise FaceFedError(f"flwr {arguments[0]} did not end within {ANSWER_WITHIN_S:g} s.") from None
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError:
+            raise FaceFedError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-400:]}") from None
+        return answer

@@ -1,0 +1,165 @@
+"""The steward: whom it admits and turns out, which run it starts, and that no command line holds a secret."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from common.certs import read_public_key
+from server import steward as steward_module
+from server.steward import Register, Steward
+from server.superlink import RUN_ID, write_secret
+from simulation import new_certs
+
+TOKEN = "ab" * 128
+
+
+class Superlink:
+    """Stands in for the SuperLink's Control interface: the nodes that it knows."""
+
+    def __init__(self):
+        self.nodes, self.stopped, self.refuses = {}, [], False
+
+    def ListNodes(self, _):  # noqa: N802 - protobuf's names
+        return SimpleNamespace(nodes_info=list(self.nodes.values()))
+
+    def RegisterNode(self, request):  # noqa: N802
+        if self.refuses:
+            answer = httpx.Response(409, text="already in use", request=httpx.Request("POST", "http://a"))
+            raise httpx.HTTPStatusError("no", request=answer.request, response=answer)
+        node = SimpleNamespace(
+            node_id=len(self.nodes) + 1, public_key=request.public_key, name=request.name, status="registered"
+        )
+        self.nodes[node.node_id] = node
+        return node
+
+    def UnregisterNode(self, request):  # noqa: N802
+        self.nodes[request.node_id].status = "unregistered"
+
+    def StopRun(self, request):  # noqa: N802
+        self.stopped.append(request.run_id)
+
+    def accepted(self):
+        return [node.name for node in self.nodes.values() if node.status != "unregistered"]
+
+
+@pytest.fixture
+def tls(tmp_path):
+    new_certs.make_folder(tmp_path / "tls", ["localhost"], ["celeba", "vggface2"])
+    return tmp_path / "tls"
+
+
+def register(superlink, tls):
+    made = Register(superlink, tls / "clients")
+    made.open()
+    return made
+
+
+def test_keys_are_admitted_and_turned_out_as_their_files_come_and_go(tls):
+    superlink = Superlink()
+    kept = register(superlink, tls)
+    kept.look()
+    assert superlink.accepted() == ["celeba", "vggface2"]
+    new_certs.revoke_client(tls, "celeba")
+    new_certs.add_client(tls, "north")
+    kept.look()
+    kept.look()
+    assert superlink.accepted() == ["vggface2", "north"]
+    assert len(superlink.nodes) == 3
+
+
+def test_a_file_that_is_no_key_keeps_nobody_from_being_turned_out(tls, caplog):
+    superlink = Superlink()
+    kept = register(superlink, tls)
+    kept.look()
+    (tls / "clients" / "celeba.pub").write_text("")
+    kept.look()
+    kept.look()
+    assert superlink.accepted() == ["vggface2"]
+    assert caplog.text.count("is not a P-384 public key") == 1
+
+
+def test_whom_a_database_knows_from_before_is_judged_anew(tls):
+    superlink = Superlink()
+    register(superlink, tls).look()
+    new_certs.revoke_client(tls, "celeba")
+    register(superlink, tls).look()
+    assert superlink.accepted() == ["vggface2"]
+    assert len(superlink.nodes) == 2
+
+
+def test_a_key_that_the_superlink_refuses_is_told_once(tls, caplog):
+    superlink = Superlink()
+    superlink.refuses = True
+    kept = register(superlink, tls)
+    kept.look()
+    kept.look()
+    assert caplog.text.count("refuses the key of celeba (already in use)") == 1
+
+
+# ---- tasks
+
+
+class Found(SimpleNamespace):
+    def HasField(self, _):  # noqa: N802
+        return self.task is not None
+
+
+@pytest.fixture
+def steward(tmp_path, monkeypatch):
+    write_secret(tmp_path)
+    made = Steward(tmp_path, "127.0.0.1:9", None, None)
+    made._control, made.started = Superlink(), []
+    made._runtime = SimpleNamespace(tasks=[], AcquireTask=lambda _: made._runtime.tasks.pop(0))
+
+    def start(command, **_):
+        made.started.append(command)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(steward_module, "start", start)
+    return made
+
+
+def task(run):
+    return Found(task=SimpleNamespace(run_id=run, task_id=5), token=TOKEN)
+
+
+def test_no_task_is_taken_before_our_run_is_known(steward):
+    steward._runtime.tasks = [task(7)]
+    steward.take_task()
+    assert len(steward._runtime.tasks) == 1
+
+
+def test_our_run_is_started_without_its_token_in_the_command_line(steward, tmp_path):
+    (tmp_path / RUN_ID).write_text("7")
+    steward._runtime.tasks = [task(7), Found(task=None, token="")]
+    steward.take_task()
+    [command] = steward.started
+    path = tmp_path / "task-5.token"
+    assert command[command.index("--token-file") + 1] == str(path)
+    assert not [word for word in command if TOKEN in word]
+    assert (path.read_text(), path.stat().st_mode & 0o777) == (TOKEN, 0o600)
+    [(app, _)] = steward._apps
+    app.wait(60)
+    steward.take_task()
+    assert not path.exists()
+
+
+def test_a_run_that_somebody_else_submitted_is_stopped_and_not_started(steward, tmp_path, caplog):
+    (tmp_path / RUN_ID).write_text("7")
+    steward._runtime.tasks = [task(77)]
+    steward.take_task()
+    assert steward.started == []
+    assert steward._control.stopped == [77]
+    assert "run 77 was not submitted by this flower-server" in caplog.text
+
+
+def test_a_key_travels_as_flower_compares_it(tls):
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
+    superlink = Superlink()
+    register(superlink, tls).look()
+    key = next(node.public_key for node in superlink.nodes.values() if node.name == "celeba")
+    assert bytes_to_public_key(key) == read_public_key(tls / "clients" / "celeba.pub")
