@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clients.own_record import export_own_model, keep_own_record
-from clients.private_state import load_private, prune, save_private
+from clients.packs import open_site_pack
+from clients.private_state import load_private, load_residue, prune, save_private
 from clients.site import SiteSettings
 from common import config
+from common.codec import Coded, encode, is_lossy, residue_of
 from common.errors import ReplyRefused
 from common.evaluation import EvaluationSums, evaluate, people_digest
-from common.faces.pack import FacePack, open_pack
+from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
+from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names, with_new_heads
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
@@ -49,28 +51,39 @@ class Workplace:
         return self.site.state_dir / "private" / run_id
 
 
-def open_workplace(site: SiteSettings, settings: Settings) -> Workplace:
-    """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit."""
-    pack = open_pack(site.dataset, site.data_dir, settings.data, site.cache_dir, workers=site.pack_workers)
-    recogniser = build_recogniser(
-        # The backbone arrives from the server before it is used; its first weights are the server's business.
-        dataclasses.replace(settings.model, pretrained="none"),
-        num_people=pack.num_classes,
-        image_size=settings.data.image_size,
-        backbone_seed=stream_seed(settings.run.seed, "backbone"),
-        head_seed=stream_seed(settings.run.seed, site.name, "head"),
-    )
+def open_workplace(site: SiteSettings, settings: Settings, former: Workplace | None = None) -> Workplace:
+    """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit.
+
+    former: another client's workplace of equal settings, which is not used any more: its backbone serves this one too,
+    so that a process with many virtual clients holds one model.
+    """
+    pack = open_site_pack(site, settings.data)
+    head_seed = stream_seed(settings.run.seed, site.name, "head")
+    if former is not None:
+        recogniser = with_new_heads(former.recogniser, settings.model, num_people=pack.num_classes, head_seed=head_seed)
+    else:
+        recogniser = build_recogniser(
+            # The backbone arrives from the server before it is used; its first weights are the server's business.
+            dataclasses.replace(settings.model, pretrained="none"),
+            num_people=pack.num_classes,
+            image_size=settings.data.image_size,
+            backbone_seed=stream_seed(settings.run.seed, "backbone"),
+            head_seed=head_seed,
+        )
     state = recogniser.state_dict()
     names = shared_names(recogniser, settings.model.normalisation)
     private = private_names(recogniser, settings.model.normalisation)
+    fresh = {name: state[name].clone() for name in private}
+    if former is not None:  # its training has changed what of the backbone is private
+        fresh |= {name: tensor for name, tensor in former.fresh.items() if name.startswith("backbone.")}
     return Workplace(
         site=site,
         settings=settings,
         pack=pack,
         recogniser=recogniser,
-        manifest=manifest_of({name: state[name] for name in names}),
+        manifest=manifest_of({name: state[name] for name in names}) if former is None else former.manifest,
         private=private,
-        fresh={name: state[name].clone() for name in private},
+        fresh=fresh,
     )
 
 
@@ -81,14 +94,14 @@ def val_people_digest(pack: FacePack) -> str:
     return digest.hexdigest()[:16]
 
 
-def join(workplace: Workplace) -> Site:
-    """What this client tells of itself."""
-    pack, site = workplace.pack, workplace.site
+def join(site: SiteSettings, settings: Settings) -> Site:
+    """What this client tells of itself; no model is built.  Raises UserError when the data do not fit."""
+    pack = open_site_pack(site, settings.data)
     device = resolve_device(site.device)
     compute = resolve_compute(
-        workplace.settings,
+        settings,
         device=device,
-        threads=threads_for(workplace.settings, 1, num_cores()),
+        threads=threads_for(settings, 1, num_cores()),
         cache_dir=site.cache_dir,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
@@ -232,9 +245,11 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, 
     )
     trained = time.perf_counter()
 
-    save_private(folder, task.server_round, recogniser, optimiser, workplace.private)
-    prune(folder, {0, task.best_round, task.server_round - 1, task.server_round})
-    change = flatten(recogniser.state_dict(), workplace.manifest) - received
+    change, residue = _coded_change(workplace, folder, found, received)
+    save_private(folder, task.server_round, recogniser, optimiser, workplace.private, residue)
+    # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
+    # repeat both.
+    prune(folder, {0, task.best_round, *range(task.server_round - 2, task.server_round + 1)})
     seconds = {
         "receive_seconds": started - began,
         "evaluate_seconds": evaluated - started,
@@ -256,7 +271,7 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
     compute, _ = _receive(workplace, task, shared)
     _restore_private(workplace, task.run_id, task.server_round, None)
-    if task.last:  # the best model, for good
+    if task.last and workplace.site.share is None:  # the best model, for good; a virtual client keeps nothing
         export_own_model(workplace.site, task, workplace.settings, workplace.recogniser)
         keep_own_record(workplace.site, task, workplace.settings, workplace.recogniser, workplace.pack, compute)
     return Reply(
@@ -267,6 +282,23 @@ def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32
         evaluations=_evaluate(workplace, task, compute),
         change=None,
     )
+
+
+def _coded_change(
+    workplace: Workplace, folder: Path, found: int, received: NDArray[np.float32]
+) -> tuple[Coded, NDArray[np.float32] | None]:
+    """What training changed, as it travels, and what that leaves for the next time (None: nothing is ever left).
+
+    found: the round of the private state that training began with.
+    """
+    codec = workplace.settings.federation.upload_codec
+    change = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    change -= received
+    if not is_lossy(codec):
+        return encode(change, codec), None
+    change += load_residue(folder, found, workplace.manifest.size)
+    coded = encode(change, codec)
+    return coded, residue_of(change, coded)
 
 
 def read_settings(task: Task) -> Settings:

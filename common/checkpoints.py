@@ -1,16 +1,23 @@
 """Files that survive a crash: written aside, synced, renamed; safetensors and JSON, which cannot run code."""
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import CheckpointError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -18,11 +25,17 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
 
     mode: of the file, less what the user's umask takes.
     """
+    write_parts(path, (content,), mode)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o666) -> None:
+    """`write_bytes` of a content that comes in parts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -54,9 +67,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write named tensors and text notes as a safetensors file, atomically."""
+    """Write named tensors and text notes as a safetensors file, atomically.
+
+    The bytes go from the tensors' own memory into the file: the library's writer copies all of them twice, which for
+    the server's checkpoint would be two models. The format is a length, a JSON header, and the data.
+    Raises KeyError for a dtype that we never keep.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, metadata=dict(notes)))
+    header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
+    end = 0
+    for name, tensor in plain.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
+    data = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in plain.values())
+    write_parts(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

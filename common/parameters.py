@@ -113,4 +113,4 @@ def load_shared(module: torch.nn.Module, buffer: NDArray[np.float32], manifest: 
 
 def buffer_sha256(buffer: NDArray[np.float32]) -> str:
     """SHA-256 of the buffer's little-endian bytes in hexadecimal: the identity of a global model."""
-    return hashlib.sha256(np.ascontiguousarray(buffer, dtype="<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(buffer, dtype="<f4").data).hexdigest()  # its memory, not a copy of it

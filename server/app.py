@@ -1,13 +1,16 @@
 """The ServerApp: from run settings to a trained, recorded and registered global model."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from common import config
 from common.checkpoints import write_json
@@ -22,15 +25,20 @@ from common.tracking.run import TrackedRun
 from common.tracking.settings import without_secrets
 from common.wire import Task
 from server.checkpointing import RunCheckpoints
+from server.global_model import GlobalModel
 from server.history import History
 from server.mailbox import GridMailbox, Mailbox, Patience
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
 from server.record import Record
+from server.resume import resume
 from server.roster import Roster
 from server.rounds import Federation, Outcome
 from server.run_folder import new_run_folder
 from server.runs import CONFIG_FILE, begin_tracking, federated_kind
+from server.scores import MOST_TOLD_APART
+
+QUICK_RETRY_S = 0.1  # of an object that a client is still sending
 
 log = logging.getLogger("facefed.server")
 
@@ -43,6 +51,7 @@ class Surroundings:
     stopped: Callable[[], bool]  # asked often; True ends the run
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
     git_commit: str
+    clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
 
 
 def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
@@ -71,7 +80,10 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> 
         return []
     name = f"{settings.model.backbone}_federated_{settings.federation.strategy}"
     recogniser, manifest = initial_model(settings)
-    val_people = "+".join(member.site.val_people for member in federation.roster.members().values())
+    digests = [member.site.val_people for member in federation.roster.members().values()]
+    val_people = "+".join(digests)
+    if len(digests) > MOST_TOLD_APART:  # a tag has room for a few
+        val_people = hashlib.sha256(val_people.encode()).hexdigest()
     done = []
     for role, step in (("last", outcome.last_round), ("best", outcome.history.best_round)):
         load_shared(recogniser, federation.checkpoints.load(step), manifest)
@@ -126,7 +138,7 @@ def _federate(
         settings=settings,
         run_id=run_id,
         manifest=manifest,
-        model=flatten(recogniser.state_dict(), manifest),
+        model=GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec),
         optimiser=ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser)),
         mailbox=mailbox,
         roster=Roster(
@@ -142,8 +154,12 @@ def _federate(
         record=Record(tracked, events, settings),
         public=public_scorer(settings, recogniser, manifest),
         history=History(),
+        farewell=surroundings.clients_keep_the_model,
     )
     del recogniser
+    if federation.checkpoints.exists():
+        resume(federation)
+        events.emit("resumed", round=federation.first_round - 1)
     outcome = federation.run()
     summary: dict[str, object] = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
     if settings.tracking.enabled:
@@ -158,6 +174,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry for a deployment: settings and the run's folder come in the run config."""
+    # A reply is announced before its objects are whole; Flower would ask for them again after a second.
+    defaults: Any = pull_objects.__kwdefaults__
+    defaults["initial_backoff"] = QUICK_RETRY_S
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
     text = str(context.run_config.get("settings", ""))
     settings = config.from_json(text) if text else Settings()

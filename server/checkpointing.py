@@ -5,17 +5,20 @@ Beside each of the last two models lie the strategy's moments, where it has any,
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.checkpoints import read_tensors, write_json, write_tensors
+from common.checkpoints import read_json, read_tensors, write_json, write_tensors
 from common.errors import CheckpointError
 from common.parameters import Manifest, buffer_sha256, flatten, views
 from server.history import History
+from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
 
 Buffer = NDArray[np.float32]
+STATE_FILE = "state.json"
 
 
 class RunCheckpoints:
@@ -24,6 +27,8 @@ class RunCheckpoints:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """folder: RUN/checkpoints."""
         self._folder, self._manifest = folder, manifest
+        self._written: dict[int, frozenset[str]] = {}  # step -> splits whose sums are on disk
+        self._counts: dict[str, dict[str, float]] = {}  # of the last two rounds, by their number
 
     def path(self, step: int) -> Path:
         """The file of that round's global model."""
@@ -33,10 +38,13 @@ class RunCheckpoints:
         """The file of the strategy's moments after that round."""
         return self._folder / f"moments-{step:06d}.safetensors"
 
-    def save(self, step: int, model: Buffer, moments: Mapping[str, Buffer], history: History) -> str:
+    def save(
+        self, step: int, model: Buffer, moments: Mapping[str, Buffer], history: History, counts: Mapping[str, float]
+    ) -> str:
         """Write the model after round `step` and the strategy's moments, then the state; returns the model's SHA-256.
 
         moments: name -> [manifest.size] float32; empty for a strategy without any, which writes no file of them.
+        counts: what else the record has counted so far.
         """
         sha256 = buffer_sha256(model)
         notes = {"round": str(step), "sha256": sha256}
@@ -44,38 +52,76 @@ class RunCheckpoints:
         if moments:
             tensors = {name: torch.from_numpy(buffer) for name, buffer in moments.items()}
             write_tensors(self.moments_path(step), tensors, notes)
-        self.write_state(step, sha256, history)
+        self.write_state(step, sha256, history, counts)
         self._prune(step, history)
         return sha256
 
-    def write_state(self, step: int, sha256: str, history: History) -> None:
+    def write_state(self, step: int, sha256: str, history: History, counts: Mapping[str, float]) -> None:
         """Say in state.json what is known of the run after round `step`, whose model is on disk already."""
+        self._write_scores(history)
+        before = str(step - 1)
+        self._counts = {str(step): dict(counts)} | ({before: self._counts[before]} if before in self._counts else {})
         moments = self.moments_path(step)
         write_json(
-            self._folder / "state.json",
+            self._folder / STATE_FILE,
             {
+                **history_to_json(history),
                 "round": step,
-                "best_round": history.best_round,
+                "counts": self._counts,
                 "model": self.path(step).name,
                 "moments": moments.name if moments.exists() else "",
                 "sha256": sha256,
                 "manifest": self._manifest.digest,
-                "rounds": history.rows(),
             },
         )
+
+    def _write_scores(self, history: History) -> None:
+        """The sums of the untrained and of the best model, where they are new."""
+        for step in {0, history.best_round}:
+            scored = frozenset(history.at(step).totals)
+            if scored - self._written.get(step, frozenset()):
+                write_scores(scores_path(self._folder, step), history.at(step))
+                self._written[step] = scored
 
     def _prune(self, step: int, history: History) -> None:
         """Keep the models of the last two rounds and of the best one."""
         keep = {self.path(kept) for kept in (step, step - 1, history.best_round)}
         keep |= {self.moments_path(kept) for kept in (step, step - 1)}
-        for pattern in ("round-*.safetensors", "moments-*.safetensors"):
+        keep |= {scores_path(self._folder, kept) for kept in (0, history.best_round)}
+        for pattern in ("round-*.safetensors", "moments-*.safetensors", "scores-*.safetensors"):
             for old in set(self._folder.glob(pattern)) - keep:
                 old.unlink()
 
     def load(self, step: int) -> Buffer:
         """The global model of that round, [manifest.size] float32.  Raises CheckpointError."""
-        tensors, _ = read_tensors(self.path(step))
-        return flatten(tensors, self._manifest)
+        tensors, notes = read_tensors(self.path(step))
+        buffer = flatten(tensors, self._manifest)
+        if notes.get("sha256") != buffer_sha256(buffer):
+            raise CheckpointError(f"{self.path(step)} is damaged: its numbers are not those that were written.")
+        return buffer
+
+    def exists(self) -> bool:
+        """Whether there is anything to go on from."""
+        return (self._folder / STATE_FILE).exists()
+
+    def read_state(self) -> dict[str, Any]:
+        """What `write_state` wrote.  Raises CheckpointError, also when it is of another model."""
+        state = read_json(self._folder / STATE_FILE)
+        if state.get("manifest") != self._manifest.digest:
+            raise CheckpointError(
+                f"{self._folder / STATE_FILE} is of another model; resume with the run's own settings."
+            )
+        return state
+
+    def read_history(self, state: Mapping[str, Any]) -> History:
+        """The history of a state, with the sums that the run's end needs.  Raises CheckpointError."""
+        history = history_from_json(state)
+        for step in {0, history.best_round}:
+            path = scores_path(self._folder, step)
+            if history.at(step).scored:
+                read_scores(path, history.at(step))
+                self._written[step] = frozenset(history.at(step).totals)
+        return history
 
     def load_moments(self, step: int, model_sha256: str) -> dict[str, Buffer]:
         """The strategy's moments after that round, as `ServerOptimiser.restore` takes them.

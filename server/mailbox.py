@@ -11,6 +11,7 @@ from common.errors import InterruptedRun
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.25
+FRACTION_WAITED = 0.03  # a look costs little beside a long wait, and is late by little beside it
 
 
 class Mailbox(Protocol):
@@ -50,27 +51,41 @@ class GridMailbox:
 
 
 class Patience:
-    """Waits with growing pauses until something happens, a deadline passes, or the run is stopped."""
+    """Waits until something happens, a deadline passes, or the run is stopped; pauses grow with what was waited."""
 
     def __init__(self, stopped: Callable[[], bool]) -> None:
         """stopped: asked at each look; True raises InterruptedRun."""
         self._stopped = stopped
+        self._work: Callable[[], None] | None = None
 
     def check(self) -> None:
         """Raise InterruptedRun when the run is stopped."""
         if self._stopped():
             raise InterruptedRun("stopped by the user")
 
+    def leave_work(self, work: Callable[[], None]) -> None:
+        """Have something done while we would wait anyway; what was left before is done first."""
+        self.do_work()
+        self._work = work
+
+    def do_work(self) -> None:
+        """Do now what was left, if anything."""
+        work, self._work = self._work, None
+        if work is not None:
+            work()
+
     def until(self, look: Callable[[], T | None], deadline: float) -> T | None:
         """The first result of `look` that is not None, or None at the deadline (a time.monotonic() value).
 
-        Looks at least once.  Raises InterruptedRun.
+        Looks at least once, and does the work that was left before the first pause.  Raises InterruptedRun.
         """
-        pause = FIRST_PAUSE_S
+        began = time.monotonic()
         while True:
             self.check()
             seen = look()
             if seen is not None or time.monotonic() >= deadline:
                 return seen
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(pause * 1.5, LONGEST_PAUSE_S)
+            self.do_work()
+            now = time.monotonic()
+            pause = min(max(FIRST_PAUSE_S, FRACTION_WAITED * (now - began)), LONGEST_PAUSE_S)
+            time.sleep(min(pause, max(0.0, deadline - now)))

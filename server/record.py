@@ -10,6 +10,7 @@ from common.metrics.verification import roc_auc, roc_curve
 from common.plots import curves, verification
 from common.plots.comparison import client_comparison
 from common.plots.confusion import confusion
+from common.precision import threads_for
 from common.runtime import machine_digest
 from common.settings import Settings
 from common.tracking.hardware import gpu_type
@@ -17,13 +18,15 @@ from common.tracking.run import TrackedRun
 from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
+from server.round_clock import Thrift
 from server.runs import federated_kind, write_run_file
-from server.scores import client_metrics, figures, merged_train, open_scores
+from server.scores import MOST_TOLD_APART, Tally, client_metrics, figures, merged_train, open_scores, quantiles
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
+    datasets = [site.dataset for site in sites]
     return {
-        "dataset": "+".join(site.dataset for site in sites),
+        "dataset": "+".join(datasets if len(sites) <= MOST_TOLD_APART else sorted(set(datasets))),
         "dataset_size": str(sum(site.num_pictures for site in sites)),
         "device": "+".join(sorted({site.device for site in sites})),
         "gpu_type": "+".join(sorted({_gpu_type(site) for site in sites})),
@@ -37,6 +40,9 @@ def _gpu_type(site: Site) -> str:
     return gpu_type(site.device)
 
 
+DRAWING_FRACTION = 0.05  # of the run's time, for curves that are drawn anew while it runs
+
+
 class Record:
     """Everything that a run tells: one call for each thing that happens."""
 
@@ -48,43 +54,85 @@ class Record:
         self._num_pictures = self._num_steps = self._num_warmup_pictures = 0.0
         self._refusals: dict[int, dict[str, str]] = {}
         self._num_refused = 0
+        self._are_many = False  # more clients than are told apart
+        self._thrift = Thrift(DRAWING_FRACTION)
+        self._restored = History()  # of a run that goes on
+
+    def counts(self) -> dict[str, float]:
+        """What was counted so far, for the checkpoint."""
+        return {
+            "num_pictures": self._num_pictures,
+            "num_steps": self._num_steps,
+            "num_warmup_pictures": self._num_warmup_pictures,
+            "num_refused": float(self._num_refused),
+        }
+
+    def go_on(self, history: History, counts: Mapping[str, float]) -> None:
+        """Continue where a checkpoint stands.  All that was saved is told again; the run skips what it was told."""
+        self._num_pictures, self._num_steps = counts["num_pictures"], counts["num_steps"]
+        self._num_warmup_pictures, self._num_refused = counts["num_warmup_pictures"], int(counts["num_refused"])
+        self._restored = history
+        for step, record in sorted(history.rounds.items()):
+            self._tracked.log_metrics(record.metrics, step=step)
 
     def members(self, members: Mapping[str, Member]) -> None:
-        """Begin a nested run for each client that is new."""
-        new = [(name, member) for name, member in members.items() if name not in self._children]
-        if new:
-            self._tracked.set_tags(_data_tags([member.site for member in members.values()]))
-            self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
-            self._sites = {name: member.site for name, member in members.items()}
-            write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
-        for name, member in new:
-            site = member.site
-            self._tracked.log_dataset(
-                name=name,
-                digest=site.val_people,  # it covers every picture of the set
-                context="training",
-                profile={
-                    "num_people": site.num_people,
-                    "num_pictures": site.num_pictures,
-                    "num_training_people": site.num_training_people,
-                    "num_training_pictures": site.num_training_pictures,
-                },
+        """Begin a nested run for each client that is new, while they are few; of many, say once that there are none."""
+        new = [name for name in members if name not in (self._sites if self._are_many else self._children)]
+        if not new:
+            return
+        self._sites = {name: member.site for name, member in members.items()}
+        sites = list(self._sites.values())
+        self._tracked.set_tags(_data_tags(sites))
+        self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
+        write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
+        if len(members) <= MOST_TOLD_APART:
+            for name in new:
+                self._begin_child(name, members[name].site)
+        elif not self._are_many:
+            self._are_many = True
+            line = (
+                f"{len(members)} clients are more than {MOST_TOLD_APART}: the record has pooled figures and quantiles"
+                " over the clients, and no run and curves for each of them"
             )
-            child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
-            child.log_params(
-                {
-                    "client": name,
-                    "dataset": site.dataset,
-                    "num_training_people": site.num_training_people,
-                    "num_training_pictures": site.num_training_pictures,
-                    "num_pictures": site.num_pictures,
-                    "num_quarantined": site.num_quarantined,
-                    "precision": site.precision,
-                    "memory_format": site.memory_format,
-                    "threads_or_cores": site.cores,
-                }
-            )
-            self._children[name] = child
+            self._events.emit("warning", line=line)
+
+    def _begin_child(self, name: str, site: Site) -> None:
+        counted = {
+            "num_people": site.num_people,
+            "num_pictures": site.num_pictures,
+            "num_training_people": site.num_training_people,
+            "num_training_pictures": site.num_training_pictures,
+        }
+        # The digest covers every picture of the set.
+        self._tracked.log_dataset(name=name, digest=site.val_people, context="training", profile=counted)
+        num_there = sum(other.machine == site.machine for other in self._sites.values())
+        child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
+        child.log_params(
+            {
+                "client": name,
+                "dataset": site.dataset,
+                "num_training_people": site.num_training_people,
+                "num_training_pictures": site.num_training_pictures,
+                "num_pictures": site.num_pictures,
+                "num_quarantined": site.num_quarantined,
+                "precision": site.precision,
+                "memory_format": site.memory_format,
+                "compiled": site.compiled,
+                "threads": threads_for(self._settings, num_there, site.cores),
+            }
+        )
+        self._children[name] = child
+        for step, record in sorted(self._restored.rounds.items()):
+            child.log_metrics(record.clients.get(name, {}), step=step)
+
+    def _log_of_clients(self, metrics: Mapping[str, Mapping[str, float]], step: int) -> None:
+        """Each client's figures in its own run; of many clients, quantiles in the run of all."""
+        if self._are_many:
+            self._tracked.log_metrics(quantiles(metrics), step=step)
+            return
+        for name, own in metrics.items():
+            if own:
+                self._children[name].log_metrics(own, step=step)
 
     def refused(self, server_round: int, client: str, reason: str) -> None:
         """A client's reply was left out: named and counted."""
@@ -105,17 +153,15 @@ class Record:
         """How many replies were left out in the whole run."""
         return self._num_refused
 
-    def scored(self, history: History, step: int, split: str, by_client: Mapping[str, EvaluationSums]) -> None:
+    def scored(self, history: History, step: int, tally: Tally) -> None:
         """The model of round `step` was scored: keep, log, tell."""
-        metrics = history.score(step, split, by_client)
+        metrics = history.score(step, tally)
         if metrics:
             self._tracked.log_metrics(metrics, step=step)
-        for name, sums in by_client.items():
-            scores = client_metrics(split, sums)
-            history.at(step).clients.setdefault(name, {}).update(scores)
-            if scores:
-                self._children[name].log_metrics(scores, step=step)
-        self._events.emit("scored", round=step, split=split, best_round=history.best_round, **metrics)
+        for name, own in tally.metrics.items():
+            history.at(step).clients.setdefault(name, {}).update(own)
+        self._log_of_clients(tally.metrics, step)
+        self._events.emit("scored", round=step, split=tally.split, best_round=history.best_round, **metrics)
 
     def public_scored(self, history: History, step: int, metrics: Mapping[str, float]) -> None:
         """The model of round `step` was scored on the public pairs: keep, log, tell."""
@@ -145,14 +191,17 @@ class Record:
         record = history.at(server_round)
         record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **sizes}
         record.metrics["round_clients"] = float(len(replies))
+        record.metrics["round_work_seconds"] = sum(merged[f"{part}seconds"] for part in ("evaluate_", "warmup_", ""))
         self._tracked.log_metrics(record.metrics, step=server_round)
+        told: dict[str, dict[str, float]] = {}
         for name, reply in replies.items():
-            own = train_metrics(reply.train) | dict(clients[name])
+            own = told[name] = train_metrics(reply.train) | dict(clients[name])
             own["wait_seconds"] = max(0.0, own.pop("answer_seconds") - own_seconds(reply.train))
             record.clients.setdefault(name, {}).update(own)
-            self._children[name].log_metrics(own, step=server_round)
-        if self._settings.tracking.plots == "all":
-            self._draw_curves(history)
+        self._log_of_clients(told, server_round)
+        if self._settings.tracking.plots == "all" and self._thrift.affords():
+            with self._thrift:
+                self._draw_curves(history)
 
     def timed(self, history: History, server_round: int, seconds: Mapping[str, float]) -> None:
         """Where the seconds of a round that was `trained` went, its record among them: keep, log, tell."""
@@ -202,6 +251,7 @@ class Record:
             "clients": {
                 name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
             },
+            "clients_quantiles": quantiles(history.at(best).clients) if self._are_many else {},
             "rounds_table": history.rows(),
         }
         final = {f"test_{name}": value for name, value in summary["best"].items()}
@@ -222,7 +272,8 @@ class Record:
 
     def _draw_curves(self, history: History) -> None:
         self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
-        self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
+        if not self._are_many:
+            self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
 
     def _draw_verification(self, history: History) -> None:
         shown: dict[str, tuple[Any, Any, float]] = {}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Self
 
 # wait: until clients are there and have answered.  send: tasks and model to the SuperLink.  receive: replies taken,
 # decoded and checked.  evaluate: sums merged, public pairs scored.  log: records, pictures and events.
@@ -42,3 +43,27 @@ class RoundClock:
         """round_seconds, and wait_seconds, send_seconds, ... which add up to it."""
         phases = {f"{phase}_seconds": seconds for phase, seconds in self._phases.items()}
         return {"round_seconds": self._lap_began - self._began, **phases}
+
+
+class Thrift:
+    """Work that may be done again and again, but not for more than a fraction of the time."""
+
+    def __init__(self, fraction: float, now: Callable[[], float] = time.monotonic) -> None:
+        """fraction: of all time, in (0, 1).  now: seconds from any beginning."""
+        self._fraction, self._now = fraction, now
+        self._began = self._ended = float("-inf")
+        self._cost = 0.0
+
+    def affords(self) -> bool:
+        """Whether the last time is long enough ago for what it cost; the first time always."""
+        return (self._now() - self._ended) * self._fraction >= self._cost
+
+    def __enter__(self) -> Self:
+        """Begin the work."""
+        self._began = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self._ended = self._now()
+        self._cost = self._ended - self._began

@@ -2,14 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-import numpy as np
 from flwr.app import Message
-from numpy.typing import NDArray
 
 from common import config, wire
+from common.codec import Coded, decode, encode, num_bytes
 from common.errors import NotEnoughClients, ReplyRefused
 from common.parameters import Manifest
 from common.precision import threads_for
@@ -18,6 +18,7 @@ from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
 from server.aggregate import WeightedChange
 from server.checkpointing import RunCheckpoints
+from server.global_model import GlobalModel
 from server.guard import check_evaluation_reply, check_train_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
@@ -26,9 +27,10 @@ from server.public_set import PublicScorer
 from server.record import Record
 from server.roster import Member, Roster
 from server.round_clock import RoundClock
-from server.scores import evaluation_sums
+from server.sampling import is_sampled, replies_needed, sample, waves
+from server.scores import Tally
 
-Buffer = NDArray[np.float32]
+Download = Callable[[], Coded]
 TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
 
 
@@ -48,7 +50,7 @@ class Federation:
     settings: Settings
     run_id: str
     manifest: Manifest
-    model: Buffer  # the global model, changed in place
+    model: GlobalModel
     optimiser: ServerOptimiser
     mailbox: Mailbox
     roster: Roster
@@ -58,58 +60,81 @@ class Federation:
     public: PublicScorer | None = None
     history: History = field(default_factory=History)
     clock: RoundClock = field(default_factory=RoundClock)  # of the round in progress
+    sha256: str = ""  # of the model that was saved last
+    first_round: int = 1  # larger for a run that goes on
+    farewell: bool = True  # whether the best model is handed out when nothing of it is to be scored
 
     def run(self) -> Outcome:
         """All rounds and the final evaluation.
 
         Raises NotEnoughClients, InterruptedRun; the checkpoint of the last whole round is on disk then.
         """
-        last_round, rounds = 0, self.settings.federation.rounds
-        sha256 = self._save(0)
-        while last_round < rounds and not self._is_out_of_patience():
-            last_round += 1
-            sha256 = self._round(last_round)
-        if last_round < rounds:
-            self.record.stopped_early(last_round, self.history)
-        self._evaluate_at_end(last_round)
-        self.checkpoints.write_state(last_round, sha256, self.history)  # with the scores that came last
-        return Outcome(history=self.history, last_round=last_round, sha256=sha256)
+        last_round, rounds = self.first_round - 1, self.settings.federation.rounds
+        if last_round == 0:
+            self._save(0)
+        try:
+            while last_round < rounds and not self._is_out_of_patience():
+                last_round += 1
+                self._round(last_round)
+            if last_round < rounds:
+                self.record.stopped_early(last_round, self.history)
+            self._evaluate_at_end(last_round)
+        finally:
+            self.patience.do_work()
+        # With the scores that came last.
+        self.checkpoints.write_state(last_round, self.sha256, self.history, self.record.counts())
+        return Outcome(history=self.history, last_round=last_round, sha256=self.sha256)
 
-    def _save(self, step: int) -> str:
-        return self.checkpoints.save(step, self.model, self.optimiser.moments, self.history)
+    def _save(self, step: int) -> None:
+        moments = {**self.optimiser.moments, **self.model.remembered()}
+        counts = self.record.counts()
+        self.sha256 = self.checkpoints.save(step, self.model.received, moments, self.history, counts)
 
     def _is_out_of_patience(self) -> bool:
         """A model's score arrives a round later, so the model of the last round is not among those counted."""
         patience = self.settings.training.patience
         return isinstance(patience, int) and self.history.validations_since_best() >= patience
 
-    def _round(self, server_round: int) -> str:
-        """One round; returns the SHA-256 of the new global model."""
+    def _round(self, server_round: int) -> None:
+        """One round.  Its model is saved and its figures are told while the next messages are answered."""
         self.clock = clock = RoundClock()
         members = self.roster.gather()
         clock.lap("wait")
         self.record.members(members)
+        members = sample(members, self.settings.federation, seed=self.settings.run.seed, server_round=server_round)
         clock.lap("log")
         splits = self._splits_to_score(server_round - 1)
         tasks = self._tasks("train", server_round, members, splits)
         change = WeightedChange(self.manifest.size)
-        replies = self._exchange(tasks, members, change)
+        replies = self._exchange(tasks, members, self.model.coded, change)
         self._require_enough(replies, members, server_round, kept=server_round - 1)
         self._score(server_round - 1, replies, splits)
         clock.lap("evaluate")
-        self.optimiser.apply(self.model, change.mean())
+        self.model.step(self.optimiser, change.mean())
         clock.lap("aggregate")
-        sha256 = self._save(server_round)
-        clock.lap("checkpoint")
         clients = {name: self._costs(name, reply) for name, reply in replies.items()}
+        self.patience.leave_work(partial(self._round_is_whole, server_round, replies, clients, len(tasks), clock))
+
+    def _round_is_whole(
+        self,
+        server_round: int,
+        replies: Mapping[str, Reply],
+        clients: Mapping[str, Mapping[str, float]],
+        num_tasks: int,
+        clock: RoundClock,
+    ) -> None:
+        """Tell and save; the seconds of it are the next round's.  clock: the round's own, which has stopped."""
+        seconds = clock.metrics()
+        self.clock.lap("wait")
         sizes = {
-            "bytes_down": float(len(tasks) * self.manifest.num_bytes),
+            "bytes_down": num_tasks * next(iter(clients.values()))["bytes_down"],
             "bytes_up": sum(costs["bytes_up"] for costs in clients.values()),
         }
         self.record.trained(self.history, server_round, replies, sizes=sizes, clients=clients)
-        clock.lap("log")
-        self.record.timed(self.history, server_round, clock.metrics())
-        return sha256
+        self.record.timed(self.history, server_round, seconds)
+        self.clock.lap("log")
+        self._save(server_round)  # with all that was told: whoever goes on from it tells what got lost
+        self.clock.lap("checkpoint")
 
     def _splits_to_score(self, step: int) -> str:
         return "val test" if step % self.settings.federation.test_every_rounds == 0 else "val"
@@ -142,16 +167,17 @@ class Federation:
         return tasks
 
     def _exchange(
-        self, tasks: Mapping[str, Task], members: Mapping[str, Member], change: WeightedChange | None
+        self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: WeightedChange | None
     ) -> dict[str, Reply]:
         """Send every task and take the replies in the fixed order of names; a bad or missing one is left out.
 
+        model: makes what is sent; it is not kept while the clients work.
         With `change`, replies are checked as those of training and added to it at once, and their buffers dropped.
         """
         timeout_s = self.settings.federation.round_timeout_s
         deadline = time.monotonic() + timeout_s
         names = list(tasks)
-        shared = wire.pack_shared(self.model)
+        shared = wire.pack_shared(model())
         messages = [
             wire.task_message(tasks[name], shared, node_id=members[name].node_id, ttl_s=timeout_s + TTL_SLACK_S)
             for name in names
@@ -159,7 +185,8 @@ class Federation:
         sent = dict(zip(names, self.mailbox.send(messages), strict=True))
         del messages, shared  # the SuperLink has them now
         self.clock.sent()
-        self._score_public(next(iter(tasks.values()), None))
+        self.patience.do_work()
+        self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
         replies = {}
         for name in names:
@@ -169,12 +196,12 @@ class Federation:
                 self.record.refused(tasks[name].server_round, name, str(refusal))
         return replies
 
-    def _score_public(self, task: Task | None) -> None:
+    def _score_public(self, task: Task | None, model: Download) -> None:
         """Score the model that was just sent on the public pairs, while the clients work on it."""
         if self.public is None or task is None or "test" not in task.splits.split():
             return
         step = task.server_round - 1 if task.kind == "train" else task.server_round
-        self.record.public_scored(self.history, step, self.public.scores(self.model, self.patience.check))
+        self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.patience.check))
 
     def _receive(
         self, message_id: str, task: Task, member: Member, change: WeightedChange | None, deadline: float
@@ -190,7 +217,8 @@ class Federation:
         if change is None:
             check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
             return reply
-        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
+        codec = self.settings.federation.upload_codec
+        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
         self.clock.lap("receive")
         if reply.change is not None:
             change.add(reply.change, reply.num_examples)
@@ -205,11 +233,9 @@ class Federation:
             self.clock.lap("receive")
         return message
 
-    def _require_enough(
-        self, replies: Mapping[str, Reply], members: Mapping[str, Member], step: int, *, kept: int
-    ) -> None:
+    def _require_enough(self, replies: Collection[str], members: Collection[str], step: int, *, kept: int) -> None:
         """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""
-        wanted = self.settings.federation.min_clients
+        wanted = replies_needed(self.settings.federation)
         if len(replies) < wanted:
             reasons = self.record.reasons(step)
             raise NotEnoughClients(
@@ -221,35 +247,51 @@ class Federation:
 
     def _costs(self, client: str, reply: Reply) -> dict[str, float]:
         """Bytes each way and seconds of one client's answer to a training task."""
+        federation, size = self.settings.federation, self.manifest.size
         return {
-            "bytes_down": float(self.manifest.num_bytes),
-            "bytes_up": float(self.manifest.num_bytes + wire.counts_nbytes(reply)),
+            "bytes_down": float(num_bytes(federation.download_codec, size)),
+            "bytes_up": float(num_bytes(federation.upload_codec, size) + wire.counts_nbytes(reply)),
             "answer_seconds": self.clock.answer_seconds(client),
         }
 
     def _score(self, step: int, replies: Mapping[str, Reply], splits: str) -> None:
         for split in splits.split():
-            by_client = {name: evaluation_sums(reply.evaluations[split]) for name, reply in replies.items()}
-            self.record.scored(self.history, step, split, by_client)
+            tally = Tally(split)
+            tally.add(replies)
+            self.record.scored(self.history, step, tally)
 
-    def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], *, last: bool) -> None:
+    def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool) -> None:
+        """Everybody's scores of one model.  As many are asked at once as in a round, and their sums merged at once."""
         self.record.members(members)  # one may have come during the last round
-        tasks = {
-            name: dataclasses.replace(task, last=last)
-            for name, task in self._tasks("evaluate", step, members, splits).items()
-        }
-        replies = self._exchange(tasks, members, None)
+        tallies, replied = [Tally(split) for split in splits.split()], set[str]()
+        for wave in waves(members, self.settings.federation):
+            tasks = {
+                name: dataclasses.replace(task, last=last)
+                for name, task in self._tasks("evaluate", step, wave, splits).items()
+            }
+            replies = self._exchange(tasks, wave, model, None)
+            replied |= replies.keys()
+            for tally in tallies:
+                tally.add(replies)
         if splits:
-            self._require_enough(replies, members, step, kept=step)
-        self._score(step, replies, splits)
+            self._require_enough(replied, members, step, kept=step)
+        for tally in tallies:
+            self.record.scored(self.history, step, tally)
+
+    def _coded_best(self, best: int) -> Coded:
+        return encode(self.checkpoints.load(best), "float32")
 
     def _evaluate_at_end(self, last_round: int) -> None:
         """Score the last model; then hand out the best one for good, scored on test unless the curve has that point."""
-        self._evaluate(last_round, "val test", self.roster.gather(), last=False)
-        best, last_model = self.history.best_round, self.model
-        self.model = self.checkpoints.load(best)
-        if self.history.tested(best):  # a farewell: the run is whole without it, so nobody is waited for
-            self._evaluate(best, "", self.roster.members(), last=True)
-        else:
-            self._evaluate(best, "val test", self.roster.gather(), last=True)
-        self.model = last_model
+        self.clock = RoundClock()
+        members = self.roster.gather()
+        self._evaluate(last_round, "val test", members, self.model.coded, last=False)
+        best = self.history.best_round
+        # As it was received in its round, whatever the codec: this is the model that goes into use.
+        model = partial(self._coded_best, best)
+        # A round's sample has scored it, but the figures that remain are everybody's.
+        by_sample = is_sampled(members, self.settings.federation) and best < last_round
+        if by_sample or not self.history.tested(best):
+            self._evaluate(best, "val test", self.roster.gather(), model, last=True)
+        elif self.farewell:  # the run is whole without it, so nobody is waited for
+            self._evaluate(best, "", self.roster.members(), model, last=True)

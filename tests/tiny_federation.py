@@ -20,6 +20,7 @@ from clients.answer import handle
 from clients.local_update import Workplace
 from clients.site import SiteSettings
 from common import config, wire
+from common.codec import encode
 from common.events import EventLog
 from common.faces.pack import FacePack
 from common.faces.splits import Split
@@ -30,6 +31,7 @@ from common.parameters import Manifest, manifest_of
 from common.settings import Settings
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 from server.checkpointing import RunCheckpoints
+from server.global_model import GlobalModel
 from server.mailbox import Patience
 from server.optimiser import ServerOptimiser
 from server.record import Record
@@ -126,7 +128,13 @@ def folds_with(auc: float) -> NDArray[np.int64]:
 
 
 def reply_to(
-    task: Task, *, change: object = 0.5, num_examples: int = 10, auc: float = 0.6, test_auc: float = 0.6
+    task: Task,
+    *,
+    change: object = 0.5,
+    num_examples: int = 10,
+    auc: float = 0.6,
+    test_auc: float = 0.6,
+    codec: str = "float32",
 ) -> Reply:
     """A good reply to a train or evaluate task; change: one number for all elements, or an array."""
     training = task.kind == "train"
@@ -136,7 +144,9 @@ def reply_to(
         num_examples=num_examples,
         train=dict.fromkeys(TRAIN_FIELDS, 1.0) if training else {},
         evaluations={s: sums_with(auc if s == "val" else test_auc) for s in task.splits.split()},
-        change=np.broadcast_to(np.float32(change), (MANIFEST.size,)).astype(np.float32) if training else None,
+        change=encode(np.broadcast_to(np.float32(change), (MANIFEST.size,)).astype(np.float32), codec)
+        if training
+        else None,
     )
 
 
@@ -184,29 +194,37 @@ class ScriptedMailbox:
         return None if script is None else script(wire.read_task(message.content)[0], message)
 
 
-def roster_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path, *, all_here: bool = False) -> Roster:
+def roster_over(
+    mailbox: ScriptedMailbox,
+    settings: Settings,
+    folder: Path,
+    *,
+    all_here: bool = False,
+    patience: Patience | None = None,
+) -> Roster:
     """A Roster as the server app makes it."""
     return Roster(
         mailbox,
         settings.federation,
         task=Task(kind="join", run_id=folder.name, server_round=0, settings=config.to_json(settings)),
         events=EventLog(folder),
-        patience=Patience(lambda: False),
+        patience=patience or Patience(lambda: False),
         all_nodes_are_here=lambda: all_here,
     )
 
 
 def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) -> Federation:
     """A Federation of the model of seven numbers, all zero, recorded in `folder`."""
+    patience = Patience(lambda: False)
     return Federation(
         settings=settings,
         run_id=folder.name,
         manifest=MANIFEST,
-        model=np.zeros(MANIFEST.size, dtype=np.float32),
+        model=GlobalModel(np.zeros(MANIFEST.size, dtype=np.float32), settings.federation.download_codec),
         optimiser=ServerOptimiser.of(settings.federation, MANIFEST, {entry.name for entry in MANIFEST.entries}),
         mailbox=mailbox,
-        roster=roster_over(mailbox, settings, folder),
-        patience=Patience(lambda: False),
+        roster=roster_over(mailbox, settings, folder, patience=patience),
+        patience=patience,
         checkpoints=RunCheckpoints(folder / "checkpoints", MANIFEST),
         record=Record(begin_tracking(settings, folder, "none", federated_kind(settings)), EventLog(folder), settings),
     )

@@ -50,6 +50,7 @@ class TrackedRun:
         self._before_finish: list[Callable[[], None]] = []
         self._children: dict[str, TrackedRun] = {}
         self._finished = False
+        self._told: frozenset[tuple[str, str, int]] = frozenset()  # (run, metric, step) of a run that goes on
 
     @property
     def mlflow_run_id(self) -> str:
@@ -81,10 +82,16 @@ class TrackedRun:
         self._num_samples += 1
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._told:
+            metrics = {key: value for key, value in metrics.items() if (self._name, key, step) not in self._told}
         time_ms = now_ms()
         self._append(b"".join(metric_line(self._name, k, float(v), step, time_ms) for k, v in metrics.items()))
         if self._board:
             self._board.scalars(metrics, step, time_ms)
+
+    def skip_what_was_told(self) -> None:
+        """Take no value of a metric and step that the spool has already: a run that goes on repeats some work."""
+        self._told = frozenset((e["run"], e["key"], e["step"]) for e in self._spool.entries() if "key" in e)
 
     def log_missing_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record those values of a step that the spool lacks: a run that was killed may not have told all."""
@@ -206,6 +213,7 @@ class TrackedRun:
                 name=run_name,
                 uri=self.uri,
             )
+            nested._told = self._told
             nested.start(self._experiment, run_name, {**self._tags, **tags}, {})
             self._children[run_name] = nested
         return self._children[run_name]

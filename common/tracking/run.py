@@ -66,6 +66,7 @@ def open_run(
         spool.close()  # and with it the lock
         raise
     run = TrackedRun(folder=folder, spool=spool, sender=sender, board=board, name="", uri=uri if sender else "")
+    run.skip_what_was_told()
     run.start(experiment, run_name, tags, params)
     if sender:
         sender.start()

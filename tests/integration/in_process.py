@@ -17,6 +17,7 @@ from clients.answer import handle
 from clients.local_update import Workplace, join, open_workplace, train
 from clients.site import SiteSettings
 from common import config
+from common.codec import decode
 from common.models.recogniser import trainable_names
 from common.parameters import flatten
 from common.precision import threads_for
@@ -24,6 +25,7 @@ from common.runtime import num_cores
 from common.settings import Settings
 from common.wire import Reply, Task
 from server.app import Surroundings, federate, initial_model
+from server.global_model import GlobalModel
 from server.mailbox import Mailbox
 from server.optimiser import ServerOptimiser
 
@@ -43,7 +45,7 @@ def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> 
 
 def task_for(workplace: Workplace, settings: Settings, server_round: int) -> Task:
     """The train task of a round, with what `auto` was resolved to when the client joined, as the server makes it."""
-    joined = join(workplace)
+    joined = join(workplace.site, settings)
     return Task(
         kind="train",
         run_id="r",
@@ -61,14 +63,14 @@ def two_rounds(settings: Settings, site: SiteSettings) -> tuple[np.ndarray, list
     """The global model after the settings' rounds with this one client, and its replies."""
     workplace = open_workplace(site, settings)
     recogniser, manifest = initial_model(settings)
-    model = flatten(recogniser.state_dict(), manifest)
+    model = GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec)
     optimiser = ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser))
     replies = []
     for server_round in range(1, settings.federation.rounds + 1):
-        reply = train(workplace, task_for(workplace, settings, server_round), model)
-        optimiser.apply(model, reply.change)
+        reply = train(workplace, task_for(workplace, settings, server_round), model.received)
+        model.step(optimiser, decode(reply.change))
         replies.append(reply)
-    return model, replies
+    return model.received, replies
 
 
 class LocalMailbox(Mailbox):

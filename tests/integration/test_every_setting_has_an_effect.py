@@ -94,6 +94,8 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "federation.rounds": 3,
     "federation.local_epochs": 2,
     "federation.proximal_mu": 0.05,
+    "federation.upload_codec": "int8",
+    "federation.download_codec": "float16",
 }
 VIT: dict[str, object] = {"model.backbone": "vit_tiny", "model.depth": 2}
 NEEDS: dict[str, dict[str, object]] = {
@@ -517,6 +519,21 @@ def test_a_federation_stops_when_its_patience_is_over(faces, tmp_path):
     assert {step: row["round_val_auc"] for step, row in seen.items() if step > 0} == {
         step: auc for step, auc in aucs.items() if step <= worse + 1
     }
+
+
+@proves("federation.clients_per_round")
+def test_a_round_has_as_many_clients_as_are_wanted(faces, tmp_path):
+    """Three take part, one works in each round; all three score the last model and the best."""
+    sites = [site_at(tmp_path, "folder", faces, name) for name in ("alpha", "beta", "gamma")]
+    counts = {}
+    for wanted in ("all", 1):
+        settings = changed(BASE, federation__clients_per_round=wanted)
+        folder = federate_in(tmp_path / f"run-{wanted}", settings, LocalMailbox(sites))
+        assert read_json(folder / "outcome.json") == {"exit_code": 0, "line": ""}
+        table = rounds_table(folder)
+        counts[wanted] = [table[step]["round_clients"] for step in (1, 2)]
+        assert set(read_json(folder / "metrics.json")["clients"]) == {"alpha", "beta", "gamma"}
+    assert counts == {"all": [3.0, 3.0], 1: [1.0, 1.0]}
 
 
 @proves("federation.min_clients", "federation.join_timeout_s")

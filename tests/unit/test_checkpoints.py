@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 from common import checkpoints
+from common.checkpoints import read_tensors, write_tensors
 from common.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,3 +108,41 @@ def test_json_says_the_same_for_the_same(tmp_path):
     checkpoints.write_json(tmp_path / "b", {"a": [1, "ü"], "b": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert checkpoints.read_json(tmp_path / "a") == {"a": [1, "ü"], "b": 1}
+
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
+    torch.bool,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (5, 7)])
+def test_what_is_written_without_the_library_is_what_the_library_reads(tmp_path, dtype, shape):
+    size = torch.Size(shape).numel()
+    tensors = {"ä": torch.arange(size).remainder(2).reshape(shape).to(dtype), "b": torch.ones(1)}
+    write_tensors(tmp_path / "t.safetensors", tensors, {"note": "é"})
+    read, notes = read_tensors(tmp_path / "t.safetensors")
+    assert notes == {"note": "é"}
+    assert {name: (t.dtype, t.shape, t.tolist()) for name, t in read.items()} == {
+        name: (t.dtype, t.shape, t.tolist()) for name, t in tensors.items()
+    }
+
+
+def test_a_tensor_that_is_a_transposed_view_is_written_in_its_own_order(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    write_tensors(tmp_path / "t.safetensors", {"t": tensor.t(), "same": tensor}, {})
+    read, _ = read_tensors(tmp_path / "t.safetensors")
+    assert read["t"].tolist() == tensor.t().tolist()
+    assert read["same"].tolist() == tensor.tolist()
+
+
+def test_writing_a_model_copies_none_of_it(tmp_path):
+    """What Python allocates meanwhile: the header and the file's buffer, not the four megabytes."""
+    tensors = {f"layer {number}": torch.zeros(250_000) for number in range(4)}
+    tracemalloc.start()
+    write_tensors(tmp_path / "t.safetensors", tensors, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "t.safetensors").stat().st_size > 4_000_000
+    assert peak < 500_000

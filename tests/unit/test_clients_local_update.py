@@ -10,6 +10,7 @@ from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny
 
 from clients.local_update import evaluate_global, join, train
 from common import wire
+from common.codec import decode
 from common.errors import CheckpointError, ReplyRefused, TrainingFailed
 from common.parameters import flatten
 from common.training import TrainSums
@@ -46,7 +47,7 @@ def timeless(reply):
         reply.num_examples,
         {name: value for name, value in reply.train.items() if "seconds" not in name},
         {split: (dict(sums.closed), sums.pairs.tobytes()) for split, sums in reply.evaluations.items()},
-        None if reply.change is None else reply.change.tobytes(),
+        None if reply.change is None else reply.change.data,
     )
 
 
@@ -68,7 +69,7 @@ def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_p
     sent = on_the_wire(reply)
     assert MARKER.tobytes() == first_bytes(state["head.weight"])  # it was there to the end
     if kind == "train":
-        assert np.any(reply.change)
+        assert np.any(decode(reply.change))
         kept = next((tmp_path / "alpha" / "private" / "run-1").glob("round-000001*")).read_bytes()
         assert MARKER.tobytes() in kept  # and this search finds it where it may be
     for number in MARKER:
@@ -77,7 +78,7 @@ def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_p
 
 @NORMALISATIONS
 def test_the_change_is_exactly_as_long_as_the_shared_parameters(tmp_path, normalisation):
-    """float32 of the shared names and a numpy header of 128 bytes; nothing fits beside them."""
+    """float32 of the shared names; nothing fits beside them."""
     workplace, shared = workplace_in(tmp_path, model__normalisation=normalisation)
     state = workplace.recogniser.state_dict()
     before = {name: state[name].clone() for name in workplace.private}
@@ -85,10 +86,10 @@ def test_the_change_is_exactly_as_long_as_the_shared_parameters(tmp_path, normal
     num_shared = sum(t.numel() for name, t in state.items() if t.is_floating_point() and name not in workplace.private)
     content = wire.reply_content(reply)
     assert reply.change.nbytes == workplace.manifest.num_bytes == 4 * num_shared
-    assert len(content["arrays"]["change"].data) == 128 + 4 * num_shared
+    assert len(content["arrays"]["change"].data) == 4 * num_shared
     assert set(content["arrays"]) == {"change", "val-counts", "test-counts"}
     sent = on_the_wire(reply)
-    assert first_bytes(torch.from_numpy(reply.change)) in sent
+    assert first_bytes(torch.from_numpy(decode(reply.change))) in sent
     for name in workplace.private:
         assert first_bytes(state[name]) not in sent, name
         assert first_bytes(state[name] - before[name]) not in sent, name
@@ -156,12 +157,13 @@ def test_a_client_whose_state_was_lost_goes_on_with_a_fresh_head(tmp_path):
     assert timeless(evaluate_global(resident, asked, shared)) == timeless(evaluate_global(fresh, asked, shared))
 
 
-def test_the_kept_states_are_the_first_the_best_and_the_last_two(tmp_path):
+def test_the_kept_states_are_the_first_the_best_and_the_last_three(tmp_path):
+    """Three: the server may have died before it wrote the round's checkpoint, and repeats the round before, too."""
     workplace, shared = workplace_in(tmp_path, federation__rounds=6)
     for number in range(1, 7):
         train(workplace, task_of(workplace, server_round=number, best_round=2 if number > 3 else 0), shared)
     kept = sorted(int(path.stem[-6:]) for path in workplace.state_folder("run-1").iterdir())
-    assert kept == [0, 2, 5, 6]
+    assert kept == [0, 2, 4, 5, 6]
 
 
 def test_a_state_of_another_run_is_not_touched(tmp_path):
@@ -193,7 +195,7 @@ def test_fedprox_with_mu_0_is_fedavg_bit_for_bit_and_with_more_is_not(tmp_path):
         )
         changes[strategy, mu] = train(workplace, task_of(workplace), shared)
     assert timeless(changes["fedprox", 0.0]) == timeless(changes["fedavg", 0.7])
-    pulled, free = changes["fedprox", 0.7].change, changes["fedavg", 0.7].change
+    pulled, free = decode(changes["fedprox", 0.7].change), decode(changes["fedavg", 0.7].change)
     assert pulled.tobytes() != free.tobytes()
 
 
@@ -264,7 +266,7 @@ def test_the_received_model_is_scored_with_the_head_that_came_before_the_warm_up
         replies.append(train(workplace, task_of(workplace), shared))
     without, with_it = replies
     assert timeless(without)[2] == timeless(with_it)[2]
-    assert without.change.tobytes() != with_it.change.tobytes()
+    assert without.change.data != with_it.change.data
     assert without.train["num_warmup_pictures"] == 0
 
 

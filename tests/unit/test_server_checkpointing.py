@@ -29,14 +29,14 @@ def rounds_in(folder, kind="round"):
 def saved(folder, last, best=0):
     checkpoints, history = RunCheckpoints(folder, MANIFEST), History(best_round=best)
     for step in range(last + 1):
-        checkpoints.save(step, model_of(step), moments_of(step), history)
+        checkpoints.save(step, model_of(step), moments_of(step), history, {})
     return checkpoints
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
     checkpoints = RunCheckpoints(tmp_path, MANIFEST)
     model = np.float32([0.1, -0.0, 1e-45, 3e38, 1 / 3, 2, -7])
-    sha256 = checkpoints.save(3, model, {}, History())
+    sha256 = checkpoints.save(3, model, {}, History(), {})
     assert checkpoints.load(3).tobytes() == model.tobytes()
     assert sha256 == buffer_sha256(checkpoints.load(3))
 
@@ -69,7 +69,7 @@ def test_the_moments_are_loaded_bit_for_bit_with_their_model_only(tmp_path):
 
 def test_a_strategy_without_moments_writes_no_file_of_them(tmp_path):
     checkpoints = RunCheckpoints(tmp_path, MANIFEST)
-    checkpoints.save(1, model_of(1), {}, History())
+    checkpoints.save(1, model_of(1), {}, History(), {})
     assert rounds_in(tmp_path, "moments") == []
     assert json.loads((tmp_path / "state.json").read_text())["moments"] == ""
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -85,7 +85,7 @@ def test_a_crash_while_saving_leaves_the_earlier_round_whole(tmp_path, monkeypat
 
     monkeypatch.setattr(server.checkpointing, breaks, crash)
     with pytest.raises(OSError, match="no space"):
-        checkpoints.save(5, model_of(5), moments_of(5), History())
+        checkpoints.save(5, model_of(5), moments_of(5), History(), {})
     state = json.loads((tmp_path / "state.json").read_text())
     assert state["round"] == 4
     assert buffer_sha256(checkpoints.load(state["round"])) == state["sha256"]

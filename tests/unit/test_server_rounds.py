@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from tiny_federation import (
 )
 
 from common import wire
-from common.errors import NotEnoughClients
+from common.errors import CheckpointError, NotEnoughClients
 from common.events import EventReader
 from common.parameters import buffer_sha256
+from server.checkpointing import RunCheckpoints
+from server.global_model import GlobalModel
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -50,8 +53,8 @@ def test_two_rounds_add_the_weighted_mean_twice(tmp_path):
         2: client("beta", lambda task: reply_to(task, change=3.0, num_examples=30)),
     }
     federation, outcome = run(tmp_path, nodes)
-    assert federation.model.tolist() == [5.0] * MANIFEST.size
-    assert outcome.sha256 == buffer_sha256(federation.model)
+    assert federation.model.received.tolist() == [5.0] * MANIFEST.size
+    assert outcome.sha256 == buffer_sha256(federation.model.received)
     assert outcome.last_round == 2
     sent = [model for model in federation.mailbox.models if model is not None]
     assert [model[0] for model in sent] == [0.0, 0.0, 2.5, 2.5, 5.0, 5.0, 2.5, 2.5]  # the best, round 1's, for good
@@ -127,7 +130,9 @@ def test_the_test_curve_is_thinned_and_keeps_untrained_best_and_last(tmp_path, e
     assert [step for step in range(5) if outcome.history.tested(step)] == tested
     last = [task.last for node, task in federation.mailbox.tasks if node == 1]
     assert last == [False] * (len(last) - 1) + [True]
-    assert federation.model.tolist() == [2.0] * MANIFEST.size  # the last model again, after the best was evaluated
+    assert (
+        federation.model.received.tolist() == [2.0] * MANIFEST.size
+    )  # the last model again, after the best was evaluated
 
 
 # ---- clients that fail
@@ -143,7 +148,7 @@ def test_a_bad_reply_is_left_out_named_and_counted_and_the_rest_is_averaged(tmp_
     nodes = {1: client("alpha"), 2: client("beta", poisoned), 3: client("gamma", lambda t: reply_to(t, change=2.0))}
     federation, outcome = run(tmp_path, nodes)
     first, second = (0.5 + 0.5 + 2.0) / 3, (0.5 + 2.0) / 2
-    assert federation.model == pytest.approx(first + second)
+    assert federation.model.received == pytest.approx(first + second)
     assert federation.record.num_refused == 1
     assert federation.record.reasons(2) == {"beta": "the change holds nan in backbone.b"}
     refused = [event for event in EventReader(tmp_path).new_events() if event["kind"] == "refused"]
@@ -186,7 +191,7 @@ def test_a_reply_later_than_the_deadline_is_left_out_and_named(tmp_path):
     nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", late)}
     federation, _ = run(tmp_path, nodes)
     assert federation.record.reasons(1) == {"gamma": "no answer within 0.3 s"}
-    assert federation.model.tolist() == [1.0] * MANIFEST.size
+    assert federation.model.received.tolist() == [1.0] * MANIFEST.size
 
 
 def test_the_deadline_is_the_rounds_and_not_each_clients(tmp_path):
@@ -215,7 +220,7 @@ def test_a_stragglers_reply_of_round_1_is_not_mixed_into_round_2(tmp_path):
     nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", straggler)}
     federation, _ = run(tmp_path, nodes)
     assert federation.record.reasons(2) == {"gamma": "the reply is of round 1, not of round 2"}
-    assert federation.model.tolist() == [1.0] * MANIFEST.size
+    assert federation.model.received.tolist() == [1.0] * MANIFEST.size
 
 
 def test_a_client_that_vanishes_in_a_round_is_left_out_and_the_run_goes_on(tmp_path):
@@ -305,8 +310,8 @@ def test_training_stops_when_validation_has_not_become_better_for_long_enough(tm
     """
     federation, outcome = patient(tmp_path, 2, 0.8, 0.7, 0.7)
     assert (outcome.last_round, outcome.history.best_round) == (4, 1)
-    assert federation.model.tolist() == [4 * 0.5] * MANIFEST.size
-    assert outcome.sha256 == buffer_sha256(federation.model)
+    assert federation.model.received.tolist() == [4 * 0.5] * MANIFEST.size
+    assert outcome.sha256 == buffer_sha256(federation.model.received)
     assert [task.server_round for _, task in federation.mailbox.tasks if task.kind == "train"][-1] == 4
     assert ("evaluate", 4) in {(task.kind, task.server_round) for _, task in federation.mailbox.tasks}
     assert outcome.history.tested(4)
@@ -363,7 +368,7 @@ def test_the_strategys_moments_are_kept_with_each_rounds_model(tmp_path):
     rates = {"federation__server_lr": 2.0, "federation__server_momentum": 0.5}
     nodes = {1: client("alpha"), 2: client("beta")}
     federation, outcome = run(tmp_path, nodes, federation__strategy="fedavgm", **rates)
-    assert federation.model.tolist() == [2.5] * MANIFEST.size
+    assert federation.model.received.tolist() == [2.5] * MANIFEST.size
     assert federation.checkpoints.load(1).tolist() == [1.0] * MANIFEST.size
     moments = federation.checkpoints.load_moments(2, outcome.sha256)
     assert moments["momentum"].tolist() == [0.75] * MANIFEST.size
@@ -374,7 +379,7 @@ def test_the_strategys_moments_are_kept_with_each_rounds_model(tmp_path):
 def test_server_settings_of_another_strategy_change_nothing(tmp_path):
     nodes = {1: client("alpha"), 2: client("beta")}
     federation, outcome = run(tmp_path, nodes, federation__server_momentum=0.1, federation__server_beta2=0.3)
-    assert federation.model.tolist() == [1.0] * MANIFEST.size
+    assert federation.model.received.tolist() == [1.0] * MANIFEST.size
     assert not list((tmp_path / "checkpoints").glob("moments-*"))
     assert outcome.last_round == 2
 
@@ -402,9 +407,116 @@ def test_the_warm_up_of_new_heads_is_counted_apart_in_the_summary_and_at_the_cli
 
 
 def test_the_bytes_received_are_those_of_all_arrays(tmp_path):
-    """Two clients, two splits: the change of 7 numbers, and every array of counts."""
+    """Two clients, two splits: the change of 7 numbers, and every count, which is below 256 here, in a byte."""
     federation, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=1)
     sums = sums_with(0.5)
-    counts = sum(array.nbytes for array in (sums.pairs, sums.twins, sums.folds, sums.confusion))
+    counts = sum(array.size for array in (sums.pairs, sums.twins, sums.folds, sums.confusion))
     assert outcome.history.at(1).metrics["bytes_up"] == 2 * (MANIFEST.num_bytes + 2 * counts)
-    assert federation.model.tolist() == [0.5] * MANIFEST.size
+    assert federation.model.received.tolist() == [0.5] * MANIFEST.size
+
+
+# ---- codecs
+
+
+@pytest.mark.parametrize(("codec", "nbytes"), [("float32", 28), ("float16", 14), ("int8", 11)])
+def test_each_direction_travels_in_its_codec_and_its_bytes_are_counted(tmp_path, codec, nbytes):
+    """Seven numbers, of which each is as large as the largest, so that no codec loses any of them."""
+    nodes = {number: client(name, partial(reply_to, codec=codec)) for number, name in ((1, "alpha"), (2, "beta"))}
+    federation, outcome = run(
+        tmp_path, nodes, federation__rounds=1, federation__upload_codec=codec, federation__download_codec=codec
+    )
+    metrics = outcome.history.at(1).metrics
+    counts = sum(array.size for array in vars(sums_with(0.5)).values() if isinstance(array, np.ndarray))
+    assert metrics["bytes_down"] == 2 * nbytes
+    assert metrics["bytes_up"] == 2 * (nbytes + 2 * counts)
+    assert federation.model.received.tolist() == pytest.approx([0.5] * MANIFEST.size, rel=1e-6)
+
+
+def test_with_a_coded_download_the_model_of_a_round_is_the_one_that_was_received(tmp_path):
+    """What coding lost is in the next download; what is saved and named by its hash is what the clients scored."""
+    change = np.float32([1.0, 0.3, -0.003, 0.07, -1.0, 0.5, 0.004])
+    nodes = {1: client("alpha", lambda task: reply_to(task, change=change))}
+    federation, outcome = run(
+        tmp_path, nodes, federation__rounds=40, federation__min_clients=1, federation__download_codec="int8"
+    )
+    received = federation.model.received
+    assert outcome.sha256 == buffer_sha256(received)
+    assert federation.checkpoints.load(40).tobytes() == received.tobytes()
+    exact = federation.model.remembered()["exact-model"]
+    np.testing.assert_allclose(exact, 40 * change, rtol=1e-5)
+    assert np.abs(received - exact).max() <= 0.5 * 40 / 127 * 1.001
+    assert received.tolist() != exact.tolist()
+    kept = federation.checkpoints.load_moments(40, outcome.sha256)
+    assert kept["exact-model"].tobytes() == exact.tobytes()
+    again = GlobalModel.restored(received, dict(kept), "int8")
+    assert again.received.tobytes() == received.tobytes()
+    best = federation.checkpoints.load(outcome.history.best_round)
+    assert federation.mailbox.models[-1].tobytes() == best.tobytes(), "the best goes into use as it was scored"
+
+
+def test_a_checkpoint_of_another_download_codec_is_not_taken_for_ones_own():
+    model = np.zeros(7, dtype=np.float32)
+    with pytest.raises(CheckpointError, match="download_codec 'float32'; resume with the settings"):
+        GlobalModel.restored(model, {"exact-model": model}, "float32")
+    with pytest.raises(CheckpointError, match="holds no exact model"):
+        GlobalModel.restored(model, {}, "int8")
+
+
+# ---- what is done while the clients work
+
+
+def test_a_rounds_model_is_saved_and_told_after_the_next_tasks_were_sent_and_before_their_replies_are_taken(tmp_path):
+    seen = []
+
+    def answer(task):
+        saved = tmp_path / "checkpoints" / f"round-{task.server_round - 1:06d}.safetensors"
+        state = json.loads((tmp_path / "checkpoints" / "state.json").read_text())
+        seen.append((task.kind, task.server_round, saved.exists(), state["round"]))
+        return reply_to(task)
+
+    run(tmp_path, {1: client("alpha", answer), 2: client("beta")}, federation__rounds=3)
+    assert seen[:3] == [("train", number, True, number - 1) for number in (1, 2, 3)]
+    assert seen[3] == ("evaluate", 3, True, 3)
+
+
+def test_the_tasks_of_a_round_are_not_kept_waiting_by_the_last_ones_checkpoint(tmp_path, monkeypatch):
+    order = []
+    save = RunCheckpoints.save
+    monkeypatch.setattr(
+        RunCheckpoints, "save", lambda self, step, *rest: (order.append(f"save {step}"), save(self, step, *rest))[1]
+    )
+    send = ScriptedMailbox.send
+
+    def noted(self, messages):
+        messages = list(messages)
+        task, _ = wire.read_task(messages[0].content)
+        order.append(f"{task.kind} {task.server_round}")
+        return send(self, messages)
+
+    monkeypatch.setattr(ScriptedMailbox, "send", noted)
+    run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=2)
+    assert order[1:6] == ["join 0", "train 1", "train 2", "save 1", "evaluate 2"]
+    assert order[6] == "save 2"
+
+
+def test_while_clients_are_missing_the_last_model_is_on_disk(tmp_path):
+    """The join deadline passes in round 2; whoever kills the server meanwhile finds round 1."""
+    nodes = {}
+
+    def leaves(task):
+        if task.server_round == 1:
+            nodes.pop(2)
+        return reply_to(task)
+
+    seen = []
+    mailbox = ScriptedMailbox({})
+    mailbox.nodes = nodes
+    nodes |= {1: client("alpha"), 2: client("beta", leaves)}
+    settings = settings_with(federation__rounds=3, federation__join_timeout_s=0.2)
+    federation = federation_over(mailbox, settings, tmp_path)
+    ask = mailbox.node_ids
+    mailbox.node_ids = lambda: (seen.append(federation.checkpoints.path(1).exists()), ask())[1]
+    with pytest.raises(NotEnoughClients, match="1 of 2 clients joined"):
+        federation.run()
+    assert seen[-1]
+    assert json.loads((tmp_path / "checkpoints" / "state.json").read_text())["round"] == 1

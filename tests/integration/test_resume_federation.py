@@ -1,0 +1,204 @@
+"""A federation that is killed and goes on: the same model, bit for bit, and each point of its record exactly once."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import LocalMailbox, enter_run, federate_in, site_at
+from PIL import Image
+
+from common import checkpoints, config
+from common.checkpoints import read_json
+from common.tracking.record import TrackedRun
+from server.app import Surroundings, federate
+
+SETTINGS = {
+    "data": {"image_size": 32, "fraction_val_people": 0.3, "fraction_test_people": 0.3},
+    "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
+    "training": {"batch_size": 8, "precision": "float32", "memory_format": "contiguous", "threads": 1, "momentum": 0.9},
+    "federation": {"rounds": 4, "local_epochs": 1, "min_clients": 2, "join_timeout_s": 20.0, "strategy": "fedadam"},
+    "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
+}
+TIMES = ("_seconds", "images_per_second")  # what two runs of the same differ in
+
+
+class Killed(BaseException):
+    """The process is gone: nothing catches it."""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run(monkeypatch):
+    enter_run(monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Two folders of seven people, random pictures of 40 px."""
+    root = tmp_path_factory.mktemp("faces")
+    random = np.random.default_rng(0)
+    for client in ("alpha", "beta"):
+        for person in range(7):
+            (root / client / f"p{person}").mkdir(parents=True)
+            for number in range(5):
+                pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / client / f"p{person}" / f"{number}.png")
+    return root
+
+
+def settings_of(**federation):
+    raw = {section: dict(values) for section, values in SETTINGS.items()}
+    raw["federation"] |= federation
+    return config.from_mapping(raw)
+
+
+def sites_in(folder: Path, faces: Path):
+    return [site_at(folder, "folder", faces / name, name=name) for name in ("alpha", "beta")]
+
+
+def points(folder: Path) -> Counter:
+    """(run, metric, step) -> how often it stands in the record."""
+    rows = [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
+    return Counter((row["run"], row["key"], row["step"]) for row in rows if "key" in row)
+
+
+def values(folder: Path) -> dict:
+    """(run, metric, step) -> value, of what two runs of the same have in common."""
+    rows = [json.loads(line) for line in (folder / "spool.jsonl").read_text().splitlines()]
+    told = {(r["run"], r["key"], r["step"]): r["value"] for r in rows if "key" in r}
+    return {key: value for key, value in told.items() if not key[1].endswith(TIMES)}
+
+
+class Fate:
+    """Counts what happens to a server, and ends it at the n-th time."""
+
+    def __init__(self, monkeypatch, at: int | None) -> None:
+        self.count, self.at = 0, at
+        self.seen: list[str] = []
+        for owner, name in (
+            (LocalMailbox, "send"), (LocalMailbox, "receive"), (checkpoints, "write_parts"),
+            (TrackedRun, "log_metrics"),
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, self._wrapped(name, getattr(owner, name)))
+        monkeypatch.setattr(TrackedRun, "finish", self._finish(TrackedRun.finish))
+
+    def _wrapped(self, name, work):
+        def call(*arguments, **more):
+            self.count += 1
+            self.seen.append(name)
+            if self.count == self.at:
+                raise Killed(f"{name} {self.count}")
+            return work(*arguments, **more)
+
+        return call
+
+    def _finish(self, finish):
+        def call(run, status, *rest):  # a killed process says no goodbye; its files are closed all the same
+            if status == "FINISHED" or self.at is None or self.count < self.at:
+                return finish(run, status, *rest)
+            return run._spool.close()
+
+        return call
+
+
+def reference_run(folder, faces, settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        fate = Fate(patch, None)
+        federate_in(folder / "run", settings, LocalMailbox(sites_in(folder, faces)))
+    return fate
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(faces, tmp_path_factory):
+    """(settings by codec, folder, number of moments) of whole runs."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        enter_run(patch)
+        for codec in ("float32", "int8"):
+            folder = tmp_path_factory.mktemp(codec)
+            settings = settings_of(upload_codec=codec, download_codec=codec)
+            made[codec] = (settings, folder / "run", reference_run(folder, faces, settings, patch))
+    return made
+
+
+def killed_and_resumed(folder, faces, settings, moments, monkeypatch):
+    """Kill the server at each of the moments, one after the other, and let it go on; returns the run's folder."""
+    sites = sites_in(folder, faces)
+    run = folder / "run"
+    for at in moments:
+        with monkeypatch.context() as patch:
+            Fate(patch, at)
+            with pytest.raises(Killed):
+                federate_in(run, settings, LocalMailbox(sites))
+        (run / "outcome.json").unlink(missing_ok=True)
+    return federate_in(run, settings, LocalMailbox(sites))
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    assert read_json(run / "outcome.json") == {"exit_code": 0, "line": ""}
+    ours, theirs = read_json(run / "metrics.json"), read_json(whole / "metrics.json")
+    assert ours["model_sha256"] == theirs["model_sha256"]
+    assert {name for name in points(run) if points(run)[name] > 1} == set(), "told twice"
+    assert values(run) == values(whole)
+    for name in ("best", "untrained", "last", "clients", "best_round", "num_pictures_processed"):
+        assert ours[name] == theirs[name], name
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_a_server_killed_at_any_moment_ends_with_the_same_model_and_record(
+    part, uninterrupted, faces, tmp_path, monkeypatch
+):
+    """Twelve of all moments, spread evenly; clients keep running, as they do."""
+    settings, whole, fate = uninterrupted["float32"]
+    at = 1 + part * fate.count // 12 + (part * 7) % (fate.count // 12)
+    check_equal(killed_and_resumed(tmp_path, faces, settings, [at], monkeypatch), whole)
+
+
+def test_a_server_killed_again_and_again_with_coded_messages_too(uninterrupted, faces, tmp_path, monkeypatch):
+    """What the codecs have not sent yet goes on as well: the residues of the clients, the exact model of the server."""
+    settings, whole, fate = uninterrupted["int8"]
+    check_equal(killed_and_resumed(tmp_path, faces, settings, [fate.count // 3] * 3, monkeypatch), whole)
+
+
+def test_a_damaged_model_is_left_aside_and_its_round_repeated(uninterrupted, faces, tmp_path, monkeypatch):
+    settings, whole, fate = uninterrupted["float32"]
+    sites = sites_in(tmp_path, faces)
+    with monkeypatch.context() as patch:
+        Fate(patch, fate.count * 3 // 4)
+        with pytest.raises(Killed):
+            federate_in(tmp_path / "run", settings, LocalMailbox(sites))
+    kept = tmp_path / "run" / "checkpoints"
+    last = kept / read_json(kept / "state.json")["model"]
+    content = bytearray(last.read_bytes())
+    content[-5] ^= 1
+    last.write_bytes(content)
+    check_equal(federate_in(tmp_path / "run", settings, LocalMailbox(sites)), whole)
+
+
+def test_what_cannot_be_gone_on_from_is_said_in_one_line(uninterrupted, faces, tmp_path):
+    settings, whole, _ = uninterrupted["float32"]
+    run = tmp_path / "run"
+    for spoil, said in (
+        (lambda: (run / "checkpoints" / "state.json").write_text("{"), "state.json cannot be read"),
+        (lambda: (run / "checkpoints" / "state.json").write_text("{}"), "is of another model"),
+        (lambda: [p.write_bytes(b"x") for p in (run / "checkpoints").glob("round-*")], "not a whole safetensors file"),
+        (lambda: [p.unlink() for p in (run / "checkpoints").glob("moments-*")], "does not exist"),
+    ):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        spoil()
+        surroundings = Surroundings(
+            run_folder=run, stopped=lambda: False, all_nodes_are_here=lambda: False, git_commit="unknown"
+        )
+        federate(settings, LocalMailbox(sites_in(tmp_path, faces)), surroundings)
+        outcome = read_json(run / "outcome.json")
+        assert outcome["exit_code"] != 0
+        assert said in outcome["line"], outcome
+        assert len(outcome["line"].splitlines()) == 1
