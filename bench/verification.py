@@ -78,8 +78,10 @@ def sklearn(num_pictures: int, num_people: int) -> dict[str, float]:
     far, tar, _ = roc_curve(same, scores)
     ended = time.perf_counter()
     figures = {"seconds": ended - scored, "score_seconds": scored - started, "num_pairs": float(num_pairs)}
-    crossing = int(np.argmin(np.abs(1.0 - tar - far)))
-    figures |= {"roc_auc": float(auc(far, tar)), "eer": float((far[crossing] + 1.0 - tar[crossing]) / 2)}
+    above = 1.0 - tar - far  # falls from 1 to -1; where it is 0, as linear between two points of the curve, is the EER
+    after = int(np.argmax(above <= 0.0))
+    eer = np.interp(0.0, above[[after, after - 1]], far[[after, after - 1]])
+    figures |= {"roc_auc": float(auc(far, tar)), "eer": float(eer)}
     figures |= {f"tar_{limit:g}": float(tar[far <= limit].max()) for limit in FARS}
     return figures | {"mib_imported": imported, "mib_above": peak_mib() - before}
 
