@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 import psutil
 import ray
 from ray._private import services
@@ -87,7 +87,7 @@ def joined_ray(address: str, num_at_once: int, *, wants_gpus: bool) -> Iterator[
             f" cluster here with: ray start --address={address}"
         ) from None
     try:
-        nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
         gpus = sum(int(node.get("GPU", 0)) for node in nodes) if wants_gpus else 0
         if not cpus:
@@ -109,7 +109,8 @@ def check_address(address: str) -> None:
     try:
         with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
-            answer = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWERS_WITHIN_S)
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            answer = stub.CheckAlive(request, timeout=ANSWERS_WITHIN_S)
     except grpc.RpcError as error:
         code = error.code().name if isinstance(error, grpc.Call) else "no answer"
         raise UserError(f"--ray-address {address}: no Ray cluster answers there ({code}); {advice}") from None

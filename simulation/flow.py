@@ -101,7 +101,7 @@ def share_buffers() -> None:
     Pickled with the rest, a model is copied twice more each way.  What is received so is a read-only view, which holds
     its place in the shared memory until it is dropped.
     """
-    Array.__reduce_ex__ = _taken_apart  # type: ignore[method-assign]
+    Array.__reduce_ex__ = _taken_apart  # type: ignore[assignment]
 
 
 def _taken_apart(array: Array, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -122,7 +122,7 @@ def handing_out() -> Iterator[None]:
     """In here the engine hands out messages as `hand_out` does."""
     share_buffers()
     flowers = vce_api.add_messages_to_queue
-    vce_api.add_messages_to_queue = hand_out
+    vce_api.add_messages_to_queue = hand_out  # type: ignore[assignment]
     try:
         yield
     finally:
