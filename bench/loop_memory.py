@@ -58,7 +58,7 @@ class StandIns:
     def _content(self, task: wire.Task) -> RecordDict:
         key = (task.kind, task.splits)
         if key not in self._kept:
-            self._kept[key] = self._with_arrays_in_files(wire.reply_content(reply(task, self._size)), len(self._kept))
+            self._kept[key] = self._with_arrays_in_files(wire.reply_content(reply(task, 1)), len(self._kept))
         kept, content = self._kept[key], RecordDict()
         for name, record in kept.items():
             content[name] = record
@@ -71,12 +71,20 @@ class StandIns:
         return content
 
     def _with_arrays_in_files(self, content: RecordDict, number: int) -> RecordDict:
-        """The same content, in whose arrays the name of a file stands for the bytes."""
+        """The same content, in whose arrays the name of a file stands for the bytes; the change gets its full size.
+
+        That one is a file of zeros without blocks: made here, it would count as the server's memory.
+        """
         arrays = {}
         for name, array in content[wire.ARRAYS].items():
             path = self._folder / f"{number}-{name}"
             path.write_bytes(array.data)
-            arrays[name] = Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=str(path).encode())
+            shape = array.shape
+            if name == wire.CHANGE:
+                shape = (self._size,)
+                with path.open("r+b") as file:
+                    file.truncate(self._size * len(array.data))
+            arrays[name] = Array(dtype=array.dtype, shape=shape, stype=array.stype, data=str(path).encode())
         content[wire.ARRAYS] = ArrayRecord(arrays)
         return content
 
