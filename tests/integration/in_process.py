@@ -55,6 +55,7 @@ def task_for(workplace: Workplace, settings: Settings, server_round: int) -> Tas
         splits="val",
         precision=joined.precision,
         memory_format=joined.memory_format,
+        compiled=joined.compiled,
         threads=threads_for(settings, 1, num_cores()),
     )
 

@@ -10,6 +10,7 @@ from common import compiled, config, precision
 from common.compute import Compute
 from common.errors import UserError
 from common.precision import resolve_compute, threads_for
+from simulation.cluster import resources_of_actor
 
 BASE = config.from_mapping(
     {"data": {"image_size": 32}, "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25}}
@@ -273,3 +274,11 @@ def test_tf32_is_switched_as_the_precision_says(monkeypatch, number, products):
     finally:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("clients", [1, 2, 3, 5, 50])
+def test_an_actor_of_the_simulation_has_the_cores_that_its_threads_need(cores, clients):
+    """Otherwise actors would take turns on a core with more threads than it has, or leave cores idle."""
+    actor = resources_of_actor(clients, num_cpus=cores, num_gpus=0)
+    assert actor.num_cpus == threads_for(BASE, clients, cores)
