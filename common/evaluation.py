@@ -166,8 +166,10 @@ def evaluate(
 def _open_set(
     embeddings: NDArray[np.float32], pack: FacePack, indices: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The histograms of all pairs and of the twins' among them."""
+    """The histograms of all pairs and of the twins' among them; zeros where a virtual client has no open set."""
     person = pack.person[indices]
+    if len(indices) == 0:
+        return no_twins(), no_twins()
     if pack.family is None:
         return pair_histogram(embeddings, person), no_twins()
     return pair_histograms(embeddings, person, pack.family[person])

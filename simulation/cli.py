@@ -14,6 +14,8 @@ from common.flags import add_run_settings, read_run_settings, refuse_ablation, r
 from common.runtime import go_silent
 from common.settings import Settings
 from simulation.attention_cli import add_attention_parser, attention
+from simulation.certs_cli import ACTIONS as CERTS_ACTIONS
+from simulation.certs_cli import add_certs_parser, certs
 from simulation.tracking_cli import ACTIONS as TRACKING_ACTIONS
 from simulation.tracking_cli import add_tracking_parser
 
@@ -52,8 +54,29 @@ def simulation_parser() -> argparse.ArgumentParser:
         help="a client and its data set (NAME:DATASET=DIR for a name of your own); repeatable",
     )
     _add_site_options(parser)
+    _add_engine_options(parser)
     add_run_settings(parser, without=("--epochs",))
     return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how clients are simulated")
+    group.add_argument(
+        "--clients", type=int, metavar="N", help="divide the data sets among N virtual clients (default: one for each)"
+    )
+    group.add_argument(
+        "--partition",
+        default="identity",
+        metavar="HOW",
+        help="identity: each virtual client has people of its own (default); dirichlet:ALPHA: the pictures of a person"
+        " are divided, the more evenly the larger ALPHA",
+    )
+    group.add_argument(
+        "--actors", type=int, metavar="N", help="processes that work for the clients in turn (default: one for a core)"
+    )
+    group.add_argument(
+        "--ray-address", default="", metavar="HOST:PORT", help="join this Ray cluster instead of starting one's own"
+    )
 
 
 def main_simulation(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +88,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
         settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
         refuse_ablation(settings, "flower-simulation")
         set_up_logging(settings.run.log_level)
-        from simulation.commands import federate_here
+        from simulation.commands import Engine, federate_here
 
         return federate_here(
             settings,
@@ -74,6 +97,12 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
             cache_dir=Path(arguments.cache_dir),
             out=sys.stdout,
             err=sys.stderr,
+            engine=Engine(
+                num_virtual=arguments.clients,
+                partition=arguments.partition,
+                ray_address=arguments.ray_address,
+                num_actors=arguments.actors,
+            ),
         )
 
     return run_program("flower-simulation", work, sys.stderr)
@@ -156,6 +185,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _evaluate_parser(commands)
     add_attention_parser(commands)
     add_tracking_parser(commands)
+    add_certs_parser(commands)
     return parser
 
 
@@ -293,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: attention(arguments),
+        **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }
     return run_program("facefed", table[(arguments.command, getattr(arguments, "action", ""))], sys.stderr)
