@@ -44,7 +44,7 @@ http {{
 
     # Bodies stay in memory, so that what is on its way is never on the disk.
     client_max_body_size {body}m;
-    client_body_buffer_size {body}m;
+    client_body_buffer_size {buffer}m;
     proxy_max_temp_file_size 0;
     large_client_header_buffers 4 8k;
 
@@ -129,6 +129,7 @@ def door_config(door: Door) -> str:
         files=min(2 * CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         connections=CONNECTIONS,
         body=LARGEST_BODY_MIB,
+        buffer=LARGEST_BODY_MIB + 1,
         requests=REQUESTS_PER_ADDRESS,
         superlink=f"127.0.0.1:{door.superlink_port}",
         listen=f"{host}:{door.port}{' ssl' if door.tls else ''}",
