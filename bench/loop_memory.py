@@ -101,7 +101,7 @@ def federate_here(count: int, rounds: int, model: dict) -> int:
     raw["tracking"] |= {"enabled": False, "plots": "none", "tensorboard": "none"}
     raw["model"] |= model
     settings = config.from_mapping(raw)
-    _, manifest = initial_model(settings)
+    manifest = initial_model(settings)[1]  # its first model is freed before the run begins
     with tempfile.TemporaryDirectory() as folder:
         surroundings = Surroundings(
             run_folder=Path(folder), stopped=lambda: False, all_nodes_are_here=lambda: True, git_commit="bench"

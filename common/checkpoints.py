@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -83,6 +86,52 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     data = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in plain.values())
     write_parts(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
+
+
+def read_flat(path: Path, layout: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[NDArray[np.float32], dict[str, str]]:
+    """The data of a file of `write_tensors` as one flat float32 buffer, and its notes; nothing is copied twice.
+
+    layout: names and shapes of the tensors in their order.  Raises CheckpointError for any other file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    try:
+        with path.open("rb") as file:
+            header = _read_header(file, path.stat().st_size)
+            notes = {str(name): str(note) for name, note in header.pop("__metadata__", {}).items()}
+            begin, wanted = 0, {}
+            for name, shape in layout:
+                begin, end = begin + 4 * math.prod(shape), begin
+                wanted[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, begin]}
+            buffer = np.empty(begin // 4, dtype=np.float32)
+            fits = list(header.items()) == list(wanted.items())
+            whole = fits and file.readinto(buffer.data) == begin and not file.read(1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from None
+    if not fits:
+        raise CheckpointError(f"{path} is of another model: {_first_difference(header, layout)}")
+    if not whole:
+        raise CheckpointError(f"{path} is not a whole safetensors file (it is cut short).")
+    return buffer, notes
+
+
+def _first_difference(header: Mapping[str, Any], layout: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    for name, shape in layout:
+        entry = header.get(name)
+        if not isinstance(entry, dict):
+            return f"{name} is missing; the model needs it with shape {shape}."
+        if (entry.get("dtype"), entry.get("shape")) != ("F32", list(shape)):
+            seen = f"{entry.get('dtype')} of shape {tuple(entry.get('shape', ()))}"
+            return f"{name} is {seen}; the model needs it with shape {shape}."
+    return f"it has {len(header)} tensors, or another order; the model has {len(layout)}."
+
+
+def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
+    """The header of a safetensors file of that many bytes.  Raises ValueError or AttributeError for none."""
+    length = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(min(length, size)))
+    header.keys()  # there are some, or this is no header
+    return header
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -110,6 +110,8 @@ def event_line(event: Mapping[str, Any]) -> str:
     if kind == "scored":
         name = "untrained model" if event["round"] == 0 else f"model of round {event['round']}"
         return f"{name}: {_score_text(event)}" if _score_text(event) else ""
+    if kind == "resumed":
+        return f"going on after round {event['round']}"
     if kind == "saving":
         return "registering the model"
     return str(event.get("line", "")) if kind in ("warning", "stopped_early") else ""

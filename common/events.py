@@ -27,8 +27,8 @@ class EventLog:
     def emit(self, kind: str, **values: object) -> None:
         """values: JSON.
 
-        kind: joined, gathered, waiting, members, refused, round, scored, stopped_early, saving, warning, finished or
-        failed.
+        kind: joined, gathered, waiting, members, refused, round, scored, resumed, stopped_early, saving, warning,
+        finished or failed.
         """
         line = json.dumps({"kind": kind, "time": time.time(), **values})
         with self.path.open("a", encoding="utf-8") as file:
@@ -38,10 +38,10 @@ class EventLog:
 class EventReader:
     """Reads the events that were added since the last look."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: the run's folder; it need not exist yet."""
+    def __init__(self, folder: Path, *, only_new: bool = False) -> None:
+        """folder: the run's folder; it need not exist yet.  only_new: leave out what an earlier process wrote."""
         self._path = folder / EVENTS_FILE
-        self._offset = 0
+        self._offset = self._path.stat().st_size if only_new and self._path.exists() else 0
 
     def new_events(self) -> Iterator[dict[str, Any]]:
         """The whole lines that are new; a line still being written is left for the next look."""

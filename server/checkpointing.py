@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.checkpoints import read_json, read_tensors, write_json, write_tensors
+from common.checkpoints import read_flat, read_json, read_tensors, write_json, write_tensors
 from common.errors import CheckpointError
-from common.parameters import Manifest, buffer_sha256, flatten, views
+from common.parameters import Manifest, buffer_sha256, views
 from server.history import History
 from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
 
@@ -94,8 +94,8 @@ class RunCheckpoints:
 
     def load(self, step: int) -> Buffer:
         """The global model of that round, [manifest.size] float32.  Raises CheckpointError."""
-        tensors, notes = read_tensors(self.path(step))
-        buffer = flatten(tensors, self._manifest)
+        layout = [(entry.name, entry.shape) for entry in self._manifest.entries]
+        buffer, notes = read_flat(self.path(step), layout)
         if notes.get("sha256") != buffer_sha256(buffer):
             raise CheckpointError(f"{self.path(step)} is damaged: its numbers are not those that were written.")
         return buffer

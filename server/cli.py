@@ -17,13 +17,15 @@ from common.console import (
 )
 from common.errors import UserError
 from common.events import EventReader
-from common.flags import add_run_settings, read_run_settings, refuse_ablation
+from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
 from common.processes import is_loopback, parse_address, require_free_port
 from common.runtime import go_silent
+from common.settings import RunSettings, Settings
 
 if TYPE_CHECKING:
     from server.launch import ServerOptions
 
+_OVERRIDES = {"--min-clients": "federation.min_clients", "--join-timeout": "federation.join_timeout_s"}
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 
 
@@ -42,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         help="clients to wait for, and replies a round needs",
     )
     group.add_argument("--join-timeout", dest="federation.join_timeout_s", metavar="S", help="seconds to wait for them")
+    group.add_argument("--resume", default="", metavar="RUN", help="go on with a run that was killed: its id or folder")
     group.add_argument("--database", metavar="FILE", help="keep Flower's state in this file instead of in memory")
     group.add_argument(
         "--insecure",
@@ -88,8 +91,30 @@ def _say_where(options: "ServerOptions", wanted: int) -> None:
     sys.stdout.flush()
 
 
+def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, Path | None]:
+    """The run's settings, and with --resume the folder of the run that goes on."""
+    if not arguments.resume:
+        return read_run_settings(arguments, default_config=DEFAULT_CONFIG), None
+    from common.tracking.settings import with_absolute_uri
+    from server.public_set import with_absolute_public_set
+    from server.unfinished import unfinished_federation
+
+    given = None
+    if arguments.config:
+        given = read_run_settings(argparse.Namespace(**vars(arguments)), default_config=DEFAULT_CONFIG)
+        given = with_absolute_public_set(with_absolute_uri(given, Path.cwd()), Path.cwd())
+        arguments.config = None
+    own = [flag for flag, dotted in _OVERRIDES.items() if vars(arguments)[dotted] is not None]
+    if own:
+        raise UserError(f"--resume goes on with the run's own settings; leave {', '.join(own)} out.")
+    refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
+    out = vars(arguments).get("run.out") or RunSettings().out
+    folder, settings = unfinished_federation(arguments.resume, out, given)
+    return settings, folder
+
+
 def _serve(arguments: argparse.Namespace) -> int:
-    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    settings, resumed = _settings_and_folder(arguments)
     host, port = parse_address(arguments.address, "--address")
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
@@ -100,6 +125,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.launch import Launch, ServerOptions
     from server.public_set import open_public_set, with_absolute_public_set
     from server.run_folder import new_run_folder
+    from server.unfinished import forget_its_end
 
     settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
     tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None
@@ -112,7 +138,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         initial_model(settings)
     open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
-    run_folder = new_run_folder(settings)
+    run_folder = resumed or new_run_folder(settings)
+    if resumed:
+        forget_its_end(resumed)
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
     options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
     launch = Launch(settings, options, run_folder)
@@ -120,7 +148,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     with (
         stopping_on_signals(launch.request_stop),
         RunView(sys.stdout) as view,
-        Follower(EventReader(run_folder), view) as follower,
+        Follower(EventReader(run_folder, only_new=True), view) as follower,
     ):
         outcome = launch.run()
     if outcome["exit_code"] == 0:

@@ -8,7 +8,6 @@ from typing import TextIO
 
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import read_json
 from common.console import tracking_line
 from common.errors import CheckpointError, UserError
 from common.faces.pack import FacePack
@@ -16,6 +15,7 @@ from common.settings import Settings
 from common.tracking.settings import with_absolute_uri
 from server.run_folder import new_run_folder
 from server.runs import RUN_FILE
+from server.unfinished import unfinished_run
 from simulation.baselines import BaselineSummary, run_centralized, run_local, run_twins
 from simulation.commands import check_pretrained, federate_here
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
@@ -55,15 +55,7 @@ def several_options(machine: Machine) -> list[ClientOption]:
 
 def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
     """The unfinished run that `--resume` means, by its id or its folder.  Raises UserError."""
-    folders = [Path(run).expanduser(), Path(out).expanduser() / run]
-    folder = next((folder.resolve() for folder in folders if (folder / RUN_FILE).is_file()), None)
-    if folder is None:
-        raise UserError(f"--resume {run}: no run is at {folders[0]} or {folders[1]}; give its id or its folder.")
-    about = read_json(folder / RUN_FILE)
-    if about.get("mode") not in _GOES_ON.get(mode, (mode,)):
-        raise UserError(f"--resume {run}: that run is {about.get('mode')}, not {mode}; use the command that began it.")
-    if (folder / "metrics.json").exists():
-        raise UserError(f"--resume {run}: that run is finished; its results are in {folder / 'metrics.json'}.")
+    folder, about = unfinished_run(run, out, command=mode, modes=_GOES_ON.get(mode, (mode,)))
     try:
         clients, data = list(about["clients"]), dict(about["data"])
     except (KeyError, TypeError, ValueError):

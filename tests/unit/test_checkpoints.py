@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import checkpoints
-from common.checkpoints import read_tensors, write_tensors
+from common.checkpoints import read_flat, read_tensors, write_tensors
 from common.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +146,48 @@ def test_writing_a_model_copies_none_of_it(tmp_path):
     tracemalloc.stop()
     assert (tmp_path / "t.safetensors").stat().st_size > 4_000_000
     assert peak < 500_000
+
+
+LAYOUT = [("a", (2, 3)), ("b", (4,))]
+
+
+def flat_file(path, **changed):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": -torch.ones(4)} | changed
+    write_tensors(path, {name: t for name, t in tensors.items() if t is not None}, {"sha256": "x"})
+    return path
+
+
+def test_a_flat_file_is_read_into_one_buffer(tmp_path):
+    buffer, notes = read_flat(flat_file(tmp_path / "t"), LAYOUT)
+    assert buffer.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -1.0, -1.0, -1.0, -1.0]
+    assert notes == {"sha256": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"b": torch.ones(5)}, r"b is F32 of shape \(5,\); the model needs it with shape \(4,\)"),
+        ({"b": None}, "b is missing"),
+        ({"c": torch.ones(4)}, "it has 3 tensors"),
+        ({"a": torch.arange(6.0)}, r"a is F32 of shape \(6,\)"),
+        ({"b": torch.ones(4, dtype=torch.float64)}, "b is F64"),
+    ],
+)
+def test_a_flat_file_of_another_model_is_refused(tmp_path, changed, said):
+    with pytest.raises(CheckpointError, match=f"t is of another model: {said}"):
+        read_flat(flat_file(tmp_path / "t", **changed), LAYOUT)
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 9, 60, -1])
+def test_a_flat_file_that_is_cut_is_refused(tmp_path, length):
+    path = flat_file(tmp_path / "t")
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        read_flat(path, LAYOUT)
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, (10**18).to_bytes(8, "little") + b"{}", bytes(8) + b"[]", b"x"])
+def test_noise_is_no_flat_file(tmp_path, content):
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        read_flat(tmp_path / "t", LAYOUT)

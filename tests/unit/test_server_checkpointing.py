@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_tensors_name(tmp_path):
     saved(tmp_path, 1)
     other = manifest_of({"backbone.a": torch.zeros(3), "backbone.b": torch.zeros(4)})
     with pytest.raises(
-        CheckpointError, match=r"backbone\.b is of shape \(2, 2\); the model needs it with shape \(4,\)"
+        CheckpointError, match=r"backbone\.b is F32 of shape \(2, 2\); the model needs it with shape \(4,\)"
     ):
         RunCheckpoints(tmp_path, other).load(1)
 

@@ -1,0 +1,67 @@
+"""`flower-server --resume`: a server killed with all it started goes on, in the same MLflow run, to the same model."""
+
+import re
+import signal
+import sqlite3
+from contextlib import suppress
+
+import psutil
+import pytest
+from programs import Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
+
+pytestmark = pytest.mark.e2e
+SHA = r"model SHA-256 ([0-9a-f]{64})"
+ROUNDS = ("--rounds", 5)
+
+
+@pytest.fixture(scope="module")
+def place(faces, tmp_path_factory):
+    """Two clients that stay, and what starts a server for them."""
+    programs, port = Programs(tmp_path_factory.mktemp("resume")), free_port()
+    for name in ("celeba", "vggface2"):
+        programs.start(
+            "flower-client", "--dataset", name, "--data-dir", faces.folder / "data" / name,
+            "--server", f"127.0.0.1:{port}", *faces.cache,
+        )  # fmt: skip
+
+    def server(*arguments):
+        return programs.start("flower-server", "--address", f"127.0.0.1:{port}", *arguments)
+
+    yield programs, server
+    programs.close()
+
+
+def killed_after(program, line):
+    """Kill -9 the server and everything it started, as a machine that loses its power does."""
+    program.wait_for(line)
+    for process in program.processes():
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    program.process.wait()
+    program.assert_nothing_left()
+
+
+def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place, programs):
+    here, server = place
+    killed_after(server(*faces.small, *ROUNDS), "round 2 of 5")
+    run = run_folder(here.cwd)
+    assert 0 < state_of(run)["round"] < 5
+    assert_one_line(
+        here.run("flower-server", "--resume", run, "--config", faces.folder / "small.toml"),
+        "flower-server", "federation.rounds is 5 in the run, 2 in --config", code=2,
+    )  # fmt: skip
+    assert_one_line(here.run("flower-server", "--resume", "nowhere"), "flower-server", "no run is at", code=2)
+    killed_after(server("--resume", run.name), r"going on after round [2-4]")  # and again, at its very beginning
+    ended = server("--resume", run).ended()
+    assert ended.code == 0, ended
+    whole = programs.run("flower-simulation", *faces.clients, *faces.small, *faces.cache, *ROUNDS, "--no-mlflow")
+    assert re.search(SHA, ended.out)[1] == re.search(SHA, whole.out)[1]
+    assert set(mlflow_status(here.cwd).values()) == {"FINISHED"}
+    assert len(mlflow_status(here.cwd)) == 3  # the run and its two clients, however often it was begun
+    with sqlite3.connect(here.cwd / "mlflow.db") as database:
+        points = database.execute("select key, run_uuid, step, count(*) from metrics group by 1, 2, 3").fetchall()
+    database.close()
+    assert [point for point in points if point[3] != 1] == []
+    assert {step for key, _, step, _ in points if key == "round_train_loss"} == {1, 2, 3, 4, 5}
+    assert {step for key, _, step, _ in points if key == "round_val_auc"} == {0, 1, 2, 3, 4, 5}
+    assert_one_line(here.run("flower-server", "--resume", run), "flower-server", "that run is finished", code=2)
