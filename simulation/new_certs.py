@@ -121,8 +121,12 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         file.write(content)
 
 
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
 def _stamp() -> str:
-    return dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S%f")
+    return _now().strftime("%Y%m%dT%H%M%S%f")
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -187,7 +191,7 @@ def _new_server(folder: Path, names: Sequence[str], authority: _Authority) -> No
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    now = dt.datetime.now(dt.UTC)
+    now = _now()
     return x509.CertificateBuilder(
         subject_name=subject,
         issuer_name=issuer,
