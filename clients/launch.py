@@ -23,6 +23,7 @@ from common.processes import can_connect, child_environment, free_port, start, s
 log = logging.getLogger("facefed.client")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+NODE = re.compile(r"SuperNode ID: (\d+)")
 # Flower's words for a key that the server does not know: at once, or in the middle.
 REFUSED = re.compile(r"\[code: 2004\]|401 Unauthorized")
 REFUSED_FOR_S = 30.0  # a server that starts may not have read its keys yet
@@ -82,6 +83,9 @@ class Launch:
         except OSError as error:
             raise UserError(f"--state-dir {folder} cannot be written: {error.strerror}; choose another.") from None
 
+    def _last_node(self) -> Path:
+        return self._site.state_dir / "node-id"
+
     def _last_task(self) -> Path:
         return self._site.state_dir / LAST_TASK_FILE
 
@@ -130,7 +134,7 @@ class Launch:
         if time.monotonic() - self._refused_since >= REFUSED_FOR_S:
             raise UserError(
                 f"{where} does not accept this site's key ({tls.fingerprint}): it is not registered there, or was"
-                " revoked. Ask its operator, who registers keys with `facefed certs add`."
+                " revoked, or another client uses it. Ask its operator, who registers keys with `facefed certs add`."
             )
         self._say(f"{where} does not accept this site's key ({tls.fingerprint}); trying again")
 
@@ -179,6 +183,7 @@ class Launch:
             str(meeting),
             self._site.name,
             str(free_port()),
+            str(self._last_node()),
             *self._trust(),
             "--superlink",
             f"{self._options.host}:{self._options.port}",
@@ -199,7 +204,8 @@ class Launch:
             self._say(line.partition(SHOWN)[2].strip())
         elif REFUSED.search(line):
             self._refused = True
-        elif "SuperNode ID:" in line:
+        elif found := NODE.search(line):
+            self._last_node().write_text(found.group(1), encoding="utf-8")
             self._say(f"connected to {self._options.host}:{self._options.port}")
         elif "Receiving: train" in line:
             self._say(f"round {self._round}: training")

@@ -2,9 +2,12 @@
 
     flower-client --starts--> this process --hands each message over--> the resident trainer (clients/trainer.py)
 
-Started as `python -m clients.node MEETING NAME PORT ARGUMENT...`; the arguments are flower-supernode's.
+Started as `python -m clients.node MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of the site's
+last connection, and the arguments are flower-supernode's.
 """
 
+import argparse
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 from clients.handover import KEY
 from clients.pace import Pace
 from common.runtime import go_silent
+
+log = logging.getLogger("facefed.client")
 
 QUICK_RETRY_S = 0.1  # of an object that the other side is still sending; Flower's own is a second
 
@@ -38,9 +43,46 @@ def quicken(pace: Pace) -> None:
     defaults["initial_backoff"] = QUICK_RETRY_S
 
 
-def main(meeting: Path, name: str, port: int, arguments: list[str]) -> None:
+def leave_last(last: Path, arguments: list[str]) -> None:
+    """Tell the server that this site's last connection is over, where it ended without a word.
+
+    A site with a key of its own is one node, and the server takes it for connected until it has missed its heartbeats
+    for a minute; so long it would let nobody with that key in.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    for option in ("--superlink", "--root-certificates", "--auth-supernode-private-key"):
+        parser.add_argument(option)
+    known, _ = parser.parse_known_args(arguments)
+    if not (known.auth_supernode_private_key and last.exists()):
+        return
+    import httpx
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    key = load_ssh_private_key(Path(known.auth_supernode_private_key).read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        return
+    signed = NodeAuthHttpInterceptor(key, key.public_key())
+    try:
+        with FleetHttpClient.from_server_address(
+            known.superlink,
+            insecure=False,
+            root_certificates=Path(known.root_certificates).read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), signed],
+        ) as fleet:
+            fleet.DeactivateNode(DeactivateNodeRequest(node_id=int(last.read_text(encoding="utf-8"))))
+    except (httpx.HTTPError, ValueError) as error:  # it left in order, or the server is another
+        log.debug("the last connection needs no end (%s)", error)
+
+
+def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:
     """Serve until the SuperNode ends."""
     go_silent()
+    leave_last(last, arguments)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     from clients.executor import Executor
@@ -54,4 +96,4 @@ def main(meeting: Path, name: str, port: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])

@@ -10,6 +10,7 @@ import http.client
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -266,6 +267,15 @@ def send_ten_gigabytes(line):
     line.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
     for _ in range(10_240):
         line.sendall(b"100000\r\n" + b"x" * 0x100000 + b"\r\n")
+
+
+def test_a_site_that_was_cut_off_is_let_in_again_at_once(federation):
+    """Though the server takes it for connected: heartbeats are missed only after a minute."""
+    federation.guest.signal(signal.SIGKILL)
+    federation.guest.process.wait()
+    federation.guest = federation.client("vggface2", "guest", federation.tls / "guest")
+    federation.guest.wait_for("connected to")
+    assert REFUSED not in federation.guest.out
 
 
 def test_a_revoked_site_is_turned_out_and_told(federation):
