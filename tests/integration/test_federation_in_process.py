@@ -21,7 +21,7 @@ def tiny_packs(monkeypatch):
         name = data_dir.parent.name
         return packs.setdefault(name, tiny_pack(name))
 
-    monkeypatch.setattr(clients.local_update, "open_pack", open_pack)
+    monkeypatch.setattr(clients.packs, "open_pack", open_pack)
 
 
 def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, reply: reply, **values):
@@ -97,9 +97,10 @@ def with_nan(name, task, reply):
     if name != "gamma" or task.kind != "train" or task.server_round != 2:
         return reply
     sent = reply.content["arrays"]["change"]
-    change = sent.numpy()
+    change = np.frombuffer(sent.data, dtype="<f4").copy()
     change[10] = np.nan
-    reply.content["arrays"]["change"] = type(sent)(change)
+    poisoned = type(sent)(dtype=sent.dtype, shape=sent.shape, stype=sent.stype, data=change.tobytes())
+    reply.content["arrays"]["change"] = poisoned
     return reply
 
 
@@ -139,7 +140,7 @@ def test_a_client_whose_pictures_cannot_be_opened_tells_the_server_that_but_not_
     def no_pictures(*_args, **_named):
         raise DataError("data/beta holds no pictures; give the folder that holds them.")
 
-    monkeypatch.setattr(clients.local_update, "open_pack", no_pictures)
+    monkeypatch.setattr(clients.packs, "open_pack", no_pictures)
     outcome, _ = federation(tmp_path)
     assert outcome["exit_code"] == 1
     assert "alpha: its data cannot be used" in outcome["line"]

@@ -106,9 +106,10 @@ def test_the_reply_counts_what_was_done(tmp_path):
     assert reply.evaluations["test"].pairs.sum(1).tolist() == [9, 27]  # 3 people of 3: 3 * 3 and 3 * 9 pairs
 
 
-def test_joining_tells_counts_and_digests_only(tmp_path):
+def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
     workplace, _ = workplace_in(tmp_path)
-    told = vars(join(workplace))
+    monkeypatch.setattr("clients.packs.open_pack", lambda *_, **__: workplace.pack)
+    told = vars(join(workplace.site, workplace.settings))
     assert (told["num_people"], told["num_pictures"], told["num_training_people"]) == (12, 54, 6)
     assert told["num_training_pictures"] == NUM_TRAINING_PICTURES
     assert not [value for value in told.values() if str(tmp_path) in str(value) or "alpha-" in str(value)]

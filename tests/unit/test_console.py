@@ -57,6 +57,8 @@ EVENTS = [
     ({"kind": "scored", "round": 2, "split": "test", "round_test_auc": 0.75}, "model of round 2: test: AUC 0.750"),
     ({"kind": "scored", "round": 2, "split": "test"}, ""),
     ({"kind": "saving"}, "registering the model"),
+    ({"kind": "resumed", "round": 3}, "going on after round 3"),
+    ({"kind": "gathered", "clients": 1000, "wanted": 50}, "joined: 1,000 clients are here (50 needed)"),
     ({"kind": "warning", "line": "a word"}, "a word"),
     ({"kind": "stopped_early", "round": 3, "line": "stopped early after round 3"}, "stopped early after round 3"),
     (MEMBERS, ""),

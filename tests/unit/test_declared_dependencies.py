@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "clients", "server", "simulation", "configs")
-IMPORTED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+IMPORTED_AS = {"PIL": "pillow", "grpc": "grpcio", "sklearn": "scikit-learn"}
 
 
 def _imported(path: Path) -> set[str]:

@@ -157,7 +157,7 @@ def test_a_restored_strategy_goes_on_bit_for_bit(name, tmp_path):
     first, half = optimiser_of(name), random_buffer(0)
     for number in range(1, 4):
         first.apply(half, random_buffer(number, 1e-2))
-    sha256 = checkpoints.save(3, half, first.moments, History())
+    sha256 = checkpoints.save(3, half, first.moments, History(), {})
     second, resumed = optimiser_of(name), checkpoints.load(3)
     second.restore(checkpoints.load_moments(3, sha256))
     for number in range(4, 7):
