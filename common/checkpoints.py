@@ -129,7 +129,9 @@ def _first_difference(header: Mapping[str, Any], layout: Sequence[tuple[str, tup
 def _read_header(file: BinaryIO, size: int) -> dict[str, Any]:
     """The header of a safetensors file of that many bytes.  Raises ValueError or AttributeError for none."""
     length = int.from_bytes(file.read(8), "little")
-    header: dict[str, Any] = json.loads(file.read(min(length, size)))
+    if length > size:
+        raise ValueError("its header is longer than the file")
+    header: dict[str, Any] = json.loads(file.read(length))
     header.keys()  # there are some, or this is no header
     return header
 
