@@ -6,6 +6,7 @@ Torch is imported inside the functions that need it, so that `--help` stays quic
 import hashlib
 import os
 import platform
+import sys
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -40,6 +41,10 @@ PATIENCE: Mapping[str, str] = {
     "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
+
+
+# NVIDIA's driver, in containers too; on Jetson; on Windows' Linux; AMD's.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 def go_silent() -> None:
@@ -77,8 +82,18 @@ def random_stream(*parts: str | int) -> "torch.Generator":
     return torch.Generator().manual_seed(stream_seed(*parts))
 
 
+def may_have_gpu() -> bool:
+    """Whether it is worth asking torch, whose import takes seconds: on Linux a GPU's driver has one of these files."""
+    return sys.platform != "linux" or any(os.path.exists(path) for path in _GPU_DRIVERS)  # noqa: PTH110
+
+
 def resolve_device(name: str) -> str:
-    """`auto` -> cuda, mps or cpu, whichever is here first.  Raises UserError for a device that is not here."""
+    """`auto` -> cuda, mps or cpu, whichever is here first.  Raises UserError for a device that is not here.
+
+    Imports torch only where it has something to say.
+    """
+    if name == "cpu" or (name == "auto" and not may_have_gpu()):
+        return "cpu"
     import torch
 
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -3,7 +3,6 @@
 from typing import Final
 
 from torch import Tensor, nn
-from torchvision.models import MobileNetV2
 
 from common.models.backbone import SMALL_PICTURE_PX
 
@@ -33,6 +32,8 @@ class MobileTrunk(nn.Module):
         width: fraction of the channels (the paper's width multiplier); the last layer keeps 1280, as in the paper.
         """
         super().__init__()
+        from torchvision.models import MobileNetV2  # seconds, for this backbone only
+
         stages = [list(stage) for stage in _STAGES]
         if image_size < SMALL_PICTURE_PX:
             stages[1][3] = 1

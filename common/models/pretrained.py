@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -69,6 +68,8 @@ def _imagenet_weights(name: str) -> Mapping[str, Tensor]:
         raise ConfigError(
             [f'model.pretrained = "imagenet" has no weights for {name}; choose {", ".join(_IMAGENET)}, or "none".']
         )
+    import torchvision  # seconds, for ImageNet's weights only
+
     weights = torchvision.models.get_weight(_IMAGENET[name])
     try:
         tensors: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

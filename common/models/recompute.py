@@ -11,14 +11,14 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.models.cnn import CnnTrunk
+from common.models.mobile import MobileTrunk
 from common.models.recogniser import Recogniser
+from common.models.residual import BasicBlock, Bottleneck
 from common.models.vit import Block
 
-_RESIDUAL: Final = (BasicBlock, Bottleneck, InvertedResidual)
+_RESIDUAL: Final = (BasicBlock, Bottleneck)
 _NORMALISATION: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -36,6 +36,8 @@ def units(recogniser: Recogniser) -> list[nn.Module]:
             found.append(module)
         elif isinstance(module, CnnTrunk):
             found.extend(module.blocks)
+        elif isinstance(module, MobileTrunk):
+            found.extend(module.features[1:-1])  # inverted residuals, between two convolutions
     return found
 
 

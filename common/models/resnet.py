@@ -7,9 +7,9 @@ can hold any weights. Pictures under 96 px skip the max-pool, which has no weigh
 from typing import Final
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.models.backbone import SMALL_PICTURE_PX, scaled
+from common.models.residual import BasicBlock, Bottleneck
 
 _BLOCKS: Final[dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),

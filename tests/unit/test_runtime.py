@@ -79,10 +79,28 @@ def test_streams_are_independent_of_each_other_and_of_the_global_state():
 
 
 def test_auto_takes_the_best_device_here(monkeypatch):
+    monkeypatch.setattr(runtime, "may_have_gpu", lambda: True)
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert runtime.resolve_device("auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("system", "drivers", "asks"),
+    [("linux", [], False), ("linux", ["/dev/kfd"], True), ("linux", ["/dev/nvidiactl"], True), ("darwin", [], True)],
+)
+def test_torch_is_asked_only_where_there_may_be_a_gpu(monkeypatch, system, drivers, asks):
+    monkeypatch.setattr(runtime.sys, "platform", system)
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: path in drivers)
+    assert runtime.may_have_gpu() == asks
+
+
+def test_a_computer_without_a_gpu_is_known_without_torch():
+    code = "from common import runtime; runtime.may_have_gpu = lambda: False; import sys; "
+    code += "print(runtime.resolve_device('auto'), runtime.resolve_device('cpu'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpu cpu False\n"
 
 
 def test_a_device_that_is_not_here_is_one_line(monkeypatch):
