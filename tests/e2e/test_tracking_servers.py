@@ -6,6 +6,7 @@ sqlite that asks for a password and listens everywhere.  Both databases got a ru
 
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -101,14 +103,15 @@ def _assert_loads(server: Server, name: str) -> None:
     """The registered model comes back through the server, and computes the same."""
     import mlflow.pytorch
 
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    mlflow.set_tracking_uri(server.uri)
-    mlflow.set_registry_uri(server.uri)
-    try:
-        loaded = mlflow.pytorch.load_model(f"models:/{name}@champion")
-    finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+    before = mlflow.get_tracking_uri()
+    with patch.dict(os.environ):  # MLflow writes both addresses there too, for the processes that other tests start
+        mlflow.set_tracking_uri(server.uri)
+        mlflow.set_registry_uri(server.uri)
+        try:
+            loaded = mlflow.pytorch.load_model(f"models:/{name}@champion")
+        finally:
+            mlflow.set_tracking_uri(before)
+            mlflow.set_registry_uri("")
     pictures = torch.linspace(-1, 1, 3 * 3 * record.IMAGE_SIZE**2).reshape(3, 3, record.IMAGE_SIZE, -1)
     torch.testing.assert_close(loaded(pictures), record.model()(pictures))
 
