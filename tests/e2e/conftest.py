@@ -1,7 +1,9 @@
 """Two small synthetic data sets, a small configuration, and one simulated federation that many tests look at."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from programs import Ended, Program, Programs
@@ -51,6 +53,13 @@ class Faces:
     @property
     def cache(self) -> tuple[object, ...]:
         return "--cache-dir", self.folder / "packs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment():
+    """MLflow writes the addresses that it is told into the environment; the next file's programs would find them."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
