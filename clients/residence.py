@@ -15,7 +15,7 @@ from typing import IO, Self
 from clients.handover import KEY, SITE
 from clients.site import SiteSettings
 from clients.trainer import LEFT_ALONE, site_to_json
-from common.processes import child_environment, start, stop
+from common.processes import child_environment, start, stop, write_new
 
 LOG_KEPT_BYTES = 10_000_000
 END_GRACE_S = 2.0  # it holds nothing that a later one would miss
@@ -40,11 +40,6 @@ def _read(output: IO[bytes], path: Path, notice: Callable[[str], object]) -> Non
             notice(raw.decode(errors="replace"))
 
 
-def _private_file(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-
-
 class Trainer:
     """One trainer process after the other, while the block lasts."""
 
@@ -57,8 +52,8 @@ class Trainer:
         # Not in the state folder: the path of a socket has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="facefed-"))  # 0700
         try:
-            _private_file(self.folder / KEY, secrets.token_bytes(32))
-            _private_file(self.folder / SITE, site_to_json(self._site).encode())
+            write_new(self.folder / KEY, secrets.token_bytes(32))
+            write_new(self.folder / SITE, site_to_json(self._site).encode())
             self._start()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -27,9 +27,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from common.certs import CertificateError, read_public_key
 from common.console import set_up_logging
-from common.processes import child_environment, start
+from common.processes import child_environment, start, write_new
 from common.runtime import go_silent
-from server.superlink import ADMITTED, RUN_ID, SECRET, TOKEN, write_private
+from server.superlink import ADMITTED, RUN_ID, SECRET, TOKEN
 
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
@@ -145,7 +145,7 @@ class Steward:
 
     def _start_app(self, task: int, token: str) -> None:
         # In a file of this user's: a command line is everybody's to read.
-        path = write_private(self._folder / f"task-{task}{TOKEN}", token.encode())
+        path = write_new(self._folder / f"task-{task}{TOKEN}", token.encode())
         command = ["flwr-serverapp", "--runtime-api-address", self._address, "--token-file", str(path)]
         command += ["--root-certificates", str(self._ca)] if self._ca else ["--insecure"]
         command += ["--parent-pid", str(os.getpid())]

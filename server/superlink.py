@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import secrets
 import ssl
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 from common.certs import ServerFiles
 from common.errors import FaceFedError
-from common.processes import child_environment
+from common.processes import child_environment, write_new
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
@@ -27,20 +26,13 @@ def write_secret(home: Path) -> Path:
     forget_secrets(home)
     for name in (RUN_ID, ADMITTED):
         (home / name).unlink(missing_ok=True)
-    return write_private(home / SECRET, secrets.token_bytes(32))
+    return write_new(home / SECRET, secrets.token_bytes(32))
 
 
 def forget_secrets(home: Path) -> None:
     """Delete what is of no use once the SuperLink has ended."""
     for path in (home / SECRET, *home.glob(f"*{TOKEN}")):
         path.unlink(missing_ok=True)
-
-
-def write_private(path: Path, content: bytes) -> Path:
-    """Write a new file that nobody but this user ever could read."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-    return path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import datetime as dt
 import ipaddress
-import os
 import re
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from common.certs import (
     read_certificate,
     read_private_key,
 )
+from common.processes import write_new
 from common.settings import CLIENT_NAME
 
 CA_DAYS, SERVER_DAYS = 3650, 397
@@ -75,12 +75,12 @@ def add_client(folder: Path, name: str) -> None:
             )
     key = ec.generate_private_key(ec.SECP384R1())
     own.mkdir(mode=0o700)
-    _write_new(own / CA, (folder / CA).read_bytes(), 0o644)
+    write_new(own / CA, (folder / CA).read_bytes(), 0o644)
     # OpenSSH's format is what flower-supernode reads.
     form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    _write_new(own / CLIENT_KEY, key.private_bytes(*form), 0o600)
+    write_new(own / CLIENT_KEY, key.private_bytes(*form), 0o600)
     text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write_new(public, text + f" {name.replace(' ', '_')}\n".encode(), 0o644)
+    write_new(public, text + f" {name.replace(' ', '_')}\n".encode(), 0o644)
 
 
 def revoke_client(folder: Path, name: str) -> Path:
@@ -113,12 +113,6 @@ def renew_server(folder: Path, server_names: Sequence[str]) -> Sequence[str]:
         former.rename(former.with_name(f"{former.stem}.{_stamp()}{former.suffix}"))
     _new_server(folder, names, authority)
     return names
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that must not be there yet; it never was readable by more people than `mode` says."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
 
 
 def _now() -> dt.datetime:
@@ -204,5 +198,5 @@ def _builder(
 
 def _write_pair(path: Path, certificate: x509.Certificate, key_path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    _write_new(key_path, key.private_bytes(*form), 0o600)
-    _write_new(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_new(key_path, key.private_bytes(*form), 0o600)
+    write_new(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)

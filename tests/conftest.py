@@ -41,6 +41,17 @@ def silent_mlflow():
         yield patch
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes with one thread, whose sums are the same on every machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _own_logging():
     """What a program run in this process sets up for its log goes with the test: its stream will be closed."""

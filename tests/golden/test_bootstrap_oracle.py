@@ -4,7 +4,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from common.metrics.bootstrap import (
@@ -18,13 +17,7 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.verification import NUM_BINS, eer, open_set_scores, pair_histogram, roc_auc, tar_at_far
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def signs(num: int, seed: int) -> NDArray[np.float32]:

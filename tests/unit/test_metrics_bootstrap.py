@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from common.errors import DataError, TrainingFailed
 from common.metrics.bootstrap import (
@@ -20,12 +19,7 @@ from common.metrics.verification import NUM_BINS
 EVEN = np.arange(NUM_BINS) * COARSE_BINS // NUM_BINS
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("num_people", [1, 7, 37, MAX_UNITS + 1])

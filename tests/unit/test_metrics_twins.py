@@ -4,7 +4,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -35,12 +34,7 @@ from common.metrics.verification import NUM_BINS, pair_histogram
 Sample = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def signs(num: int, seed: int) -> NDArray[np.float32]:

@@ -25,12 +25,7 @@ RESNET = dataclasses.replace(MODEL, backbone="resnet18", width=0.125)
 VIT = dataclasses.replace(MODEL, backbone="vit_tiny", patch_size=8, depth=2, width=0.125)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fresh(model: ModelSettings = MODEL):
