@@ -198,7 +198,8 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--compare",
         default="local,centralized,fedavg,fedprox",
         metavar="KIND,...",
-        help=f"of local, centralized, twins, {', '.join(STRATEGIES)}, fedbn (default: local,centralized,fedavg,fedprox)",
+        help=f"of local, centralized, twins, {', '.join(STRATEGIES)}, fedbn"
+        " (default: local,centralized,fedavg,fedprox)",
     )
     evaluate.add_argument(
         "--run",
