@@ -11,7 +11,7 @@ from pathlib import Path
 from common import config
 from common.errors import ConfigError
 from common.runtime import tracking_uri_of_environment
-from common.settings import Settings
+from common.settings import STRATEGIES, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ FLAGS: tuple[Flag, ...] = (
         section="federation",
         key="strategy",
         metavar="NAME",
-        help="fedavg, fedprox, fedavgm, fedadam or fedyogi",
+        help=", ".join(STRATEGIES),
     ),
     Flag(names=("--rounds",), section="federation", key="rounds", metavar="N", help="rounds of the federation"),
     Flag(names=("--local-epochs",), section="federation", key="local_epochs", metavar="N", help="epochs in each round"),

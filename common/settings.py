@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
-STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
+ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
+STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", *ROBUST)
 VITS = ("vit_tiny", "vit_small", "vit_base")
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
 ATTENTIONS = ("sa", "glca", "pwca", "dcal")
@@ -150,6 +151,10 @@ class FederationSettings:
     server_adaptivity: float = setting(1e-3, low=1e-9)  # fedadam, fedyogi: tau, added to the root of the moment
     upload_codec: str = setting("float32", choices=CODECS)  # of the clients' changes, see common/codec.py
     download_codec: str = setting("float32", choices=CODECS)  # of the global model
+    trim_fraction: float = setting(0.2, low=0.0, high=0.49)  # fedtrimmedavg: cut at each end of each element
+    num_malicious: int = setting(1, low=0)  # krum, multikrum: f, with at least 2 f + 3 clients
+    norm_factor: float | str = setting("off", above=1.0, word="off")  # times the median norm; longer is left out
+    refusals_in_a_row: int | str = setting(3, low=1, word="off")  # after so many a client is set aside
     min_clients: int = setting(2, low=1)  # to begin with, and usable replies of each round
     clients_per_round: int | str = setting("all", low=1, word="all")  # so many are drawn for each round
     join_timeout_s: float = setting(300.0, above=0.0)

@@ -34,6 +34,11 @@ class RunCheckpoints:
         """The file of that round's global model."""
         return self._folder / f"round-{step:06d}.safetensors"
 
+    @property
+    def replies_folder(self) -> Path:
+        """Where a round's replies may be kept while they are compared."""
+        return self._folder.parent / "replies"
+
     def moments_path(self, step: int) -> Path:
         """The file of the strategy's moments after that round."""
         return self._folder / f"moments-{step:06d}.safetensors"

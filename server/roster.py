@@ -1,7 +1,7 @@
 """Who takes part: asks each node that appears for its name, and waits for enough of them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -46,6 +46,7 @@ class Roster:
         self._asked: dict[int, str] = {}  # node -> message id, no answer yet
         self._refused: dict[int, str] = {}  # node -> reason; these are not asked again
         self._members: dict[str, Member] = {}
+        self._in_a_row: dict[int, int] = {}  # node -> rounds without a usable reply since the last one
         self._complete = False  # afterwards a name that comes again is a client that was restarted
 
     def gather(self) -> dict[str, Member]:
@@ -81,6 +82,23 @@ class Roster:
     def members(self) -> dict[str, Member]:
         """The members as last seen, in order of their names."""
         return dict(sorted(self._members.items()))
+
+    def judge(self, *, asked: Mapping[str, Member], answered: Collection[str]) -> None:
+        """A round is over: a client that gave no usable reply so many times running is set aside, and told of.
+
+        It comes back when it is started again, as another node.
+        """
+        limit = self._federation.refusals_in_a_row
+        for name, member in asked.items():
+            node = member.node_id
+            self._in_a_row[node] = 0 if name in answered else self._in_a_row.get(node, 0) + 1
+            if isinstance(limit, int) and self._in_a_row[node] >= limit and name in self._members:
+                reason = (
+                    f"{name} gave no usable reply {limit} times running and is set aside; start it again to let it in"
+                )
+                self._refused[node] = reason
+                del self._members[name]
+                self._events.emit("warning", line=reason)
 
     def _still_answering(self) -> bool:
         # In a simulation every node is known from the start, so a run begins with all of them.

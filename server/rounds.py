@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +17,7 @@ from common.precision import threads_for
 from common.settings import Settings
 from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
-from server.aggregate import WeightedChange
+from server.aggregate import Aggregate, aggregate_for, check_number
 from server.checkpointing import RunCheckpoints
 from server.global_model import GlobalModel
 from server.guard import check_evaluation_reply, check_train_reply
@@ -104,16 +105,24 @@ class Federation:
         members = sample(members, self.settings.federation, seed=self.settings.run.seed, server_round=server_round)
         clock.lap("log")
         splits = self._splits_to_score(server_round - 1)
+        check_number(self.settings.federation, len(members))
         tasks = self._tasks("train", server_round, members, splits)
-        change = WeightedChange(self.manifest.size)
-        replies = self._exchange(tasks, members, self.model.coded, change)
-        self._require_enough(replies, members, server_round, kept=server_round - 1)
-        self._score(server_round - 1, replies, splits)
-        clock.lap("evaluate")
-        self.model.step(self.optimiser, change.mean())
-        clock.lap("aggregate")
+        with closing(self._aggregate()) as change:
+            replies = self._exchange(tasks, members, self.model.coded, change)
+            for name, reason in change.outliers().items():
+                del replies[name]
+                self.record.refused(server_round, name, reason)
+            self.roster.judge(asked=members, answered=replies)
+            self._require_enough(replies, members, server_round, kept=server_round - 1)
+            self._score(server_round - 1, replies, splits)
+            clock.lap("evaluate")
+            self.model.step(self.optimiser, change.mean())
+            clock.lap("aggregate")
         clients = {name: self._costs(name, reply) for name, reply in replies.items()}
         self.patience.leave_work(partial(self._round_is_whole, server_round, replies, clients, len(tasks), clock))
+
+    def _aggregate(self) -> Aggregate:
+        return aggregate_for(self.settings.federation, self.manifest.size, self.checkpoints.replies_folder)
 
     def _round_is_whole(
         self,
@@ -167,7 +176,7 @@ class Federation:
         return tasks
 
     def _exchange(
-        self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: WeightedChange | None
+        self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
     ) -> dict[str, Reply]:
         """Send every task and take the replies in the fixed order of names; a bad or missing one is left out.
 
@@ -203,9 +212,7 @@ class Federation:
         step = task.server_round - 1 if task.kind == "train" else task.server_round
         self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.patience.check))
 
-    def _receive(
-        self, message_id: str, task: Task, member: Member, change: WeightedChange | None, deadline: float
-    ) -> Reply:
+    def _receive(self, message_id: str, task: Task, member: Member, change: Aggregate | None, deadline: float) -> Reply:
         if not message_id:
             raise ReplyRefused("the task could not be sent; the client is not connected")
         message = self.patience.until(lambda: self._look(message_id), deadline)
@@ -221,7 +228,7 @@ class Federation:
         check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
         self.clock.lap("receive")
         if reply.change is not None:
-            change.add(reply.change, reply.num_examples)
+            change.add(reply.change, reply.num_examples, member.site.name)
         self.clock.lap("aggregate")
         return dataclasses.replace(reply, change=None)
 

@@ -120,5 +120,10 @@ _TABLE: Final = (
         first_moments=_adaptive_moments,
         default_lr=0.01,
     ),
+    # What is robust is the aggregate of the changes (server/robust.py); the step with it is FedAvg's.
+    Strategy(name="fedmedian", paper="arXiv:1803.01498", step=plain_step),
+    Strategy(name="fedtrimmedavg", paper="arXiv:1803.01498", step=plain_step),
+    Strategy(name="krum", paper="arXiv:1703.02757", step=plain_step),
+    Strategy(name="multikrum", paper="arXiv:1703.02757", step=plain_step),
 )
 STRATEGIES: Final[dict[str, Strategy]] = {strategy.name: strategy for strategy in _TABLE}

@@ -13,10 +13,10 @@ from typing import Any, Final
 from common import config
 from common.checkpoints import read_json
 from common.errors import CheckpointError, UserError, unknown_name
-from common.settings import VITS, Settings
+from common.settings import STRATEGIES, VITS, Settings
 from common.tracking.models import Registered, find_registered, read_registered
 
-FEDERATED: Final = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedbn")
+FEDERATED: Final = (*STRATEGIES, "fedbn")
 TWINS: Final = "twins"  # one holder's, trained on batches of twins
 KINDS: Final = ("local", "centralized", TWINS, *FEDERATED)
 FEDBN: Final = "fedbn"  # private normalisation, whatever the strategy (arXiv:2102.07623)

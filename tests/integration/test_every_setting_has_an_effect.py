@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import pytest
 import torch
 from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
-from tiny_federation import enter_run
+from tiny_federation import ScriptedMailbox, client, enter_run, federation_over, reply_to, settings_with
 
 from common import config, training_step
 from common.checkpoints import read_json, write_tensors
+from common.codec import encode
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
@@ -26,6 +28,7 @@ from common.faces.twin_batches import twin_batches
 from common.models import recompute
 from common.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
+from server.aggregate import aggregate_for
 from server.app import initial_model
 from simulation.ablation import run_ablation
 from simulation.train_commands import Machine, train_local
@@ -688,3 +691,38 @@ def test_the_log_level_is_that_of_our_loggers(faces, tmp_path, capsys):
     finally:
         logger.setLevel(before[0])
         logger.handlers, logger.propagate = before[1], before[2]
+
+
+@proves("federation.trim_fraction", "federation.num_malicious", "federation.norm_factor")
+@pytest.mark.parametrize(
+    ("strategy", "name", "one", "other"),
+    [
+        ("fedtrimmedavg", "trim_fraction", 0.0, 0.3),
+        ("multikrum", "num_malicious", 0, 2),
+        ("fedavg", "norm_factor", "off", 2.0),
+    ],
+)
+def test_what_is_done_about_odd_changes_changes_the_aggregate(tmp_path, strategy, name, one, other):
+    changes = np.random.default_rng(0).normal(size=(7, 50)).astype(np.float32)
+    changes[6] *= 30
+    aggregates = []
+    for value in (one, other):
+        settings = changed(BASE, federation__strategy=strategy, **{f"federation__{name}": value})
+        with closing(aggregate_for(settings.federation, 50, tmp_path / "replies")) as aggregate:
+            for number, change in enumerate(changes):
+                aggregate.add(encode(change, "float32"), 10, f"c{number}")
+            aggregate.outliers()
+            aggregates.append(aggregate.mean().tobytes())
+    assert aggregates[0] != aggregates[1]
+
+
+@proves("federation.refusals_in_a_row")
+def test_a_client_that_goes_on_failing_is_asked_so_often_and_no_more(tmp_path):
+    asked = {}
+    for limit in (2, "off"):
+        nodes = {1: client("alpha"), 2: client("bad", lambda task: reply_to(task, change=np.nan))}
+        values = {"federation__min_clients": 1, "federation__rounds": 4, "federation__refusals_in_a_row": limit}
+        mailbox = ScriptedMailbox(nodes)
+        federation_over(mailbox, settings_with(**values), tmp_path / str(limit)).run()
+        asked[limit] = sum(node == 2 and task.kind == "train" for node, task in mailbox.tasks)
+    assert asked == {2: 2, "off": 4}

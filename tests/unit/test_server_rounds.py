@@ -17,7 +17,7 @@ from tiny_federation import (
 )
 
 from common import wire
-from common.errors import CheckpointError, NotEnoughClients
+from common.errors import CheckpointError, NotEnoughClients, UserError
 from common.events import EventReader
 from common.parameters import buffer_sha256
 from server.checkpointing import RunCheckpoints
@@ -520,3 +520,65 @@ def test_while_clients_are_missing_the_last_model_is_on_disk(tmp_path):
         federation.run()
     assert seen[-1]
     assert json.loads((tmp_path / "checkpoints" / "state.json").read_text())["round"] == 1
+
+
+# ---- robust rules, outliers, and clients that go on failing
+
+
+def liar(task):
+    return reply_to(task, change=1e6)
+
+
+@pytest.mark.parametrize("strategy", ["fedmedian", "fedtrimmedavg", "krum", "multikrum"])
+def test_a_robust_strategy_is_not_moved_by_one_liar_and_leaves_no_replies_behind(tmp_path, strategy):
+    nodes = {n: client(f"c{n}", lambda task, n=n: reply_to(task, change=1.0 + n / 100)) for n in range(1, 6)}
+    nodes[6] = client("liar", liar)
+    federation, _ = run(tmp_path, nodes, federation__strategy=strategy, federation__rounds=2, federation__min_clients=6)
+    assert federation.model.received == pytest.approx(2 * 1.03, abs=0.05)
+    assert not (tmp_path / "replies").exists()
+
+
+def test_fedavg_with_the_norm_rule_on_disk_gives_the_same_bits_as_without(tmp_path):
+    nodes = {n: client(f"c{n}", lambda task, n=n: reply_to(task, change=0.1 * n, num_examples=n)) for n in range(1, 6)}
+    plain, _ = run(tmp_path / "plain", nodes)
+    kept, _ = run(tmp_path / "kept", nodes, federation__norm_factor=50.0)
+    assert plain.model.received.tobytes() == kept.model.received.tobytes()
+
+
+def test_an_outlier_is_left_out_named_and_counted(tmp_path):
+    nodes = {n: client(f"c{n}", lambda task: reply_to(task, change=1.0)) for n in range(1, 5)}
+    nodes[5] = client("liar", liar)
+    federation, _ = run(tmp_path, nodes, federation__norm_factor=5.0, federation__rounds=1)
+    assert federation.model.received.tolist() == [1.0] * MANIFEST.size
+    assert list(federation.record.reasons(1)) == ["liar"]
+    assert "times the clients' median" in federation.record.reasons(1)["liar"]
+
+
+@pytest.mark.parametrize("strategy", ["krum", "multikrum"])
+def test_krum_with_too_few_clients_is_refused_before_the_first_round(tmp_path, strategy):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+    federation = federation_over(mailbox, settings_with(federation__strategy=strategy), tmp_path)
+    with pytest.raises(UserError, match="needs 5 clients in each round, and there are 2; start more"):
+        federation.run()
+    assert [task.kind for _, task in mailbox.tasks] == ["join", "join"]
+
+
+def test_krum_that_loses_too_many_replies_ends_with_the_last_model(tmp_path):
+    nodes = {n: client(f"c{n}") for n in range(1, 5)} | {5: client("c5", lambda task: reply_to(task, change=np.nan))}
+    with pytest.raises(NotEnoughClients, match="needs 5 usable replies, and 4 are here"):
+        run(tmp_path, nodes, federation__strategy="krum")
+    assert not (tmp_path / "replies").exists()
+
+
+def test_a_client_refused_three_times_running_is_set_aside_and_told_of(tmp_path):
+    """And one that fails twice and then answers is not."""
+    bad = client("bad", lambda task: reply_to(task, change=np.nan) if task.kind == "train" else reply_to(task))
+    shaky = client("shaky", lambda task: reply_to(task, change=np.nan if task.server_round % 3 else 1.0))
+    nodes = {1: client("alpha"), 2: client("beta"), 3: bad, 4: shaky}
+    federation, _ = run(tmp_path, nodes, federation__rounds=6)
+    asked = [task.server_round for node, task in federation.mailbox.tasks if node == 3 and task.kind == "train"]
+    assert asked == [1, 2, 3]
+    asked = [task.server_round for node, task in federation.mailbox.tasks if node == 4 and task.kind == "train"]
+    assert asked == [1, 2, 3, 4, 5, 6]
+    lines = [event["line"] for event in EventReader(tmp_path).new_events() if event["kind"] == "warning"]
+    assert lines == ["bad gave no usable reply 3 times running and is set aside; start it again to let it in"]
