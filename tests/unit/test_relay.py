@@ -115,7 +115,7 @@ def test_what_a_loss_caught_stays_silent_for_ever(echo):
 def test_open_connections_are_cut_now_and_then(echo):
     with Relay(to=echo, delay_s=0, cuts_per_s=20, seed=1) as relay:
         for _ in range(3):
-            with connect(relay) as line, pytest.raises(ConnectionError):
+            with pytest.raises(ConnectionError), connect(relay) as line:
                 say_for_ever(line)
         assert relay.counts()["cut"] >= 3
 
@@ -123,5 +123,5 @@ def test_open_connections_are_cut_now_and_then(echo):
 def test_a_server_that_is_away_is_a_reset():
     with socket.create_server(("127.0.0.1", 0)) as gone:
         nobody = gone.getsockname()
-    with Relay(to=nobody, delay_s=0) as relay, connect(relay) as line, pytest.raises(ConnectionResetError):
+    with Relay(to=nobody, delay_s=0) as relay, pytest.raises(ConnectionResetError), connect(relay) as line:
         line.recv(1)
