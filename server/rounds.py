@@ -1,17 +1,14 @@
 """The loop: gather, send one message to each client, add the replies in order, keep the best, evaluate at the end."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
-from flwr.app import Message
-
 from common import config, wire
 from common.codec import Coded, decode, encode, num_bytes
-from common.errors import NotEnoughClients, ReplyRefused
+from common.errors import NotEnoughClients
 from common.parameters import Manifest
 from common.precision import threads_for
 from common.settings import Settings
@@ -19,8 +16,8 @@ from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
 from server.aggregate import Aggregate, aggregate_for, check_number
 from server.checkpointing import RunCheckpoints
+from server.exchange import Download, Exchange
 from server.global_model import GlobalModel
-from server.guard import check_evaluation_reply, check_train_reply
 from server.history import History
 from server.mailbox import Mailbox, Patience
 from server.optimiser import ServerOptimiser
@@ -30,9 +27,6 @@ from server.roster import Member, Roster
 from server.round_clock import RoundClock
 from server.sampling import is_sampled, replies_needed, sample, waves
 from server.scores import Tally
-
-Download = Callable[[], Coded]
-TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,32 +172,20 @@ class Federation:
     def _exchange(
         self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
     ) -> dict[str, Reply]:
-        """Send every task and take the replies in the fixed order of names; a bad or missing one is left out.
-
-        model: makes what is sent; it is not kept while the clients work.
-        With `change`, replies are checked as those of training and added to it at once, and their buffers dropped.
-        """
-        timeout_s = self.settings.federation.round_timeout_s
-        deadline = time.monotonic() + timeout_s
-        names = list(tasks)
-        shared = wire.pack_shared(model())
-        messages = [
-            wire.task_message(tasks[name], shared, node_id=members[name].node_id, ttl_s=timeout_s + TTL_SLACK_S)
-            for name in names
-        ]
-        sent = dict(zip(names, self.mailbox.send(messages), strict=True))
-        del messages, shared  # the SuperLink has them now
-        self.clock.sent()
+        """Send every task and take the replies; with `change`, as those of training, which are added to it."""
+        exchange = Exchange(
+            federation=self.settings.federation,
+            manifest=self.manifest,
+            mailbox=self.mailbox,
+            patience=self.patience,
+            clock=self.clock,
+            refused=self.record.refused,
+        )
+        exchange.send(tasks, members, model)
         self.patience.do_work()
         self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
-        replies = {}
-        for name in names:
-            try:
-                replies[name] = self._receive(sent[name], tasks[name], members[name], change, deadline)
-            except ReplyRefused as refusal:
-                self.record.refused(tasks[name].server_round, name, str(refusal))
-        return replies
+        return exchange.replies(change)
 
     def _score_public(self, task: Task | None, model: Download) -> None:
         """Score the model that was just sent on the public pairs, while the clients work on it."""
@@ -211,34 +193,6 @@ class Federation:
             return
         step = task.server_round - 1 if task.kind == "train" else task.server_round
         self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.patience.check))
-
-    def _receive(self, message_id: str, task: Task, member: Member, change: Aggregate | None, deadline: float) -> Reply:
-        if not message_id:
-            raise ReplyRefused("the task could not be sent; the client is not connected")
-        message = self.patience.until(lambda: self._look(message_id), deadline)
-        self.clock.lap("wait")
-        if message is None:
-            raise ReplyRefused(f"no answer within {self.settings.federation.round_timeout_s:g} s")
-        self.clock.answered(member.site.name)
-        reply = wire.read_reply(message, task.splits)
-        if change is None:
-            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
-            return reply
-        codec = self.settings.federation.upload_codec
-        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
-        self.clock.lap("receive")
-        if reply.change is not None:
-            change.add(reply.change, reply.num_examples, member.site.name)
-        self.clock.lap("aggregate")
-        return dataclasses.replace(reply, change=None)
-
-    def _look(self, message_id: str) -> Message | None:
-        """The reply if it is there; pulling it is no waiting."""
-        self.clock.lap("wait")
-        message = self.mailbox.receive(message_id)
-        if message is not None:
-            self.clock.lap("receive")
-        return message
 
     def _require_enough(self, replies: Collection[str], members: Collection[str], step: int, *, kept: int) -> None:
         """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""

@@ -236,6 +236,32 @@ def test_a_client_that_vanishes_in_a_round_is_left_out_and_the_run_goes_on(tmp_p
     assert {task.server_round for node, task in mailbox.tasks if node == 3} == {0, 1}
 
 
+class Blinking(ScriptedMailbox):
+    """Node 3 is away when somebody looks while round 1 is trained; afterwards it is there again, without its task."""
+
+    def node_ids(self):
+        training = bool(self.tasks) and (self.tasks[-1][1].kind, self.tasks[-1][1].server_round) == ("train", 1)
+        return [node for node in super().node_ids() if not (training and node == 3)]
+
+
+def test_a_client_that_came_back_as_the_same_node_is_not_waited_for_in_the_round_that_it_lost(tmp_path):
+    forgetful = client(
+        "gamma", lambda task: None if task.server_round == 1 and task.kind == "train" else reply_to(task)
+    )
+    mailbox = Blinking({1: client("alpha"), 2: client("beta"), 3: forgetful})
+    federation = federation_over(mailbox, settings_with(federation__round_timeout_s=60.0), tmp_path)
+    federation.run()
+    assert federation.record.reasons(1) == {"gamma": "the connection to the client was lost"}
+    assert set(federation.history.at(2).clients) == {"alpha", "beta", "gamma"}
+
+
+def test_a_reply_that_arrived_before_its_client_went_counts(tmp_path):
+    mailbox = Blinking({1: client("alpha"), 2: client("beta"), 3: client("gamma")})
+    federation = federation_over(mailbox, settings_with(federation__rounds=1), tmp_path)
+    federation.run()
+    assert federation.record.num_refused == 0
+
+
 def test_too_few_replies_end_the_run_with_names_and_the_last_whole_model(tmp_path):
     nodes = {1: client("alpha"), 2: client("beta", poisoned)}
     federation = federation_over(ScriptedMailbox(nodes), settings_with(), tmp_path)
