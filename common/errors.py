@@ -37,6 +37,10 @@ class TrainingFailed(FaceFedError):
     """Training cannot go on, for example because the loss is not finite; the message names the step."""
 
 
+class DeadlinePassed(FaceFedError):
+    """The run did not end in its time."""
+
+
 class NotEnoughClients(FaceFedError):
     """Too few clients joined or answered before the deadline; the message says who is missing."""
 

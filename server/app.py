@@ -132,7 +132,8 @@ def _federate(
     settings: Settings, mailbox: Mailbox, surroundings: Surroundings, tracked: TrackedRun, events: EventLog
 ) -> dict[str, object]:
     recogniser, manifest = initial_model(settings)
-    patience = Patience(surroundings.stopped)
+    limit = settings.federation.run_timeout_s
+    patience = Patience(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
     federation = Federation(
         settings=settings,

@@ -15,7 +15,7 @@ from common.console import (
     summary_lines,
     tracking_line,
 )
-from common.errors import UserError
+from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from common.events import EventReader
 from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
 from common.processes import is_loopback, parse_address, require_free_port
@@ -91,6 +91,14 @@ def _say_where(options: "ServerOptions", wanted: int) -> None:
     sys.stdout.flush()
 
 
+def _how_to_go_on(run_folder: Path, exit_code: int) -> str:
+    """Where a checkpoint waits, and the fault was not the user's."""
+    from server.checkpointing import STATE_FILE
+
+    resumable = exit_code in (EXIT_FAILED, EXIT_INTERRUPTED) and (run_folder / "checkpoints" / STATE_FILE).is_file()
+    return f" Go on with: flower-server --resume {run_folder}" if resumable else ""
+
+
 def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, Path | None]:
     """The run's settings, and with --resume the folder of the run that goes on."""
     if not arguments.resume:
@@ -155,7 +163,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         sys.stdout.write("\n".join(lines) + "\n")
     else:
-        sys.stderr.write(f"flower-server: {outcome['line']}\n")
+        sys.stderr.write(f"flower-server: {outcome['line']}{_how_to_go_on(run_folder, outcome['exit_code'])}\n")
     return int(outcome["exit_code"])
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from common.errors import InterruptedRun
+from common.errors import DeadlinePassed, InterruptedRun
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.25
@@ -53,15 +53,18 @@ class GridMailbox:
 class Patience:
     """Waits until something happens, a deadline passes, or the run is stopped; pauses grow with what was waited."""
 
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        """stopped: asked at each look; True raises InterruptedRun."""
+    def __init__(self, stopped: Callable[[], bool], *, run_timeout_s: float = float("inf")) -> None:
+        """stopped: asked at each look; True raises InterruptedRun.  run_timeout_s: from now until DeadlinePassed."""
         self._stopped = stopped
+        self._run_timeout_s, self._ends = run_timeout_s, time.monotonic() + run_timeout_s
         self._work: Callable[[], None] | None = None
 
     def check(self) -> None:
-        """Raise InterruptedRun when the run is stopped."""
+        """Raise InterruptedRun when the run is stopped, DeadlinePassed when it takes too long."""
         if self._stopped():
             raise InterruptedRun("stopped by the user")
+        if time.monotonic() >= self._ends:
+            raise DeadlinePassed(f"the run did not end within {self._run_timeout_s:g} s (federation.run_timeout_s).")
 
     def leave_work(self, work: Callable[[], None]) -> None:
         """Have something done while we would wait anyway; what was left before is done first."""

@@ -138,11 +138,17 @@ class Record:
         """A client's reply was left out: named and counted."""
         refusals = self._refusals.setdefault(server_round, {})
         # The last round's model is also evaluated, so a client can be left out twice under one number.
-        refusals[client] = f"{refusals[client]}; {reason}" if client in refusals else reason
+        earlier = refusals.get(client, "")
+        if reason not in earlier:
+            refusals[client] = f"{earlier}; {reason}" if earlier else reason
         self._num_refused += 1
         self._tracked.log_metrics({"refused_replies": float(self._num_refused)}, step=server_round)
-        self._tracked.set_tags({f"refused.round_{server_round}.{client}": reason[:400]})
+        self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:400]})
         self._events.emit("refused", client=client, round=server_round, reason=reason)
+
+    def repeated(self, line: str) -> None:
+        """A round is tried again."""
+        self._events.emit("warning", line=f"{line} The round is tried again.")
 
     def reasons(self, server_round: int) -> Mapping[str, str]:
         """Why replies of that round were left out, by client."""

@@ -44,8 +44,10 @@ class Roster:
         self._events, self._patience = events, patience
         self._all_nodes_are_here = all_nodes_are_here
         self._asked: dict[int, str] = {}  # node -> message id, no answer yet
-        self._refused: dict[int, str] = {}  # node -> reason; these are not asked again
+        self._refused: dict[int, str] = {}  # node -> reason; these are not asked again while they are connected
+        self._left: set[int] = set()  # of those refused, who has been away since
         self._members: dict[str, Member] = {}
+        self._known: set[str] = set()  # whoever was a member once
         self._in_a_row: dict[int, int] = {}  # node -> rounds without a usable reply since the last one
         self._complete = False  # afterwards a name that comes again is a client that was restarted
 
@@ -100,6 +102,10 @@ class Roster:
                 del self._members[name]
                 self._events.emit("warning", line=reason)
 
+    def others_may_come(self) -> bool:
+        """Whether a client that is missing can come back: not in a simulation."""
+        return not self._all_nodes_are_here()
+
     def _still_answering(self) -> bool:
         # In a simulation every node is known from the start, so a run begins with all of them.
         return self._all_nodes_are_here() and bool(self._asked)
@@ -117,10 +123,12 @@ class Roster:
         # One line of each, once: a thousand virtual clients fail for one reason, and an engine's own are tracebacks.
         lines = dict.fromkeys(reason.strip().splitlines()[-1] for reason in self._refused.values() if reason.strip())
         reasons = "".join(f" Refused: {line}." for line in list(lines)[:MOST_TOLD_APART])
-        missing = self._federation.min_clients - len(self._members)
+        gone = sorted(self._known - self._members.keys())[:MOST_TOLD_APART]
+        more = self._federation.min_clients - len(self._members) - len(gone)
+        missing = [f"{name}, which was here before" for name in gone] + [f"{more} more"] * (more > 0)
         return (
             f"{len(self._members)} of {self._federation.min_clients} clients joined {when} (here: {here}; missing:"
-            f" {missing} more). Start each with: flower-client --dataset ... --data-dir ... --server ...{reasons}"
+            f" {'; '.join(missing)}). Start each with: flower-client --dataset ... --data-dir ... --server ...{reasons}"
         )
 
     def _check_hope(self) -> None:
@@ -131,8 +139,11 @@ class Roster:
         online = set(self._mailbox.node_ids())
         self._members = {name: m for name, m in self._members.items() if m.node_id in online}
         self._asked = {node: message for node, message in self._asked.items() if node in online}
-        known = {m.node_id for m in self._members.values()} | self._asked.keys() | self._refused.keys()
+        # With a key of its own a client that is started again is the node that it was.
+        self._left |= self._refused.keys() - online
+        known = {m.node_id for m in self._members.values()} | self._asked.keys() | (self._refused.keys() - self._left)
         new = sorted(online - known)
+        self._left -= online
         if new:
             messages = [self._ask(node) for node in new]
             sent = zip(new, self._mailbox.send(messages), strict=True)
@@ -165,6 +176,7 @@ class Roster:
             self._refused[earlier.node_id] = reason
             self._events.emit("warning", line=reason)
         self._members[site.name] = Member(node_id=node_id, site=site)
+        self._known.add(site.name)
         if len(self._members) > MOST_TOLD_APART:
             return
         self._events.emit(

@@ -10,11 +10,10 @@ from common import config, wire
 from common.codec import Coded, decode, encode, num_bytes
 from common.errors import NotEnoughClients
 from common.parameters import Manifest
-from common.precision import threads_for
 from common.settings import Settings
 from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
-from server.aggregate import Aggregate, aggregate_for, check_number
+from server.aggregate import Aggregate, aggregate_for, check_number, fewest_clients
 from server.checkpointing import RunCheckpoints
 from server.exchange import Download, Exchange
 from server.global_model import GlobalModel
@@ -27,6 +26,7 @@ from server.roster import Member, Roster
 from server.round_clock import RoundClock
 from server.sampling import is_sampled, replies_needed, sample, waves
 from server.scores import Tally
+from server.tasks import tasks_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,37 @@ class Federation:
         return isinstance(patience, int) and self.history.validations_since_best() >= patience
 
     def _round(self, server_round: int) -> None:
-        """One round.  Its model is saved and its figures are told while the next messages are answered."""
+        """One round.  Its model is saved and its figures are told while the next messages are answered.
+
+        It is tried again while too few replies can be used, as whoever is missing may come back.
+        """
         self.clock = clock = RoundClock()
+        attempts = self._attempts()
+        replies: dict[str, Reply] = {}
+        num_tasks = 0
+        while not replies:
+            attempts -= 1
+            replies, num_asked = self._attempt(server_round, is_last=attempts == 0)
+            num_tasks += num_asked
+        clients = {name: self._costs(name, reply) for name, reply in replies.items()}
+        self.patience.leave_work(partial(self._round_is_whole, server_round, replies, clients, num_tasks, clock))
+
+    def _attempts(self) -> int:
+        return self.settings.federation.round_attempts if self.roster.others_may_come() else 1
+
+    def _attempt(self, server_round: int, *, is_last: bool) -> tuple[dict[str, Reply], int]:
+        """Have a round's model trained, and make the step.  Returns the replies and how many clients were asked.
+
+        No replies: too few can be used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
+        """
         members = self.roster.gather()
-        clock.lap("wait")
+        self.clock.lap("wait")
         self.record.members(members)
         members = sample(members, self.settings.federation, seed=self.settings.run.seed, server_round=server_round)
-        clock.lap("log")
+        self.clock.lap("log")
         splits = self._splits_to_score(server_round - 1)
-        check_number(self.settings.federation, len(members))
+        if server_round == self.first_round:
+            check_number(self.settings.federation, len(members))
         tasks = self._tasks("train", server_round, members, splits)
         with closing(self._aggregate()) as change:
             replies = self._exchange(tasks, members, self.model.coded, change)
@@ -107,13 +129,18 @@ class Federation:
                 del replies[name]
                 self.record.refused(server_round, name, reason)
             self.roster.judge(asked=members, answered=replies)
-            self._require_enough(replies, members, server_round, kept=server_round - 1)
+            try:
+                self._require_enough(replies, members, server_round, kept=server_round - 1)
+            except NotEnoughClients as few:
+                if is_last:
+                    raise
+                self.record.repeated(str(few))
+                return {}, len(tasks)
             self._score(server_round - 1, replies, splits)
-            clock.lap("evaluate")
+            self.clock.lap("evaluate")
             self.model.step(self.optimiser, change.mean())
-            clock.lap("aggregate")
-        clients = {name: self._costs(name, reply) for name, reply in replies.items()}
-        self.patience.leave_work(partial(self._round_is_whole, server_round, replies, clients, len(tasks), clock))
+            self.clock.lap("aggregate")
+        return replies, len(tasks)
 
     def _aggregate(self) -> Aggregate:
         return aggregate_for(self.settings.federation, self.manifest.size, self.checkpoints.replies_folder)
@@ -143,31 +170,16 @@ class Federation:
         return "val test" if step % self.settings.federation.test_every_rounds == 0 else "val"
 
     def _tasks(self, kind: str, step: int, members: Mapping[str, Member], splits: str) -> dict[str, Task]:
-        """The task of each member by name; clients of one machine get equal precision and divided cores."""
-        settings_json = config.to_json(without_secrets(self.settings))
-        first_on: dict[tuple[str, str], Member] = {}
-        for member in members.values():
-            first_on.setdefault((member.site.machine, member.site.device), member)
-        num_on = {
-            m.site.machine: sum(o.site.machine == m.site.machine for o in members.values()) for m in members.values()
-        }
-        tasks = {}
-        for name, member in members.items():
-            model_of_kind = first_on[(member.site.machine, member.site.device)].site
-            tasks[name] = Task(
-                kind=kind,
-                run_id=self.run_id,
-                server_round=step,
-                settings=settings_json,
-                manifest=self.manifest.digest,
-                splits=splits,
-                best_round=self.history.best_round,
-                precision=model_of_kind.precision,
-                memory_format=model_of_kind.memory_format,
-                compiled=model_of_kind.compiled,
-                threads=threads_for(self.settings, num_on[member.site.machine], member.site.cores),
-            )
-        return tasks
+        task = Task(
+            kind=kind,
+            run_id=self.run_id,
+            server_round=step,
+            settings=config.to_json(without_secrets(self.settings)),
+            manifest=self.manifest.digest,
+            splits=splits,
+            best_round=self.history.best_round,
+        )
+        return tasks_for(members, task, self.settings)
 
     def _exchange(
         self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
@@ -192,11 +204,14 @@ class Federation:
         if self.public is None or task is None or "test" not in task.splits.split():
             return
         step = task.server_round - 1 if task.kind == "train" else task.server_round
+        if "round_public_auc" in self.history.at(step).metrics:  # the round is tried again
+            return
         self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.patience.check))
 
     def _require_enough(self, replies: Collection[str], members: Collection[str], step: int, *, kept: int) -> None:
         """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""
-        wanted = replies_needed(self.settings.federation)
+        federation = self.settings.federation
+        wanted = max(replies_needed(federation), fewest_clients(federation) if kept < step else 0)
         if len(replies) < wanted:
             reasons = self.record.reasons(step)
             raise NotEnoughClients(
@@ -222,8 +237,25 @@ class Federation:
             self.record.scored(self.history, step, tally)
 
     def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool) -> None:
-        """Everybody's scores of one model.  As many are asked at once as in a round, and their sums merged at once."""
-        self.record.members(members)  # one may have come during the last round
+        """Everybody's scores of one model, asked for again while too few can be used, as in a round."""
+        attempts, tallies = self._attempts(), None
+        while tallies is None:
+            attempts -= 1
+            self.record.members(members)  # one may have come during the last round
+            try:
+                tallies = self._ask_all(step, splits, members, model, last=last)
+            except NotEnoughClients as few:
+                if attempts == 0:
+                    raise
+                self.record.repeated(str(few))
+                members = self.roster.gather()
+        for tally in tallies:
+            self.record.scored(self.history, step, tally)
+
+    def _ask_all(
+        self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
+    ) -> list[Tally]:
+        """As many clients are asked at once as in a round, and their sums merged at once.  Raises NotEnoughClients."""
         tallies, replied = [Tally(split) for split in splits.split()], set[str]()
         for wave in waves(members, self.settings.federation):
             tasks = {
@@ -236,8 +268,7 @@ class Federation:
                 tally.add(replies)
         if splits:
             self._require_enough(replied, members, step, kept=step)
-        for tally in tallies:
-            self.record.scored(self.history, step, tally)
+        return tallies
 
     def _coded_best(self, best: int) -> Coded:
         return encode(self.checkpoints.load(best), "float32")

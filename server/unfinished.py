@@ -1,12 +1,12 @@
 """What `--resume RUN` means: a run's folder, by its id or its path, that has something left to do."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from common import config
 from common.checkpoints import read_json
-from common.errors import ConfigError, UserError
+from common.errors import EXIT_DONE, ConfigError, UserError
 from common.events import OUTCOME_FILE, STOP_FILE
 from common.settings import Settings
 from server.checkpointing import STATE_FILE
@@ -15,11 +15,28 @@ from server.runs import CONFIG_FILE, RUN_FILE
 _MAY_DIFFER = ("run.out", "run.log_level")
 
 
-def unfinished_run(run: str, out: str, *, command: str, modes: Collection[str]) -> tuple[Path, dict[str, Any]]:
+def _has_results(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()
+
+
+def _has_ended_well(folder: Path) -> bool:
+    """A federation's results are written before its models are registered, and it may be killed in between."""
+    outcome = folder / OUTCOME_FILE
+    return _has_results(folder) and outcome.exists() and read_json(outcome).get("exit_code") == EXIT_DONE
+
+
+def unfinished_run(
+    run: str,
+    out: str,
+    *,
+    command: str,
+    modes: Collection[str],
+    is_finished: Callable[[Path], bool] = _has_results,
+) -> tuple[Path, dict[str, Any]]:
     """The folder of an unfinished run and what its run.json says.
 
     run: an id or a path.  out: where ids are looked for.  modes: the kinds of runs that `command` goes on with.
-    Raises UserError.
+    is_finished: says of a folder whether nothing is left to do.  Raises UserError.
     """
     folders = [Path(run).expanduser(), Path(out).expanduser() / run]
     folder = next((folder.resolve() for folder in folders if (folder / RUN_FILE).is_file()), None)
@@ -30,7 +47,7 @@ def unfinished_run(run: str, out: str, *, command: str, modes: Collection[str]) 
         raise UserError(
             f"--resume {run}: that run is {about.get('mode')}, not {command}; use the command that began it."
         )
-    if (folder / "metrics.json").exists():
+    if is_finished(folder):
         raise UserError(f"--resume {run}: that run is finished; its results are in {folder / 'metrics.json'}.")
     return folder, about
 
@@ -40,7 +57,7 @@ def unfinished_federation(run: str, out: str, given: Settings | None) -> tuple[P
 
     given: those of a --config beside --resume, which must be the run's own.  Raises UserError, ConfigError.
     """
-    folder, _ = unfinished_run(run, out, command="federated", modes=("federated",))
+    folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=_has_ended_well)
     if not (folder / "checkpoints" / STATE_FILE).is_file():
         raise UserError(f"--resume {run}: that run was stopped before its first checkpoint; start a new one.")
     settings = config.load(folder / CONFIG_FILE)

@@ -78,6 +78,7 @@ def test_client_and_server_in_the_middle_of_a_round(faces, programs):
     client.signal(signal.SIGTERM)
     signalled = time.monotonic()
     _assert_stopped(server, signalled, "flower-server")
+    assert server.ended(1).err.endswith(f" Go on with: flower-server --resume {run_folder(programs.cwd)}\n")
     _assert_stopped(client, signalled, "flower-client")
     assert port_is_free(port)
     assert len(mlflow_status(programs.cwd)) == 2

@@ -21,7 +21,7 @@ from tiny_federation import ScriptedMailbox, client, enter_run, federation_over,
 from common import config, training_step
 from common.checkpoints import read_json, write_tensors
 from common.codec import encode
-from common.errors import DataError, UserError
+from common.errors import DataError, NotEnoughClients, UserError
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.faces.twin_batches import twin_batches
@@ -714,6 +714,36 @@ def test_what_is_done_about_odd_changes_changes_the_aggregate(tmp_path, strategy
             aggregate.outliers()
             aggregates.append(aggregate.mean().tobytes())
     assert aggregates[0] != aggregates[1]
+
+
+@proves("federation.round_attempts")
+def test_a_round_of_which_too_little_can_be_used_is_tried_so_often(tmp_path):
+    asked = {}
+    for attempts in (1, 2):
+        nodes = {1: client("alpha"), 2: client("bad", lambda task: reply_to(task, change=np.nan))}
+        mailbox = ScriptedMailbox(nodes)
+        federation = federation_over(
+            mailbox, settings_with(federation__round_attempts=attempts), tmp_path / str(attempts)
+        )
+        with pytest.raises(NotEnoughClients):
+            federation.run()
+        asked[attempts] = sum(node == 1 and task.kind == "train" for node, task in mailbox.tasks)
+    assert asked == {1: 1, 2: 2}
+
+
+@proves("federation.run_timeout_s")
+def test_a_run_may_take_so_long(faces, tmp_path):
+    outcomes = {}
+    for limit in (0.01, "off"):
+        folder = federate_in(
+            tmp_path / str(limit),
+            changed(BASE, federation__run_timeout_s=limit),
+            LocalMailbox([site_at(tmp_path / f"at-{limit}", "folder", faces)]),
+        )
+        outcomes[limit] = read_json(folder / "outcome.json")
+    assert outcomes["off"] == {"exit_code": 0, "line": ""}
+    assert outcomes[0.01]["exit_code"] == 1
+    assert outcomes[0.01]["line"].startswith("the run did not end within 0.01 s (federation.run_timeout_s)")
 
 
 @proves("federation.refusals_in_a_row")

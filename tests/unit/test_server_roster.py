@@ -75,7 +75,9 @@ def test_a_client_that_vanishes_is_waited_for_and_then_named_as_missing(tmp_path
     roster = roster_over(mailbox, settings_with(), tmp_path)
     roster.gather()
     del mailbox.nodes[2]
-    with pytest.raises(NotEnoughClients, match=r"1 of 2 clients joined .* \(here: alpha; missing: 1 more\)"):
+    with pytest.raises(
+        NotEnoughClients, match=r"1 of 2 clients joined .* \(here: alpha; missing: beta, which was here before\)"
+    ):
         roster.gather()
     mailbox.nodes[2] = client("beta")
     assert list(roster.gather()) == ["alpha", "beta"]
@@ -89,6 +91,19 @@ def test_a_client_that_was_restarted_takes_its_own_place_and_the_two_do_not_alte
     mailbox.nodes[9] = client("beta")
     assert [roster.gather()["beta"].node_id for _ in range(4)] == [9, 9, 9, 9]
     assert kinds_of(tmp_path).count("warning") == 1
+
+
+def test_a_client_with_a_key_that_was_set_aside_comes_back_as_the_same_node(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: client("gamma")})
+    roster = roster_over(mailbox, settings_with(federation__refusals_in_a_row=1), tmp_path)
+    members = roster.gather()
+    roster.judge(asked=members, answered=["alpha", "beta"])
+    assert list(roster.gather()) == ["alpha", "beta"]
+    del mailbox.nodes[3]
+    roster.gather()
+    mailbox.nodes[3] = client("gamma")
+    assert list(roster.gather()) == ["alpha", "beta", "gamma"]
+    assert [node for node, _ in mailbox.tasks].count(3) == 2
 
 
 def test_in_a_simulation_every_node_joins_before_the_first_round(tmp_path):

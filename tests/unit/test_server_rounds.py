@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from functools import partial
 
 import numpy as np
@@ -17,11 +18,12 @@ from tiny_federation import (
 )
 
 from common import wire
-from common.errors import CheckpointError, NotEnoughClients, UserError
+from common.errors import CheckpointError, DeadlinePassed, NotEnoughClients, UserError
 from common.events import EventReader
 from common.parameters import buffer_sha256
 from server.checkpointing import RunCheckpoints
 from server.global_model import GlobalModel
+from server.mailbox import Patience
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -275,6 +277,89 @@ def test_too_few_replies_end_the_run_with_names_and_the_last_whole_model(tmp_pat
     assert federation.checkpoints.load(1).tolist() == [0.5] * MANIFEST.size
     state = json.loads((tmp_path / "checkpoints" / "state.json").read_text())
     assert (state["round"], state["sha256"]) == (1, buffer_sha256(np.full(MANIFEST.size, 0.5, dtype=np.float32)))
+
+
+def test_a_round_with_too_few_replies_is_tried_again_from_the_same_model(tmp_path):
+    """beta fails twice in round 2; what alpha answered then is not mixed into the third attempt."""
+    seen = []
+
+    def failing_twice(task):
+        seen.append((task.kind, task.server_round))
+        return poisoned(task) if seen.count(("train", 2)) <= 2 else reply_to(task)
+
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta", failing_twice)})
+    federation = federation_over(mailbox, settings_with(), tmp_path)
+    outcome = federation.run()
+    assert outcome.sha256 == buffer_sha256(np.full(MANIFEST.size, 1.0, dtype=np.float32))
+    assert federation.record.num_refused == 2
+    assert federation.record.reasons(2) == {"beta": "the change holds nan in backbone.b"}
+    asked = [model[0] for (_, task), model in zip(mailbox.tasks, mailbox.models, strict=True) if task.server_round == 2]
+    assert asked == [0.5] * 6 + [1.0] * 2
+    warnings = [event["line"] for event in EventReader(tmp_path).new_events() if event["kind"] == "warning"]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("round 2: 1 of 2 clients gave a usable reply")
+    assert outcome.history.at(2).metrics["bytes_down"] == 6 * 4 * MANIFEST.size  # the repeated ones are traffic too
+
+
+@pytest.mark.parametrize(("attempts", "ends"), [(1, True), (2, True), (3, False)])
+def test_a_round_is_tried_so_often_and_no_more(tmp_path, attempts, ends):
+    seen = []
+
+    def failing_twice(task):
+        seen.append(1)
+        return poisoned(dataclasses.replace(task, server_round=2)) if len(seen) <= 2 else reply_to(task)
+
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta", failing_twice)})
+    federation = federation_over(mailbox, settings_with(federation__round_attempts=attempts), tmp_path)
+    if ends:
+        with pytest.raises(NotEnoughClients, match="round 1: 1 of 2 clients gave a usable reply"):
+            federation.run()
+    else:
+        assert federation.run().last_round == 2
+
+
+def test_a_client_that_goes_in_a_round_is_waited_for_and_the_round_repeated(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha")})
+    gone = []
+
+    def dying(task):
+        if task.server_round == 2 and task.kind == "train" and not gone:
+            gone.append(mailbox.nodes.pop(2))
+            threading.Timer(0.5, lambda: mailbox.nodes.update({9: client("beta")})).start()
+            return None
+        return reply_to(task)
+
+    mailbox.nodes[2] = client("beta", dying)
+    settings = settings_with(federation__join_timeout_s=30.0, federation__round_timeout_s=30.0)
+    outcome = federation_over(mailbox, settings, tmp_path).run()
+    assert outcome.sha256 == buffer_sha256(np.full(MANIFEST.size, 1.0, dtype=np.float32))
+
+
+def test_a_client_that_does_not_come_back_is_named_and_the_last_whole_model_is_on_disk(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha")})
+
+    def leaving(task):
+        if task.server_round == 2:
+            del mailbox.nodes[2]
+            return None
+        return reply_to(task)
+
+    mailbox.nodes[2] = client("beta", leaving)
+    federation = federation_over(mailbox, settings_with(), tmp_path)
+    with pytest.raises(NotEnoughClients, match=r"1 of 2 clients joined .*missing: beta, which was here before"):
+        federation.run()
+    assert json.loads((tmp_path / "checkpoints" / "state.json").read_text())["round"] == 1
+
+
+def test_a_run_that_takes_too_long_ends_with_the_last_whole_model(tmp_path):
+    mailbox = ScriptedMailbox(
+        {1: client("alpha"), 2: client("beta", lambda t: reply_to(t) if t.server_round < 2 else None)}
+    )
+    federation = federation_over(mailbox, settings_with(federation__round_timeout_s=60.0), tmp_path)
+    federation.patience = federation.roster._patience = Patience(lambda: False, run_timeout_s=1.0)
+    with pytest.raises(DeadlinePassed, match=r"within 1 s \(federation.run_timeout_s\)"):
+        federation.run()
+    assert json.loads((tmp_path / "checkpoints" / "state.json").read_text())["round"] == 1
 
 
 def test_too_few_at_the_last_evaluation_names_the_model_that_is_there(tmp_path):
@@ -591,7 +676,7 @@ def test_krum_with_too_few_clients_is_refused_before_the_first_round(tmp_path, s
 
 def test_krum_that_loses_too_many_replies_ends_with_the_last_model(tmp_path):
     nodes = {n: client(f"c{n}") for n in range(1, 5)} | {5: client("c5", lambda task: reply_to(task, change=np.nan))}
-    with pytest.raises(NotEnoughClients, match="needs 5 usable replies, and 4 are here"):
+    with pytest.raises(NotEnoughClients, match="round 1: 4 of 5 clients gave a usable reply, 5 are needed"):
         run(tmp_path, nodes, federation__strategy="krum")
     assert not (tmp_path / "replies").exists()
 
