@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from server.checkpointing import RunCheckpoints
 from server.global_model import GlobalModel
 from server.history import History
 from server.mailbox import GridMailbox, Mailbox, Patience
+from server.nodes import NODES_FILE, read_nodes
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
 from server.record import Record
@@ -149,6 +151,7 @@ def _federate(
             events=events,
             patience=patience,
             all_nodes_are_here=surroundings.all_nodes_are_here,
+            keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
         ),
         patience=patience,
         checkpoints=RunCheckpoints(surroundings.run_folder / "checkpoints", manifest),

@@ -13,6 +13,7 @@ from common.settings import FederationSettings
 from common.wire import Site, Task
 from server.guard import read_site
 from server.mailbox import Mailbox, Patience
+from server.nodes import check_name
 from server.scores import MOST_TOLD_APART
 
 SAY_WAITING_EVERY_S = 10.0
@@ -38,11 +39,15 @@ class Roster:
         events: EventLog,
         patience: Patience,
         all_nodes_are_here: Callable[[], bool],
+        keys: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
-        """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation)."""
+        """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation).
+
+        keys: the names of the registered keys by node, where nodes have keys.
+        """
         self._mailbox, self._federation, self._task = mailbox, federation, task
         self._events, self._patience = events, patience
-        self._all_nodes_are_here = all_nodes_are_here
+        self._all_nodes_are_here, self._keys = all_nodes_are_here, keys
         self._asked: dict[int, str] = {}  # node -> message id, no answer yet
         self._refused: dict[int, str] = {}  # node -> reason; these are not asked again while they are connected
         self._left: set[int] = set()  # of those refused, who has been away since
@@ -160,6 +165,7 @@ class Roster:
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
             site = read_site(reply)
+            check_name(site.name, node_id, self._keys())
         except ReplyRefused as error:
             self._refused[node_id] = str(error)
             self._events.emit("refused", client="", reason=str(error))

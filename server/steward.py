@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +31,7 @@ from common.certs import CertificateError, read_public_key
 from common.console import set_up_logging
 from common.processes import child_environment, start, write_new
 from common.runtime import go_silent
+from server.nodes import NODES_FILE, write_nodes
 from server.superlink import ADMITTED, RUN_ID, SECRET, TOKEN
 
 LOOK_EVERY_S = 0.2
@@ -50,6 +53,8 @@ class Register:
     node_ids: dict[bytes, int] = field(default_factory=dict)  # by key
     names: dict[bytes, str] = field(default_factory=dict)
     complained: set[str] = field(default_factory=set)
+    told: Callable[[Mapping[int, str]], object] = dict  # is told the keys' names by node, when they change
+    _last_told: dict[int, str] = field(default_factory=dict)
 
     def open(self) -> None:
         """Begin with those whom the SuperLink's database knows from before."""
@@ -67,6 +72,10 @@ class Register:
             self.names[key] = name
             if key not in self.node_ids:
                 self._admit(key, name)
+        names = {node: self.names[key] for key, node in self.node_ids.items()}
+        if names != self._last_told:
+            self.told(names)
+            self._last_told = names
 
     def _wanted(self) -> dict[bytes, str]:
         found = {}
@@ -101,7 +110,8 @@ class Steward:
             master_secret=(folder / SECRET).read_bytes(), protected_methods=frozenset({ACQUIRE_TASK})
         )
         self._runtime = self._connect(RuntimeHttpClient, guard)
-        self._register = Register(self._control, keys) if keys else None
+        told = partial(write_nodes, folder.parent / NODES_FILE)
+        self._register = Register(self._control, keys, told=told) if keys else None
         self._apps: list[tuple[subprocess.Popen[bytes], Path]] = []
 
     def _connect(self, kind: type[AnyClient], *more: ProtobufClientInterceptor) -> AnyClient:

@@ -35,6 +35,7 @@ from clients.handshake import examine
 from common.certs import read_client_folder
 from common.errors import UserError
 from server.front_door import find_nginx
+from server.nodes import NODES_FILE, read_nodes
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e
@@ -301,6 +302,8 @@ def test_the_run_goes_on_meanwhile_and_ends_well(federation):
     assert set(re.findall(r"^joined: (\w+)", ended.out, re.MULTILINE)) == {"guest", "celeba", "vggface2"}
     assert "round 2 of 2: 2 clients" in ended.out
     assert state_of(run_folder(federation.cwd))["round"] == 2
+    # Whom a node is, so that nobody joins under the name of another's key; the guest's was revoked.
+    assert sorted(read_nodes(run_folder(federation.cwd) / NODES_FILE).values()) == ["celeba", "vggface2"]
     assert [site.ended(120).code for site in sites] == [0, 0]
     federation.server.assert_nothing_left()
     assert port_is_free(federation.port)

@@ -9,6 +9,7 @@ import pytest
 
 from common.certs import read_public_key
 from server import steward as steward_module
+from server.nodes import read_nodes, write_nodes
 from server.steward import Register, Steward
 from server.superlink import RUN_ID, write_secret
 from simulation import new_certs
@@ -68,6 +69,17 @@ def test_keys_are_admitted_and_turned_out_as_their_files_come_and_go(tls):
     kept.look()
     assert superlink.accepted() == ["vggface2", "north"]
     assert len(superlink.nodes) == 3
+
+
+def test_whose_a_node_is_stands_in_a_file_as_long_as_its_key_is_accepted(tls, tmp_path):
+    superlink = Superlink()
+    kept = register(superlink, tls)
+    kept.told = lambda names: write_nodes(tmp_path / "nodes.json", names)
+    kept.look()
+    assert read_nodes(tmp_path / "nodes.json") == {1: "celeba", 2: "vggface2"}
+    new_certs.revoke_client(tls, "celeba")
+    kept.look()
+    assert read_nodes(tmp_path / "nodes.json") == {2: "vggface2"}
 
 
 def test_a_file_that_is_no_key_keeps_nobody_from_being_turned_out(tls, caplog):

@@ -106,6 +106,16 @@ def test_a_client_with_a_key_that_was_set_aside_comes_back_as_the_same_node(tmp_
     assert [node for node, _ in mailbox.tasks].count(3) == 2
 
 
+def test_nobody_takes_the_name_of_anothers_key(tmp_path):
+    """Names without a key of that name are free: a site may call itself after its data set."""
+    mailbox = ScriptedMailbox({1: client("beta"), 2: client("free"), 3: client("beta"), 4: client("alpha")})
+    roster = roster_over(mailbox, settings_with(federation__min_clients=3), tmp_path)
+    roster._keys = lambda: {1: "alpha", 2: "gamma", 3: "beta", 4: "alpha"}
+    assert {name: member.node_id for name, member in roster.gather().items()} == {"alpha": 4, "beta": 3, "free": 2}
+    refused = [event["reason"] for event in EventReader(tmp_path).new_events() if event["kind"] == "refused"]
+    assert refused == ["a client claims the name 'beta', which is that of another client's key"]
+
+
 def test_in_a_simulation_every_node_joins_before_the_first_round(tmp_path):
     """Otherwise the members of round 1, and with them the bits of the model, would depend on who was quick."""
     slow = []
