@@ -1,7 +1,6 @@
 """One site's answers: a message's content in, a reply's content out. A site that fails answers with one line."""
 
 import logging
-import re
 import time
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from clients.egress import record_egress
+from clients.egress import LEDGER, RECEIPT, RUN_ID, Asked, record_egress, record_receipt
 from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
 from clients.own_record import keep_round
 from clients.site import SiteSettings
@@ -22,9 +21,6 @@ from common.settings import Settings
 from common.wire import Task
 
 log = logging.getLogger("facefed.client")
-
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here
-NO_TASK = Task(kind="unknown", run_id="unknown", server_round=0, settings="")  # a message that is none of ours
 
 # One per process: a trainer or a Ray actor answers many messages; the pack and the model's memory serve all of them.
 _workplaces: dict[tuple[str, str, str], Workplace] = {}
@@ -56,6 +52,8 @@ def _check(task: Task) -> None:
     unknown = [split for split in task.splits.split() if split not in SPLITS]
     if unknown:
         raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
+    if task.received and not RECEIPT.fullmatch(task.received):
+        raise ReplyRefused("the server's receipt of the last reply is malformed; use equal versions of FaceFed.")
 
 
 def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
@@ -87,17 +85,18 @@ def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
     Either is in the egress ledger before this returns.
     """
     began = time.perf_counter()
-    task = NO_TASK
-    ledger = site.state_dir / "egress"
+    request: Task | Asked = Asked()  # a message that is none of ours
+    ledger = site.state_dir / LEDGER
     try:
-        given, shared = wire.read_task(content)
-        _check(given)
-        task = given
+        task, shared = wire.read_task(content)
+        _check(task)
+        request = task
+        record_receipt(ledger, site.name, task, task.received)
         reply = _answer(site, task, shared, began)
     except FaceFedError as error:
         log.warning("%s%s: %s", SHOWN, site.name, error)
         reason = f"{site.name}: {_public_reason(error)}"
-        record_egress(ledger, site.name, task, reason)
+        record_egress(ledger, site.name, request, reason)
         return reason
     record_egress(ledger, site.name, task, reply)
     if task.last and site.share is None:

@@ -1,48 +1,99 @@
-"""The egress ledger: one JSON line for each reply, naming everything that left this site and its SHA-256."""
+"""The egress ledger: one JSON line for each reply, naming everything that leaves this site and its SHA-256.
 
-import hashlib
-import json
-import os
+Between these stand the server's receipts: with each task it says what it received last, so that the site can compare
+(`facefed egress report`).  This file imports neither torch nor Flower: whoever speaks for the site writes here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import RecordDict
+from common.ledger import append_line, digest_of, parts_of
 
-from common.wire import Task, describe
+if TYPE_CHECKING:
+    from common.wire import Task
+
+LEDGER = "egress"  # the folder, in a site's state folder
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here
+RECEIPT = re.compile(r"(join|train|evaluate) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})")  # as server/receipts.py writes it
+# Leaves where the ledger cannot be written: always these words, and nothing of this site.
+UNRECORDED = "this site cannot write its egress ledger, so it does not answer; the client's own output says why."
 
 
-def ledger_line(client: str, task: Task, content: RecordDict | str) -> str:
-    """What leaves with this content: time, run, round, and name, shape, dtype, bytes and SHA-256 of each part.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a line tells of the message that it answers; as far as that could be read, where it is no `Task` of ours."""
 
-    content: a reply, or the reason of a client that could not answer, which leaves too.
-    """
-    rows: list[dict[str, Any]]
-    if isinstance(content, str):
-        rows = [{"name": "error.reason", "shape": [], "dtype": "str", "data": content.encode(), "text": content}]
-    else:
-        rows = describe(content)
-    parts = [
-        {key: value for key, value in row.items() if key != "data"}
-        | {"num_bytes": len(row["data"]), "sha256": hashlib.sha256(row["data"]).hexdigest()}
-        for row in rows
-    ]
+    kind: str = "unknown"
+    run_id: str = "unknown"
+    server_round: int = 0
+
+
+def asked_by(content: Mapping[str, Mapping[str, Any]]) -> Asked:
+    """What a message asks, for its line in the ledger; `Asked()` for a message that is none of ours."""
+    task = content.get("task", {})
+    kind, run_id, server_round = task.get("kind"), task.get("run_id"), task.get("server_round")
+    if not (isinstance(kind, str) and isinstance(run_id, str) and isinstance(server_round, int)):
+        return Asked()
+    if not RUN_ID.fullmatch(run_id):
+        return Asked()
+    return Asked(kind=kind[:20], run_id=run_id, server_round=server_round)
+
+
+def _append(
+    folder: Path, kind: str, client: str, request: "Task | Asked", more: Mapping[str, Any], *, synced: bool
+) -> None:
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": kind,
         "client": client,
-        "run": task.run_id,
-        "round": task.server_round,
-        "answer_to": task.kind,
+        "run": request.run_id,
+        **more,
+    }
+    append_line(folder / f"{request.run_id}.jsonl", record, synced=synced)
+
+
+def record_egress(
+    folder: Path, client: str, request: "Task | Asked", content: Mapping[str, Mapping[str, Any]] | str
+) -> None:
+    """Append what leaves with this content to `folder`/<run>.jsonl and sync it, before it leaves.
+
+    content: a reply, or the reason of a client that could not answer, which leaves too.  Raises OSError.
+    """
+    parts = parts_of(content)
+    more = {
+        "round": request.server_round,
+        "answer_to": request.kind,
         "num_bytes": sum(part["num_bytes"] for part in parts),
+        "sha256": digest_of(parts),
         "parts": parts,
     }
-    return json.dumps(record)
+    _append(folder, "sent", client, request, more, synced=True)
 
 
-def record_egress(folder: Path, client: str, task: Task, content: RecordDict | str) -> None:
-    """Append the line to `folder`/<run>.jsonl and sync it, before the reply leaves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{task.run_id}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(ledger_line(client, task, content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: str) -> None:
+    """Append what the server says it received; the reply to this request, which follows, brings it to the disk.
+
+    receipt: as RECEIPT.  Raises OSError.
+    """
+    found = RECEIPT.fullmatch(receipt)
+    if found is None:
+        return
+    answer_to, server_round, num_bytes, sha256 = found.groups()
+    more = {"round": int(server_round), "answer_to": answer_to, "num_bytes": int(num_bytes), "sha256": sha256}
+    _append(folder, "received", client, request, more, synced=False)
+
+
+def refusal(folder: Path, client: str, content: Mapping[str, Mapping[str, Any]], reason: str) -> str:
+    """The one line to answer with where no answer came about, which is in the ledger by then.
+
+    content: the message's.  Where the ledger cannot be written, it is UNRECORDED instead of the reason.
+    """
+    try:
+        record_egress(folder, client, asked_by(content), reason)
+    except OSError:
+        return UNRECORDED
+    return reason

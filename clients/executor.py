@@ -23,6 +23,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from clients.egress import refusal
 from clients.handover import CLIENT_FAILED, KEY, TrainerGone, hand_over
 from clients.pace import Pace
 
@@ -35,9 +36,12 @@ log = logging.getLogger("facefed.client")
 class Executor:
     """Answers one message after the other, for as long as its SuperNode lives."""
 
-    def __init__(self, meeting: Path, *, name: str, port: int, pace: Pace) -> None:
-        """meeting: the folder where the trainer is met.  name: the site's.  port: of the SuperNode's own API."""
-        self._meeting, self._name, self._pace = meeting, name, pace
+    def __init__(self, meeting: Path, *, name: str, port: int, pace: Pace, ledger: Path) -> None:
+        """meeting: the folder where the trainer is met.  name: the site's.  port: of the SuperNode's own API.
+
+        ledger: the folder of the egress ledger, for what is said here in the trainer's place.
+        """
+        self._meeting, self._name, self._pace, self._ledger = meeting, name, pace, ledger
         self._address = f"127.0.0.1:{port}"
         self._secret = (meeting / KEY).read_bytes()
 
@@ -82,7 +86,7 @@ class Executor:
         try:
             answer = hand_over(self._meeting, message.content)
         except TrainerGone as gone:
-            answer = f"{self._name}: {gone}"
+            answer = refusal(self._ledger, self._name, message.content, f"{self._name}: {gone}")
         if isinstance(answer, str):
             return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
         return Message(answer, reply_to=message)

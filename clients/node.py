@@ -3,7 +3,7 @@
     flower-client --starts--> this process --hands each message over--> the resident trainer (clients/trainer.py)
 
 Started as `python -m clients.node MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of the site's
-last connection, and the arguments are flower-supernode's.
+last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from clients.egress import LEDGER
 from clients.handover import KEY
 from clients.pace import Pace
 from common.runtime import go_silent
@@ -89,7 +90,7 @@ def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) 
 
     pace = Pace()
     quicken(pace)
-    executor = Executor(meeting, name=name, port=port, pace=pace)
+    executor = Executor(meeting, name=name, port=port, pace=pace, ledger=last.parent / LEDGER)
     threading.Thread(target=executor.serve, name="executor", daemon=True).start()
     sys.argv = ["flower-supernode", *own_arguments(meeting, port), *arguments]
     flower_supernode()

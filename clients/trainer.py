@@ -20,6 +20,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
+from clients.egress import LEDGER, refusal
 from clients.handover import KEY, SITE, SOCKET, receive_content, send_content
 from clients.site import SiteSettings
 from common.events import SHOWN
@@ -70,7 +71,8 @@ def _answered(site: SiteSettings, content: RecordDict, answer: Answer) -> Record
         return answer(site, content)
     except Exception as error:
         log.exception("%s%s: the trainer failed, see trainer.log", SHOWN, site.name)
-        return f"{site.name}: its trainer failed ({type(error).__name__}); the client's own output says why."
+        reason = f"{site.name}: its trainer failed ({type(error).__name__}); the client's own output says why."
+        return refusal(site.state_dir / LEDGER, site.name, content, reason)
 
 
 def serve_one(connection: Connection, site: SiteSettings, answer: Answer) -> None:

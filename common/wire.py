@@ -11,7 +11,6 @@ two names of ours.  The header is checked before the bytes are looked at, and th
 """
 
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Mapping
@@ -69,6 +68,7 @@ class Task:
     compiled: bool = False
     threads: int = 1
     last: bool = False  # nothing follows: the run is over
+    received: str = ""  # what came of this client last, for its egress ledger; see server/receipts.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,18 +297,3 @@ def read_reply(message: Message, splits: str) -> Reply:
 def error_message(reason: str, request: Message) -> Message:
     """A client's refusal or failure, as one line."""
     return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=request)
-
-
-def describe(content: RecordDict) -> list[dict[str, Any]]:
-    """Every array and number of a message's content, for the egress ledger: name, shape, dtype, bytes, data."""
-    rows: list[dict[str, Any]] = []
-    for record_name, record in content.items():
-        for key, value in record.items():
-            name = f"{record_name}.{key}"
-            if isinstance(value, Array):
-                rows.append({"name": name, "shape": list(value.shape), "dtype": value.dtype, "data": value.data})
-            else:
-                rows.append(
-                    {"name": name, "shape": [], "dtype": type(value).__name__, "data": json.dumps(value).encode()}
-                )
-    return rows

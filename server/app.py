@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from server.mailbox import GridMailbox, Mailbox, Patience
 from server.nodes import NODES_FILE, read_nodes
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
+from server.receipts import ReceiptMailbox
 from server.record import Record
 from server.resume import resume
 from server.roster import Roster
@@ -113,7 +115,8 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     status, exit_code, line = "FAILED", EXIT_FAILED, ""
     try:
         tracked = begin_tracking(settings, folder, surroundings.git_commit, federated_kind(settings))
-        summary = _federate(settings, mailbox, surroundings, tracked, events)
+        with closing(ReceiptMailbox(mailbox, folder, folder.name)) as kept:
+            summary = _federate(settings, kept, surroundings, tracked, events)
         events.emit("finished", **summary)
         status, exit_code = "FINISHED", EXIT_DONE
     except FaceFedError as error:

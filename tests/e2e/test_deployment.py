@@ -45,7 +45,7 @@ class Federation:
         """What left that client in the newest run."""
         folder = self.programs.cwd / ".facefed" / "clients" / name / "egress"
         lines = (folder / f"{run_folder(self.programs.cwd).name}.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return [line for line in map(json.loads, lines) if line["kind"] == "sent"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
 from tiny_federation import settings_with, site_settings, task_for, tiny_pack, tiny_workplace
 
 import clients.answer
@@ -15,6 +16,7 @@ from clients.answer import handle
 from clients.egress import record_egress
 from common import wire
 from common.codec import encode
+from common.ledger import append_line, digest_of, parts_of, read_lines
 from common.parameters import flatten
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -84,6 +86,44 @@ def test_nothing_is_answered_that_could_not_be_written_down(at_a_site, monkeypat
     monkeypatch.setattr(clients.answer, "record_egress", full)
     with pytest.raises(OSError, match="no space"):
         send()
+
+
+def test_the_digest_of_a_line_is_that_of_what_arrives(at_a_site):
+    """Through Flower's own serialisation, where a number of NumPy's becomes a plain one and a tuple a list."""
+    send, ledger = at_a_site
+    arrived = message_from_proto(message_to_proto(send()))
+    assert digest_of(parts_of(arrived.content)) == ledger()[0]["sha256"]
+    content = RecordDict({"sums": MetricRecord({"x": np.float64(0.1), "y": [1.5, 2.5]})})
+    content["task"] = ConfigRecord({"yes": True, "raw": b"\xff", "many": [b"\xff", b""], "text": "Zoë ✓"})
+    there = Message(content, 7, "train")
+    assert parts_of(message_from_proto(message_to_proto(there)).content) == parts_of(content)
+
+
+def test_what_the_server_received_stands_before_the_reply_to_the_task_that_says_so(at_a_site):
+    send, ledger = at_a_site
+    send(kind="join", received="")
+    told = f"join 0 123 {'ab' * 32}"
+    send(received=told)
+    assert [line["kind"] for line in ledger()] == ["sent", "received", "sent"]
+    receipt = ledger()[1]
+    assert (receipt["answer_to"], receipt["round"], receipt["num_bytes"]) == ("join", 0, 123)
+    assert receipt["sha256"] == "ab" * 32
+
+
+@pytest.mark.parametrize("received", ["yes", "join 0 1 " + "ab" * 31, "upload 0 1 " + "ab" * 32, "x" * 1000])
+def test_a_receipt_that_no_server_of_ours_writes_is_refused(at_a_site, received):
+    send, ledger = at_a_site
+    assert "receipt of the last reply is malformed" in send(received=received).error.reason
+    assert [line["kind"] for line in ledger("unknown")] == ["sent"]
+
+
+def test_a_line_that_was_cut_spoils_no_other(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    append_line(path, {"n": 1}, synced=True)
+    with path.open("ab") as file:
+        file.write(b'{"n": 2')  # the power went
+    append_line(path, {"n": 3}, synced=False)
+    assert [(line.number, line.record) for line in read_lines(path)] == [(1, {"n": 1}), (2, None), (3, {"n": 3})]
 
 
 def test_lines_are_added_and_none_is_replaced(tmp_path):

@@ -1,17 +1,19 @@
 """The executor in the place of Flower's, and the pace of the SuperNode's loop."""
 
 import inspect
+import json
 import re
 import threading
 import time
 
 import httpx
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SubStatus
 from tiny_federation import site_settings
 
 from clients import executor, node
+from clients.egress import UNRECORDED
 from clients.executor import Executor
 from clients.handover import CLIENT_FAILED, KEY, TrainerGone
 from clients.pace import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
@@ -68,7 +70,7 @@ def executed(tmp_path, monkeypatch):
         monkeypatch.setattr(executor, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
         monkeypatch.setattr(executor, "hand_over", hand_over)
         monkeypatch.setattr(executor, "LOOK_EVERY_S", 0.01)
-        serving = Executor(tmp_path, name="alpha", port=1, pace=Pace())
+        serving = Executor(tmp_path, name="alpha", port=1, pace=Pace(), ledger=tmp_path / "egress")
         threading.Thread(target=serving.serve, daemon=True).start()
         assert stand_in.over.wait(60)
         return stand_in
@@ -96,6 +98,28 @@ def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer
     (reply,) = stand_in.replies
     assert (reply.error.code, reply.error.reason) == (CLIENT_FAILED, said)
     assert stand_in.outputs == [("context", SubStatus.COMPLETED, "")]
+
+
+def test_what_is_said_in_the_trainers_place_is_in_the_ledger_first(executed, tmp_path):
+    def gone(_folder, _content):
+        raise TrainerGone("it went")
+
+    task = {"kind": "train", "run_id": "run-1", "server_round": 3}
+    request = Message(RecordDict({"task": ConfigRecord(task)}), 5, "train")
+    (reply,) = executed(["token"], gone, lambda _: (request, "context", None, None)).replies
+    line = json.loads((tmp_path / "egress" / "run-1.jsonl").read_text())
+    assert (line["client"], line["answer_to"], line["round"]) == ("alpha", "train", 3)
+    assert [part["text"] for part in line["parts"]] == [reply.error.reason] == ["alpha: it went"]
+
+
+def test_where_nothing_can_be_written_down_fixed_words_leave(executed, tmp_path):
+    (tmp_path / "egress").write_text("a file where the ledger's folder belongs")
+
+    def gone(_folder, _content):
+        raise TrainerGone("a word about this site")
+
+    (reply,) = executed(["token"], gone).replies
+    assert reply.error.reason == UNRECORDED
 
 
 def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(executed):

@@ -105,6 +105,8 @@ def test_what_fails_costs_one_reply_and_the_next_is_answered(serving, caplog):
     line = hand_over(folder, content_of())
     assert line == "alpha: its trainer failed (ValueError); the client's own output says why."
     assert "facefed: alpha: the trainer failed" in caplog.text
+    (row,) = (folder / "alpha" / "egress" / "unknown.jsonl").read_text().splitlines()
+    assert [part["text"] for part in json.loads(row)["parts"]] == [line]
     assert isinstance(hand_over(folder, content_of()), RecordDict)
 
 

@@ -1,6 +1,7 @@
 """What crosses the wire: nothing is lost on the way, and whatever else comes is refused in one line."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from common import wire
 from common.codec import decode, encode, num_bytes
 from common.errors import ReplyRefused
+from common.ledger import parts_of
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
@@ -352,12 +354,12 @@ def test_a_model_and_a_change_travel_in_each_codec(codec):
 def test_a_reply_is_at_most_three_arrays_and_holds_what_the_ledger_says():
     content = wire.reply_content(reply())
     assert len(content["arrays"]) == 3
-    rows = {row["name"]: row for row in wire.describe(content)}
-    assert rows["arrays.change"]["shape"] == [7]
-    assert rows["arrays.change"]["data"] == SHARED.tobytes()
-    assert rows["arrays.change"]["dtype"] == "float32"
-    assert rows["arrays.val-counts"]["dtype"] == "uint16"
-    assert len(rows["arrays.val-counts"]["data"]) == 2 * rows["arrays.val-counts"]["shape"][0]
-    assert rows["sums.num-examples"] == {"name": "sums.num-examples", "shape": [], "dtype": "int", "data": b"50"}
+    parts = {part["name"]: part for part in parts_of(content)}
+    assert parts["arrays.change"]["shape"] == [7]
+    assert parts["arrays.change"]["sha256"] == hashlib.sha256(SHARED.tobytes()).hexdigest()
+    assert parts["arrays.change"]["dtype"] == "float32"
+    assert parts["arrays.val-counts"]["dtype"] == "uint16"
+    assert parts["arrays.val-counts"]["num_bytes"] == 2 * parts["arrays.val-counts"]["shape"][0]
+    assert parts["sums.num-examples"]["sha256"] == hashlib.sha256(b"50").hexdigest()
     total = sum(len(record) for record in content.values())
-    assert len(rows) == total, "every value of every record is named"
+    assert len(parts) == total, "every value of every record is named"
