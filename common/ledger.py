@@ -14,6 +14,7 @@ from typing import Any
 
 Part = dict[str, Any]  # name, shape, dtype, num_bytes, sha256
 PART_FIELDS = ("name", "shape", "dtype", "num_bytes", "sha256")
+RECEIVED_FILE = "received.jsonl"  # the server's record, in the run's folder
 REASON = "error.reason"  # the one part of an error reply
 
 
@@ -35,6 +36,8 @@ def parts_of(content: Mapping[str, Mapping[str, Any]] | str) -> list[Part]:
         return [_part(REASON, (), "str", content.encode()) | {"text": content}]
     parts = []
     for record, values in content.items():
+        if not values:
+            parts.append(_part(record, (), "nothing", b""))  # its name leaves
         for key, value in values.items():
             if hasattr(value, "stype"):  # Flower's Array
                 parts.append(_part(f"{record}.{key}", value.shape, value.dtype, value.data))

@@ -15,12 +15,10 @@ from typing import Any
 
 from flwr.app import Message
 
-from common.ledger import append_line, digest_of, parts_of
+from common.ledger import RECEIVED_FILE, append_line, digest_of, parts_of
 from common.settings import CLIENT_NAME
 from common.wire import CLIENT_FAILED, SITE, TASK
 from server.mailbox import Mailbox
-
-RECEIVED_FILE = "received.jsonl"  # in the run's folder
 
 log = logging.getLogger("facefed.server")
 

@@ -16,6 +16,7 @@ from common.settings import STRATEGIES, Settings
 from simulation.attention_cli import add_attention_parser, attention
 from simulation.certs_cli import ACTIONS as CERTS_ACTIONS
 from simulation.certs_cli import add_certs_parser, certs
+from simulation.egress_cli import add_egress_parser, egress
 from simulation.tracking_cli import ACTIONS as TRACKING_ACTIONS
 from simulation.tracking_cli import add_tracking_parser
 
@@ -186,6 +187,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     add_attention_parser(commands)
     add_tracking_parser(commands)
     add_certs_parser(commands)
+    add_egress_parser(commands)
     return parser
 
 
@@ -323,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: attention(arguments),
+        ("egress", "report"): lambda: egress(arguments),
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }

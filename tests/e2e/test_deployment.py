@@ -90,6 +90,18 @@ def test_separate_processes_give_the_simulations_model(simulated, federation):
         for line in ledger[1:3]:
             [change] = [part for part in line["parts"] if part["num_bytes"] == _model_bytes(run)]
             assert change["dtype"] == "float32"
+    _assert_reports(federation.programs, run)
+
+
+def _assert_reports(programs, run):
+    """Each site sees in its ledger that the server received what left; the last reply is in the server's record."""
+    for arguments, counted in (
+        ((), "5 replies, 4 equal, 1 not confirmed"), (("--server-run", run), "5 replies, 5 equal")
+    ):  # fmt: skip
+        ended = programs.run("facefed", "egress", "report", "--run", run.name, *arguments)
+        assert (ended.code, ended.err) == (0, ""), ended
+        totals = re.findall(r"^total: (5 replies), [\d,]+ bytes; (.*)$", ended.out, re.MULTILINE)
+        assert [", ".join(found) for found in totals] == [counted] * 2
 
 
 def test_the_next_server_on_the_same_port_finds_the_client_again(faces, federation, programs):
