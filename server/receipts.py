@@ -53,7 +53,8 @@ class ReceiptMailbox:
         self.settle()
         messages, tasks = list(messages), []
         for message in messages:
-            task, node = message.content[TASK], message.metadata.dst_node_id
+            task: Any = message.content[TASK]
+            node = message.metadata.dst_node_id
             task["received"] = self._receipts.get(node, "")
             tasks.append(Sent(node_id=node, kind=str(task["kind"]), server_round=int(task["server_round"])))
         ids = self._mailbox.send(messages)
