@@ -100,11 +100,14 @@ class Superlink:
                 text=True,
                 timeout=ANSWER_WITHIN_S,
                 check=False,
+                process_group=0,  # Ctrl-C in a terminal is for us; it must not cut this short
             )
         except subprocess.TimeoutExpired:
             raise FaceFedError(f"flwr {arguments[0]} did not end within {ANSWER_WITHIN_S:g} s.") from None
         try:
             answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError:
-            raise FaceFedError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-400:]}") from None
+            raise FaceFedError(
+                f"flwr {arguments[0]} failed: {' '.join((done.stderr or done.stdout).split())[-400:]}"
+            ) from None
         return answer

@@ -1,13 +1,16 @@
 """What `flower-server` refuses at the door, before anything is started."""
 
+import os
 import socket
+import sys
 
 import pytest
 
 import server.cli
 from common.certs import ServerFiles
+from common.errors import FaceFedError
 from server.launch import Launch, ServerOptions
-from server.superlink import forget_secrets, write_secret
+from server.superlink import Superlink, forget_secrets, write_secret
 
 
 @pytest.fixture
@@ -130,3 +133,28 @@ def test_secrets_are_this_users_and_go_with_the_superlink(tmp_path):
     (tmp_path / "task-7.token").write_text("token")
     forget_secrets(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def flwr(tmp_path, monkeypatch):
+    """A stand-in for Flower's command line; returns the function that writes its text."""
+
+    def write(text):
+        program = tmp_path / "bin" / "flwr"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!{sys.executable} -I\nimport os, sys\n{text}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("server.superlink.child_environment", lambda _home: {"PATH": str(program.parent)})
+        return Superlink(host="127.0.0.1", port=1, home=tmp_path)
+
+    return write
+
+
+def test_ctrl_c_in_a_terminal_does_not_cut_flowers_command_line_short(flwr):
+    answer = flwr("""print('{"group": %d}' % os.getpgrp())""").flwr("ls")
+    assert answer["group"] != os.getpgrp()
+
+
+def test_a_failure_of_flowers_command_line_is_one_line(flwr):
+    with pytest.raises(FaceFedError, match=r"^flwr ls failed: two lines$"):
+        flwr("sys.exit('two\\nlines')").flwr("ls")
