@@ -16,6 +16,7 @@ else is limited.  Three ways to fail:
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -70,7 +71,8 @@ class _Connection:
 
     def _reset(self) -> None:
         for writer in self._writers:
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
+            with contextlib.suppress(OSError):  # it was reset from the other side, and is closed already
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
             writer.transport.abort()
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
