@@ -5,6 +5,7 @@ Kept by run and round (the previous, the latest and the best round's), so that a
 round started.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from common.checkpoints import read_tensors, write_tensors
+from common.checkpoints import read_sealed, write_sealed
 from common.errors import CheckpointError
+from common.events import SHOWN
+
+log = logging.getLogger("facefed.client")
 
 MODEL, OPTIMISER = "model/", "optimiser/"
 RESIDUE = "residue"
@@ -55,7 +59,7 @@ def save_private(
     tensors |= {OPTIMISER + name: value for name, value in _slots(module, optimiser, names).items()}
     if residue is not None:
         tensors[RESIDUE] = torch.from_numpy(residue)
-    write_tensors(_round_file(folder, server_round), tensors, {"server_round": str(server_round)})
+    write_sealed(_round_file(folder, server_round), tensors, {"server_round": str(server_round)})
 
 
 def load_private(
@@ -63,14 +67,13 @@ def load_private(
 ) -> int:
     """Restore the newest state that is not newer than `server_round`, and return its round (-1: there is none).
 
-    An older round's state serves a client whose last reply was lost; none means that the module's own, fresh values
-    stay.  Raises CheckpointError when the file is damaged or of another model.
+    An older round's state serves a client whose last reply was lost, or whose file is damaged; none means that the
+    module's own, fresh values stay.  Raises CheckpointError when the file is of another model.
     """
-    here = [number for number in rounds_here(folder) if number <= server_round]
-    if not here:
+    found, tensors = _newest_whole(folder, server_round)
+    if found < 0:
         return -1
-    path = _round_file(folder, here[-1])
-    tensors, _ = read_tensors(path)
+    path = _round_file(folder, found)
     state = module.state_dict()
     with torch.no_grad():
         for name in names:
@@ -83,7 +86,19 @@ def load_private(
             state[name].copy_(saved)
     if optimiser is not None:
         _restore_slots(module, optimiser, tensors)
-    return here[-1]
+    return found
+
+
+def _newest_whole(folder: Path, server_round: int) -> tuple[int, dict[str, Tensor]]:
+    """The newest state that is not newer than `server_round` and not damaged, and its round; -1 for none."""
+    for number in reversed(rounds_here(folder)):
+        if number <= server_round:
+            try:
+                return number, read_sealed(_round_file(folder, number))[0]
+            except CheckpointError as error:
+                # This site's own disk; the run loses what its head learned in a round or two, and goes on.
+                log.warning("%s%s An older state is taken.", SHOWN, error)
+    return -1, {}
 
 
 def _restore_slots(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Files that survive a crash: written aside, synced, renamed; safetensors and JSON, which cannot run code."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -86,6 +87,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     data = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in plain.values())
     write_parts(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
+
+
+SEAL = "seal"  # the note that has the digest of everything else in a file
+
+
+def _seal(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)} ".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """`write_tensors` with a digest over names, shapes, numbers and notes, which `read_sealed` examines."""
+    write_tensors(path, tensors, {**notes, SEAL: _seal(tensors, notes)})
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_tensors` of a file of `write_sealed`.  Raises CheckpointError also when a single bit of it has changed."""
+    tensors, notes = read_tensors(path)
+    seal = notes.pop(SEAL, None)
+    if seal is not None and seal != _seal(tensors, notes):  # None: written before there were seals
+        raise CheckpointError(f"{path} is damaged: its content is not what was written.")
+    return tensors, notes
 
 
 def read_flat(path: Path, layout: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[NDArray[np.float32], dict[str, str]]:

@@ -3,7 +3,10 @@
 Beside each of the last two models lie the strategy's moments, where it has any, so that a run can go on from there.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.checkpoints import read_flat, read_json, read_tensors, write_json, write_tensors
+from common.checkpoints import read_flat, read_json, read_sealed, write_bytes, write_json, write_sealed, write_tensors
 from common.errors import CheckpointError
 from common.parameters import Manifest, buffer_sha256, views
 from server.history import History
 from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
 
+log = logging.getLogger("facefed.server")
+
 Buffer = NDArray[np.float32]
-STATE_FILE = "state.json"
+STATE_FILE, EARLIER_STATE_FILE = "state.json", "state.earlier.json"
+SEAL = "seal"  # the digest of everything else in a state
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class RunCheckpoints:
@@ -29,6 +39,7 @@ class RunCheckpoints:
         self._folder, self._manifest = folder, manifest
         self._written: dict[int, frozenset[str]] = {}  # step -> splits whose sums are on disk
         self._counts: dict[str, dict[str, float]] = {}  # of the last two rounds, by their number
+        self._best = [0, 0]  # the best rounds that the last two states name
 
     def path(self, step: int) -> Path:
         """The file of that round's global model."""
@@ -56,9 +67,9 @@ class RunCheckpoints:
         write_tensors(self.path(step), views(model, self._manifest), notes)
         if moments:
             tensors = {name: torch.from_numpy(buffer) for name, buffer in moments.items()}
-            write_tensors(self.moments_path(step), tensors, notes)
+            write_sealed(self.moments_path(step), tensors, notes)
         self.write_state(step, sha256, history, counts)
-        self._prune(step, history)
+        self._prune(step)
         return sha256
 
     def write_state(self, step: int, sha256: str, history: History, counts: Mapping[str, float]) -> None:
@@ -67,18 +78,20 @@ class RunCheckpoints:
         before = str(step - 1)
         self._counts = {str(step): dict(counts)} | ({before: self._counts[before]} if before in self._counts else {})
         moments = self.moments_path(step)
-        write_json(
-            self._folder / STATE_FILE,
-            {
-                **history_to_json(history),
-                "round": step,
-                "counts": self._counts,
-                "model": self.path(step).name,
-                "moments": moments.name if moments.exists() else "",
-                "sha256": sha256,
-                "manifest": self._manifest.digest,
-            },
-        )
+        state = {
+            **history_to_json(history),
+            "round": step,
+            "counts": self._counts,
+            "model": self.path(step).name,
+            "moments": moments.name if moments.exists() else "",
+            "sha256": sha256,
+            "manifest": self._manifest.digest,
+        }
+        path = self._folder / STATE_FILE
+        if path.exists():
+            write_bytes(self._folder / EARLIER_STATE_FILE, path.read_bytes())
+        write_json(path, {**state, SEAL: _seal(state)})
+        self._best = [history.best_round, self._best[0]]
 
     def _write_scores(self, history: History) -> None:
         """The sums of the untrained and of the best model, where they are new."""
@@ -88,11 +101,11 @@ class RunCheckpoints:
                 write_scores(scores_path(self._folder, step), history.at(step))
                 self._written[step] = scored
 
-    def _prune(self, step: int, history: History) -> None:
-        """Keep the models of the last two rounds and of the best one."""
-        keep = {self.path(kept) for kept in (step, step - 1, history.best_round)}
+    def _prune(self, step: int) -> None:
+        """Keep the models of the last two rounds and of the best one, and what the earlier state needs."""
+        keep = {self.path(kept) for kept in (step, step - 1, *self._best)}
         keep |= {self.moments_path(kept) for kept in (step, step - 1)}
-        keep |= {scores_path(self._folder, kept) for kept in (0, history.best_round)}
+        keep |= {scores_path(self._folder, kept) for kept in (0, *self._best)}
         for pattern in ("round-*.safetensors", "moments-*.safetensors", "scores-*.safetensors"):
             for old in set(self._folder.glob(pattern)) - keep:
                 old.unlink()
@@ -107,25 +120,44 @@ class RunCheckpoints:
 
     def exists(self) -> bool:
         """Whether there is anything to go on from."""
-        return (self._folder / STATE_FILE).exists()
+        return any(self.states())
 
-    def read_state(self) -> dict[str, Any]:
-        """What `write_state` wrote.  Raises CheckpointError, also when it is of another model."""
-        state = read_json(self._folder / STATE_FILE)
+    def states(self) -> Iterator[Path]:
+        """The files of the last two states, the newest first, of those that are there."""
+        return (path for name in (STATE_FILE, EARLIER_STATE_FILE) if (path := self._folder / name).exists())
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """What `write_state` wrote.  Raises CheckpointError when it is damaged or of another model."""
+        state = read_json(path)
+        seal = state.pop(SEAL, None)
+        if seal is not None and seal != _seal(state):  # None: written before there were seals
+            raise CheckpointError(f"{path} is damaged: its content is not what was written.")
         if state.get("manifest") != self._manifest.digest:
-            raise CheckpointError(
-                f"{self._folder / STATE_FILE} is of another model; resume with the run's own settings."
-            )
+            raise CheckpointError(f"{path} is of another model; resume with the run's own settings.")
         return state
 
+    def take(self, path: Path, history: History) -> None:
+        """Go on from that state: it is the newest from now on."""
+        if path.name != STATE_FILE:  # else the next state would take its place, before there is another
+            write_bytes(self._folder / STATE_FILE, path.read_bytes())
+        self._best = [history.best_round] * 2
+        self._written = {step: frozenset(history.at(step).totals) for step in {0, history.best_round}}
+
     def read_history(self, state: Mapping[str, Any]) -> History:
-        """The history of a state, with the sums that the run's end needs.  Raises CheckpointError."""
+        """The history of a state, with the sums that the run's end needs, where they are whole.
+
+        Raises CheckpointError.
+        """
         history = history_from_json(state)
         for step in {0, history.best_round}:
-            path = scores_path(self._folder, step)
-            if history.at(step).scored:
-                read_scores(path, history.at(step))
-                self._written[step] = frozenset(history.at(step).totals)
+            record = history.at(step)
+            if record.scored:
+                try:
+                    read_scores(scores_path(self._folder, step), record)
+                except CheckpointError as error:
+                    log.warning("%s Round %d's model is scored again at the end, if it is the best.", error, step)
+                    record.scored, record.totals, record.sums = set(), {}, {}
+                self._written[step] = frozenset(record.totals)
         return history
 
     def load_moments(self, step: int, model_sha256: str) -> dict[str, Buffer]:
@@ -135,7 +167,7 @@ class RunCheckpoints:
         with another model.
         """
         path = self.moments_path(step)
-        tensors, notes = read_tensors(path)
+        tensors, notes = read_sealed(path)
         if notes.get("sha256") != model_sha256:
             raise CheckpointError(f"{path} does not go with the model of round {step}; it is of another run.")
         return {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.checkpoints import read_tensors, write_tensors
+from common.checkpoints import read_sealed, write_sealed
 from common.errors import CheckpointError
 from common.evaluation import EvaluationSums
 from common.metrics.classification import ClosedSetSums
@@ -73,12 +73,12 @@ def write_scores(path: Path, record: RoundRecord) -> None:
                     tensors[f"{name}/{part}"] = torch.tensor(
                         counts
                     )  # a copy: of one client, its sums are also all sums
-    write_tensors(path, tensors, notes)
+    write_sealed(path, tensors, notes)
 
 
 def read_scores(path: Path, record: RoundRecord) -> None:
     """Put a file's sums into the record.  Raises CheckpointError."""
-    tensors, notes = read_tensors(path)
+    tensors, notes = read_sealed(path)
     fields = [field.name for field in dataclasses.fields(ClosedSetSums)]
     try:
         for name, numbers in notes.items():

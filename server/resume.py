@@ -1,10 +1,14 @@
 """Go on with a federation that was killed: everything as its last whole checkpoint says."""
 
+import itertools
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from common.errors import CheckpointError
 from common.parameters import buffer_sha256
 from server.global_model import GlobalModel
+from server.history import History
 from server.rounds import Federation
 
 log = logging.getLogger("facefed.server")
@@ -13,31 +17,48 @@ log = logging.getLogger("facefed.server")
 def resume(federation: Federation) -> None:
     """Set a federation that was just made to the state of its checkpoint.
 
-    Where the model of the last round is damaged, that of the round before it is taken, and the last round is repeated.
-    Raises CheckpointError when neither can be read, or when they are of other settings.
+    Where a file of it is damaged, the state before it is taken, or the model of the round before, and the last round
+    is repeated.  Raises CheckpointError when there is nothing whole to go on from, or when it is of other settings.
     """
-    state = federation.checkpoints.read_state()
+    first: CheckpointError | None = None
+    # The last state of a run that was about to end names the same model as the one before it.
+    for back, path in itertools.product((0, 1), list(federation.checkpoints.states())):
+        try:
+            state = federation.checkpoints.read_state(path)
+            counts, last = _counts(state)
+            history = federation.checkpoints.read_history(state)
+            if last - back not in counts or history.best_round > last - back:
+                continue
+            _take_model(federation, last - back)
+        except CheckpointError as error:
+            first = first or error
+            continue
+        for lost in [step for step in history.rounds if step > last - back]:
+            del history.rounds[lost]
+        if first is not None:
+            log.warning("%s What was saved before is taken; on after round %d.", first, last - back)
+        federation.checkpoints.take(path, history)
+        _go_on(federation, history, counts[last - back], last - back)
+        return
+    raise first or CheckpointError("the checkpoint's state.json is not one of ours (it counts no round).")
+
+
+def _counts(state: Mapping[str, Any]) -> tuple[dict[int, dict[str, float]], int]:
+    """What the record had counted, by round, and the last round.  Raises CheckpointError."""
     try:
         counts = {
             int(step): {name: float(value) for name, value in counted.items()}
             for step, counted in state["counts"].items()
         }
-        last = int(state["round"])
+        return counts, int(state["round"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint's state.json is not one of ours ({error!r}).") from None
-    history = federation.checkpoints.read_history(state)
-    try:
-        _take_model(federation, last)
-    except CheckpointError as error:
-        if last - 1 not in counts:
-            raise
-        log.warning("%s The round before it is taken, and round %d is repeated.", error, last)
-        _take_model(federation, last - 1)
-        history.rounds.pop(last, None)
-        last -= 1
+
+
+def _go_on(federation: Federation, history: History, counts: dict[str, float], last: int) -> None:
     federation.history = history
     federation.first_round = last + 1
-    federation.record.go_on(history, counts[last])
+    federation.record.go_on(history, counts)
 
 
 def _take_model(federation: Federation, step: int) -> None:

@@ -54,8 +54,11 @@ class Bringer:
 
     def bring(self) -> None:
         """Now; returns when it has come, or for one that lasts when it is over."""
-        if len(self._house.seen.server_exits) + len(self._house.seen.client_exits) != self._exits:
-            self._targets = self._find()  # some were started anew since
+        exits = len(self._house.seen.server_exits) + len(self._house.seen.client_exits)
+        if exits != self._exits or not self._targets or not all(map(_lives, self._targets)):
+            self._targets = self._find()  # some were started since
+        if self._fault.kind in _KILLS and not self._targets:
+            raise AssertionError(f"{self._fault.kind}: there is no such process")
         name = self._fault.kind.split()[0]
         bringers = {
             "kill": self._kill, "freeze": self._freeze, "full": self._fill, "network": self._cut,

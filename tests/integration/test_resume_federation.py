@@ -167,29 +167,43 @@ def test_a_server_killed_again_and_again_with_coded_messages_too(uninterrupted, 
     check_equal(killed_and_resumed(tmp_path, faces, settings, [fate.count // 3] * 3, monkeypatch), whole)
 
 
-def test_a_damaged_model_is_left_aside_and_its_round_repeated(uninterrupted, faces, tmp_path, monkeypatch):
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("name", ["state.json", "round-*", "moments-*", "scores-*"])
+@pytest.mark.parametrize("spoil", [lambda c: c[: len(c) // 2], lambda c: c[:-9] + bytes([c[-9] ^ 1]) + c[-8:]])
+def test_a_damaged_file_is_left_aside_and_its_round_repeated(spoil, name, uninterrupted, faces, tmp_path, monkeypatch):
+    """Cut short, or with a single bit that is another; the newest of its kind."""
     settings, whole, fate = uninterrupted["float32"]
     sites = sites_in(tmp_path, faces)
     with monkeypatch.context() as patch:
         Fate(patch, fate.count * 3 // 4)
         with pytest.raises(Killed):
             federate_in(tmp_path / "run", settings, LocalMailbox(sites))
-    kept = tmp_path / "run" / "checkpoints"
-    last = kept / read_json(kept / "state.json")["model"]
-    content = bytearray(last.read_bytes())
-    content[-5] ^= 1
-    last.write_bytes(content)
+    path = newest(tmp_path / "run" / "checkpoints", name)
+    path.write_bytes(spoil(path.read_bytes()))
     check_equal(federate_in(tmp_path / "run", settings, LocalMailbox(sites)), whole)
+
+
+def test_a_run_that_was_about_to_end_goes_on_without_its_last_model(uninterrupted, faces, tmp_path):
+    """Its last two states name the same model."""
+    settings, whole, _ = uninterrupted["float32"]
+    shutil.copytree(whole, tmp_path / "run")
+    newest(tmp_path / "run" / "checkpoints", "round-000004*").write_bytes(b"x")
+    run = federate_in(tmp_path / "run", settings, LocalMailbox(sites_in(whole.parent, faces)))
+    check_equal(run, whole)
 
 
 def test_what_cannot_be_gone_on_from_is_said_in_one_line(uninterrupted, faces, tmp_path):
     settings, whole, _ = uninterrupted["float32"]
     run = tmp_path / "run"
+    kept = run / "checkpoints"
     for spoil, said in (
-        (lambda: (run / "checkpoints" / "state.json").write_text("{"), "state.json cannot be read"),
-        (lambda: (run / "checkpoints" / "state.json").write_text("{}"), "is of another model"),
-        (lambda: [p.write_bytes(b"x") for p in (run / "checkpoints").glob("round-*")], "not a whole safetensors file"),
-        (lambda: [p.unlink() for p in (run / "checkpoints").glob("moments-*")], "does not exist"),
+        (lambda: [path.write_text("{") for path in kept.glob("state*")], "state.json cannot be read"),
+        (lambda: [path.write_text("{}") for path in kept.glob("state*")], "is of another model"),
+        (lambda: [path.write_bytes(b"x") for path in kept.glob("round-*")], "not a whole safetensors file"),
+        (lambda: [path.unlink() for path in kept.glob("moments-*")], "does not exist"),
     ):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(whole, run)

@@ -109,14 +109,27 @@ def test_no_state_leaves_the_model_alone(tmp_path):
     assert torch.equal(workplace.recogniser.head.weight, workplace.fresh["head.weight"])
 
 
-def test_a_damaged_or_foreign_state_is_refused_by_its_path(tmp_path):
+def test_a_foreign_state_is_refused_by_its_path(tmp_path):
     workplace = tiny_workplace(settings_with(), tmp_path)
     recogniser, optimiser = stepped(workplace, steps=1)
     save_private(tmp_path / "s", 1, recogniser, optimiser, workplace.private)
     other = tiny_workplace(settings_with(model__embedding_size=24), tmp_path)
     with pytest.raises(CheckpointError, match=r"round-000001.*head\.weight is of shape .* it is of another run"):
         load_private(tmp_path / "s", 1, other.recogniser, None, other.private)
-    path = tmp_path / "s" / "round-000001.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
-        load_private(tmp_path / "s", 1, recogniser, None, workplace.private)
+
+
+@pytest.mark.parametrize("spoil", [lambda c: c[:100], lambda c: c[:-1] + bytes([c[-1] ^ 1])], ids=["cut", "one bit"])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(spoil, tmp_path, caplog):
+    workplace = tiny_workplace(settings_with(), tmp_path)
+    recogniser, optimiser = stepped(workplace, steps=1)
+    save_private(tmp_path / "s", 1, recogniser, optimiser, workplace.private)
+    kept = recogniser.head.weight.clone()
+    with torch.no_grad():
+        recogniser.head.weight += 1
+    save_private(tmp_path / "s", 2, recogniser, optimiser, workplace.private)
+    path = tmp_path / "s" / "round-000002.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    assert load_private(tmp_path / "s", 2, recogniser, None, workplace.private) == 1
+    assert torch.equal(recogniser.head.weight, kept)
+    [line] = caplog.messages
+    assert str(path) in line
