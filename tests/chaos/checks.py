@@ -13,6 +13,17 @@ from tests.chaos.house import CLIENTS
 MEASURED = ("_seconds", "images_per_second")
 
 
+AUC_TOLERANCE = 0.1  # of runs that differ in what one head lost
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What the same configuration makes where nothing happens."""
+
+    sha256: str
+    best_val_auc: float
+
+
 @dataclass
 class Verdict:
     """How a run ended."""
@@ -31,20 +42,23 @@ class Verdict:
             self.wrong.append(line)
 
 
-def judge(run: Path, mlflow: MlflowServer, *, rounds: int, sha256: str) -> Verdict:
+def judge(run: Path, mlflow: MlflowServer, *, rounds: int, undisturbed: Undisturbed, may_differ: bool) -> Verdict:
     """Look at the run's folder and at the tracking server's database.
 
-    sha256: of an undisturbed run.  With as many clients as federation.min_clients no round is whole without all of
-    them, so every run must end with that model.
+    With as many clients as federation.min_clients no round is whole without all of them, so every run must end with the
+    undisturbed model.  may_differ: unless a client's own state was lost; then with as good a one.
     """
     verdict = Verdict()
     summary = json.loads((run / "metrics.json").read_text())
     outcome = json.loads((run / "outcome.json").read_text())
     verdict.sha256, verdict.refused_replies = summary["model_sha256"], summary["refused_replies"]
-    verdict.same_model = summary["model_sha256"] == sha256
+    verdict.same_model = summary["model_sha256"] == undisturbed.sha256
     verdict.demand(outcome["exit_code"] == 0, f"outcome.json: {outcome}")
     verdict.demand(summary["rounds"] == rounds, f"{summary['rounds']} of {rounds} rounds")
-    verdict.demand(verdict.same_model, f"model {summary['model_sha256'][:12]} instead of {sha256[:12]}")
+    if not may_differ:
+        verdict.demand(verdict.same_model, f"model {verdict.sha256[:12]} instead of {undisturbed.sha256[:12]}")
+    apart = abs(summary["best_val_auc"] - undisturbed.best_val_auc)
+    verdict.demand(apart <= AUC_TOLERANCE, f"validation AUC {apart:.3f} from the undisturbed run's")
     finite = all(math.isfinite(value) for value in summary["best"].values())
     verdict.demand(finite, f"figures that are not finite: {summary['best']}")
     _judge_points(verdict, run, mlflow, summary, rounds)

@@ -33,6 +33,10 @@ _KILLS = {
 }
 
 
+class NothingThere(Exception):
+    """The process that a fault is for has ended: the fault does not come."""
+
+
 class Bringer:
     """One fault, ready to come at once: finding processes takes longer than some phases."""
 
@@ -58,7 +62,7 @@ class Bringer:
         if exits != self._exits or not self._targets or not all(map(_lives, self._targets)):
             self._targets = self._find()  # some were started since
         if self._fault.kind in _KILLS and not self._targets:
-            raise AssertionError(f"{self._fault.kind}: there is no such process")
+            raise NothingThere(self._fault.kind)
         name = self._fault.kind.split()[0]
         bringers = {
             "kill": self._kill, "freeze": self._freeze, "full": self._fill, "network": self._cut,

@@ -40,6 +40,7 @@ CLIENT_KINDS = {
     "corrupt private state": "power cut of a client, and a bit of its newest private state flipped, or the file cut",
 }
 DISK_KINDS = ("full disk, server", "full disk, client")
+LOSING_KINDS = ("corrupt private state",)  # what a client's head learned is gone; the model is another one
 KINDS = {**SERVER_KINDS, **TRACKING_KINDS, **NETWORK_KINDS, **CLIENT_KINDS}
 
 
