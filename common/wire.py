@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 
 from common import codec
@@ -213,10 +214,17 @@ def site_content(site: Site) -> RecordDict:
     return RecordDict({SITE: ConfigRecord(dataclasses.asdict(site))})
 
 
+def _refuse_error(message: Message) -> None:
+    if not message.has_error():
+        return
+    if message.error.code == ErrorCode.NODE_UNAVAILABLE:  # Flower's own words are of heartbeats
+        raise ReplyRefused("the connection to the client was lost")
+    raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
+
+
 def read_site(message: Message) -> Site:
     """The inverse of `site_content` at the server.  Raises ReplyRefused, also for a client's error reply."""
-    if message.has_error():
-        raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
+    _refuse_error(message)
     try:
         fields: dict[str, Any] = dict(message.content[SITE])
         site = Site(**fields)
@@ -277,8 +285,7 @@ def read_reply(message: Message, splits: str) -> Reply:
     Raises ReplyRefused with the reason when a record, a key or an array is missing or malformed, or when the client
     answered with an error.
     """
-    if message.has_error():
-        raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
+    _refuse_error(message)
     try:
         sums: Mapping[str, Any] = message.content[SUMS]
         arrays: Mapping[str, Any] = message.content[ARRAYS]

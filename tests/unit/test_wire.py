@@ -5,7 +5,8 @@ import hashlib
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
@@ -156,6 +157,14 @@ def test_an_error_reply_is_its_reason(read):
     request = wire.task_message(task("join"), None, node_id=7, ttl_s=5)
     with pytest.raises(ReplyRefused, match=r"^celeba: no pictures$"):
         read(wire.error_message("celeba: no pictures", request))
+
+
+@pytest.mark.parametrize("read", [wire.read_site, lambda message: wire.read_reply(message, "val")])
+def test_a_client_that_went_is_told_of_in_our_words(read):
+    request = wire.task_message(task("join"), None, node_id=7, ttl_s=5)
+    gone = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Error: Node Unavailable")
+    with pytest.raises(ReplyRefused, match=r"^the connection to the client was lost$"):
+        read(Message(gone, reply_to=request))
 
 
 # ------------------------------------------------------------------------------------------------------------ replies
