@@ -99,8 +99,9 @@ class Door:
 
     host: str
     port: int
-    superlink_port: int  # on 127.0.0.1
+    superlink_port: int
     tls: ServerFiles | None
+    superlink_host: str = "127.0.0.1"  # elsewhere only in a private network of these two, as docker/run_proxy.py has it
 
 
 def find_nginx() -> str:
@@ -131,7 +132,7 @@ def door_config(door: Door) -> str:
         body=LARGEST_BODY_MIB,
         buffer=LARGEST_BODY_MIB + 1,
         requests=REQUESTS_PER_ADDRESS,
-        superlink=f"127.0.0.1:{door.superlink_port}",
+        superlink=f"{door.superlink_host}:{door.superlink_port}",
         listen=f"{host}:{door.port}{' ssl' if door.tls else ''}",
         tls=tls,
         scheme="https" if door.tls else "http",

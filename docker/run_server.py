@@ -1,0 +1,44 @@
+"""Starts flower-server in its container: the newest run goes on if it is unfinished, else a new one begins.
+
+python run_server.py --address HOST:PORT --tls DIR -- RUN_SETTING ...
+
+So a restart after a fault resumes, and `docker-compose up` after a finished run begins the next one.  A run that goes
+on has its own settings; those given count for a new one only.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from server.checkpointing import STATE_FILE
+from server.runs import RUN_FILE
+
+RUNS = Path("runs")
+
+
+def unfinished(runs: Path) -> str:
+    """The id of the newest run, where it has a checkpoint and no result; "" where a new run shall begin."""
+    found = sorted((path for path in runs.glob("*") if (path / RUN_FILE).is_file()), key=lambda path: path.name)
+    if not found:
+        return ""
+    newest = found[-1]
+    about = json.loads((newest / RUN_FILE).read_text(encoding="utf-8"))
+    goes_on = (newest / "checkpoints" / STATE_FILE).is_file() and not (newest / "metrics.json").exists()
+    return newest.name if goes_on and about.get("mode") == "federated" else ""
+
+
+def command(arguments: list[str], runs: Path = RUNS) -> list[str]:
+    """flower-server's command line."""
+    at = arguments.index("--")
+    where, settings = arguments[:at], arguments[at + 1 :]
+    run = unfinished(runs)
+    if run:
+        sys.stdout.write(f"run {run} is unfinished and goes on with its own settings\n")
+        sys.stdout.flush()
+    return ["flower-server", *where, *(["--resume", run] if run else settings)]
+
+
+if __name__ == "__main__":
+    line = command(sys.argv[1:])
+    os.execvp(line[0], line)  # noqa: S606 - it becomes flower-server, and gets its signals

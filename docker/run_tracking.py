@@ -1,0 +1,46 @@
+"""Starts `facefed tracking serve` in its container: on PostgreSQL with the profile `postgres`, else on sqlite.
+
+python run_tracking.py KEY_FILE ARGUMENT ...
+
+The database's container leaves its password in KEY_FILE (libpq's .pgpass, in a volume that only these two have), before
+anything else it does.  Neither the command line nor compose's file holds it.
+"""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+DATABASE = "postgresql://facefed@postgres/facefed"
+FIRST_START_WAITS_S = 5.0  # on a new volume it cannot be known yet whether the profile is in use
+READY_WITHIN_S = 120.0
+
+
+def uses_postgres(key: Path, sqlite: Path) -> bool:
+    """Whether this installation has the profile `postgres`."""
+    deadline = time.monotonic() + (0.0 if sqlite.exists() else FIRST_START_WAITS_S)
+    while not key.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return key.exists()
+
+
+def wait_for_database() -> None:
+    """Until it accepts connections; `facefed tracking serve` says the rest."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("postgres", 5432), timeout=2.0).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+
+
+if __name__ == "__main__":
+    line = ["facefed", "tracking", "serve", *sys.argv[2:]]
+    if uses_postgres(Path(sys.argv[1]), Path("mlflow.db")):
+        wait_for_database()
+        line += ["--backend", DATABASE]
+        os.environ["PGPASSFILE"] = sys.argv[1]
+    os.execvp(line[0], line)  # noqa: S606 - it becomes the server, and gets its signals
