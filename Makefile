@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 UNIT_WORKERS ?= auto
 E2E_WORKERS  ?= 2
 
-.PHONY: help setup system demo test lint types unit e2e bench bench-faces clean
+.PHONY: help setup system demo test lint types unit e2e docker-test bench bench-faces clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,11 +41,15 @@ types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
 unit: $(STAMP) ## unit, golden and integration tests
+	@tests/system-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(UNIT_WORKERS) --dist loadfile tests/unit tests/golden tests/integration
 
 e2e: $(STAMP) ## whole programs, as a user runs them
 	@tests/system-packages
 	$(BIN)/python -m pytest -q -n $(E2E_WORKERS) --dist loadfile tests/e2e
+
+docker-test: ## whole federations in containers, killed, cut off and taken down (by hand; needs a Docker engine)
+	$(PYTHON) -m tests.docker.run
 
 bench: $(STAMP) ## speed and memory against the peers, a table and JSON (a quarter of an hour)
 	$(BIN)/python -m bench.run
