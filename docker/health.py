@@ -3,7 +3,8 @@
 tracking  writes a metric, a parameter and a file with MLflow's client and reads them back, now and then; in between it
           reads the database through the server, under the name that others use (MLflow's /health tells of neither)
 server    a handshake with the SuperLink, with the certificate that the front door will see
-proxy     through the door: /health, and a site's call that the SuperLink itself must refuse; Control must be 404
+proxy     through the door: /health, and a site's call that the SuperLink itself must refuse; Control must be 404;
+          without a SuperLink the door is shut
 site      its SuperNode lives, has an answer and was connected
 """
 
@@ -46,7 +47,16 @@ def server() -> None:
 
 
 def proxy() -> None:
-    """The SuperLink, through the front door.  Raises Unhealthy."""
+    """The SuperLink, through the front door.  Raises Unhealthy.
+
+    Between runs there is none, and all is well where the door is shut: sites take it for the end of their server.
+    """
+    from common.processes import can_connect
+
+    if not can_connect("superlink", 8000):
+        if can_connect("localhost", 8443):
+            raise Unhealthy("the door is open, and nothing is behind it")
+        return
     expect(secure("localhost", 8443), "GET", "/health", {200})
     expect(secure("localhost", 8443), "POST", FLEET, UNSIGNED, PROTOBUF)
     expect(secure("localhost", 8443), "POST", CONTROL, {404}, PROTOBUF)
