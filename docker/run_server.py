@@ -13,18 +13,19 @@ from pathlib import Path
 
 from server.checkpointing import STATE_FILE
 from server.runs import RUN_FILE
+from server.unfinished import has_ended_well
 
 RUNS = Path("runs")
 
 
 def unfinished(runs: Path) -> str:
-    """The id of the newest run, where it has a checkpoint and no result; "" where a new run shall begin."""
+    """The id of the newest run, where it has a checkpoint and did not end well; "" where a new run shall begin."""
     found = sorted((path for path in runs.glob("*") if (path / RUN_FILE).is_file()), key=lambda path: path.name)
     if not found:
         return ""
     newest = found[-1]
     about = json.loads((newest / RUN_FILE).read_text(encoding="utf-8"))
-    goes_on = (newest / "checkpoints" / STATE_FILE).is_file() and not (newest / "metrics.json").exists()
+    goes_on = (newest / "checkpoints" / STATE_FILE).is_file() and not has_ended_well(newest)
     return newest.name if goes_on and about.get("mode") == "federated" else ""
 
 

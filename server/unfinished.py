@@ -19,7 +19,7 @@ def _has_results(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
 
 
-def _has_ended_well(folder: Path) -> bool:
+def has_ended_well(folder: Path) -> bool:
     """A federation's results are written before its models are registered, and it may be killed in between."""
     outcome = folder / OUTCOME_FILE
     return _has_results(folder) and outcome.exists() and read_json(outcome).get("exit_code") == EXIT_DONE
@@ -57,7 +57,7 @@ def unfinished_federation(run: str, out: str, given: Settings | None) -> tuple[P
 
     given: those of a --config beside --resume, which must be the run's own.  Raises UserError, ConfigError.
     """
-    folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=_has_ended_well)
+    folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=has_ended_well)
     if not (folder / "checkpoints" / STATE_FILE).is_file():
         raise UserError(f"--resume {run}: that run was stopped before its first checkpoint; start a new one.")
     settings = config.load(folder / CONFIG_FILE)

@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from tests.docker.points import Tracking, check_points
 from tests.docker.project import Project, docker
@@ -118,34 +118,36 @@ class Test:
         same = "the same model" if sha256 == self.sha256 else f"another model, {sha256[:12]}"
         return f"exit code 0, {same}, {points}"
 
-    def postgres(self) -> str:
-        """MLflow on PostgreSQL, whose password is nowhere but in its volume."""
+    def profiles(self) -> str:
+        """A third site, with twins, and MLflow on PostgreSQL, whose password is nowhere but in its volume."""
         project = self.project
         project.compose("down", "--timeout", "60")
-        project.began = f"{time.time():.6f}"
-        project.compose("--profile", "postgres", "up", "-d")
-        _, points = self._over()
+        project.variables |= {"FACEFED_OPTIONS": f"{SMALL} --min-clients 3"}
+        self._up("--profile", "postgres", "--profile", "twins")
+        _, points = self._over(sites=("celeba", "twins", "vggface2"))
         password = project.read("database-key", "cut -d: -f5 /volume/pgpass").strip()
         assert len(password) >= 32, "no password"
         shown = docker("inspect", project.container("mlflow"), project.container("postgres"))
         assert password not in shown + project.log("mlflow") + project.log("postgres"), "the password is shown"
         assert "postgresql://" in project.log("mlflow"), project.log("mlflow")
-        return points
+        return f"3 sites, {points}"
 
-    def _up(self) -> None:
+    def _up(self, *profiles: str) -> None:
         self.project.begin()
-        self.project.compose("up", "-d")
+        self.project.compose(*profiles, "up", "-d")
 
     def _number_of_runs(self) -> int:
         return len(self.project.read("runs", "ls /volume/runs").split())
 
-    def _over(self) -> tuple[str, str]:
+    def _over(self, sites: Collection[str] = ("celeba", "vggface2")) -> tuple[str, str]:
         """The server ends with 0; the model's SHA-256 and what MLflow has."""
         code = self.project.ended()
         assert code == 0, f"exit code {code}\n{self.project.log('server')}"
         newest = max(self.project.read("runs", "ls /volume/runs").split())
         recorded = self.project.points(newest)
-        return self.project.wait_for("server", SHA), check_points(self.tracking, newest, recorded, ROUNDS)
+        runs = self.tracking.runs(newest)
+        assert sorted(runs) == ["", *sites], list(runs)  # however often the run was begun
+        return self.project.wait_for("server", SHA), check_points(self.tracking, runs, recorded, ROUNDS)
 
 
 def free_port() -> int:
@@ -169,7 +171,7 @@ def main(keep: str) -> int:
     test = Test(project, Tracking(port))
     parts: list[Callable[[], str]] = [
         test.build, test.undisturbed, test.not_again, test.closed_doors, test.killed_servers, test.everything,
-        test.postgres,
+        test.profiles,
     ]  # fmt: skip
     sys.stdout.write(f"project {project.name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     try:

@@ -215,7 +215,9 @@ def test_the_server_goes_on_with_the_newest_run_only_where_it_is_unfinished(tmp_
     assert run_server.command(arguments, tmp_path) == new
     _run_folder(tmp_path, "20260101-a", "checkpoints/state.json")
     assert run_server.command(arguments, tmp_path) == ["flower-server", "--tls", "T", "--resume", "20260101-a"]
-    _run_folder(tmp_path, "20260101-a", "metrics.json")
+    _run_folder(tmp_path, "20260101-a", "metrics.json")  # its models may not be registered yet
+    assert run_server.command(arguments, tmp_path)[-1] == "20260101-a"
+    (tmp_path / "20260101-a" / "outcome.json").write_text('{"exit_code": 0, "line": ""}')
     assert run_server.command(arguments, tmp_path) == new
     _run_folder(tmp_path, "20260102-b", "checkpoints/state.json")
     assert run_server.command(arguments, tmp_path)[-1] == "20260102-b"
