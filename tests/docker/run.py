@@ -135,7 +135,7 @@ class Test:
         assert len(password) >= 32, "no password"
         shown = docker("inspect", project.container("mlflow"), project.container("postgres"))
         assert password not in shown + project.log("mlflow") + project.log("postgres"), "the password is shown"
-        assert "postgresql://" in project.log("mlflow"), project.log("mlflow")
+        assert "runs and models: postgresql" in project.log("mlflow"), project.log("mlflow")
         return f"3 sites, {points}"
 
     def _up(self, *profiles: str) -> None:
