@@ -23,10 +23,13 @@ from common.processes import can_connect, child_environment, free_port, start, s
 log = logging.getLogger("facefed.client")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+LOOK_EVERY_S, MISSES = 0.5, 3
 NODE = re.compile(r"SuperNode ID: (\d+)")
 # Flower's words for a key that the server does not know: at once, or in the middle.
 REFUSED = re.compile(r"\[code: 2004\]|401 Unauthorized")
+INTERRUPTED = "Connection attempt failed"  # and is tried again
 REFUSED_FOR_S = 30.0  # a server that starts may not have read its keys yet
+GONE_AFTER_S = 60.0  # so long without a heartbeat the server takes a site for connected, and waits for its answer
 ROUND = re.compile(r"\[RUN (\d+), ROUND (\d+)\]")
 
 
@@ -50,7 +53,7 @@ class Launch:
         self._stop = threading.Event()
         self._round = ""
         self._answered_last = False
-        self._refused = False
+        self._connected = self._refused = self._interrupted = False
         self._refused_since = float("inf")
 
     def request_stop(self) -> None:
@@ -131,7 +134,9 @@ class Launch:
             return
         where = f"the server at {self._options.host}:{self._options.port}"
         self._refused_since = min(self._refused_since, time.monotonic())
-        if time.monotonic() - self._refused_since >= REFUSED_FOR_S:
+        # Where the server's welcome was lost on its way, the server takes us for connected, and lets nobody else in.
+        patience_s = GONE_AFTER_S + REFUSED_FOR_S if self._interrupted else REFUSED_FOR_S
+        if time.monotonic() - self._refused_since >= patience_s:
             raise UserError(
                 f"{where} does not accept this site's key ({tls.fingerprint}): it is not registered there, or was"
                 " revoked, or another client uses it. Ask its operator, who registers keys with `facefed certs add`."
@@ -141,7 +146,8 @@ class Launch:
     def _one_supernode(self, trainer: Trainer) -> bool:
         """Run one SuperNode until it ends or its server goes; True when a run is over and one was asked for."""
         state = self._site.state_dir
-        self._answered_last = self._refused = False
+        self._round = ""
+        self._answered_last = self._connected = self._refused = False
         process = start(
             self._command(trainer.folder), environment=child_environment(state / "flwr"), output=subprocess.PIPE
         )
@@ -158,20 +164,33 @@ class Launch:
         To leave right after the last answer would be too early: Flower throws away what a node sent that has left
         before the server looked, and the server takes the answers of the others first.
         """
-        misses = 0
-        while process.poll() is None and misses < 3:
-            if self._stop.wait(0.5):
+        where = f"the server at {self._options.host}:{self._options.port}"
+        misses, reached = 0, time.monotonic()
+        while process.poll() is None and not self._is_lost(misses, reached):
+            if self._stop.wait(LOOK_EVERY_S):
                 raise InterruptedRun("stopped by the user")
             trainer.keep_alive()
-            # Flower's SuperNode retries for ever against a new server that does not know it.
-            misses = 0 if can_connect(self._options.host, self._options.port) else misses + 1
+            if can_connect(self._options.host, self._options.port):
+                if misses >= MISSES:
+                    self._say(f"{where} is reached again")
+                misses, reached = 0, time.monotonic()
+                continue
+            misses += 1
+            if misses == MISSES and self._in_a_run():
+                self._say(f"{where} cannot be reached; trying again")
         if self._options.once and self._answered_last:
             return True
-        if self._refused:
-            return False
-        what = "ended" if self._answered_last else "is lost"
-        self._say(f"the server at {self._options.host}:{self._options.port} {what}; waiting for the next one")
+        if not self._refused:
+            what = "ended" if self._answered_last else "is lost"
+            self._say(f"{where} {what}; waiting for the next one")
         return False
+
+    def _in_a_run(self) -> bool:
+        return bool(self._round) and not self._answered_last
+
+    def _is_lost(self, misses: int, reached: float) -> bool:
+        """In a run the SuperNode has an answer to give: it goes on trying for as long as the server may want it."""
+        return misses >= MISSES and not (self._in_a_run() and time.monotonic() - reached < GONE_AFTER_S)
 
     def _command(self, meeting: Path) -> list[str]:
         """Others can read it: what the site keeps for itself is told to the trainer alone."""
@@ -203,8 +222,11 @@ class Launch:
         if SHOWN in line:
             self._say(line.partition(SHOWN)[2].strip())
         elif REFUSED.search(line):
-            self._refused = True
+            self._refused = not self._connected  # in the middle it is another server, or a key that was revoked
+        elif INTERRUPTED in line:
+            self._interrupted = self._interrupted or not self._connected
         elif found := NODE.search(line):
+            self._connected, self._interrupted = True, False
             self._last_node().write_text(found.group(1), encoding="utf-8")
             self._say(f"connected to {self._options.host}:{self._options.port}")
         elif "Receiving: train" in line:

@@ -10,17 +10,20 @@ import argparse
 import logging
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from clients.egress import LEDGER
 from clients.handover import KEY
+from clients.lifeline import hold_on
 from clients.pace import Pace
 from common.runtime import go_silent
 
 log = logging.getLogger("facefed.client")
 
 QUICK_RETRY_S = 0.1  # of an object that the other side is still sending; Flower's own is a second
+GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
 
 
 def own_arguments(meeting: Path, port: int) -> list[str]:
@@ -68,21 +71,27 @@ def leave_last(last: Path, arguments: list[str]) -> None:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return
     signed = NodeAuthHttpInterceptor(key, key.public_key())
-    try:
-        with FleetHttpClient.from_server_address(
-            known.superlink,
-            insecure=False,
-            root_certificates=Path(known.root_certificates).read_bytes(),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), signed],
-        ) as fleet:
-            fleet.DeactivateNode(DeactivateNodeRequest(node_id=int(last.read_text(encoding="utf-8"))))
-    except (httpx.HTTPError, ValueError) as error:  # it left in order, or the server is another
-        log.debug("the last connection needs no end (%s)", error)
+    with FleetHttpClient.from_server_address(
+        known.superlink,
+        insecure=False,
+        root_certificates=Path(known.root_certificates).read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), signed],
+    ) as fleet:
+        for _ in range(GOODBYES):
+            try:
+                fleet.DeactivateNode(DeactivateNodeRequest(node_id=int(last.read_text(encoding="utf-8"))))
+            except httpx.TransportError:  # not heard, or heard and the answer lost
+                time.sleep(BETWEEN_GOODBYES_S)
+                continue
+            except (httpx.HTTPError, ValueError) as error:  # it left in order, or the server is another
+                log.debug("the last connection needs no end (%s)", error)
+            return
 
 
 def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:
     """Serve until the SuperNode ends."""
     go_silent()
+    hold_on()
     leave_last(last, arguments)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 

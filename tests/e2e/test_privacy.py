@@ -208,7 +208,7 @@ def test_telemetry_is_off_in_every_child_process(simulations, house):
             assert {key: variables.get(key) for key in SILENCE} == dict(SILENCE), (name, command)
     commands = "\n".join(command for _, command, _ in (*sealed.below, *house.below))
     for part in (
-        "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "flower-superlink",
+        "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "-m server.redelivery",
         "-m server.steward", "flwr-serverapp", "-m clients.node", "-m clients.trainer",
     ):  # fmt: skip
         assert part in commands, commands

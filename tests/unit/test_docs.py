@@ -97,6 +97,15 @@ def test_every_setting_named_exists(path):
     assert not {name for name in named if not name.endswith(".py")} - known
 
 
+def test_every_test_that_shows_a_fault_exists():
+    page = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", page)
+    assert len(named) > 20
+    assert page.count("`test_") == len(named)
+    missing = [name for name, path in named if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")]
+    assert not missing
+
+
 def test_the_readme_names_settings_and_only_flags_that_exist(capsys):
     """The numbers are there so that no test here passes for want of anything to look at."""
     assert len({found[0] for found in SETTING.findall(README)}) > 10

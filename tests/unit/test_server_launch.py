@@ -96,7 +96,7 @@ def launch(folder, **options):
 
 def test_flowers_own_programs_get_the_address_and_no_package_index(tmp_path):
     command = launch(tmp_path, database=tmp_path / "state.db")._superlink.command(tmp_path / "secret")
-    assert command[0] == "flower-superlink"
+    assert command[1:4] == ["-P", "-m", "server.redelivery"]
     assert command[command.index("--port") + 1] == "8123"
     assert command[command.index("--database") + 1] == str(tmp_path / "state.db")
     assert "--disable-runtime-dependency-installation" in command
