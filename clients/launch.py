@@ -22,6 +22,8 @@ from common.processes import can_connect, child_environment, free_port, start, s
 
 log = logging.getLogger("facefed.client")
 
+SITE_FILE = "site"  # in the state folder: whose it is
+RUN_FILE = "run.json"  # of a run's folder
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 LOOK_EVERY_S, MISSES = 0.5, 3
 NODE = re.compile(r"SuperNode ID: (\d+)")
@@ -73,6 +75,7 @@ class Launch:
                 raise UserError(
                     f"--state-dir {self._site.state_dir} is in use by another flower-client; give each its own --name."
                 ) from None
+            self._claim_folder()
             self._last_task().unlink(missing_ok=True)
             with Trainer(self._site, self._notice) as trainer:  # it imports torch while we wait for the server
                 self._wait_for_server(self._options.connect_timeout_s)
@@ -85,6 +88,20 @@ class Launch:
             return (folder / "lock").open("w")
         except OSError as error:
             raise UserError(f"--state-dir {folder} cannot be written: {error.strerror}; choose another.") from None
+
+    def _claim_folder(self) -> None:
+        """Write the site's name into its state folder.  Raises UserError where the folder is another's."""
+        folder, name = self._site.state_dir, self._site.name
+        if (folder / RUN_FILE).exists():
+            raise UserError(f"--state-dir {folder} is a run's folder; give the site one of its own, or leave it out.")
+        mark = folder / SITE_FILE
+        known = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
+        if known not in ("", name):
+            raise UserError(
+                f"--state-dir {folder} is of the site {known!r}: its heads and its ledger are there. Give {name!r} a"
+                " folder of its own."
+            )
+        mark.write_text(name, encoding="utf-8")
 
     def _last_node(self) -> Path:
         return self._site.state_dir / "node-id"

@@ -98,6 +98,8 @@ def read_client_folder(folder: Path) -> ClientFiles:
     _check_private(path)
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CertificateError(f"{path} is not a private key of OpenSSH's format ({error}).") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     from common.certs import read_server_folder
     from common.tracking.settings import with_absolute_uri
     from server.front_door import find_nginx
-    from server.launch import Launch, ServerOptions
+    from server.holding import database_held, run_held
+    from server.launch import ServerOptions
     from server.public_set import open_public_set, with_absolute_public_set
     from server.run_folder import new_run_folder
     from server.unfinished import forget_its_end
@@ -140,17 +142,31 @@ def _serve(arguments: argparse.Namespace) -> int:
     front_door = not is_loopback(host) if arguments.front_door is None else arguments.front_door
     if front_door:
         find_nginx()
-    require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
-    if settings.model.pretrained != "none":
-        from server.app import initial_model
-
-        initial_model(settings)
-    open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
-    run_folder = resumed or new_run_folder(settings)
-    if resumed:
-        forget_its_end(resumed)
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
-    options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
+    with ExitStack() as held:
+        if resumed:
+            held.enter_context(run_held(resumed))
+        require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
+        if database:
+            held.enter_context(database_held(database))
+        if settings.model.pretrained != "none":
+            from server.app import initial_model
+
+            initial_model(settings)
+        open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
+        run_folder = resumed or new_run_folder(settings)
+        if resumed:
+            forget_its_end(resumed)
+        else:
+            held.enter_context(run_held(run_folder))
+        options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
+        return _run(settings, options, run_folder)
+
+
+def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
+    """The run from its beginning to the lines that tell its end; returns the exit code."""
+    from server.launch import Launch
+
     launch = Launch(settings, options, run_folder)
     _say_where(options, settings.federation.min_clients)
     with (

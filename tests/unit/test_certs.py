@@ -203,6 +203,9 @@ def test_files_that_are_something_else_are_refused(tls):
     assert "is not a P-384 key" in refused(read_client_folder, tls / "celeba")
     key.write_bytes(b"nothing")
     assert "is not a private key of OpenSSH's format" in refused(read_client_folder, tls / "celeba")
+    key.unlink()
+    key.mkdir(0o700)
+    assert "client.key cannot be read: Is a directory" in refused(read_client_folder, tls / "celeba")
     small = ec.generate_private_key(ec.SECP256R1()).public_key()
     (tls / "clients" / "small.pub").write_bytes(
         small.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
