@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from programs import BIN, assert_one_line, run_folder
 
+from simulation.new_certs import make_folder
+
 pytestmark = pytest.mark.e2e
 
 # Each program that reads run settings, with what it needs besides.
@@ -73,6 +75,14 @@ def test_settings_that_every_program_refuses(name, arguments, fragments, home, p
     assert _left(home) == []
 
 
+def _certificates(home):
+    """A federation's, whose server's key anybody can read."""
+    folder = home / "data" / "tls"
+    make_folder(folder, ["fl.example.org"], ["celeba"])
+    (folder / "server.key").chmod(0o644)
+    return folder
+
+
 def test_what_the_server_refuses(home, programs):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -86,6 +96,9 @@ def test_what_the_server_refuses(home, programs):
             ("--join-timeout", "0"): ("federation.join_timeout_s = 0.0 must be greater than 0",),
             ("--min-clients", "two"): ('federation.min_clients = "two"', "a whole number"),
             ("--out", NO_PLACE): (f"--out {NO_PLACE}", "no folder can be made"),
+            ("--database", "nowhere/state.db"): ("--database", "there is no folder"),
+            ("--resume", "data"): ("--resume data: no run is at data",),
+            ("--tls", _certificates(home)): ("server.key can be read by others (mode 0644)", "make it 0600"),
         }
         for arguments, fragments in refused.items():
             ended = programs.run("flower-server", *arguments)
@@ -105,7 +118,11 @@ def test_what_the_client_refuses(home, programs):
         ("--dataset", "celeba", "--name", "../x"): ("--name ../x",),
         ("--dataset", "celeba", "--log-level", "loud"): ("--log-level loud", "debug"),
         (*nobody, "--state-dir", NO_PLACE): (f"--state-dir {NO_PLACE} cannot be written",),
+        (*nobody, "--state-dir", "data/state"): ("is of the site 'vggface2'", "Give 'celeba' a folder of its own"),
+        (*nobody, "--tls", _certificates(home)): ("is the server's folder", "/NAME"),
     }
+    (home / "data" / "state").mkdir()
+    (home / "data" / "state" / "site").write_text("vggface2")
     for arguments, fragments in refused.items():
         assert_one_line(programs.run("flower-client", *arguments), "flower-client", *fragments)
     assert _left(home) == []
