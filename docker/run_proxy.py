@@ -2,8 +2,8 @@
 
 python run_proxy.py LISTEN_PORT SUPERLINK_HOST SUPERLINK_PORT TLS_DIR
 
-A site takes a door that is shut for a server that has gone: it starts afresh when the door opens, as the next SuperLink
-does not know its node.  So the door must not stay open before a server that is started again.
+A site tells by a shut port that its server has gone, and starts afresh with the next one, which does not know its node.
+So the door is shut where nothing is behind it, and for long enough that a site sees it.
 """
 
 import http.client
