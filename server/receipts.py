@@ -63,9 +63,9 @@ class ReceiptMailbox:
 
     def receive(self, message_id: str) -> Message | None:
         """The reply to that message, whose line is being written, or None while there is none."""
+        self.settle()  # so that the next reply does not lie in memory beside the one before
         message = self._mailbox.receive(message_id)
         if message is not None and message_id in self._sent:
-            self.settle()
             self._at_work = self._hasher.submit(self._take_down, self._sent.pop(message_id), message)
         return message
 
