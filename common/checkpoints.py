@@ -1,11 +1,10 @@
-"""Files that survive a crash: written aside, synced, renamed; safetensors and JSON, which cannot run code."""
+"""Tensors on disk, in files that survive a crash (`common/files.py`); safetensors, which cannot run code."""
 
 import hashlib
 import itertools
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,57 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.files import write_parts
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part of it.
-
-    mode: of the file, less what the user's umask takes.
-    """
-    write_parts(path, (content,), mode)
-
-
-def write_parts(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o666) -> None:
-    """`write_bytes` of a content that comes in parts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # without it a power cut may take the rename back
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.  Raises CheckpointError when it is missing, cut short or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it is cut short or damaged.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; it is not a file of ours.")
-    return value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

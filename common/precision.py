@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoints import read_json, write_json
 from common.compiled import compiled, eager, give_up
 from common.compute import Compute
 from common.errors import CheckpointError, UserError
 from common.faces.batches import num_batches
+from common.files import read_json, write_json
 from common.models.recogniser import Recogniser, build_recogniser
 from common.optimiser import flat, make_optimiser, settle
 from common.runtime import machine_digest

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from server.checkpointing import STATE_FILE
+from server.run_folder import has_checkpoint
 from server.runs import RUN_FILE
 from server.unfinished import has_ended_well
 
@@ -25,7 +25,7 @@ def unfinished(runs: Path) -> str:
         return ""
     newest = found[-1]
     about = json.loads((newest / RUN_FILE).read_text(encoding="utf-8"))
-    goes_on = (newest / "checkpoints" / STATE_FILE).is_file() and not has_ended_well(newest)
+    goes_on = has_checkpoint(newest) and not has_ended_well(newest)
     return newest.name if goes_on and about.get("mode") == "federated" else ""
 
 

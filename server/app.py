@@ -15,9 +15,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from common import config
-from common.checkpoints import write_json
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE, EventLog
+from common.files import write_json
 from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names, trainable_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.runtime import stream_seed

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.checkpoints import read_flat, read_json, read_sealed, write_bytes, write_json, write_sealed, write_tensors
+from common.checkpoints import read_flat, read_sealed, write_sealed, write_tensors
 from common.errors import CheckpointError
+from common.files import read_json, write_bytes, write_json
 from common.parameters import Manifest, buffer_sha256, views
 from server.history import History
 from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
+from server.run_folder import STATE_FILE
 
 log = logging.getLogger("facefed.server")
 
 Buffer = NDArray[np.float32]
-STATE_FILE, EARLIER_STATE_FILE = "state.json", "state.earlier.json"
+EARLIER_STATE_FILE = "state.earlier.json"
 SEAL = "seal"  # the digest of everything else in a state
 
 

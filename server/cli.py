@@ -94,10 +94,26 @@ def _say_where(options: "ServerOptions", wanted: int) -> None:
 
 def _how_to_go_on(run_folder: Path, exit_code: int) -> str:
     """Where a checkpoint waits, and the fault was not the user's."""
-    from server.checkpointing import STATE_FILE
+    from server.run_folder import has_checkpoint
 
-    resumable = exit_code in (EXIT_FAILED, EXIT_INTERRUPTED) and (run_folder / "checkpoints" / STATE_FILE).is_file()
+    resumable = exit_code in (EXIT_FAILED, EXIT_INTERRUPTED) and has_checkpoint(run_folder)
     return f" Go on with: flower-server --resume {run_folder}" if resumable else ""
+
+
+def _with_absolute_public_set(settings: Settings) -> Settings:
+    if settings.verification.public_dir == "none":
+        return settings
+    from server.public_set import with_absolute_public_set  # with torch, which this process can do without
+
+    return with_absolute_public_set(settings, Path.cwd())
+
+
+def _check_public_set(settings: Settings) -> None:
+    """Pictures that cannot be used are the user's mistake; the ServerApp reads them again."""
+    if settings.verification.public_dir != "none":
+        from server.public_set import open_public_set
+
+        open_public_set(settings)
 
 
 def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, Path | None]:
@@ -105,13 +121,12 @@ def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, Path 
     if not arguments.resume:
         return read_run_settings(arguments, default_config=DEFAULT_CONFIG), None
     from common.tracking.settings import with_absolute_uri
-    from server.public_set import with_absolute_public_set
     from server.unfinished import unfinished_federation
 
     given = None
     if arguments.config:
         given = read_run_settings(argparse.Namespace(**vars(arguments)), default_config=DEFAULT_CONFIG)
-        given = with_absolute_public_set(with_absolute_uri(given, Path.cwd()), Path.cwd())
+        given = _with_absolute_public_set(with_absolute_uri(given, Path.cwd()))
         arguments.config = None
     own = [flag for flag, dotted in _OVERRIDES.items() if vars(arguments)[dotted] is not None]
     if own:
@@ -133,11 +148,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.front_door import find_nginx
     from server.holding import database_held, run_held
     from server.launch import ServerOptions
-    from server.public_set import open_public_set, with_absolute_public_set
     from server.run_folder import new_run_folder
     from server.unfinished import forget_its_end
 
-    settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
+    settings = _with_absolute_public_set(with_absolute_uri(settings, Path.cwd()))
     tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None
     front_door = not is_loopback(host) if arguments.front_door is None else arguments.front_door
     if front_door:
@@ -153,7 +167,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             from server.app import initial_model
 
             initial_model(settings)
-        open_public_set(settings)  # so are pictures that cannot be used; the ServerApp reads them again
+        _check_public_set(settings)
         run_folder = resumed or new_run_folder(settings)
         if resumed:
             forget_its_end(resumed)

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from common import config
 from common.certs import ServerFiles
-from common.checkpoints import read_json, write_bytes
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, InterruptedRun
 from common.events import OUTCOME_FILE, STOP_FILE
+from common.files import read_json, write_bytes
 from common.processes import child_environment, free_port, require_free_port, start, stop
 from common.settings import Settings
 from common.tracking.settings import without_secrets

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.checkpoints import read_json, write_json
 from common.errors import ReplyRefused
+from common.files import read_json, write_json
 
 NODES_FILE = Path("flwr") / "nodes.json"  # in the run's folder
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config
-from common.checkpoints import write_bytes, write_json
+from common.files import write_bytes, write_json
 from common.settings import Settings
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import TrackedRun, open_run

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from common import config
-from common.checkpoints import read_json
 from common.errors import EXIT_DONE, ConfigError, UserError
 from common.events import OUTCOME_FILE, STOP_FILE
+from common.files import read_json
 from common.settings import Settings
-from server.checkpointing import STATE_FILE
+from server.run_folder import has_checkpoint
 from server.runs import CONFIG_FILE, RUN_FILE
 
 _MAY_DIFFER = ("run.out", "run.log_level")
@@ -58,7 +58,7 @@ def unfinished_federation(run: str, out: str, given: Settings | None) -> tuple[P
     given: those of a --config beside --resume, which must be the run's own.  Raises UserError, ConfigError.
     """
     folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=has_ended_well)
-    if not (folder / "checkpoints" / STATE_FILE).is_file():
+    if not has_checkpoint(folder):
         raise UserError(f"--resume {run}: that run was stopped before its first checkpoint; start a new one.")
     settings = config.load(folder / CONFIG_FILE)
     if given is not None:

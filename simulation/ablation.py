@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import read_json, read_tensors, write_json
+from common.checkpoints import read_tensors
 from common.evaluation import embed, people_digest
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.files import read_json, write_json
 from common.metrics.twin_report import paired_gap
 from common.metrics.twins import KINDS
 from common.plots.studies import ablation_dots

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.checkpoints import read_json, write_bytes
 from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
 from common.faces.central import central_pictures
+from common.files import read_json, write_bytes
 from common.models.attention import AttentionMaps, attention_of, joined
 from common.models.recogniser import EmbeddingModel
 from common.models.vit_backbone import VitBackbone

@@ -7,13 +7,13 @@ from typing import TextIO
 
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import read_json
 from common.console import Follower, RunView, summary_lines, tracking_line
 from common.errors import CheckpointError, UserError
 from common.events import OUTCOME_FILE, EventReader
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
+from common.files import read_json
 from common.settings import Settings
 from common.tracking.settings import with_absolute_uri
 from server.public_set import open_public_set, with_absolute_public_set

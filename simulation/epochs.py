@@ -14,8 +14,9 @@ from typing import Any, TextIO
 import torch
 
 from clients.private_state import load_private, prune, save_private
-from common.checkpoints import read_json, read_tensors, write_json, write_tensors
+from common.checkpoints import read_tensors, write_tensors
 from common.errors import CheckpointError
+from common.files import read_json, write_json
 from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head
 from server.scores import figures

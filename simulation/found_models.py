@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import config
-from common.checkpoints import read_json
 from common.errors import CheckpointError, UserError, unknown_name
+from common.files import read_json
 from common.settings import STRATEGIES, VITS, Settings
 from common.tracking.models import Registered, find_registered, read_registered
 

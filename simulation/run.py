@@ -20,10 +20,10 @@ from flwr.supercore.telemetry import EventType
 from clients.answer import build_client_app
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import read_json
 from common.console import stopping_on_signals
 from common.errors import EXIT_FAILED, CheckpointError
 from common.events import OUTCOME_FILE
+from common.files import read_json
 from common.processes import be_killed_with_parent
 from common.settings import Settings
 from common.version import git_commit

@@ -19,9 +19,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from clients.site import SiteSettings
-from common.checkpoints import read_json, write_bytes
 from common.errors import ConfigError, DataError, TrainingFailed
 from common.faces.pack import FacePack
+from common.files import read_json, write_bytes
 from common.runtime import stream_seed
 from common.settings import Settings
 from common.tracking.run import TrackedRun

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.checkpoints import read_json
 from common.errors import CheckpointError, TrackingError
+from common.files import read_json
 from common.settings import TrackingSettings
 from common.tracking.address import shown_uri, sqlite_path
 from common.tracking.delivery import quieten

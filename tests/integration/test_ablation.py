@@ -11,11 +11,12 @@ from tiny_federation import site_settings
 from tiny_twins import assert_same_bits, points, spool, twins_pack, with_settings, write_twins
 
 from common import config
-from common.checkpoints import read_json, read_tensors
+from common.checkpoints import read_tensors
 from common.errors import InterruptedRun, UserError
 from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.files import read_json
 from common.metrics.twin_report import paired_gap
 from common.runtime import stream_seed
 from simulation import epochs as epochs_module

@@ -12,7 +12,7 @@ from in_process import LocalMailbox, enter_run, federate_in, site_at
 from PIL import Image
 
 from common import checkpoints, config
-from common.checkpoints import read_json
+from common.files import read_json
 from common.tracking.record import TrackedRun
 from server.app import Surroundings, federate
 

@@ -8,7 +8,7 @@ from tiny_federation import site_settings
 from tiny_twins import twins_pack, with_settings
 
 from common import config
-from common.checkpoints import read_json
+from common.files import read_json
 from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from simulation.ablation import run_ablation

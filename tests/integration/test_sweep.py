@@ -15,9 +15,9 @@ from tiny_federation import site_settings
 from tiny_twins import SETTINGS, assert_same_bits, points, spool, twins_pack, with_settings, write_twins
 
 from common import config
-from common.checkpoints import read_json
 from common.errors import TrainingFailed
 from common.faces.pack import FacePack
+from common.files import read_json
 from common.runtime import SILENCE
 from common.settings import TrackingSettings
 from simulation import epochs as epochs_module

@@ -10,8 +10,9 @@ from PIL import Image
 from tiny_federation import enter_run
 
 from common import config
-from common.checkpoints import read_json, read_tensors
+from common.checkpoints import read_tensors
 from common.faces.synthetic import SynthSettings, write_dataset
+from common.files import read_json
 from server.app import initial_model
 
 SETTINGS = config.from_mapping(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoints
+from common import checkpoints, files
 from common.checkpoints import read_flat, read_tensors, write_tensors
 from common.errors import CheckpointError
 
@@ -20,33 +20,33 @@ TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3, dtype=torch.float16),
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_an_error_between_write_and_rename_leaves_the_old_file(tmp_path, monkeypatch, where):
     path = tmp_path / "state.json"
-    checkpoints.write_json(path, {"round": 1})
+    files.write_json(path, {"round": 1})
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (Path, "replace")), fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.write_json(path, {"round": 2})
+        files.write_json(path, {"round": 2})
     monkeypatch.undo()
-    assert checkpoints.read_json(path) == {"round": 1}
+    assert files.read_json(path) == {"round": 1}
     assert list(tmp_path.iterdir()) == [path], "nothing is left lying about"
 
 
 def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
     """Not an exception but the end: nothing of ours runs any more."""
     path = tmp_path / "state.json"
-    checkpoints.write_json(path, {"round": 1})
+    files.write_json(path, {"round": 1})
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom common import checkpoints\n"
+        "import os, sys\nfrom pathlib import Path\nfrom common import files\n"
         "Path.replace = lambda *_: os.kill(os.getpid(), 9)\n"
-        "checkpoints.write_json(Path(sys.argv[1]), {'round': 2, 'long': 'x' * 100000})"
+        "files.write_json(Path(sys.argv[1]), {'round': 2, 'long': 'x' * 100000})"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=120, check=False)
     assert done.returncode == -9
-    assert checkpoints.read_json(path) == {"round": 1}
-    checkpoints.write_json(path, {"round": 3})
-    assert checkpoints.read_json(path) == {"round": 3}
+    assert files.read_json(path) == {"round": 1}
+    files.write_json(path, {"round": 3})
+    assert files.read_json(path) == {"round": 3}
 
 
 def test_content_reaches_the_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_content_reaches_the_disk_before_the_name_and_the_name_after(tmp_path, m
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append("fsync") or fsync(number))
     monkeypatch.setattr(Path, "replace", lambda *paths: done.append("rename") or replace(*paths))
-    checkpoints.write_bytes(tmp_path / "new/folder/x", b"1")
+    files.write_bytes(tmp_path / "new/folder/x", b"1")
     assert done == ["fsync", "rename", "fsync"]
     assert (tmp_path / "new/folder/x").read_bytes() == b"1"
 
@@ -98,16 +98,16 @@ def test_json_that_is_damaged_or_no_object(tmp_path, content):
     path = tmp_path / "s.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"s\.json"):
-        checkpoints.read_json(path)
+        files.read_json(path)
     with pytest.raises(CheckpointError, match="does not exist"):
-        checkpoints.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
 
 
 def test_json_says_the_same_for_the_same(tmp_path):
-    checkpoints.write_json(tmp_path / "a", {"b": 1, "a": [1, "ü"]})
-    checkpoints.write_json(tmp_path / "b", {"a": [1, "ü"], "b": 1})
+    files.write_json(tmp_path / "a", {"b": 1, "a": [1, "ü"]})
+    files.write_json(tmp_path / "b", {"a": [1, "ü"], "b": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert checkpoints.read_json(tmp_path / "a") == {"a": [1, "ü"], "b": 1}
+    assert files.read_json(tmp_path / "a") == {"a": [1, "ü"], "b": 1}
 
 
 DTYPES = [

@@ -1,5 +1,6 @@
 """`--help` of every program answers without the heavy libraries: they are imported where the work begins."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,23 @@ def test_help_imports_nothing_heavy(command):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {' '.join(command)}")
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+SERVE = """
+import sys
+from unittest.mock import patch
+import server.cli, server.launch, server.steward
+with patch.object(server.launch.Launch, "run", lambda self: {"exit_code": 1, "line": "it was stood in for"}):
+    code = server.cli.main(["--no-mlflow", "--out", sys.argv[1], "--address", sys.argv[2]])
+print(code, sorted(name for name in ("torch", "mlflow", "safetensors") if name in sys.modules))
+"""
+
+
+def test_what_stands_beside_the_superlink_has_no_torch(tmp_path):
+    """flower-server itself and the steward: half a gigabyte and some seconds each, for nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "runs"), address]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "1 []", done
