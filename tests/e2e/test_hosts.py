@@ -25,7 +25,7 @@ from tests.relay import RelayProcess
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"
 DOOR, OUTSIDE, MLFLOW = 443, 8443, 5000  # ports; in a network of one's own all are free
-ROUNDS = 4
+ROUNDS = 3
 CUT_S = 12.0  # longer than the site's own checks of the wire take; to be gone for the server takes 60 s
 CUTS_PER_S = 0.5
 # What is asked of the SuperLink through the door; 415: it got the question, and wants a signed one of its own kind.
@@ -142,7 +142,7 @@ def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here):
     }  # fmt: skip
     server.wait_for("round 1 of")
     assert_only_the_door_is_open(network, relay, here)
-    clients["celeba"].wait_for("round [23]: training")
+    clients["celeba"].wait_for("round 2: training")
     network["celeba"].pull_the_plug()
     send_to_all(clients["vggface2"], signal.SIGSTOP)
     good = here.start("flower-simulation", *faces.clients, *faces.cache, *same, "--no-mlflow", "--out", "good")
