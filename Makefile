@@ -6,8 +6,12 @@ STAMP  := $(VENV)/.installed
 # Test files run side by side, in processes of one thread each.
 UNIT_WORKERS ?= auto
 E2E_WORKERS  ?= 2
+# Of `make chaos`: SEED says which faults, FIRST and RUNS which of its runs; each has five.
+SEED  ?= 0
+FIRST ?= 0
+RUNS  ?= 10
 
-.PHONY: help setup system demo test lint types unit e2e docker-test bench bench-faces clean
+.PHONY: help setup system demo test lint types unit e2e chaos docker-test bench bench-faces clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +55,9 @@ e2e: $(STAMP) ## whole programs, as a user runs them
 docker-test: ## whole federations in containers, killed, cut off and taken down (by hand; needs a Docker engine)
 	$(PYTHON) -m tests.docker.run
 
+chaos: $(STAMP) ## 50 faults over ten runs of real processes; a report and a table (an hour): make chaos SEED=0 RUNS=10
+	$(BIN)/python -m tests.chaos --seed $(SEED) --first $(FIRST) --runs $(RUNS)
+
 bench: $(STAMP) ## speed and memory against the peers, a table and JSON (a quarter of an hour)
 	$(BIN)/python -m bench.run
 
@@ -58,4 +65,4 @@ bench-faces: $(STAMP) ## accuracy on a CelebA and a VGGFace2 folder: make bench-
 	$(BIN)/python -m bench.real_faces --celeba $(CELEBA) --vggface2 $(VGGFACE2)
 
 clean: ## remove the environment and everything that runs left here
-	rm -rf $(VENV) build dist data runs logs .facefed mlflow.db mlartifacts *.egg-info
+	rm -rf $(VENV) build dist data runs logs chaos .facefed mlflow.db mlartifacts *.egg-info

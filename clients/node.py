@@ -50,32 +50,25 @@ def quicken(pace: Pace) -> None:
 def leave_last(last: Path, arguments: list[str]) -> None:
     """Tell the server that this site's last connection is over, where it ended without a word.
 
-    A site with a key of its own is one node, and the server takes it for connected until it has missed its heartbeats
-    for a minute; so long it would let nobody with that key in.
+    The server takes a node for connected until it has missed its heartbeats for a minute.  So long it would wait for
+    the answer of one that was killed, and let nobody in with the key of a site that has one.
     """
     parser = argparse.ArgumentParser(add_help=False)
     for option in ("--superlink", "--root-certificates", "--auth-supernode-private-key"):
         parser.add_argument(option)
     known, _ = parser.parse_known_args(arguments)
-    if not (known.auth_supernode_private_key and last.exists()):
+    if not last.exists():
         return
     import httpx
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-    key = load_ssh_private_key(Path(known.auth_supernode_private_key).read_bytes(), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        return
-    signed = NodeAuthHttpInterceptor(key, key.public_key())
+    trusted = known.root_certificates
     with FleetHttpClient.from_server_address(
         known.superlink,
-        insecure=False,
-        root_certificates=Path(known.root_certificates).read_bytes(),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), signed],
+        insecure=trusted is None,
+        root_certificates=Path(trusted).read_bytes() if trusted else None,
+        interceptors=_interceptors(known.auth_supernode_private_key),
     ) as fleet:
         for _ in range(GOODBYES):
             try:
@@ -86,6 +79,22 @@ def leave_last(last: Path, arguments: list[str]) -> None:
             except (httpx.HTTPError, ValueError) as error:  # it left in order, or the server is another
                 log.debug("the last connection needs no end (%s)", error)
             return
+
+
+def _interceptors(private_key: str | None) -> list[Any]:
+    """What a SuperNode's requests carry: Flower's version, and the signature of a site that has a key."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+    if private_key is None:
+        return [version]
+    key = load_ssh_private_key(Path(private_key).read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("the key is of another kind")  # noqa: TRY004 - like one that cannot be read
+    return [version, NodeAuthHttpInterceptor(key, key.public_key())]
 
 
 def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:

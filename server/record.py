@@ -1,5 +1,6 @@
 """The record of a federation as it happens: events for whoever watches, metrics and pictures for the tracking."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class Record:
         self._num_pictures = self._num_steps = self._num_warmup_pictures = 0.0
         self._refusals: dict[int, dict[str, str]] = {}
         self._num_refused = 0
+        self._refused_so_far: dict[int, int] = {}  # by round, where some were and it is not told yet
         self._are_many = False  # more clients than are told apart
         self._thrift = Thrift(DRAWING_FRACTION)
         self._restored = History()  # of a run that goes on
@@ -142,9 +144,14 @@ class Record:
         if reason not in earlier:
             refusals[client] = f"{earlier}; {reason}" if earlier else reason
         self._num_refused += 1
-        self._tracked.log_metrics({"refused_replies": float(self._num_refused)}, step=server_round)
+        self._refused_so_far[server_round] = self._num_refused
         self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:400]})
         self._events.emit("refused", client=client, round=server_round, reason=reason)
+
+    def _tell_refused(self, before: float) -> None:
+        """The count of each round before that one, once: a round that is tried again, or scored, may add to its own."""
+        for step in [step for step in self._refused_so_far if step < before]:
+            self._tracked.log_metrics({"refused_replies": float(self._refused_so_far.pop(step))}, step=step)
 
     def repeated(self, line: str) -> None:
         """A round is tried again."""
@@ -189,6 +196,7 @@ class Record:
         sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, and answer_seconds
         from the sending of its task until its reply was taken.
         """
+        self._tell_refused(before=server_round)
         merged = merged_train(replies)
         self._num_pictures += merged["num_pictures"]
         self._num_steps += merged["num_steps"]
@@ -234,6 +242,7 @@ class Record:
 
     def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
         """The last pictures and the summary, which is also RUN/metrics.json."""
+        self._tell_refused(before=math.inf)
         best = history.best_round
         if self._settings.tracking.plots != "none":
             self._draw_curves(history)

@@ -57,10 +57,10 @@ STRATEGIES = ("fedavg", "fedadam")  # without and with moments in the checkpoint
 class Ground:
     """What all runs of a campaign have in common: faces, configurations, undisturbed models, MLflow's tables."""
 
-    def __init__(self, folder: Path, *, rounds: int) -> None:
-        """folder: may be there already; what is in it is used again."""
+    def __init__(self, folder: Path, *, rounds: int, faces: Path | None = None) -> None:
+        """folder: may be there already; what is in it is used again.  faces: with data/NAME of each client, if any."""
         self.folder, self.rounds = folder, rounds
-        self.faces = folder / "faces"
+        self.faces = faces or folder / "faces"
         folder.mkdir(parents=True, exist_ok=True)
         self._programs = Programs(folder)
         for layout in CLIENTS:

@@ -168,6 +168,10 @@ def test_a_client_that_is_left_out_twice_in_the_last_round_counts_twice(tmp_path
     nodes = {1: client("alpha"), 2: client("beta"), 3: client("gamma", failing)}
     federation, _ = run(tmp_path, nodes)
     assert federation.record.num_refused == 2  # once when it trained, once when the last model was evaluated
+    federation.record.finished(federation.history, 2, federation.sha256)
+    lines = [json.loads(line) for line in (tmp_path / "spool.jsonl").read_text().splitlines()]
+    told = [(line["step"], line["value"]) for line in lines if line.get("key") == "refused_replies"]
+    assert told == [(2, 2.0)]  # a metric has each step once
 
 
 def with_error_in_round_2(name):
