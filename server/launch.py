@@ -24,7 +24,7 @@ from common.version import facefed_version, git_commit
 from server.bundle import write_bundle
 from server.front_door import Door, FrontDoor
 from server.runs import write_config_file
-from server.superlink import ADMITTED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
+from server.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
 
 log = logging.getLogger("facefed.server")
 
@@ -105,6 +105,8 @@ class Launch:
 
     def _dead(self) -> str:
         """What has ended of what should run, in a sentence, or nothing."""
+        if (self._superlink.home / APP_ENDED).exists():
+            return f"the ServerApp ended without a word (see {self._folder}/logs/superlink.log)."
         for name, process in self._running.items():
             if process.poll() is not None:
                 return f"{name} ended with exit code {process.returncode} (see {self._folder}/logs)."

@@ -32,7 +32,7 @@ from common.console import set_up_logging
 from common.processes import child_environment, start, write_new
 from common.runtime import go_silent
 from server.nodes import NODES_FILE, write_nodes
-from server.superlink import ADMITTED, RUN_ID, SECRET, TOKEN
+from server.superlink import ADMITTED, APP_ENDED, RUN_ID, SECRET, TOKEN
 
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
@@ -163,9 +163,11 @@ class Steward:
         self._apps.append((app, path))
 
     def _forget_ended(self) -> None:
+        """Flower misses a ServerApp that was killed after a minute; flower-server sees our note at once."""
         for app, path in self._apps:
             if app.poll() is not None:
                 path.unlink(missing_ok=True)
+                (self._folder / APP_ENDED).touch()
 
 
 def main(arguments: list[str]) -> None:

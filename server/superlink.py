@@ -16,8 +16,9 @@ from common.processes import child_environment, write_new
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
-# In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted.
-SECRET, RUN_ID, ADMITTED = "superexec.key", "run-id", "admitted"
+# In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted,
+# a mark that the ServerApp has ended.
+SECRET, RUN_ID, ADMITTED, APP_ENDED = "superexec.key", "run-id", "admitted", "app-ended"
 TOKEN = ".token"  # noqa: S105 - ends the name of a task's token
 
 
@@ -25,7 +26,7 @@ def write_secret(home: Path) -> Path:
     """A new secret for whoever takes tasks, readable by this user only; marks of an earlier start go."""
     home.mkdir(parents=True, exist_ok=True)
     forget_secrets(home)
-    for name in (RUN_ID, ADMITTED):
+    for name in (RUN_ID, ADMITTED, APP_ENDED):
         (home / name).unlink(missing_ok=True)
     return write_new(home / SECRET, secrets.token_bytes(32))
 

@@ -11,7 +11,7 @@ from common.certs import read_public_key
 from server import steward as steward_module
 from server.nodes import read_nodes, write_nodes
 from server.steward import Register, Steward
-from server.superlink import RUN_ID, write_secret
+from server.superlink import APP_ENDED, RUN_ID, write_secret
 from simulation import new_certs
 
 TOKEN = "ab" * 128
@@ -153,10 +153,14 @@ def test_our_run_is_started_without_its_token_in_the_command_line(steward, tmp_p
     assert command[command.index("--token-file") + 1] == str(path)
     assert not [word for word in command if TOKEN in word]
     assert (path.read_text(), path.stat().st_mode & 0o777) == (TOKEN, 0o600)
+    assert not (tmp_path / APP_ENDED).exists()
     [(app, _)] = steward._apps
     app.wait(60)
     steward.take_task()
     assert not path.exists()
+    assert (tmp_path / APP_ENDED).exists()  # flower-server looks for it: Flower tells of a killed one after a minute
+    write_secret(tmp_path)  # the run goes on
+    assert not (tmp_path / APP_ENDED).exists()
 
 
 def test_a_run_that_somebody_else_submitted_is_stopped_and_not_started(steward, tmp_path, caplog):
