@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.checkpoints import read_sealed, write_sealed
@@ -85,7 +85,7 @@ def load_private(
                 )
             state[name].copy_(saved)
     if optimiser is not None:
-        _restore_slots(module, optimiser, tensors)
+        _restore_slots(path, module, optimiser, tensors)
     return found
 
 
@@ -101,11 +101,15 @@ def _newest_whole(folder: Path, server_round: int) -> tuple[int, dict[str, Tenso
     return -1, {}
 
 
-def _restore_slots(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _restore_slots(
+    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         if key.startswith(OPTIMISER):
-            name, slot = key.removeprefix(OPTIMISER).rsplit("/", 1)
+            name, _, slot = key.removeprefix(OPTIMISER).rpartition("/")
+            if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+                raise CheckpointError(f"{path}: the optimiser's {key} is none of the model's; it is of another run.")
             # AdamW keeps its step counter on the CPU, as it wrote it
             device = "cpu" if slot == "step" else parameters[name].device
             optimiser.state[parameters[name]][slot] = value.to(device)
@@ -119,10 +123,13 @@ def load_residue(folder: Path, server_round: int, size: int) -> NDArray[np.float
     path = _round_file(folder, server_round)
     if not path.is_file():
         return np.zeros(size, dtype=np.float32)
-    with safe_open(path, framework="np") as file:
-        if RESIDUE not in file.keys():  # noqa: SIM118 - not a mapping
-            return np.zeros(size, dtype=np.float32)
-        residue: NDArray[np.float32] = file.get_tensor(RESIDUE)
+    try:
+        with safe_open(path, framework="np") as file:
+            if RESIDUE not in file.keys():  # noqa: SIM118 - not a mapping
+                return np.zeros(size, dtype=np.float32)
+            residue: NDArray[np.float32] = file.get_tensor(RESIDUE)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from None
     if residue.shape != (size,) or residue.dtype != np.float32:
         raise CheckpointError(f"{path}: the residue is {residue.dtype} {residue.shape}, the model has ({size},).")
     return residue
@@ -130,7 +137,8 @@ def load_residue(folder: Path, server_round: int, size: int) -> NDArray[np.float
 
 def rounds_here(folder: Path) -> list[int]:
     """The rounds whose private state is here, ascending."""
-    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))
+    numbers = (path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors"))
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
 
 
 def prune(folder: Path, keep: Iterable[int]) -> None:

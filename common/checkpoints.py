@@ -87,7 +87,7 @@ def read_flat(path: Path, layout: Sequence[tuple[str, tuple[int, ...]]]) -> tupl
             buffer = np.empty(begin // 4, dtype=np.float32)
             fits = list(header.items()) == list(wanted.items())
             whole = fits and file.readinto(buffer.data) == begin and not file.read(1)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from None
     if not fits:
         raise CheckpointError(f"{path} is of another model: {_first_difference(header, layout)}")
@@ -102,7 +102,8 @@ def _first_difference(header: Mapping[str, Any], layout: Sequence[tuple[str, tup
         if not isinstance(entry, dict):
             return f"{name} is missing; the model needs it with shape {shape}."
         if (entry.get("dtype"), entry.get("shape")) != ("F32", list(shape)):
-            seen = f"{entry.get('dtype')} of shape {tuple(entry.get('shape', ()))}"
+            sizes = entry.get("shape")
+            seen = f"{entry.get('dtype')} of shape {tuple(sizes) if isinstance(sizes, list) else sizes}"
             return f"{name} is {seen}; the model needs it with shape {shape}."
     return f"it has {len(header)} tensors, or another order; the model has {len(layout)}."
 
@@ -128,5 +129,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
         return load_file(path), notes
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # odd headers raise any
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from None

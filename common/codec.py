@@ -151,6 +151,11 @@ def largest_magnitude(coded: Coded) -> float:
     return float(torch.stack(peaks).max())
 
 
+def has_negative_scale(coded: Coded) -> bool:
+    """Whether an int8 buffer claims a scale that no encoder writes: scales are magnitudes."""
+    return coded.codec == "int8" and coded.size > 0 and bool((_scales(coded) < 0).any())
+
+
 def residue_of(buffer: Buffer, coded: Coded) -> Buffer:
     """What encoding lost: buffer - decoded, [size] float32."""
     lost = buffer.copy()

@@ -220,7 +220,7 @@ def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None =
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-        except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
+        except (ValueError, RecursionError) as error:  # also no UTF-8, numbers of thousands of digits, deep nesting
             raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
     for (section, key), value in (overrides or {}).items():
         table = raw.setdefault(section, {})
@@ -243,7 +243,7 @@ def from_json(text: str) -> Settings:
     """Settings from the JSON of `to_json`, equal to what went in.  Raises ConfigError."""
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"settings: not valid JSON: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError(["settings: the JSON text must hold an object"])

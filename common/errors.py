@@ -19,6 +19,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+LONGEST_PROBLEM = 2000  # characters of one wrong setting's line
 
 
 class FaceFedError(Exception):
@@ -48,6 +49,10 @@ class NotEnoughClients(FaceFedError):
 class ReplyRefused(FaceFedError):
     """A client's reply failed a check and must not touch the model."""
 
+    def __init__(self, reason: str) -> None:
+        """reason: may quote what the other side sent, so it is made one line of printable text of bounded length."""
+        super().__init__(one_line(reason))
+
 
 class UserError(FaceFedError):
     """The user's input is wrong: what was wrong, what was seen, what to do."""
@@ -60,20 +65,50 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         """problems: one complete line for each wrong setting."""
-        self.problems = tuple(problems)
+        self.problems = tuple(_shortened(escaped(problem)) for problem in problems)  # they quote what was written
         super().__init__("\n".join(self.problems))
 
 
 class DataError(UserError):
     """A face data set on disk is missing, malformed or too small."""
 
+    def __init__(self, line: str) -> None:
+        """line: may name files and people as they are called, so what cannot be shown is escaped."""
+        super().__init__(escaped(line))
+
 
 class CheckpointError(UserError):
     """A checkpoint, pack or state file is cut short or belongs to another configuration."""
 
+    def __init__(self, line: str) -> None:
+        """line: may quote a damaged file, so what cannot be shown is escaped."""
+        super().__init__(escaped(line))
+
 
 class TrackingError(UserError):
     """The tracking address cannot be used."""
+
+
+def escaped(text: str) -> str:
+    """The text with each line break, control character or byte that is no UTF-8 as its escape."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def _shortened(line: str) -> str:
+    """The line, without its middle where it is very long: its end says what to do."""
+    return (
+        line if len(line) <= LONGEST_PROBLEM else f"{line[: LONGEST_PROBLEM // 2]} ... {line[-LONGEST_PROBLEM // 2 :]}"
+    )
+
+
+def one_line(text: str, most: int = 400) -> str:
+    """The text as one line that may be shown and logged: no control characters, blanks joined, cut after `most`.
+
+    Whoever sends a megabyte, a line break or a terminal's escape code shall not write our log.
+    """
+    shown = "".join(character if character.isprintable() else " " for character in text[: 4 * most])
+    line = " ".join(shown.split())
+    return line if len(line) <= most and len(text) <= 4 * most else f"{line[:most]} ..."
 
 
 def unknown_name(what: str, seen: str, choices: Iterable[str]) -> str:

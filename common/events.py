@@ -53,4 +53,15 @@ class EventReader:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                yield json.loads(line)
+                event = _parsed(line)
+                if event is not None:
+                    yield event
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The event of a line, or None where the line is damaged: a full disk may cut one, and the next goes on in it."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None

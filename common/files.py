@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); it is cut short or damaged.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; it is not a file of ours.")

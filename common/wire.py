@@ -52,6 +52,15 @@ TRAIN_FIELDS = (
     "receive_seconds", "evaluate_seconds", "warmup_seconds", "seconds", "send_seconds",
 )  # fmt: skip
 
+_REPLY_NAMES: Mapping[str, frozenset[str]] = {
+    SUMS: frozenset(
+        ["num-examples", "server-round", *(f"train-{name}" for name in TRAIN_FIELDS)]
+        + [f"{split}-{name}" for split in ("val", "test") for name in CLOSED_FIELDS]
+    ),
+    ARRAYS: frozenset([CHANGE, *(COUNTS.format(split=split) for split in ("val", "test"))]),
+    TASK: frozenset(["manifest"]),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -209,6 +218,32 @@ def _number(sums: Mapping[str, Any], name: str) -> int | float:
     return value
 
 
+def _whole(sums: Mapping[str, Any], name: str) -> int:
+    value = sums[name]
+    if type(value) is not int:
+        raise TypeError(f"{name} is {value!r}, not a whole number")
+    return int(value)
+
+
+def _refuse_error(message: Message) -> None:
+    """Raise ReplyRefused for a client's error: its line, or the last line of an engine's traceback."""
+    if not message.has_error():
+        return
+    lines = [line for line in (message.error.reason or "").splitlines() if line.strip()]
+    raise ReplyRefused(lines[-1] if lines else f"the client failed (code {message.error.code})")
+
+
+def _refuse_extras(content: RecordDict) -> None:
+    """Raise ReplyRefused for a record or a name that no reply of ours has."""
+    for record, values in content.items():
+        known = _REPLY_NAMES.get(record)
+        if known is None:
+            raise ReplyRefused(f"the reply holds the record {record!r}, which no reply has")
+        extra = [name for name in values if name not in known]
+        if extra:
+            raise ReplyRefused(f"the reply holds {extra[0]!r} in {record!r}, which no reply has")
+
+
 def site_content(site: Site) -> RecordDict:
     """The content of the answer to join."""
     return RecordDict({SITE: ConfigRecord(dataclasses.asdict(site))})
@@ -287,10 +322,11 @@ def read_reply(message: Message, splits: str) -> Reply:
     """
     _refuse_error(message)
     try:
+        _refuse_extras(message.content)
         sums: Mapping[str, Any] = message.content[SUMS]
         arrays: Mapping[str, Any] = message.content[ARRAYS]
         return Reply(
-            server_round=int(sums["server-round"]),
+            server_round=_whole(sums, "server-round"),
             manifest=str(message.content[TASK]["manifest"]),
             num_examples=sums["num-examples"],
             train={name: float(sums[f"train-{name}"]) for name in TRAIN_FIELDS if f"train-{name}" in sums},

@@ -137,6 +137,8 @@ def _federate(
     settings: Settings, mailbox: Mailbox, surroundings: Surroundings, tracked: TrackedRun, events: EventLog
 ) -> dict[str, object]:
     recogniser, manifest = initial_model(settings)
+    if isinstance(mailbox, GridMailbox):
+        mailbox.expect(manifest.num_bytes)
     limit = settings.federation.run_timeout_s
     patience = Patience(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name

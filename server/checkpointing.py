@@ -172,4 +172,7 @@ class RunCheckpoints:
         tensors, notes = read_sealed(path)
         if notes.get("sha256") != model_sha256:
             raise CheckpointError(f"{path} does not go with the model of round {step}; it is of another run.")
+        odd = next((name for name, tensor in tensors.items() if tensor.dtype != torch.float32), None)
+        if odd is not None or any(tensor.shape != (self._manifest.size,) for tensor in tensors.values()):
+            raise CheckpointError(f"{path} is of another model; resume with the settings the run began with.")
         return {name: tensor.numpy() for name, tensor in tensors.items()}

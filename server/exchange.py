@@ -14,7 +14,7 @@ from common.parameters import Manifest
 from common.settings import FederationSettings
 from common.wire import Reply, Task
 from server.aggregate import Aggregate
-from server.guard import check_evaluation_reply, check_train_reply
+from server.guard import check_evaluation_reply, check_sender, check_train_reply
 from server.mailbox import Mailbox, Patience
 from server.roster import Member
 from server.round_clock import RoundClock
@@ -79,6 +79,7 @@ class Exchange:
             raise ReplyRefused(f"no answer within {self.federation.round_timeout_s:g} s")
         self.clock.answered(name)
         reply = wire.read_reply(message, task.splits)
+        check_sender(message, member.node_id)
         if change is None:
             check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
             return reply

@@ -7,25 +7,61 @@ import numpy as np
 from flwr.app import Message
 
 from common import wire
-from common.codec import decode, largest_magnitude
+from common.codec import Coded, decode, has_negative_scale, largest_magnitude
 from common.errors import ReplyRefused
 from common.parameters import Manifest
-from common.settings import CLIENT_NAME
+from common.settings import CLIENT_NAME, PRECISIONS
 from common.wire import TRAIN_FIELDS, Reply, Site, SplitSums
 from server.scores import INTEGER_SUMS
 
-LARGEST_CHANGE = 1e30  # weighted by up to 1e8 pictures and added, the sum is still finite in float32 (3.4e38)
+# Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
+LARGEST_CHANGE = 1e15
+MOST_COUNTED = 10**9  # pictures, people or cores of one client
+LONGEST_TEXT = 128  # of what a client tells of itself
+MEMORY_FORMATS = ("contiguous", "channels_last")
 LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
 
 
 def read_site(message: Message) -> Site:
-    """`wire.read_site`, with a name that can be shown and kept.  Raises ReplyRefused."""
+    """`wire.read_site`, with texts that can be shown and kept, and possible counts.  Raises ReplyRefused."""
     site = wire.read_site(message)
     if not CLIENT_NAME.fullmatch(site.name):
         raise ReplyRefused(
             f"the name {site.name!r} cannot be used; give --name of 1 to 64 letters, digits, spaces, '.', '_' or '-'"
         )
+    _check_site_texts(site)
+    _check_site_counts(site)
     return site
+
+
+def _check_site_texts(site: Site) -> None:
+    for name, value in vars(site).items():
+        if isinstance(value, str) and not (len(value) <= LONGEST_TEXT and value.isprintable()):
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value[:LONGEST_TEXT]!r}")
+    for name, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
+        # Clients of one machine compute alike, so this word is sent to others too.
+        if getattr(site, name) not in choices:
+            raise ReplyRefused(
+                f"the answer to join is malformed: {name} is {getattr(site, name)!r}, none of {', '.join(choices)}"
+            )
+
+
+def _check_site_counts(site: Site) -> None:
+    for name, value in vars(site).items():
+        if isinstance(value, int) and value > MOST_COUNTED:
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value}, more than {MOST_COUNTED}")
+    for part, whole in (("num_training_pictures", "num_pictures"), ("num_training_people", "num_people")):
+        if getattr(site, part) > getattr(site, whole):
+            raise ReplyRefused(
+                f"the answer to join is malformed: {part} is {getattr(site, part)}, more than {whole},"
+                f" {getattr(site, whole)}"
+            )
+
+
+def check_sender(message: Message, node_id: int) -> None:
+    """Raises ReplyRefused unless a reply says that it is of the node that was asked: a site answers for itself only."""
+    if message.metadata.src_node_id != node_id:
+        raise ReplyRefused("the reply is of another node than the one that was asked")
 
 
 def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str) -> None:
@@ -43,6 +79,8 @@ def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, si
 def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
     """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
     _check_origin(reply, server_round, manifest)
+    if reply.change is not None or reply.train:
+        raise ReplyRefused("the reply holds results of training, and an evaluation was asked for")
     _check_evaluations(reply, site)
 
 
@@ -68,11 +106,17 @@ def _check_change(reply: Reply, manifest: Manifest, codec: str) -> None:
         raise ReplyRefused(
             f"the change is {change.codec} of {change.size} numbers; {codec} of {manifest.size} were asked for"
         )
-    if largest_magnitude(change) <= LARGEST_CHANGE:  # False for NaN too
-        return
+    if not largest_magnitude(change) <= LARGEST_CHANGE:  # NaN too
+        _check_each(change, manifest)
+    if has_negative_scale(change):
+        raise ReplyRefused("the change holds a negative scale, which no encoder writes")
+
+
+def _check_each(change: Coded, manifest: Manifest) -> None:
+    """Raises ReplyRefused naming the tensor of the first unusable number; a large int8 scale may have small codes."""
     values = decode(change)
     usable = np.abs(values) <= LARGEST_CHANGE
-    if usable.all():  # large scales of small codes
+    if usable.all():
         return
     position = int(np.argmin(usable))
     name = next(e.name for e in manifest.entries if e.offset <= position < e.offset + e.size)
@@ -92,6 +136,9 @@ def _check_evaluations(reply: Reply, site: Site) -> None:
     for split, sums in reply.evaluations.items():
         _check_sums(sums.closed, f"{split}-")
         _check_closed(split, sums)
+        for name, most in (("num_examples", site.num_pictures), ("num_classes", site.num_training_people)):
+            if sums.closed[name] > most:
+                raise ReplyRefused(f"{split}-{name} is {sums.closed[name]}; the client joined with {most}")
         # Every pair of the client's pictures once, at most; more could overflow the clients' sum.
         most = site.num_pictures * (site.num_pictures - 1) // 2
         if float(sums.pairs.sum(dtype=np.float64)) > most:

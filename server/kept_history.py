@@ -16,6 +16,8 @@ from common.checkpoints import read_sealed, write_sealed
 from common.errors import CheckpointError
 from common.evaluation import EvaluationSums
 from common.metrics.classification import ClosedSetSums
+from common.metrics.folds import FOLD_BINS, NUM_FOLDS
+from common.metrics.verification import NUM_BINS
 from server.history import History, RoundRecord
 from server.scores import INTEGER_SUMS
 
@@ -46,10 +48,13 @@ def history_from_json(values: Mapping[str, Any]) -> History:
             history.rounds[step] = RoundRecord(
                 step=step,
                 metrics=metrics,
-                clients=dict(values["clients"].get(str(step), {})),
+                clients={
+                    client: {name: float(value) for name, value in own.items()}
+                    for client, own in values["clients"].get(str(step), {}).items()
+                },
                 scored=set(values["scored"].get(str(step), [])),
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint's state.json is not one of ours ({error!r}).") from None
     return history
 
@@ -76,6 +81,15 @@ def write_scores(path: Path, record: RoundRecord) -> None:
     write_sealed(path, tensors, notes)
 
 
+def _check_counts(parts: Mapping[str, NDArray[np.int64]]) -> None:
+    """Raises ValueError for counts of another shape or kind, or below zero: they would end the run later."""
+    shapes = {"pairs": (2, NUM_BINS), "twins": (2, NUM_BINS), "folds": (NUM_FOLDS, 2, FOLD_BINS)}
+    for name, counts in parts.items():
+        wanted = shapes.get(name, counts.shape[:1] * 2)  # a confusion is square
+        if counts.dtype != np.int64 or counts.shape != wanted or (counts < 0).any():
+            raise ValueError(f"{name} is {counts.dtype} {counts.shape}, or negative")
+
+
 def read_scores(path: Path, record: RoundRecord) -> None:
     """Put a file's sums into the record.  Raises CheckpointError."""
     tensors, notes = read_sealed(path)
@@ -85,11 +99,12 @@ def read_scores(path: Path, record: RoundRecord) -> None:
             split, _, client = name.partition("/")
             closed = dict(zip(fields, map(float, numbers.split()), strict=True))
             parts = {part: tensors[f"{name}/{part}"].numpy() for part in _PARTS if f"{name}/{part}" in tensors}
+            _check_counts(parts)
             values: dict[str, Any] = {key: int(v) if key in INTEGER_SUMS else v for key, v in closed.items()}
             sums = EvaluationSums(closed=ClosedSetSums(**values), **parts)
             if client == _ALL:
                 record.totals[split] = sums
             else:
                 record.sums.setdefault(split, {})[client] = sums
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a file of ours ({error!r}).") from None

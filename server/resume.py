@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def resume(federation: Federation) -> None:
             history = federation.checkpoints.read_history(state)
             if last - back not in counts or history.best_round > last - back:
                 continue
+            _check_counts(federation, counts[last - back], last - back)
             _take_model(federation, last - back)
         except CheckpointError as error:
             first = first or error
@@ -51,7 +53,7 @@ def _counts(state: Mapping[str, Any]) -> tuple[dict[int, dict[str, float]], int]
             for step, counted in state["counts"].items()
         }
         return counts, int(state["round"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint's state.json is not one of ours ({error!r}).") from None
 
 
@@ -59,6 +61,12 @@ def _go_on(federation: Federation, history: History, counts: dict[str, float], l
     federation.history = history
     federation.first_round = last + 1
     federation.record.go_on(history, counts)
+
+
+def _check_counts(federation: Federation, counts: Mapping[str, float], step: int) -> None:
+    """Raise CheckpointError unless what the record goes on from is there, whole and finite."""
+    if not (federation.record.counts().keys() <= counts.keys() and all(map(math.isfinite, counts.values()))):
+        raise CheckpointError(f"the checkpoint's state.json lacks the counts of round {step}; it is damaged.")
 
 
 def _take_model(federation: Federation, step: int) -> None:

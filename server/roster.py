@@ -11,7 +11,7 @@ from common.errors import NotEnoughClients, ReplyRefused, UserError
 from common.events import EventLog
 from common.settings import FederationSettings
 from common.wire import Site, Task
-from server.guard import read_site
+from server.guard import check_sender, read_site
 from server.mailbox import Mailbox, Patience
 from server.nodes import check_name
 from server.scores import MOST_TOLD_APART
@@ -165,6 +165,7 @@ class Roster:
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
             site = read_site(reply)
+            check_sender(reply, node_id)
             check_name(site.name, node_id, self._keys())
         except ReplyRefused as error:
             self._refused[node_id] = str(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.console import PackProgress
-from common.errors import UserError
+from common.errors import UserError, escaped
 from common.faces.audit import audit, audit_overlap
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.runtime import num_cores
@@ -73,7 +73,8 @@ def audit_data(settings: Settings, options: Sequence[ClientOption], *, shape: st
             content["overlap"] = json.loads(overlaps.to_json())
         out.write(json.dumps(content, indent=2) + "\n")
         return 0
-    out.writelines(f"== {name}\n" + "\n".join(report.lines()) + "\n" for name, report in reports.items())
+    lines = [line for name, report in reports.items() for line in (f"== {name}", *report.lines())]
     if overlaps is not None:
-        out.write("== shared between data sets\n" + "\n".join(overlaps.lines()) + "\n")
+        lines += ["== shared between data sets", *overlaps.lines()]
+    out.writelines(f"{escaped(line)}\n" for line in lines)  # files may have names that no terminal can show
     return 0

@@ -6,10 +6,10 @@ order of names; so what is out of order, or sent long before an actor is free, c
 """
 
 import contextlib
-import pickle
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pickle import PickleBuffer
 from queue import Queue
 from typing import Any, Final, SupportsIndex
 
@@ -107,7 +107,7 @@ def share_buffers() -> None:
 def _taken_apart(array: Array, protocol: SupportsIndex) -> tuple[Any, ...]:
     if protocol.__index__() < BUFFERS_PROTOCOL or len(array.data) < LARGE_BYTES:
         return put_together, (array.dtype, array.shape, array.stype, bytes(array.data))
-    return put_together, (array.dtype, array.shape, array.stype, pickle.PickleBuffer(array.data))
+    return put_together, (array.dtype, array.shape, array.stype, PickleBuffer(array.data))
 
 
 def put_together(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:  # noqa: ANN401

@@ -156,7 +156,16 @@ def find_model(settings: Settings, run: str, flag: str) -> FoundModel:
     folder = _run_folder(settings, run, flag)
     if not (folder / "config.toml").is_file():
         raise UserError(f"{flag}: that run trained no model (it has no config.toml); name one of training.")
-    return _finished(_wanted_of(read_json(folder / "run.json")), folder, flag)
+    return _finished(_wanted_of(_about(folder)), folder, flag)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """A run's run.json.  Raises CheckpointError."""
+    about = read_json(folder / "run.json")
+    clients = about.get("clients", [])
+    if not (isinstance(clients, list) and all(isinstance(name, str) for name in clients)):
+        raise CheckpointError(f"{folder / 'run.json'}: its clients are no list of names; it is not a file of ours.")
+    return about
 
 
 def _wanted_of(about: Mapping[str, Any]) -> Wanted:
@@ -173,7 +182,7 @@ def _explicit(search: Search, want: Wanted, run: str) -> FoundModel:
         return _from_registry(want, registered)
     flag = f"--run {want.name}={run}"
     folder = _run_folder(search.settings, run, flag)
-    about = read_json(folder / "run.json")
+    about = _about(folder)
     if not _is_kind(want, about):
         seen = f"{about.get('mode')} {about.get('strategy') or ''} {about.get('clients')}".replace("  ", " ")
         raise UserError(f"{flag}: that run is {seen}, not {want.name}; name a run of that kind.")
@@ -210,7 +219,7 @@ def _newest(search: Search, want: Wanted) -> FoundModel | None:
         if not (folder / "run.json").is_file():
             continue
         try:
-            about = read_json(folder / "run.json")
+            about = _about(folder)
         except CheckpointError as error:
             _log.warning("left aside: %s", error)
             continue
@@ -257,7 +266,9 @@ def _from_folder(want: Wanted, folder: Path) -> FoundModel | None:
     if not (folder / "metrics.json").is_file():
         return None
     metrics = read_json(folder / "metrics.json")
-    about = read_json(folder / "run.json")
+    about = _about(folder)
+    if not isinstance(metrics.get("test_pairs", {}), dict):
+        raise CheckpointError(f"{folder / 'metrics.json'}: its test_pairs are no table; it is not a file of ours.")
     return FoundModel(
         wanted=want,
         source=folder.name,

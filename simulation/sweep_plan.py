@@ -76,7 +76,7 @@ def load_plan(path: Path) -> SweepPlan:
         raw = tomllib.loads(text)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
     sweep = raw.get("sweep")
     if not isinstance(sweep, dict):

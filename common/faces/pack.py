@@ -151,11 +151,22 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
     is cut short or altered, or one of another key.
     """
     manifest = pack_store.read_manifest(folder, key or folder.name)
+    try:
+        pictures = np.load(folder / pack_store.PICTURES, mmap_mode="r", allow_pickle=False)
+        person, split = (np.load(folder / name, allow_pickle=False) for name in (pack_store.PERSON, pack_store.SPLIT))
+    except Exception as error:  # digests were altered with the files; for an odd header NumPy raises even SyntaxError
+        raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder and pack again.") from None
+    if not all(isinstance(one, np.ndarray) for one in (pictures, person, split)):  # a zip, which NumPy opens too
+        raise CheckpointError(f"{folder}: cannot be read as arrays; delete the folder and pack again.")
+    if not len(pictures) == len(person) == len(split) or (
+        len(person) and not 0 <= person.min() <= person.max() < len(manifest["people"])
+    ):
+        raise CheckpointError(f"{folder}: its files do not go together; delete the folder and pack again.")
     return FacePack(
-        pictures=np.load(folder / pack_store.PICTURES, mmap_mode="r", allow_pickle=False),
-        person=np.load(folder / pack_store.PERSON, allow_pickle=False),
+        pictures=pictures,
+        person=person,
         people=tuple(manifest["people"]),
-        split=np.load(folder / pack_store.SPLIT, allow_pickle=False),
+        split=split,
         key=manifest["key"],
         quarantined=tuple((path, reason) for path, reason in manifest["quarantined"]),
         dataset=manifest["dataset"],

@@ -165,7 +165,7 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: not a whole pack ({MANIFEST} is missing); {again}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error}); {again}.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: not a pack of format {FORMAT}; {again}.")
@@ -174,14 +174,43 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
             f"{folder}: this pack belongs to another configuration or state of the data (key "
             f"{manifest.get('key')!s:.12}, wanted {key:.12}); pack again with these settings."
         )
-    for name, about in manifest["files"].items():
-        path = folder / name
+    _check_form(folder, manifest)
+    for name in (PICTURES, PERSON, SPLIT):
+        about, path = manifest["files"][name], folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size != about["bytes"]:
             raise CheckpointError(f"{path}: cut short ({size} bytes, its manifest says {about['bytes']}); {again}.")
         if digest(path) != about["digest"]:
             raise CheckpointError(f"{path}: its content was altered; {again}.")
     return manifest
+
+
+def _check_form(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless every part of the manifest is of its kind; what it says is used unseen."""
+    people, family, quarantined = (manifest.get(name) for name in ("people", "family", "quarantined"))
+    files = manifest.get("files")
+    sound = (
+        isinstance(files, dict)
+        and all(isinstance(files.get(name), dict) for name in (PICTURES, PERSON, SPLIT))
+        and all({"bytes", "digest"} <= files[name].keys() for name in (PICTURES, PERSON, SPLIT))
+        and isinstance(manifest.get("dataset"), str)
+        and isinstance(people, list)
+        and all(isinstance(one, str) for one in people)
+        and "family" in manifest
+        and (family is None or _is_family(family, len(people)))
+        and isinstance(quarantined, list)
+        and all(isinstance(row, list) and len(row) == 2 for row in quarantined)
+    )
+    if not sound:
+        raise CheckpointError(f"{folder / MANIFEST}: is not one of ours; delete the folder and pack again.")
+
+
+def _is_family(family: object, num_people: int) -> bool:
+    return (
+        isinstance(family, list)
+        and len(family) == num_people
+        and all(type(one) is int and 0 <= one < num_people for one in family)
+    )
 
 
 def digest(path: Path) -> str:

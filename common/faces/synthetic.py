@@ -137,7 +137,7 @@ def _is_complete(settings: SynthSettings, out: Path) -> bool:
         return False
     try:
         found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or "complete" not in found:
         raise DataError(f"{out}: holds files that are no synthetic data set; choose an empty or new folder.")

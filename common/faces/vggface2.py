@@ -1,12 +1,13 @@
 """The official VGGFace2 layout: train/ and test/ with one folder a person, lists, names, loose boxes and landmarks."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import DataError
 from common.faces.folder import walk_people
 from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, FaceIndex, build_index
 from common.faces.metadata import (
@@ -67,13 +68,20 @@ def read_names(file: Path) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     lines = read_lines(file)
-    for number, row in enumerate(csv.reader(lines, skipinitialspace=True), start=1):
+    for number, row in enumerate(_rows(file, lines), start=1):
         if number == 1 and row[:1] == ["Class_ID"]:
             continue
         if len(row) < 2 or not row[0].strip():
             raise malformed(file, number, lines[number - 1], 'n000001, "Name", count, flag, gender')
         names[row[0].strip()] = row[1].strip(' "')
     return names
+
+
+def _rows(file: Path, lines: list[str]) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines, skipinitialspace=True)
+    except csv.Error as error:  # a field of more than 128 KiB, as a quote that is never closed makes
+        raise DataError(f"{file}: is malformed ({error}); fetch the official file again.") from None
 
 
 def _pictures(root: Path, part: str) -> list[str]:

@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ConfigError([f'model.pretrained = "{path}": no such file; give the path of a .safetensors file.'])
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # odd headers raise any
         raise CheckpointError(f"{path}: not a readable .safetensors file ({error}); write or copy it again.") from None
 
 

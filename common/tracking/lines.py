@@ -80,7 +80,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
             entry["step"] = int(entry["step"])
             return entry if _has(entry, {"run": str, "key": str}) else None
         return entry if _has(entry, {"run": str, **_FIELDS.get(entry["event"], {})}) else None
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "models:/"
+EXPORTED = "data/model.pt2"  # in what `mlflow.pytorch.save_model` writes
 
 _log = logging.getLogger("facefed.tracking")
 
@@ -77,19 +78,26 @@ def read_registered(tracking: TrackingSettings, uri: str) -> Registered:
 
 
 def load_state(registered: Registered) -> "dict[str, Tensor]":
-    """The tensors of a registered model under its backbone's names, "backbone.linear.weight".  Raises TrackingError."""
-    quieten()
-    import mlflow.pytorch
+    """The tensors of a registered model under its backbone's names, "backbone.linear.weight".
 
-    # load_model takes its server from here.
+    Raises TrackingError, also for a model that is more than tensors: `mlflow.pytorch.load_model` would unpickle it, and
+    import the modules that it brings.
+    """
+    quieten()
+    import mlflow.artifacts
+
+    from common.tracking.exported import read_exported
+
+    # download_artifacts takes its server from here.
     mlflow.set_tracking_uri(registered.address)
     mlflow.set_registry_uri(registered.address)
     try:
-        state: dict[str, Tensor] = mlflow.pytorch.load_model(registered.uri).state_dict()
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(mlflow.artifacts.download_artifacts(artifact_uri=registered.uri, dst_path=folder))
+            return read_exported(model / EXPORTED)
     except Exception as error:
         reason = short_reason(error)
         raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); name its run's folder instead.") from None
-    return state
 
 
 def _has_no_database(tracking: TrackingSettings) -> bool:

@@ -180,7 +180,7 @@ def auth_variables(folder: Path, given: Mapping[str, str]) -> tuple[dict[str, st
         kept = {_KEY: secrets.token_urlsafe(32), _PASSWORD: secrets.token_urlsafe(18)}
         known.touch(mode=0o600)
         known.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise TrackingError(f"{known} cannot be read; restore it, or delete it to have new secrets made.") from None
     users = folder / "users.ini"
     database = f"sqlite:///{folder / 'users.db'}"

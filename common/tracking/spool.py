@@ -210,8 +210,8 @@ class Sent:
 def load_sent(folder: Path, uri: str) -> Sent:
     """What the server at `uri` (as shown, without password) has of the spool in `folder`; nothing where unknown."""
     try:
-        sent = Sent(**json.loads((folder / SENT_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        sent = _sound(Sent(**json.loads((folder / SENT_NAME).read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, RecursionError):
         key = _key_of(folder / SPOOL_NAME)  # without it the server would get the run a second time
         return Sent(uri=uri, run_key=key) if key else Sent(uri=uri)
     if sent.uri != uri:
@@ -221,6 +221,27 @@ def load_sent(folder: Path, uri: str) -> Sent:
         if sent.offset > (folder / SPOOL_NAME).stat().st_size:  # a power cut took lines that the server has
             sent.offset, sent.aside = 0, []
     return sent
+
+
+def _sound(sent: Sent) -> Sent:
+    """The same.  Raises TypeError where a field is of another kind, as in a damaged file."""
+    tables = (sent.run_ids, sent.versions, sent.nonfinite)
+    sound = (
+        isinstance(sent.uri, str)
+        and isinstance(sent.run_key, str)
+        and _are([sent.offset], int)
+        and _are(sent.aside, int)
+        and all(isinstance(table, dict) for table in tables)
+        and _are([*sent.run_ids.values(), *sent.versions.values()], str)
+        and all(_are(names, str) for names in sent.nonfinite.values())
+    )
+    if not sound or min([sent.offset, *sent.aside]) < 0:
+        raise TypeError("a field is of another kind")
+    return sent
+
+
+def _are(values: object, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def _key_of(path: Path) -> str:

@@ -105,7 +105,7 @@ def _spool_of(folder: Path) -> Path:
 def _remembered_uri(folder: Path) -> str:
     try:
         return str(json.loads((folder / SENT_NAME).read_text(encoding="utf-8"))["uri"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -269,7 +269,7 @@ def _digest(files: Mapping[str, Path]) -> str:
 def _keep_metadata(path: Path, source: Path) -> None:
     try:
         found = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or damaged
+    except (OSError, ValueError, RecursionError):  # none, or damaged
         return
     _keep(path, of_the_machine(found))
 
