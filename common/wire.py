@@ -229,6 +229,8 @@ def _refuse_error(message: Message) -> None:
     """Raise ReplyRefused for a client's error: its line, or the last line of an engine's traceback."""
     if not message.has_error():
         return
+    if message.error.code == ErrorCode.NODE_UNAVAILABLE:  # Flower's own words are of heartbeats
+        raise ReplyRefused("the connection to the client was lost")
     lines = [line for line in (message.error.reason or "").splitlines() if line.strip()]
     raise ReplyRefused(lines[-1] if lines else f"the client failed (code {message.error.code})")
 
@@ -247,14 +249,6 @@ def _refuse_extras(content: RecordDict) -> None:
 def site_content(site: Site) -> RecordDict:
     """The content of the answer to join."""
     return RecordDict({SITE: ConfigRecord(dataclasses.asdict(site))})
-
-
-def _refuse_error(message: Message) -> None:
-    if not message.has_error():
-        return
-    if message.error.code == ErrorCode.NODE_UNAVAILABLE:  # Flower's own words are of heartbeats
-        raise ReplyRefused("the connection to the client was lost")
-    raise ReplyRefused(message.error.reason or f"the client failed (code {message.error.code})")
 
 
 def read_site(message: Message) -> Site:

@@ -225,10 +225,9 @@ def load_sent(folder: Path, uri: str) -> Sent:
 
 def _sound(sent: Sent) -> Sent:
     """The same.  Raises TypeError where a field is of another kind, as in a damaged file."""
-    tables = (sent.run_ids, sent.versions, sent.nonfinite)
+    tables: tuple[object, ...] = (sent.run_ids, sent.versions, sent.nonfinite)
     sound = (
-        isinstance(sent.uri, str)
-        and isinstance(sent.run_key, str)
+        _are([sent.uri, sent.run_key], str)
         and _are([sent.offset], int)
         and _are(sent.aside, int)
         and all(isinstance(table, dict) for table in tables)

@@ -97,6 +97,7 @@ def expected_model(chosen, sent, folder):
 seen = Counter()
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of a failure; it is told all the same
 @given(rounds_of_bad_replies())
 @settings(max_examples=50, **FUZZ)
 def test_no_bad_reply_reaches_the_model_or_stops_the_server_and_each_is_named(tmp_path_factory, drawn):

@@ -118,7 +118,7 @@ def test_each_number_has_a_lower_bound(section, field):
     meta = field.metadata
     whole = isinstance(field.default, int | str)
     if meta["above"] is not None:
-        assert "must be greater than 0" in problems_of(section, field.name, 0)[0]
+        assert f"must be greater than {meta['above']:g}" in problems_of(section, field.name, 0)[0]
     else:
         config.from_mapping({section: {field.name: meta["low"]}})
         if meta["low"] > 0:

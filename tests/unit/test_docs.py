@@ -21,7 +21,16 @@ PARSERS = {
     "flower-simulation": simulation.cli.simulation_parser,
     "facefed": simulation.cli.facefed_parser,
 }
-OTHER_PROGRAMS = ("make", "python", "mlflow", "tensorboard", "source", "docker-compose", ".venv/bin/pre-commit", ".venv/bin/python")
+OTHER_PROGRAMS = (
+    "make",
+    "python",
+    "mlflow",
+    "tensorboard",
+    "source",
+    "docker-compose",
+    ".venv/bin/pre-commit",
+    ".venv/bin/python",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SECTIONS = "|".join(config.to_mapping(Settings()))

@@ -213,7 +213,7 @@ def test_checkpoints(evil, tmp_path):
         RunCheckpoints(tmp_path / "checkpoints", MANIFEST).load_moments(1, "sha")
     evil(tmp_path / "checkpoints" / "state.json")
     with pytest.raises(CheckpointError):
-        RunCheckpoints(tmp_path / "checkpoints", MANIFEST).read_state()
+        RunCheckpoints(tmp_path / "checkpoints", MANIFEST).read_state(tmp_path / "checkpoints" / "state.json")
 
 
 def test_a_clients_private_state(evil, tmp_path):
