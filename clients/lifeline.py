@@ -5,7 +5,6 @@ It uses names inside Flower, as clients/node.py does (docs/adr/0017-executor.md)
 
 import logging
 import os
-import signal
 import ssl
 import threading
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import httpx
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+
+from common.errors import EXIT_FAILED
 
 LONGEST_RETRY_PAUSE_S = 3  # Flower's own is 20 s: after a cut of half a minute as long again would pass
 HEARTBEAT_INTERVAL_S = 10.0  # a beat every 3.5 to 4.5 s; the server takes a site for gone after 60 s without one
@@ -89,9 +90,11 @@ def _sure(push: Callable[[Any, PushObjectRequest], PushObjectResponse]) -> Calla
 def _end_with_the_thread(dead: threading.ExceptHookArgs) -> None:
     """A SuperNode whose heart stopped would go on asking, and the server would have forgotten it; so it ends.
 
-    A heart stops at a server that does not know the node: another one, at the old one's address.
+    A heart stops at a server that does not know the node: another one, at the old one's address.  There is nobody to
+    say goodbye to, and Flower's way of ending by a signal can wait for ever (for a thread that it starts in between).
     """
     if dead.exc_type is SystemExit:
         return
     log.warning("the connection ends: %s", dead.exc_value)
-    os.kill(os.getpid(), signal.SIGINT)
+    logging.shutdown()
+    os._exit(EXIT_FAILED)
