@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.docker.points import Tracking, check_points
 from tests.docker.project import Project, docker
@@ -63,7 +64,7 @@ class Test:
     def undisturbed(self) -> str:
         """A federation, from nothing to exit code 0."""
         self._up()
-        self.project.wait_for("server", "round 1 of")
+        self.project.wait_for("server", "joined: celeba")
         self._check_reach()
         words = self._over()
         self.sha256 = words[0]
@@ -73,7 +74,10 @@ class Test:
         """While the server runs: a site reaches the proxy alone, and the SuperLink is reached by the proxy alone."""
         places = [("proxy", 8443), ("superlink", 8000), ("server", 8000), ("mlflow", 5000)]
         code = REACHES.format(places=places)
-        reached = {name: self.project.execute(name, code).split() for name in ("celeba", "mlflow", "proxy")}
+        names = ("celeba", "mlflow", "proxy")
+        with ThreadPoolExecutor(len(names)) as at_once:  # the door is shut when the run is over, seconds later
+            said = at_once.map(lambda name: self.project.execute(name, code), names)
+            reached = {name: what.split() for name, what in zip(names, said, strict=True)}
         assert reached["celeba"] == ["proxy"], reached
         assert reached["mlflow"] == ["mlflow"], reached
         assert reached["proxy"] == ["proxy", "superlink", "server"], reached
