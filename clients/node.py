@@ -51,23 +51,23 @@ def leave_last(last: Path, arguments: list[str]) -> None:
     """Tell the server that this site's last connection is over, where it ended without a word.
 
     The server takes a node for connected until it has missed its heartbeats for a minute.  So long it would wait for
-    the answer of one that was killed, and let nobody in with the key of a site that has one.
+    the answer of one that was killed, and let nobody in with its key.  A site without a key (plain text) cannot say
+    it: each of its connections signs with a key that Flower makes in the process, and that is gone.
     """
     parser = argparse.ArgumentParser(add_help=False)
     for option in ("--superlink", "--root-certificates", "--auth-supernode-private-key"):
         parser.add_argument(option)
     known, _ = parser.parse_known_args(arguments)
-    if not last.exists():
+    if not (known.auth_supernode_private_key and last.exists()):
         return
     import httpx
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
-    trusted = known.root_certificates
     with FleetHttpClient.from_server_address(
         known.superlink,
-        insecure=trusted is None,
-        root_certificates=Path(trusted).read_bytes() if trusted else None,
+        insecure=False,
+        root_certificates=Path(known.root_certificates).read_bytes(),
         interceptors=_interceptors(known.auth_supernode_private_key),
     ) as fleet:
         for _ in range(GOODBYES):
@@ -81,16 +81,14 @@ def leave_last(last: Path, arguments: list[str]) -> None:
             return
 
 
-def _interceptors(private_key: str | None) -> list[Any]:
-    """What a SuperNode's requests carry: Flower's version, and the signature of a site that has a key."""
+def _interceptors(private_key: str) -> list[Any]:
+    """What the requests of a site with a key carry: Flower's version, and its signature."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
-    if private_key is None:
-        return [version]
     key = load_ssh_private_key(Path(private_key).read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("the key is of another kind")  # noqa: TRY004 - like one that cannot be read
