@@ -6,6 +6,7 @@ import ssl
 
 from common.certs import ClientFiles
 from common.errors import UserError
+from common.processes import is_healthy
 
 WITHIN_S = 10.0
 # X.509 verification results, from openssl/x509_vfy.h.
@@ -81,11 +82,4 @@ def _shake_hands(host: str, port: int, context: ssl.SSLContext) -> None:
 
 def _answers_plain_text(host: str, port: int) -> bool:
     """Whether /health is there; a server with TLS answers a refusal at most."""
-    connection = http.client.HTTPConnection(host, port, timeout=WITHIN_S)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return is_healthy(http.client.HTTPConnection(host, port, timeout=WITHIN_S))

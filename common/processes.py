@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import http.client
 import ipaddress
 import os
 import signal
@@ -171,3 +172,14 @@ def can_connect(host: str, port: int, timeout_s: float = 2.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def is_healthy(connection: http.client.HTTPConnection) -> bool:
+    """Whether what is at the other end says so at /health; the connection is closed afterwards."""
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

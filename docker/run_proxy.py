@@ -17,7 +17,7 @@ from pathlib import Path
 from common.certs import ServerFiles, read_server_folder
 from common.console import run_program, set_up_logging, stopping_on_signals
 from common.errors import EXIT_INTERRUPTED, FaceFedError
-from common.processes import can_connect
+from common.processes import can_connect, is_healthy
 from server.front_door import Door, FrontDoor
 
 LOOK_EVERY_S = 0.5
@@ -28,24 +28,17 @@ ANSWER_WITHIN_S = 5.0
 log = logging.getLogger("facefed.proxy")
 
 
-def is_healthy(host: str, port: int, tls: ServerFiles) -> bool:
+def superlink_is_healthy(host: str, port: int, tls: ServerFiles) -> bool:
     """Whether the SuperLink says so, over TLS of the federation's own authority."""
     context = ssl.create_default_context(cafile=str(tls.ca))
-    connection = http.client.HTTPSConnection(host, port, timeout=ANSWER_WITHIN_S, context=context)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return is_healthy(http.client.HTTPSConnection(host, port, timeout=ANSWER_WITHIN_S, context=context))
 
 
 def keep_door(door: Door, tls: ServerFiles, stop: threading.Event) -> None:
     """Open and shut it until `stop` is set.  Raises FaceFedError when nginx ends by itself."""
     host, port = door.superlink_host, door.superlink_port
     while not stop.is_set():
-        if not is_healthy(host, port, tls):
+        if not superlink_is_healthy(host, port, tls):
             stop.wait(LOOK_EVERY_S)
             continue
         with tempfile.TemporaryDirectory(prefix="door-") as folder, FrontDoor(door, Path(folder)) as opened:

@@ -38,7 +38,7 @@ from server.record import Record
 from server.resume import resume
 from server.roster import Roster
 from server.rounds import Federation, Outcome
-from server.run_folder import new_run_folder
+from server.run_folder import CHECKPOINTS, new_run_folder
 from server.runs import CONFIG_FILE, begin_tracking, federated_kind
 from server.scores import MOST_TOLD_APART
 
@@ -159,7 +159,7 @@ def _federate(
             keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
         ),
         patience=patience,
-        checkpoints=RunCheckpoints(surroundings.run_folder / "checkpoints", manifest),
+        checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),
         record=Record(tracked, events, settings),
         public=public_scorer(settings, recogniser, manifest),
         history=History(),

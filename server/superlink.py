@@ -12,7 +12,7 @@ from typing import Any
 
 from common.certs import ServerFiles
 from common.errors import FaceFedError
-from common.processes import child_environment, write_new
+from common.processes import child_environment, is_healthy, write_new
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
@@ -70,14 +70,7 @@ class Superlink:
 
     def answers(self) -> bool:
         """Whether it is up."""
-        connection = self._connection()
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return is_healthy(self._connection())
 
     def _connection(self) -> http.client.HTTPConnection:
         if not self.tls:
