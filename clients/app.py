@@ -1,13 +1,13 @@
 """The ClientApp of the bundle, which Flower wants there.  Nobody needs it: a site runs what it installed itself.
 
-`flower-client` answers messages by `clients/executor.py` and never unpacks a bundle.  A SuperNode that was started in
+`flower-client` answers messages by `clients/flower` and never unpacks a bundle.  A SuperNode that was started in
 another way would come here.
 """
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from clients.handover import CLIENT_FAILED
+from clients.flower.handover import CLIENT_FAILED
 
 REASON = "this node was not started by flower-client, which runs its own site's code only; start it with that."
 

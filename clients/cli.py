@@ -82,7 +82,7 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
 def _serve(arguments: argparse.Namespace) -> int:
     host, port = _check(arguments)
     set_up_logging(arguments.log_level)
-    from clients.launch import ClientOptions, Launch
+    from clients.flower.launch import ClientOptions, Launch
     from clients.site import SiteSettings
     from common.certs import read_client_folder
     from common.faces.sources import read_index

@@ -70,8 +70,8 @@ def site(state: Path = Path(".facefed/clients")) -> None:
 
     for process in psutil.process_iter(["cmdline", "create_time"]):
         words = process.info["cmdline"] or []
-        if "clients.node" in words:
-            at = words.index("clients.node")
+        if "clients.flower.supernode" in words:
+            at = words.index("clients.flower.supernode")
             name, port = words[at + 2], int(words[at + 3])
             node = state / name / "node-id"
             if not can_connect("127.0.0.1", port):

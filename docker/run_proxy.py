@@ -18,7 +18,7 @@ from common.certs import ServerFiles, read_server_folder
 from common.console import run_program, set_up_logging, stopping_on_signals
 from common.errors import EXIT_INTERRUPTED, FaceFedError
 from common.processes import can_connect, is_healthy
-from server.front_door import Door, FrontDoor
+from server.flower.front_door import Door, FrontDoor
 
 LOOK_EVERY_S = 0.5
 MISSES = 2  # that shut the door; only a SuperLink that has ended refuses connections

@@ -27,10 +27,10 @@ from common.tracking.run import TrackedRun
 from common.tracking.settings import without_secrets
 from common.wire import Task
 from server.checkpointing import RunCheckpoints
+from server.flower.nodes import NODES_FILE, read_nodes
 from server.global_model import GlobalModel
 from server.history import History
 from server.mailbox import GridMailbox, Mailbox, Patience
-from server.nodes import NODES_FILE, read_nodes
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
 from server.receipts import ReceiptMailbox
@@ -38,8 +38,8 @@ from server.record import Record
 from server.resume import resume
 from server.roster import Roster
 from server.rounds import Federation, Outcome
-from server.run_folder import CHECKPOINTS, new_run_folder
-from server.runs import CONFIG_FILE, begin_tracking, federated_kind
+from server.run_folder import CHECKPOINTS, CONFIG_FILE, new_run_folder
+from server.runs import begin_tracking, federated_kind
 from server.scores import MOST_TOLD_APART
 
 QUICK_RETRY_S = 0.1  # of an object that a client is still sending

@@ -24,7 +24,7 @@ from common.runtime import go_silent
 from common.settings import RunSettings, Settings
 
 if TYPE_CHECKING:
-    from server.launch import ServerOptions
+    from server.flower.launch import ServerOptions
 
 _OVERRIDES = {"--min-clients": "federation.min_clients", "--join-timeout": "federation.join_timeout_s"}
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
@@ -145,9 +145,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(settings.run.log_level)
     from common.certs import read_server_folder
     from common.tracking.settings import with_absolute_uri
-    from server.front_door import find_nginx
+    from server.flower.front_door import find_nginx
+    from server.flower.launch import ServerOptions
     from server.holding import database_held, run_held
-    from server.launch import ServerOptions
     from server.run_folder import new_run_folder
     from server.unfinished import forget_its_end
 
@@ -179,7 +179,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     """The run from its beginning to the lines that tell its end; returns the exit code."""
-    from server.launch import Launch
+    from server.flower.launch import Launch
 
     launch = Launch(settings, options, run_folder)
     _say_where(options, settings.federation.min_clients)

@@ -10,7 +10,7 @@ from flwr.app.message import make_message
 from flwr.serverapp import Grid
 
 from common.errors import DeadlinePassed, InterruptedRun
-from server.unpacking import bounded
+from server.flower.unpacking import bounded
 
 T = TypeVar("T")
 UNREADABLE = 501  # our error code in Flower's Error

@@ -11,9 +11,9 @@ from common.errors import NotEnoughClients, ReplyRefused, UserError
 from common.events import EventLog
 from common.settings import FederationSettings
 from common.wire import Site, Task
+from server.flower.nodes import check_name
 from server.guard import check_sender, read_site
 from server.mailbox import Mailbox, Patience
-from server.nodes import check_name
 from server.scores import MOST_TOLD_APART
 
 SAY_WAITING_EVERY_S = 10.0

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import config
-from common.files import write_bytes, write_json
+from common.files import write_json
 from common.settings import Settings
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import TrackedRun, open_run
 from common.tracking.settings import without_secrets
 from common.version import facefed_version
+from server.run_folder import CONFIG_FILE, shown_config_file, write_config_file
 
 RUN_FILE = "run.json"  # what kind of run a folder holds
-CONFIG_FILE = "config.toml"  # its settings, resolved
-_SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where that differs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +79,6 @@ def write_run_file(folder: Path, settings: Settings, kind: RunKind, clients: Seq
     write_json(folder / RUN_FILE, about)
 
 
-def write_config_file(folder: Path, settings: Settings) -> None:
-    """Write the resolved settings as RUN/config.toml.
-
-    Where the tracking address has a password, that file is for this user alone, and another is without it.
-    """
-    shown, own = _shown_config_file(folder, settings), folder / CONFIG_FILE
-    write_bytes(own, config.to_toml(settings).encode(), mode=0o666 if shown == own else 0o600)
-    if shown != own:
-        write_bytes(shown, config.to_toml(without_secrets(settings)).encode())
-
-
-def _shown_config_file(folder: Path, settings: Settings) -> Path:
-    """The file of the settings that others may see."""
-    return folder / (CONFIG_FILE if without_secrets(settings) == settings else _SHOWN_CONFIG_FILE)
-
-
 def open_record(settings: Settings, folder: Path, commit: str, kind: RunKind) -> TrackedRun:
     """Begin a run's record (or go on with it) under its kind's name, tags and parameters, and write RUN/run.json.
 
@@ -139,6 +122,6 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind)
 
     params = all_params(settings, kind)
     tracked = _open(settings, folder, commit, dataclasses.replace(kind, params=params), prepare)
-    tracked.log_file(_shown_config_file(folder, settings), CONFIG_FILE)
+    tracked.log_file(shown_config_file(folder, settings), CONFIG_FILE)
     sample_hardware(tracked, settings.tracking)
     return tracked

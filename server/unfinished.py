@@ -9,8 +9,8 @@ from common.errors import EXIT_DONE, ConfigError, UserError
 from common.events import OUTCOME_FILE, STOP_FILE
 from common.files import read_json
 from common.settings import Settings
-from server.run_folder import has_checkpoint
-from server.runs import CONFIG_FILE, RUN_FILE
+from server.run_folder import CONFIG_FILE, has_checkpoint
+from server.runs import RUN_FILE
 
 _MAY_DIFFER = ("run.out", "run.log_level")
 

@@ -18,8 +18,8 @@ from common.settings import Settings
 from common.tracking.settings import with_absolute_uri
 from server.public_set import open_public_set, with_absolute_public_set
 from server.run_folder import new_run_folder
+from simulation.engine.virtual import IDENTITY, VirtualSites, divide, parse_partition
 from simulation.sites import pack_at_the_door, parse_clients, site_of
-from simulation.virtual import IDENTITY, VirtualSites, divide, parse_partition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def federate_here(
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
     check_pretrained(settings)
     run_folder = new_run_folder(settings)
-    from simulation.run import simulate
+    from simulation.engine.run import simulate
 
     with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
         exit_code = simulate(settings, sites, run_folder, ray_address=engine.ray_address, num_actors=engine.num_actors)
@@ -78,7 +78,7 @@ def _check_engine(engine: Engine) -> None:
     if engine.ray_address and engine.num_actors:
         raise UserError("--actors: a cluster's nodes say how many actors there are; leave out --ray-address or this.")
     if engine.ray_address:
-        from simulation.cluster import check_address
+        from simulation.engine.cluster import check_address
 
         check_address(engine.ray_address)
 

@@ -23,8 +23,8 @@ RESTART_PAUSE_S = 1.0
 GONE_WITHIN_S = 20.0  # what lost its parent; twice the grace that our programs give to what they end themselves
 MOST_RESTARTS = 40  # of one run's server: a run that cannot go on shall not do so for ever
 # A part of each process's command line.
-SUPERLINK, STEWARD, SERVERAPP = "server.redelivery", "server.steward", "flwr-serverapp"
-SUPERNODE, TRAINER = "clients.node", "clients.trainer"
+SUPERLINK, STEWARD, SERVERAPP = "server.flower.redelivery", "server.flower.superexec", "flwr-serverapp"
+SUPERNODE, TRAINER = "clients.flower.supernode", "clients.flower.trainer"
 
 
 @dataclass

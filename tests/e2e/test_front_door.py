@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from common.processes import free_port
-from server.front_door import LARGEST_BODY_MIB, Door, FrontDoor, find_nginx
+from server.flower.front_door import LARGEST_BODY_MIB, Door, FrontDoor, find_nginx
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e

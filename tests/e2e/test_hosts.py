@@ -18,7 +18,7 @@ from network_spaces import Network
 from programs import Programs, run_folder, state_of
 
 from common.errors import UserError
-from server.front_door import find_nginx
+from server.flower.front_door import find_nginx
 from tests.conftest import skip_or_fail
 from tests.relay import RelayProcess
 

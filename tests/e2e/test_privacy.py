@@ -208,8 +208,8 @@ def test_telemetry_is_off_in_every_child_process(simulations, house):
             assert {key: variables.get(key) for key in SILENCE} == dict(SILENCE), (name, command)
     commands = "\n".join(command for _, command, _ in (*sealed.below, *house.below))
     for part in (
-        "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "-m server.redelivery",
-        "-m server.steward", "flwr-serverapp", "-m clients.node", "-m clients.trainer",
+        "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "-m server.flower.redelivery",
+        "-m server.flower.superexec", "flwr-serverapp", "-m clients.flower.supernode", "-m clients.flower.trainer",
     ):  # fmt: skip
         assert part in commands, commands
     assert '"disable_ui_telemetry":true' in house.ended["ui"].out.replace(" ", "").replace("\\n", "")

@@ -13,7 +13,7 @@ import pytest
 from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port
 
 from common.runtime import SILENCE
-from simulation.cluster import check_address
+from simulation.engine.cluster import check_address
 
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"

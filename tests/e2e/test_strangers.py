@@ -31,11 +31,11 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from programs import BIN, Programs, assert_one_line, free_port, port_is_free, run_folder, state_of
 from strangers import NEVER_READ, SLOW_BODY, SLOW_HEADER, Pest, hung_up_on, idle, many_files
 
-from clients.handshake import examine
+from clients.flower.handshake import examine
 from common.certs import read_client_folder
 from common.errors import UserError
-from server.front_door import find_nginx
-from server.nodes import NODES_FILE, read_nodes
+from server.flower.front_door import find_nginx
+from server.flower.nodes import NODES_FILE, read_nodes
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e

@@ -17,8 +17,8 @@ from common import wire
 from common.errors import NotEnoughClients, ReplyRefused
 from common.events import EventReader
 from common.settings import PRECISIONS
+from server.flower.unpacking import COUNTS_BYTES
 from server.guard import MOST_COUNTED, check_sender, read_site
-from server.unpacking import COUNTS_BYTES
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

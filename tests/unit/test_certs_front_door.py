@@ -4,7 +4,7 @@ import pytest
 
 from common.certs import ServerFiles
 from common.errors import UserError
-from server.front_door import Door, door_config
+from server.flower.front_door import Door, door_config
 
 
 def test_paths_that_nginx_cannot_take_are_refused_in_one_line(tmp_path):

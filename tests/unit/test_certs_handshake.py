@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from clients.handshake import examine
+from clients.flower.handshake import examine
 from common.certs import read_client_folder
 from common.errors import UserError
 from common.processes import free_port
@@ -114,7 +114,7 @@ def test_plain_text_and_tls_are_told_apart(folder, tls):
 def test_a_server_that_has_gone_or_says_nothing_is_waited_for(tls, monkeypatch):
     examine(OURS, free_port(), tls)
     examine(OURS, free_port(), None)
-    monkeypatch.setattr("clients.handshake.WITHIN_S", 0.2)
+    monkeypatch.setattr("clients.flower.handshake.WITHIN_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         examine(OURS, silent.getsockname()[1], tls)
         examine(OURS, silent.getsockname()[1], None)

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from common.certs import read_public_key
-from server import steward as steward_module
-from server.nodes import read_nodes, write_nodes
-from server.steward import Register, Steward
-from server.superlink import APP_ENDED, RUN_ID, write_secret
+from server.flower import superexec as steward_module
+from server.flower.nodes import read_nodes, write_nodes
+from server.flower.superexec import Register, Steward
+from server.flower.superlink import APP_ENDED, RUN_ID, write_secret
 from simulation import new_certs
 
 TOKEN = "ab" * 128

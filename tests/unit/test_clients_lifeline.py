@@ -14,8 +14,8 @@ from flwr.supercore.retry import http_retry, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from clients import lifeline
-from clients.lifeline import HEARTBEAT_INTERVAL_S, LONGEST_RETRY_PAUSE_S, hold_on
+from clients.flower import lifeline
+from clients.flower.lifeline import HEARTBEAT_INTERVAL_S, LONGEST_RETRY_PAUSE_S, hold_on
 from tests.relay import Relay
 
 

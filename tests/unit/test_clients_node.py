@@ -12,12 +12,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SubStatus
 from tiny_federation import site_settings
 
-from clients import executor, node
 from clients.egress import UNRECORDED
-from clients.executor import Executor
-from clients.handover import CLIENT_FAILED, KEY, TrainerGone
-from clients.pace import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
-from clients.residence import Trainer
+from clients.flower import executor, supernode
+from clients.flower.executor import Executor
+from clients.flower.handover import CLIENT_FAILED, KEY, TrainerGone
+from clients.flower.pace import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
+from clients.flower.residence import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -138,7 +138,7 @@ def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(execute
 
 
 def test_whoever_takes_a_message_from_the_supernode_must_know_the_key(tmp_path):
-    told = node.own_arguments(tmp_path, 1234)
+    told = supernode.own_arguments(tmp_path, 1234)
     assert told[told.index("--isolation") + 1] == "process"
     assert told[told.index("--superexec-auth-secret-file") + 1] == str(tmp_path / KEY)
     assert told[told.index("--host") + 1] == "127.0.0.1"
@@ -171,8 +171,8 @@ def test_waiting_for_an_answer_tells_that_there_is_work():
 def test_looks_for_messages_are_frequent_first_and_then_as_rare_as_flowers(monkeypatch):
     pace, now, slept = Pace(), [0.0], []
     pace._last_message = 0.0
-    monkeypatch.setattr("clients.pace.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("clients.pace.time.sleep", slept.append)
+    monkeypatch.setattr("clients.flower.pace.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("clients.flower.pace.time.sleep", slept.append)
     for now[0] in (0.0, 0.5, 10.0, 29.0, 31.0, 1e6):
         pace.sleep(3)
     assert slept == pytest.approx([0.1, 0.1, 1.0, 2.9, LONGEST_PAUSE_S, LONGEST_PAUSE_S])
@@ -190,9 +190,10 @@ def test_what_is_put_into_flowers_loop_is_what_it_uses(monkeypatch):
     assert source.count("time.sleep(0.5)") == 2
     assert len(re.findall(r"(?<![\w.])time\.\w+\(", source)) == 3, "the loop asks `time` for more than sleep"
     assert "pull_objects(\n                obj_ids_to_pull,\n                pull_object_fn=" in source
-    node.quicken(Pace())
+    supernode.quicken(Pace())
     assert isinstance(start_client_internal.time, Pace)
-    assert inspect.signature(inflatable_utils.pull_objects).parameters["initial_backoff"].default == node.QUICK_RETRY_S
+    backoff = inspect.signature(inflatable_utils.pull_objects).parameters["initial_backoff"]
+    assert backoff.default == supernode.QUICK_RETRY_S
 
 
 def test_the_key_is_readable_by_its_owner_only(tmp_path, monkeypatch):

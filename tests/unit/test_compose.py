@@ -14,7 +14,7 @@ import clients.cli
 import server.cli
 import simulation.cli
 from common.certs import read_client_folder, read_server_folder
-from server.front_door import Door, door_config
+from server.flower.front_door import Door, door_config
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -58,8 +58,8 @@ def test_help_imports_nothing_heavy(command):
 SERVE = """
 import sys
 from unittest.mock import patch
-import server.cli, server.launch, server.steward
-with patch.object(server.launch.Launch, "run", lambda self: {"exit_code": 1, "line": "it was stood in for"}):
+import server.cli, server.flower.launch, server.flower.superexec
+with patch.object(server.flower.launch.Launch, "run", lambda self: {"exit_code": 1, "line": "it was stood in for"}):
     code = server.cli.main(["--no-mlflow", "--out", sys.argv[1], "--address", sys.argv[2]])
 print(code, sorted(name for name in ("torch", "mlflow", "safetensors") if name in sys.modules))
 """

@@ -36,7 +36,10 @@ PACKAGES = ("common", "clients", "server", "simulation", "configs")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "yaml"}
 # What is imported all the same: (file, name) -> why no file or message can reach it.
 ALLOWED = {
-    ("simulation/flow.py", "pickle.PickleBuffer"): "hands Ray a buffer of this process without a copy; loads nothing",
+    (
+        "simulation/engine/flow.py",
+        "pickle.PickleBuffer",
+    ): "hands Ray a buffer of this process without a copy; loads nothing",
 }
 CALLS = {"eval", "exec", "compile", "__import__"}
 # Functions that unpickle, or whose default does, with the argument that makes them safe.

@@ -10,7 +10,7 @@ from common import compiled, config, precision
 from common.compute import Compute
 from common.errors import UserError
 from common.precision import resolve_compute, threads_for
-from simulation.cluster import resources_of_actor
+from simulation.engine.cluster import resources_of_actor
 
 BASE = config.from_mapping(
     {"data": {"image_size": 32}, "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25}}

@@ -9,9 +9,9 @@ from tiny_federation import ScriptedMailbox, client, enter_run, federation_over,
 from common import config
 from common.tracking.settings import without_secrets
 from server.app import Surroundings, federate
-from server.launch import Launch, ServerOptions
+from server.flower.launch import Launch, ServerOptions
+from server.flower.superlink import Superlink
 from server.runs import begin_tracking, federated_kind, flat_params
-from server.superlink import Superlink
 
 ADDRESS = "http://researcher:hunter2@127.0.0.1:9"
 SECRETS = ("hunter2", "researcher")

@@ -9,8 +9,8 @@ import pytest
 import server.cli
 from common.certs import ServerFiles
 from common.errors import FaceFedError
-from server.launch import Launch, ServerOptions
-from server.superlink import Superlink, forget_secrets, write_secret
+from server.flower.launch import Launch, ServerOptions
+from server.flower.superlink import Superlink, forget_secrets, write_secret
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def nothing_starts(monkeypatch, tmp_path):
     def start(*_arguments, **_named):
         raise AssertionError("a program was started")
 
-    monkeypatch.setattr("server.launch.start", start)
+    monkeypatch.setattr("server.flower.launch.start", start)
     monkeypatch.setattr("server.cli.set_up_logging", lambda _level: None)  # its handlers would outlive the test
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +68,7 @@ def test_a_zero_or_negative_setting_is_refused_by_name(nothing_starts, capsys, o
 
 
 def test_an_address_that_others_reach_gets_a_front_door_or_nothing(nothing_starts, capsys, monkeypatch):
-    monkeypatch.setattr("server.front_door.shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("server.flower.front_door.shutil.which", lambda *_, **__: None)
     assert serve("--address", "0.0.0.0:8000", "--insecure") == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -96,7 +96,7 @@ def launch(folder, **options):
 
 def test_flowers_own_programs_get_the_address_and_no_package_index(tmp_path):
     command = launch(tmp_path, database=tmp_path / "state.db")._superlink.command(tmp_path / "secret")
-    assert command[1:4] == ["-P", "-m", "server.redelivery"]
+    assert command[1:4] == ["-P", "-m", "server.flower.redelivery"]
     assert command[command.index("--port") + 1] == "8123"
     assert command[command.index("--database") + 1] == str(tmp_path / "state.db")
     assert "--disable-runtime-dependency-installation" in command
@@ -144,7 +144,7 @@ def flwr(tmp_path, monkeypatch):
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!{sys.executable} -I\nimport os, sys\n{text}\n")
         program.chmod(0o755)
-        monkeypatch.setattr("server.superlink.child_environment", lambda _home: {"PATH": str(program.parent)})
+        monkeypatch.setattr("server.flower.superlink.child_environment", lambda _home: {"PATH": str(program.parent)})
         return Superlink(host="127.0.0.1", port=1, home=tmp_path)
 
     return write

@@ -15,7 +15,7 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.superlink.routers.fleet import router
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from server.redelivery import MOST_TIMES, Redelivery, redeliver
+from server.flower.redelivery import MOST_TIMES, Redelivery, redeliver
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 NODE, OTHER = 5, 6

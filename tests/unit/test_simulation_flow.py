@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from flwr.server.superlink.fleet.vce import vce_api
 
 from common import wire
-from simulation.flow import LARGE_BYTES, WindowedMailbox, hand_out, handing_out, share_buffers
+from simulation.engine.flow import LARGE_BYTES, WindowedMailbox, hand_out, handing_out, share_buffers
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

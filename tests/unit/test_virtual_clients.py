@@ -5,9 +5,9 @@ from test_faces_partition import pack_of
 from tiny_federation import site_settings
 
 from common.errors import UserError
-from simulation.cluster import resources_of_actor
 from simulation.commands import Engine, federate_here
-from simulation.virtual import VirtualSites, divide, parse_partition
+from simulation.engine.cluster import resources_of_actor
+from simulation.engine.virtual import VirtualSites, divide, parse_partition
 
 
 @pytest.mark.parametrize(("text", "alpha"), [("identity", None), ("dirichlet:0.5", 0.5), ("dirichlet:1e3", 1000.0)])

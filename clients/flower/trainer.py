@@ -1,6 +1,6 @@
 """The resident trainer: one process for the life of a `flower-client`, with torch, the data and the model in memory.
 
-    flower-client --starts--> clients/node.py: Flower's SuperNode and our executor
+    flower-client --starts--> clients/flower/supernode.py: Flower's SuperNode and our executor
                   --starts--> this process  <--- local socket ---'
 
 It answers one message at a time, ends with its flower-client, and ends itself when the executor that waits for an
@@ -21,7 +21,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from clients.egress import LEDGER, refusal
-from clients.handover import KEY, SITE, SOCKET, receive_content, send_content
+from clients.flower.handover import KEY, SITE, SOCKET, receive_content, send_content
 from clients.site import SiteSettings
 from common.events import SHOWN
 from common.runtime import go_silent

@@ -1,8 +1,8 @@
 """Beside the SuperLink, in a process of its own: admits the sites' keys, and runs the run that flower-server submitted.
 
 It stands in for Flower's SuperExec, which runs whatever bundle anyone on this machine submits, and shows each task's
-token in its command line.  Started as `python -m server.steward FOLDER ADDRESS [CA KEYS]`; in the folder lie the secret
-that the SuperLink asks of whoever takes a task, and, once there is one, the id of our run.
+token in its command line.  Started as `python -m server.flower.superexec FOLDER ADDRESS [CA KEYS]`; in the folder lie
+the secret that the SuperLink asks of whoever takes a task, and, once there is one, the id of our run.
 """
 
 import logging
@@ -31,8 +31,8 @@ from common.certs import CertificateError, read_public_key
 from common.console import set_up_logging
 from common.processes import child_environment, start, write_new
 from common.runtime import go_silent
-from server.nodes import NODES_FILE, write_nodes
-from server.superlink import ADMITTED, APP_ENDED, RUN_ID, SECRET, TOKEN
+from server.flower.nodes import NODES_FILE, write_nodes
+from server.flower.superlink import ADMITTED, APP_ENDED, RUN_ID, SECRET, TOKEN
 
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0

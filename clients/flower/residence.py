@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
-from clients.handover import KEY, SITE
+from clients.flower.handover import KEY, SITE
+from clients.flower.trainer import LEFT_ALONE, site_to_json
 from clients.site import SiteSettings
-from clients.trainer import LEFT_ALONE, site_to_json
 from common.processes import child_environment, start, stop, write_new
 
 LOG_KEPT_BYTES = 10_000_000
@@ -68,7 +68,7 @@ class Trainer:
 
     def _start(self) -> None:
         self._process = start(
-            [sys.executable, "-P", "-m", "clients.trainer", str(self.folder), str(os.getpid())],
+            [sys.executable, "-P", "-m", "clients.flower.trainer", str(self.folder), str(os.getpid())],
             environment=child_environment(self._site.state_dir / "flwr"),
             output=subprocess.PIPE,
         )

@@ -58,7 +58,16 @@ class Superlink:
 
     def command(self, secret: Path) -> list[str]:
         """secret: the file of what whoever takes a task must know; without it any caller could take one."""
-        command = [sys.executable, "-P", "-m", "server.redelivery", "--host", self.host, "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "server.flower.redelivery",
+            "--host",
+            self.host,
+            "--port",
+            str(self.port),
+        ]
         command.append("--disable-runtime-dependency-installation")  # it would ask a package index
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if self.tls:

@@ -24,8 +24,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from clients.egress import refusal
-from clients.handover import CLIENT_FAILED, KEY, TrainerGone, hand_over
-from clients.pace import Pace
+from clients.flower.handover import CLIENT_FAILED, KEY, TrainerGone, hand_over
+from clients.flower.pace import Pace
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered

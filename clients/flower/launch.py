@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from clients.handshake import examine
-from clients.residence import Trainer, follow
+from clients.flower.handshake import examine
+from clients.flower.residence import Trainer, follow
 from clients.site import SiteSettings
 from common.certs import ClientFiles
 from common.errors import FaceFedError, InterruptedRun, UserError
@@ -215,7 +215,7 @@ class Launch:
             sys.executable,
             "-P",
             "-m",
-            "clients.node",
+            "clients.flower.supernode",
             str(meeting),
             self._site.name,
             str(free_port()),

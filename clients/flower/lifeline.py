@@ -1,6 +1,6 @@
 """Keeps a SuperNode at its work over a bad network: what Flower gives up, puts off or takes for lost is done again.
 
-It uses names inside Flower, as clients/node.py does (docs/adr/0017-executor.md); a test pins them.
+It uses names inside Flower, as clients/flower/supernode.py does (docs/adr/0017-executor.md); a test pins them.
 """
 
 import logging

@@ -15,7 +15,7 @@ dependencies = []
 
 [tool.flwr.app]
 publisher = "facefed"
-fab-include = ["server/*.py", "clients/*.py", "common/**/*.py"]
+fab-include = ["server/**/*.py", "clients/**/*.py", "common/**/*.py"]
 
 [tool.flwr.app.components]
 serverapp = "server.app:app"

@@ -1,9 +1,9 @@
 """A site's connection to the federation: Flower's SuperNode and, beside it in one process, our executor.
 
-    flower-client --starts--> this process --hands each message over--> the resident trainer (clients/trainer.py)
+    flower-client --starts--> this process --hands each message over--> the resident trainer (clients/flower/trainer.py)
 
-Started as `python -m clients.node MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of the site's
-last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
+Started as `python -m clients.flower.supernode MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of
+the site's last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from clients.egress import LEDGER
-from clients.handover import KEY
-from clients.lifeline import hold_on
-from clients.pace import Pace
+from clients.flower.handover import KEY
+from clients.flower.lifeline import hold_on
+from clients.flower.pace import Pace
 from common.runtime import go_silent
 
 log = logging.getLogger("facefed.client")
@@ -102,7 +102,7 @@ def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) 
     leave_last(last, arguments)
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    from clients.executor import Executor
+    from clients.flower.executor import Executor
 
     pace = Pace()
     quicken(pace)

@@ -21,10 +21,10 @@ from common.processes import child_environment, free_port, require_free_port, st
 from common.settings import Settings
 from common.tracking.settings import without_secrets
 from common.version import facefed_version, git_commit
-from server.bundle import write_bundle
-from server.front_door import Door, FrontDoor
-from server.runs import write_config_file
-from server.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
+from server.flower.bundle import write_bundle
+from server.flower.front_door import Door, FrontDoor
+from server.flower.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
+from server.run_folder import write_config_file
 
 log = logging.getLogger("facefed.server")
 
@@ -100,7 +100,7 @@ class Launch:
 
     def _steward_command(self) -> list[str]:
         link = self._superlink
-        command = [sys.executable, "-P", "-m", "server.steward", str(link.home), link.address]
+        command = [sys.executable, "-P", "-m", "server.flower.superexec", str(link.home), link.address]
         return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
 
     def _dead(self) -> str:

@@ -8,7 +8,7 @@ Two of Flower's calls work once only, and a cut connection may lose what they sa
     PushMessages    says which parts of a reply are wanted.  Asked again, once the ServerApp has seen that there is a
                     reply, it says none; the node takes its reply for sent, and the ServerApp waits for the parts.
 
-Started as `python -m server.redelivery ARGUMENT...`; the arguments are flower-superlink's.
+Started as `python -m server.flower.redelivery ARGUMENT...`; the arguments are flower-superlink's.
 """
 
 import sys

@@ -29,9 +29,9 @@ from common.settings import Settings
 from common.version import git_commit
 from server.app import Surroundings, federate
 from server.mailbox import GridMailbox
-from simulation.cluster import Cluster, Resources, end_actors, joined_ray, own_ray
-from simulation.flow import WindowedMailbox, handing_out, share_buffers
-from simulation.virtual import VirtualSites
+from simulation.engine.cluster import Cluster, Resources, end_actors, joined_ray, own_ray
+from simulation.engine.flow import WindowedMailbox, handing_out, share_buffers
+from simulation.engine.virtual import VirtualSites
 
 # Messages with a model on their way for each actor: with one waiting beside the one that is worked on, no actor idles
 # while a reply is taken; a third bridges a client that takes three times as long as the others.

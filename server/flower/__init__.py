@@ -1,0 +1,1 @@
+"""What this side uses of Flower's inside, and what it starts of it (docs/adr/0022-flowers-inside.md)."""
