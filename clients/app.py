@@ -7,7 +7,7 @@ another way would come here.
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from clients.flower.handover import CLIENT_FAILED
+from clients.flower.trainer import CLIENT_FAILED
 
 REASON = "this node was not started by flower-client, which runs its own site's code only; start it with that."
 

@@ -7,12 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from common import config
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
@@ -27,10 +25,11 @@ from common.tracking.run import TrackedRun
 from common.tracking.settings import without_secrets
 from common.wire import Task
 from server.checkpointing import RunCheckpoints
-from server.flower.nodes import NODES_FILE, read_nodes
+from server.flower.grid import GridMailbox, ask_soon
+from server.flower.superlink import NODES_FILE, read_nodes
 from server.global_model import GlobalModel
 from server.history import History
-from server.mailbox import GridMailbox, Mailbox, Patience
+from server.mailbox import Mailbox, Patience
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
 from server.receipts import ReceiptMailbox
@@ -41,8 +40,6 @@ from server.rounds import Federation, Outcome
 from server.run_folder import CHECKPOINTS, CONFIG_FILE, new_run_folder
 from server.runs import begin_tracking, federated_kind
 from server.scores import MOST_TOLD_APART
-
-QUICK_RETRY_S = 0.1  # of an object that a client is still sending
 
 log = logging.getLogger("facefed.server")
 
@@ -183,9 +180,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry for a deployment: settings and the run's folder come in the run config."""
-    # A reply is announced before its objects are whole; Flower would ask for them again after a second.
-    defaults: Any = pull_objects.__kwdefaults__
-    defaults["initial_backoff"] = QUICK_RETRY_S
+    ask_soon()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
     text = str(context.run_config.get("settings", ""))
     settings = config.from_json(text) if text else Settings()

@@ -1,19 +1,14 @@
 """The few things the round loop needs from Flower's Grid, so that tests can stand in for it."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from flwr.app import Error, Message, MessageType, Metadata
-from flwr.app.message import make_message
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from common.errors import DeadlinePassed, InterruptedRun
-from server.flower.unpacking import bounded
 
 T = TypeVar("T")
-UNREADABLE = 501  # our error code in Flower's Error
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.25
 FRACTION_WAITED = 0.03  # a look costs little beside a long wait, and is late by little beside it
 
@@ -32,59 +27,6 @@ class Mailbox(Protocol):
     def receive(self, message_id: str) -> Message | None:
         """The reply to that message, or None while there is none."""
         ...
-
-
-class GridMailbox:
-    """A Mailbox over Flower's Grid."""
-
-    def __init__(self, grid: Grid) -> None:
-        """grid: as the ServerApp got it."""
-        self._grid = grid
-        self._model_bytes: int | None = None
-
-    def expect(self, model_bytes: int) -> None:
-        """From now on a reply may hold a flat model of so many bytes, float32, beside its counts."""
-        self._model_bytes = model_bytes
-
-    def node_ids(self) -> list[int]:
-        """The nodes that are connected now."""
-        return sorted(self._grid.get_node_ids())
-
-    def send(self, messages: Iterable[Message]) -> list[str]:
-        """Push all messages at once: equal arrays then travel to the SuperLink once."""
-        return [message_id or "" for message_id in self._grid.push_messages(list(messages))]
-
-    def receive(self, message_id: str) -> Message | None:
-        """Pull one reply only, so that the others wait in the SuperLink's store and not in our memory."""
-        try:
-            with bounded(self._model_bytes) if self._model_bytes is not None else contextlib.nullcontext():
-                return next(iter(self._grid.pull_messages([message_id])), None)
-        except Exception as error:
-            if not _is_of_the_bytes(error):
-                raise
-            return _unreadable(message_id, f"the reply cannot be unpacked: {type(error).__name__}: {error}")
-
-
-def _is_of_the_bytes(error: Exception) -> bool:
-    """Whether Flower failed on bytes that a client made up, and not on the way to the SuperLink."""
-    kinds = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-    return isinstance(error, kinds) or type(error).__module__ == "google.protobuf.message"
-
-
-def _unreadable(message_id: str, reason: str) -> Message:
-    """What stands in for a reply of which Flower can make no message: an error, as for one that was never whole."""
-    about = Metadata(
-        run_id=0,
-        message_id="",
-        src_node_id=0,
-        dst_node_id=0,
-        message_type=MessageType.QUERY,
-        group_id="",
-        ttl=0.0,
-        reply_to_message_id=message_id,
-        created_at=time.time(),
-    )
-    return make_message(metadata=about, error=Error(code=UNREADABLE, reason=reason))
 
 
 class Patience:

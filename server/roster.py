@@ -11,7 +11,6 @@ from common.errors import NotEnoughClients, ReplyRefused, UserError
 from common.events import EventLog
 from common.settings import FederationSettings
 from common.wire import Site, Task
-from server.flower.nodes import check_name
 from server.guard import check_sender, read_site
 from server.mailbox import Mailbox, Patience
 from server.scores import MOST_TOLD_APART
@@ -166,7 +165,7 @@ class Roster:
         try:
             site = read_site(reply)
             check_sender(reply, node_id)
-            check_name(site.name, node_id, self._keys())
+            _check_name(site.name, node_id, self._keys())
         except ReplyRefused as error:
             self._refused[node_id] = str(error)
             self._events.emit("refused", client="", reason=str(error))
@@ -194,3 +193,9 @@ class Roster:
             device=site.device,
             **self._who(),
         )
+
+
+def _check_name(name: str, node_id: int, names: Mapping[int, str]) -> None:
+    """Raises ReplyRefused when the name is that of a key, and the node's key is another."""
+    if name in names.values() and names.get(node_id) != name:
+        raise ReplyRefused(f"a client claims the name {name!r}, which is that of another client's key")

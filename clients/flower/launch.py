@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from clients.flower.handshake import examine
-from clients.flower.residence import Trainer, follow
+from clients.flower.trainer import Trainer, follow
 from clients.site import SiteSettings
 from common.certs import ClientFiles
 from common.errors import FaceFedError, InterruptedRun, UserError

@@ -2,6 +2,11 @@
 
     flower-client --starts--> this process --hands each message over--> the resident trainer (clients/flower/trainer.py)
 
+The executor takes the messages that the SuperNode has got, has the trainer answer them, and hands the answers in.  It
+stands in for Flower's SuperExec and for the ClientApp process that it starts for each message (1.3 s of CPU each).  And
+it runs what this site installed and nothing else: the bundle that comes with a run is never unpacked, let alone
+imported (docs/adr/0017-executor.md).
+
 Started as `python -m clients.flower.supernode MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of
 the site's last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
 """
@@ -14,16 +19,37 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clients.egress import LEDGER
-from clients.flower.handover import KEY
-from clients.flower.lifeline import hold_on
-from clients.flower.pace import Pace
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Context, Error, Message
+from flwr.common.constant import SubStatus
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from clients.egress import LEDGER, refusal
+from clients.flower.patches import Pace, hold_on, quicken
+from clients.flower.trainer import CLIENT_FAILED, KEY, TrainerGone, hand_over
 from common.runtime import go_silent
 
-log = logging.getLogger("facefed.client")
-
-QUICK_RETRY_S = 0.1  # of an object that the other side is still sending; Flower's own is a second
+ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
+LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
 GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
+
+log = logging.getLogger("facefed.client")
 
 
 def own_arguments(meeting: Path, port: int) -> list[str]:
@@ -34,17 +60,6 @@ def own_arguments(meeting: Path, port: int) -> list[str]:
         "--host", "127.0.0.1",
         "--port", str(port),
     ]  # fmt: skip
-
-
-def quicken(pace: Pace) -> None:
-    """Put our pace into Flower's loop, and have it ask soon for what is on its way."""
-    from flwr.supercore.inflatable import inflatable_utils
-    from flwr.supernode import start_client_internal
-
-    loop: Any = start_client_internal
-    loop.time = pace
-    defaults: Any = inflatable_utils.pull_objects.__kwdefaults__
-    defaults["initial_backoff"] = QUICK_RETRY_S
 
 
 def leave_last(last: Path, arguments: list[str]) -> None:
@@ -60,10 +75,6 @@ def leave_last(last: Path, arguments: list[str]) -> None:
     known, _ = parser.parse_known_args(arguments)
     if not (known.auth_supernode_private_key and last.exists()):
         return
-    import httpx
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-
     with FleetHttpClient.from_server_address(
         known.superlink,
         insecure=False,
@@ -83,11 +94,6 @@ def leave_last(last: Path, arguments: list[str]) -> None:
 
 def _interceptors(private_key: str) -> list[Any]:
     """What the requests of a site with a key carry: Flower's version, and its signature."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
     version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
     key = load_ssh_private_key(Path(private_key).read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -95,15 +101,79 @@ def _interceptors(private_key: str) -> list[Any]:
     return [version, NodeAuthHttpInterceptor(key, key.public_key())]
 
 
+class Executor:
+    """Answers one message after the other, for as long as its SuperNode lives."""
+
+    def __init__(self, meeting: Path, *, name: str, port: int, pace: Pace, ledger: Path) -> None:
+        """meeting: the folder where the trainer is met.  name: the site's.  port: of the SuperNode's own API.
+
+        ledger: the folder of the egress ledger, for what is said here in the trainer's place.
+        """
+        self._meeting, self._name, self._pace, self._ledger = meeting, name, pace, ledger
+        self._address = f"127.0.0.1:{port}"
+        self._secret = (meeting / KEY).read_bytes()
+
+    def serve(self) -> None:
+        """Take what comes, for ever; whatever one message brings about, the next is taken."""
+        guard = SuperExecAuthHttpInterceptor(master_secret=self._secret, protected_methods=frozenset({ACQUIRE_TASK}))
+        with self._client(guard) as client:
+            while True:
+                self._pace.wait_for_work(LOOK_EVERY_S)
+                try:
+                    found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                    if found.HasField("task") and found.token:
+                        self._execute(found.token)
+                except Exception as error:
+                    log.warning("a message could not be answered (%s)", repr(error))
+
+    def _client(self, *more: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self._address,
+            insecure=True,  # its address is 127.0.0.1, and either side proves itself
+            root_certificates=None,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *more],
+            retry_invoker=None,
+        )
+
+    def _execute(self, token: str) -> None:
+        with self._client(RuntimeTokenHttpInterceptor(token)) as client:
+            heart = HeartbeatSender(lambda: _beats(client))
+            heart.start()
+            context: Context | None = None
+            status, details = SubStatus.FAILED, "the message could not be taken"
+            try:
+                message, context, _, _ = pull_task_input(client)
+                push_message(client, self._answered(message), context)
+                status, details = SubStatus.COMPLETED, ""
+            finally:
+                push_task_output(client, context, status, details)
+                heart.stop()
+                self._pace.tell_done()
+
+    def _answered(self, message: Message) -> Message:
+        try:
+            answer = hand_over(self._meeting, message.content)
+        except TrainerGone as gone:
+            answer = refusal(self._ledger, self._name, message.content, f"{self._name}: {gone}")
+        if isinstance(answer, str):
+            return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
+        return Message(answer, reply_to=message)
+
+
+def _beats(client: RuntimeHttpClient) -> bool:
+    """Tell the SuperNode that its message is being worked on.  (Flower's own ends the process when nobody wants it.)"""
+    try:
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.HTTPError:
+        return False
+    return True
+
+
 def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:
     """Serve until the SuperNode ends."""
     go_silent()
     hold_on()
     leave_last(last, arguments)
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
-    from clients.flower.executor import Executor
-
     pace = Pace()
     quicken(pace)
     executor = Executor(meeting, name=name, port=port, pace=pace, ledger=last.parent / LEDGER)

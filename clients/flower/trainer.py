@@ -5,33 +5,118 @@
 
 It answers one message at a time, ends with its flower-client, and ends itself when the executor that waits for an
 answer goes (the server went): what it was computing is then of no use, and the next run finds a fresh one.
+
+Here are the way to it, the process, and, last, `Trainer`, which is the process as its flower-client sees it.  The
+folder that all know is the user's own (0700) and holds the socket (0600) and a key, with which either side proves
+itself (HMAC, `multiprocessing.connection`).  Nothing is pickled: a content travels as one JSON header, and then the
+bytes of each array.  Only the process itself imports torch and what reads data.
 """
 
 import contextlib
 import json
 import logging
 import os
+import secrets
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection, Listener
+from collections.abc import Callable, Mapping
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import IO, Any, Self
 
-from flwr.app import RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from clients.egress import LEDGER, refusal
-from clients.flower.handover import KEY, SITE, SOCKET, receive_content, send_content
 from clients.site import SiteSettings
 from common.events import SHOWN
+from common.processes import child_environment, start, stop, write_new
 from common.runtime import go_silent
 
+CLIENT_FAILED = 500  # as in common.wire, which would bring torch along
+SOCKET, KEY, SITE = "socket", "key", "site.json"
+THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
+KNOCK_EVERY_S = 0.05
 LOOK_EVERY_S = 0.5
 LEFT_ALONE = 3  # exit code: nobody waits for the answer any more
+LOG_KEPT_BYTES = 10_000_000
+END_GRACE_S = 2.0  # it holds nothing that a later one would miss
+_KINDS: Mapping[str, type[ConfigRecord] | type[MetricRecord]] = {"config": ConfigRecord, "metrics": MetricRecord}
 
 log = logging.getLogger("facefed.client")
 
 Answer = Callable[[SiteSettings, RecordDict], RecordDict | str]
+
+
+class TrainerGone(Exception):
+    """The trainer is not there, or went in the middle of its work."""
+
+
+def send_content(connection: Connection, content: RecordDict | str) -> None:
+    """Send a content, or a refusal's one line.  Raises OSError when the other side is gone."""
+    if isinstance(content, str):
+        connection.send_bytes(json.dumps({"refusal": content}).encode())
+        return
+    header: list[dict[str, Any]] = []
+    arrays: list[Array] = []
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            arrays += record.values()
+            layout = {key: [one.dtype, list(one.shape), one.stype] for key, one in record.items()}
+            header.append({"name": name, "kind": "arrays", "arrays": layout})
+        else:
+            kind = "config" if isinstance(record, ConfigRecord) else "metrics"
+            header.append({"name": name, "kind": kind, "values": dict(record)})
+    connection.send_bytes(json.dumps({"records": header}).encode())
+    for array in arrays:
+        connection.send_bytes(array.data)
+
+
+def receive_content(connection: Connection) -> RecordDict | str:
+    """The inverse of `send_content`.  Raises EOFError when the other side is gone."""
+    header = json.loads(connection.recv_bytes())
+    if "refusal" in header:
+        return str(header["refusal"])
+    content = RecordDict()
+    for record in header["records"]:
+        if record["kind"] == "arrays":
+            content[record["name"]] = ArrayRecord(
+                {
+                    key: Array(dtype=dtype, shape=tuple(shape), stype=stype, data=connection.recv_bytes())
+                    for key, (dtype, shape, stype) in record["arrays"].items()
+                }
+            )
+        else:
+            content[record["name"]] = _KINDS[record["kind"]](record["values"])
+    return content
+
+
+def hand_over(folder: Path, content: RecordDict, *, there_within_s: float = THERE_WITHIN_S) -> RecordDict | str:
+    """Have the trainer of `folder` answer a message's content; returns the reply's content or the line of a refusal.
+
+    Raises TrainerGone.
+    """
+    deadline = time.monotonic() + there_within_s
+    while True:
+        try:
+            connection = Client(str(folder / SOCKET), family="AF_UNIX", authkey=(folder / KEY).read_bytes())
+            break
+        except AuthenticationError:
+            raise TrainerGone("the trainer does not know this client's key; restart flower-client.") from None
+        except (OSError, EOFError):  # it is starting, or has just gone
+            if time.monotonic() > deadline or not folder.is_dir():
+                raise TrainerGone("the trainer is not there; its flower-client's output says why.") from None
+            time.sleep(KNOCK_EVERY_S)
+    with connection:
+        try:
+            send_content(connection, content)
+            return receive_content(connection)
+        except (OSError, EOFError):
+            raise TrainerGone("the trainer went in the middle of its work; it is started again.") from None
 
 
 def site_to_json(site: SiteSettings) -> str:
@@ -114,6 +199,67 @@ def main(folder: Path, parent: int) -> None:
     from clients.answer import answer  # torch and all: seconds, while nobody waits yet
 
     serve(folder, site, answer)
+
+
+def follow(process: subprocess.Popen[bytes], path: Path, notice: Callable[[str], object]) -> threading.Thread:
+    """Keep a program's output in a file that does not grow for ever, and show each line to `notice`, from a thread."""
+    reader = threading.Thread(target=_read, args=(process.stdout, path, notice), daemon=True)
+    reader.start()
+    return reader
+
+
+def _read(output: IO[bytes], path: Path, notice: Callable[[str], object]) -> None:
+    if path.exists() and path.stat().st_size > LOG_KEPT_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    with path.open("ab") as kept, output:
+        for raw in output:
+            kept.write(raw)
+            kept.flush()
+            notice(raw.decode(errors="replace"))
+
+
+class Trainer:
+    """One trainer process after the other, while the block lasts."""
+
+    def __init__(self, site: SiteSettings, notice: Callable[[str], object]) -> None:
+        """notice: gets each line that the trainer says."""
+        self._site, self._notice = site, notice
+
+    def __enter__(self) -> Self:
+        """Make the folder and start the first."""
+        # Not in the state folder: the path of a socket has at most 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="facefed-"))  # 0700
+        try:
+            write_new(self.folder / KEY, secrets.token_bytes(32))
+            write_new(self.folder / SITE, site_to_json(self._site).encode())
+            self._start()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        stop(self._process, END_GRACE_S)
+        self._reader.join(timeout=5)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        self._process = start(
+            [sys.executable, "-P", "-m", "clients.flower.trainer", str(self.folder), str(os.getpid())],
+            environment=child_environment(self._site.state_dir / "flwr"),
+            output=subprocess.PIPE,
+        )
+        self._reader = follow(self._process, self._site.state_dir / "trainer.log", self._notice)
+
+    def keep_alive(self) -> None:
+        """Start another where the last one has ended."""
+        code = self._process.poll()
+        if code is None:
+            return
+        if code != LEFT_ALONE:
+            log.warning("the trainer ended (exit code %d, see %s); another is started", code, self._site.state_dir)
+        self._start()
 
 
 if __name__ == "__main__":

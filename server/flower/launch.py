@@ -1,7 +1,9 @@
 """`flower-server`: a SuperLink of our own, one run submitted to it, watched until it ends, and everything ended."""
 
+import importlib.util
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +23,6 @@ from common.processes import child_environment, free_port, require_free_port, st
 from common.settings import Settings
 from common.tracking.settings import without_secrets
 from common.version import facefed_version, git_commit
-from server.flower.bundle import write_bundle
 from server.flower.front_door import Door, FrontDoor
 from server.flower.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
 from server.run_folder import write_config_file
@@ -32,6 +33,29 @@ HEALTHY_WITHIN_S = 60.0
 LOOK_EVERY_S = 0.2
 ASK_STATUS_EVERY_S = 15.0
 STOP_WITHIN_S = 20.0
+# The app bundle that Flower wants from whoever submits a run: the packages as they are installed here.
+PACKAGES = ("common", "server", "clients")  # by name: the server's code never imports the clients'
+PYPROJECT = """\
+[project]
+name = "facefed"
+version = "{version}"
+description = "Federated face recognition"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "facefed"
+fab-include = ["server/**/*.py", "clients/**/*.py", "common/**/*.py"]
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "clients.app:app"
+
+[tool.flwr.app.config]
+settings = ""
+run-folder = ""
+git-commit = ""
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +100,13 @@ class Launch:
                 return {"exit_code": EXIT_INTERRUPTED, "line": str(error)}
 
     def _start(self, started: ExitStack) -> None:
-        """The SuperLink and its steward, and once all keys are admitted the front door."""
+        """The SuperLink and its SuperExec, and once all keys are admitted the front door."""
         link, log_path = self._superlink, self._folder / "logs" / "superlink.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         output = started.enter_context(log_path.open("ab"))
         started.callback(forget_secrets, link.home)
         self._add(started, "the SuperLink", link.command(write_secret(link.home)), output)
-        self._add(started, "the SuperLink's steward", self._steward_command(), output)
+        self._add(started, "the SuperLink's steward", self._superexec_command(), output)
         self._wait_until(lambda: self._lives() and link.answers(), "the SuperLink did not start")
         admitted = link.home / ADMITTED
         self._wait_until(lambda: self._lives() and admitted.exists(), "the sites' keys were not admitted")
@@ -98,7 +122,7 @@ class Launch:
         started.callback(stop, process)
         self._running[name] = process
 
-    def _steward_command(self) -> list[str]:
+    def _superexec_command(self) -> list[str]:
         link = self._superlink
         command = [sys.executable, "-P", "-m", "server.flower.superexec", str(link.home), link.address]
         return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
@@ -127,7 +151,7 @@ class Launch:
                 raise FaceFedError(f"{failure} within {HEALTHY_WITHIN_S:g} s (see {self._folder}/logs).")
 
     def _submit(self) -> int:
-        """Submit the bundle, and tell the steward that this run is ours; returns Flower's run id."""
+        """Submit the bundle, and tell our SuperExec that this run is ours; returns Flower's run id."""
         link = self._superlink
         link.write_connection()
         run_config = {
@@ -177,3 +201,22 @@ class Launch:
             log.warning("the run's status is unknown: %s", error)
             return "unknown"
         return str(runs[0]["status"]) if runs else "unknown"
+
+
+def write_bundle(folder: Path, version: str) -> Path:
+    """Copy the installed packages' Python files and a project file into `folder`; returns it.
+
+    Submitting a copy, and not the current folder, works from a checkout and from an installed wheel alike, and leaves
+    data, runs and pictures out by construction.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in PACKAGES:
+        found = importlib.util.find_spec(name)
+        source = Path(str(found.origin if found else "")).parent
+        for path in sorted(source.rglob("*.py")):
+            target = folder / source.name / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    plain = version if version != "unknown" else "0.0.0"
+    (folder / "pyproject.toml").write_text(PYPROJECT.format(version=plain), encoding="utf-8")
+    return folder

@@ -31,8 +31,7 @@ from common.certs import CertificateError, read_public_key
 from common.console import set_up_logging
 from common.processes import child_environment, start, write_new
 from common.runtime import go_silent
-from server.flower.nodes import NODES_FILE, write_nodes
-from server.flower.superlink import ADMITTED, APP_ENDED, RUN_ID, SECRET, TOKEN
+from server.flower.superlink import ADMITTED, APP_ENDED, NODES_FILE, RUN_ID, SECRET, TOKEN, write_nodes
 
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
@@ -99,7 +98,7 @@ class Register:
             log.warning("%s", line)
 
 
-class Steward:
+class Superexec:
     """Looks at keys and tasks in turn, for as long as its SuperLink lives."""
 
     def __init__(self, folder: Path, address: str, ca: Path | None, keys: Path | None) -> None:
@@ -176,7 +175,7 @@ def main(arguments: list[str]) -> None:
     set_up_logging("info")
     folder, address, *files = arguments
     ca, keys = (Path(files[0]), Path(files[1])) if files else (None, None)
-    Steward(Path(folder), address, ca, keys).serve()
+    Superexec(Path(folder), address, ca, keys).serve()
 
 
 if __name__ == "__main__":

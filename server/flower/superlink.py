@@ -6,12 +6,14 @@ import secrets
 import ssl
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.certs import ServerFiles
 from common.errors import FaceFedError
+from common.files import read_json, write_json
 from common.processes import child_environment, is_healthy, write_new
 
 CONNECTION = "facefed"
@@ -19,6 +21,7 @@ ANSWER_WITHIN_S = 60.0
 # In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted,
 # a mark that the ServerApp has ended.
 SECRET, RUN_ID, ADMITTED, APP_ENDED = "superexec.key", "run-id", "admitted", "app-ended"
+NODES_FILE = Path("flwr") / "nodes.json"  # in the run's folder: which key is whose
 TOKEN = ".token"  # noqa: S105 - ends the name of a task's token
 
 
@@ -35,6 +38,16 @@ def forget_secrets(home: Path) -> None:
     """Delete what is of no use once the SuperLink has ended."""
     for path in (home / SECRET, *home.glob(f"*{TOKEN}")):
         path.unlink(missing_ok=True)
+
+
+def write_nodes(path: Path, names: Mapping[int, str]) -> None:
+    """names: of the keys, by the id of the node that has it."""
+    write_json(path, {str(node): name for node, name in names.items()})
+
+
+def read_nodes(path: Path) -> dict[int, str]:
+    """The names by node, or nothing where the federation has no keys."""
+    return {int(node): str(name) for node, name in read_json(path).items()} if path.exists() else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +71,8 @@ class Superlink:
 
     def command(self, secret: Path) -> list[str]:
         """secret: the file of what whoever takes a task must know; without it any caller could take one."""
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "server.flower.redelivery",
-            "--host",
-            self.host,
-            "--port",
-            str(self.port),
-        ]
+        command = [sys.executable, "-P", "-m", "server.flower.redelivery"]
+        command += ["--host", self.host, "--port", str(self.port)]
         command.append("--disable-runtime-dependency-installation")  # it would ask a package index
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         if self.tls:

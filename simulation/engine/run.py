@@ -28,7 +28,7 @@ from common.processes import be_killed_with_parent
 from common.settings import Settings
 from common.version import git_commit
 from server.app import Surroundings, federate
-from server.mailbox import GridMailbox
+from server.flower.grid import GridMailbox
 from simulation.engine.cluster import Cluster, Resources, end_actors, joined_ray, own_ray
 from simulation.engine.flow import WindowedMailbox, handing_out, share_buffers
 from simulation.engine.virtual import VirtualSites

@@ -35,7 +35,7 @@ from clients.flower.handshake import examine
 from common.certs import read_client_folder
 from common.errors import UserError
 from server.flower.front_door import find_nginx
-from server.flower.nodes import NODES_FILE, read_nodes
+from server.flower.superlink import NODES_FILE, read_nodes
 from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e

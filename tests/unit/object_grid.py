@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.superlink.grid.http_grid import HttpGrid
 from tiny_federation import MANIFEST, ScriptedMailbox
 
-from server.mailbox import GridMailbox
+from server.flower.grid import GridMailbox
 
 Objects = dict[str, bytes]  # an object's id -> its content
 Tamper = Callable[[int, Objects, ObjectTree], None]  # of that node, in place

@@ -17,7 +17,7 @@ from common import wire
 from common.errors import NotEnoughClients, ReplyRefused
 from common.events import EventReader
 from common.settings import PRECISIONS
-from server.flower.unpacking import COUNTS_BYTES
+from server.flower.grid import COUNTS_BYTES
 from server.guard import MOST_COUNTED, check_sender, read_site
 
 pytestmark = pytest.mark.usefixtures("in_a_run")

@@ -9,9 +9,8 @@ import pytest
 
 from common.certs import read_public_key
 from server.flower import superexec as steward_module
-from server.flower.nodes import read_nodes, write_nodes
-from server.flower.superexec import Register, Steward
-from server.flower.superlink import APP_ENDED, RUN_ID, write_secret
+from server.flower.superexec import Register, Superexec
+from server.flower.superlink import APP_ENDED, RUN_ID, read_nodes, write_nodes, write_secret
 from simulation import new_certs
 
 TOKEN = "ab" * 128
@@ -122,7 +121,7 @@ class Found(SimpleNamespace):
 @pytest.fixture
 def steward(tmp_path, monkeypatch):
     write_secret(tmp_path)
-    made = Steward(tmp_path, "127.0.0.1:9", None, None)
+    made = Superexec(tmp_path, "127.0.0.1:9", None, None)
     made._control, made.started = Superlink(), []
     made._runtime = SimpleNamespace(tasks=[], AcquireTask=lambda _: made._runtime.tasks.pop(0))
 

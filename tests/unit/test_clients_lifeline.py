@@ -14,8 +14,8 @@ from flwr.supercore.retry import http_retry, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from clients.flower import lifeline
-from clients.flower.lifeline import HEARTBEAT_INTERVAL_S, LONGEST_RETRY_PAUSE_S, hold_on
+from clients.flower import patches
+from clients.flower.patches import HEARTBEAT_INTERVAL_S, LONGEST_RETRY_PAUSE_S, hold_on
 from tests.relay import Relay
 
 
@@ -96,7 +96,7 @@ def test_a_part_whose_first_try_was_lost_on_the_way_back_counts_as_taken():
         taken.add(request.object_id)
         raise httpx.ReadError("cut")
 
-    push = lifeline._sure(server)
+    push = patches._sure(server)
     part = PushObjectRequest(session_id="s", object_id="a")
     with pytest.raises(httpx.ReadError):
         push(None, part)
@@ -106,9 +106,9 @@ def test_a_part_whose_first_try_was_lost_on_the_way_back_counts_as_taken():
 
 def test_the_process_ends_with_its_heart(monkeypatch):
     ended = []
-    monkeypatch.setattr(lifeline.os, "_exit", ended.append)
-    monkeypatch.setattr(lifeline.logging, "shutdown", lambda: None)
-    monkeypatch.setattr(threading, "excepthook", lifeline._end_with_the_thread)
+    monkeypatch.setattr(patches.os, "_exit", ended.append)
+    monkeypatch.setattr(patches.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(threading, "excepthook", patches._end_with_the_thread)
 
     def beat():
         raise RuntimeError("The SuperLink does not recognize this SuperNode.")

@@ -13,11 +13,10 @@ from flwr.common.constant import SubStatus
 from tiny_federation import site_settings
 
 from clients.egress import UNRECORDED
-from clients.flower import executor, supernode
-from clients.flower.executor import Executor
-from clients.flower.handover import CLIENT_FAILED, KEY, TrainerGone
-from clients.flower.pace import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
-from clients.flower.residence import Trainer
+from clients.flower import patches, supernode
+from clients.flower.patches import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
+from clients.flower.supernode import Executor
+from clients.flower.trainer import CLIENT_FAILED, KEY, Trainer, TrainerGone
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -65,11 +64,11 @@ def executed(tmp_path, monkeypatch):
         stand_in = StandIn(tokens)
         request = Message(RecordDict(), 5, "train")
         monkeypatch.setattr(Executor, "_client", lambda *_: stand_in)
-        monkeypatch.setattr(executor, "pull_task_input", pull or (lambda _: (request, "context", None, None)))
-        monkeypatch.setattr(executor, "push_message", lambda _, reply, __: stand_in.replies.append(reply))
-        monkeypatch.setattr(executor, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
-        monkeypatch.setattr(executor, "hand_over", hand_over)
-        monkeypatch.setattr(executor, "LOOK_EVERY_S", 0.01)
+        monkeypatch.setattr(supernode, "pull_task_input", pull or (lambda _: (request, "context", None, None)))
+        monkeypatch.setattr(supernode, "push_message", lambda _, reply, __: stand_in.replies.append(reply))
+        monkeypatch.setattr(supernode, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
+        monkeypatch.setattr(supernode, "hand_over", hand_over)
+        monkeypatch.setattr(supernode, "LOOK_EVERY_S", 0.01)
         serving = Executor(tmp_path, name="alpha", port=1, pace=Pace(), ledger=tmp_path / "egress")
         threading.Thread(target=serving.serve, daemon=True).start()
         assert stand_in.over.wait(60)
@@ -171,8 +170,8 @@ def test_waiting_for_an_answer_tells_that_there_is_work():
 def test_looks_for_messages_are_frequent_first_and_then_as_rare_as_flowers(monkeypatch):
     pace, now, slept = Pace(), [0.0], []
     pace._last_message = 0.0
-    monkeypatch.setattr("clients.flower.pace.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("clients.flower.pace.time.sleep", slept.append)
+    monkeypatch.setattr("clients.flower.patches.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("clients.flower.patches.time.sleep", slept.append)
     for now[0] in (0.0, 0.5, 10.0, 29.0, 31.0, 1e6):
         pace.sleep(3)
     assert slept == pytest.approx([0.1, 0.1, 1.0, 2.9, LONGEST_PAUSE_S, LONGEST_PAUSE_S])
@@ -190,10 +189,10 @@ def test_what_is_put_into_flowers_loop_is_what_it_uses(monkeypatch):
     assert source.count("time.sleep(0.5)") == 2
     assert len(re.findall(r"(?<![\w.])time\.\w+\(", source)) == 3, "the loop asks `time` for more than sleep"
     assert "pull_objects(\n                obj_ids_to_pull,\n                pull_object_fn=" in source
-    supernode.quicken(Pace())
+    patches.quicken(Pace())
     assert isinstance(start_client_internal.time, Pace)
     backoff = inspect.signature(inflatable_utils.pull_objects).parameters["initial_backoff"]
-    assert backoff.default == supernode.QUICK_RETRY_S
+    assert backoff.default == patches.QUICK_RETRY_S
 
 
 def test_the_key_is_readable_by_its_owner_only(tmp_path, monkeypatch):

@@ -18,10 +18,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from tiny_federation import site_settings
 
 from clients.flower import trainer
-from clients.flower.handover import KEY, SITE, SOCKET, TrainerGone, hand_over
 from clients.flower.launch import ClientOptions, Launch
-from clients.flower.residence import Trainer
-from clients.flower.trainer import LEFT_ALONE, serve, site_from_json, site_to_json
+from clients.flower.trainer import (
+    KEY,
+    LEFT_ALONE,
+    SITE,
+    SOCKET,
+    Trainer,
+    TrainerGone,
+    hand_over,
+    serve,
+    site_from_json,
+    site_to_json,
+)
 
 ROOT = Path(__file__).parents[2]
 PAUSED = """
@@ -158,7 +167,7 @@ def paused(meeting):
 def test_a_trainer_whose_client_app_goes_ends_at_once(meeting, paused):
     code = (
         "import sys; from pathlib import Path; from flwr.app import RecordDict;"
-        "from clients.flower.handover import hand_over;"
+        "from clients.flower.trainer import hand_over;"
         "hand_over(Path(sys.argv[1]), RecordDict())"
     )
     waiting = subprocess.Popen([sys.executable, "-c", code, str(meeting)], cwd=ROOT)
@@ -213,17 +222,17 @@ def test_a_trainer_ends_with_its_flower_client(tmp_path):
 
 def test_what_runs_beside_the_supernode_imports_neither_torch_nor_our_data_code():
     heavy = ("torch", "PIL", "mlflow")
-    modules = "clients.app, clients.flower.supernode, clients.flower.executor"
+    modules = "clients.app, clients.flower.supernode, clients.flower.supernode"
     code = f"import sys, {modules}; print(sorted(n for n in sys.modules if n.split('.')[0] in {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_a_failure_has_the_code_that_the_server_knows():
-    from clients.flower import handover
+    from clients.flower import trainer
     from common import wire
 
-    assert handover.CLIENT_FAILED == wire.CLIENT_FAILED
+    assert trainer.CLIENT_FAILED == wire.CLIENT_FAILED
 
 
 # ---- as flower-client has it
@@ -250,7 +259,7 @@ def resident(tmp_path, monkeypatch):
         started.append(command)
         return real([sys.executable, str(script)], **named)
 
-    monkeypatch.setattr("clients.flower.residence.start", start)
+    monkeypatch.setattr("clients.flower.trainer.start", start)
     said = []
     site = dataclasses.replace(site_settings("alpha", tmp_path), tracking_uri="http://me:hunter2@h:1")
     with Trainer(site, said.append) as made:

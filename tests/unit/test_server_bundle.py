@@ -8,7 +8,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import common
-from server.flower.bundle import write_bundle
+from server.flower.launch import write_bundle
 
 # Flower 1.41 asks pathspec for patterns by their old name.
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")

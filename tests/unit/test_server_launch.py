@@ -116,7 +116,7 @@ def test_with_tls_sites_must_prove_who_they_are(tmp_path):
     assert "--insecure" not in command
     for option, name in (("--ssl-ca-certfile", "ca"), ("--ssl-certfile", "certificate"), ("--ssl-keyfile", "key")):
         assert command[command.index(option) + 1] == str(files[name])
-    assert made._steward_command()[-2:] == [str(files["ca"]), str(files["clients"])]
+    assert made._superexec_command()[-2:] == [str(files["ca"]), str(files["clients"])]
 
 
 def test_behind_a_front_door_the_superlink_is_on_loopback_at_a_port_of_its_own(tmp_path):

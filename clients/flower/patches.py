@@ -1,33 +1,43 @@
-"""Keeps a SuperNode at its work over a bad network: what Flower gives up, puts off or takes for lost is done again.
+"""What is changed inside Flower's SuperNode, in its process: it holds on over a bad network, and it looks in time.
 
-It uses names inside Flower, as clients/flower/supernode.py does (docs/adr/0017-executor.md); a test pins them.
+What Flower gives up, puts off or takes for lost is done again (`hold_on`).  And its loop sleeps 3 s whenever the server
+has no message, and looks each 0.5 s whether the answer is ready.  The message of a round comes a moment after the last
+answer went, so nearly each round would wait for 3 s.  `Pace` stands in for the module `time` in that loop: where the
+loop sleeps it tells apart what it waits for (`quicken`).
+
+Each name is in docs/adr/0022-flowers-inside.md; tests pin what is done with it.
 """
 
 import logging
 import os
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.supercore import heartbeat
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.retry import http_retry
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from common.errors import EXIT_FAILED
 
 LONGEST_RETRY_PAUSE_S = 3  # Flower's own is 20 s: after a cut of half a minute as long again would pass
 HEARTBEAT_INTERVAL_S = 10.0  # a beat every 3.5 to 4.5 s; the server takes a site for gone after 60 s without one
+QUICK_RETRY_S = 0.1  # of an object that the other side is still sending; Flower's own is a second
+ANSWER_POLL_S = 0.5  # Flower's: between two looks for the answer
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
+FRACTION_WAITED = 0.1  # a look costs the server some milliseconds; half a minute after the last message: every 3 s
 
 log = logging.getLogger("facefed.client")
 
 
 def hold_on() -> None:
     """Mend Flower's SuperNode in this process, before it starts."""
-    from flwr.supercore import heartbeat
-    from flwr.supercore.retry import http_retry
-    from flwr.supernode import fleet_http_connection
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-
     retrying: Any = http_retry
     retrying.MAX_RETRY_DELAY = LONGEST_RETRY_PAUSE_S
     connection: Any = fleet_http_connection
@@ -98,3 +108,40 @@ def _end_with_the_thread(dead: threading.ExceptHookArgs) -> None:
     log.warning("the connection ends: %s", dead.exc_value)
     logging.shutdown()
     os._exit(EXIT_FAILED)
+
+
+class Pace:
+    """The `sleep` of a SuperNode's loop, and what its executor waits for and tells."""
+
+    def __init__(self) -> None:
+        """Nothing has come yet, and everything may."""
+        self._work, self._done = threading.Event(), threading.Event()
+        self._last_message = time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep at most so long: until the answer is there, or for a part of how long no message has come."""
+        if seconds > ANSWER_POLL_S:
+            waited = time.monotonic() - self._last_message
+            time.sleep(min(max(FIRST_PAUSE_S, FRACTION_WAITED * waited), LONGEST_PAUSE_S, seconds))
+            return
+        self._work.set()
+        self._done.wait(seconds)
+        self._done.clear()
+        self._last_message = time.monotonic()
+
+    def wait_for_work(self, seconds: float) -> None:
+        """Wait until a message is there, or so long."""
+        self._work.wait(seconds)
+        self._work.clear()
+
+    def tell_done(self) -> None:
+        """The answer is there: whoever waits for it need not sleep on."""
+        self._done.set()
+
+
+def quicken(pace: Pace) -> None:
+    """Put our pace into Flower's loop, and have it ask soon for what is on its way."""
+    loop: Any = start_client_internal
+    loop.time = pace
+    defaults: Any = inflatable_utils.pull_objects.__kwdefaults__
+    defaults["initial_backoff"] = QUICK_RETRY_S

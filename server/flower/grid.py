@@ -1,0 +1,131 @@
+"""Flower's Grid as the round loop uses it, with a limit to what a reply may become when Flower unpacks it.
+
+Flower sends an array as pieces and a list of their numbers, and a piece may stand in the list more than once. So one
+piece of 8 MiB and a list of a million zeros would be 8 TiB in the server's memory, before any check of ours sees it.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Array, Error, Message, MessageType, Metadata
+from flwr.app.message import make_message
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_object_body,
+    get_object_children_ids_from_object_content,
+)
+
+UNREADABLE = 501  # our error code in Flower's Error
+QUICK_RETRY_S = 0.1  # of an object that a client is still sending
+COUNTS_BYTES = 2**21  # all counts of a reply with two splits take less than half of it
+
+
+class _Limit(threading.local):
+    """Of the reply that this thread unpacks."""
+
+    most_bytes: int | None = None  # None: it unpacks none
+    left = 0
+
+
+_limit = _Limit()
+
+
+class BoundedArray:
+    """Stands in Flower's table for `Array`, whose arrays it makes as long as the reply stays within its bytes."""
+
+    @classmethod
+    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
+        """As `Array.inflate`.  Raises ValueError when the reply's arrays are larger than any that was asked for."""
+        if _limit.most_bytes is not None:
+            _limit.left -= _claimed_bytes(object_content, children or {})
+            if _limit.left < 0:
+                raise ValueError(f"its arrays are more than {_limit.most_bytes} bytes")
+        return Array.inflate(object_content, children)
+
+
+def _claimed_bytes(object_content: bytes, children: dict[str, InflatableObject]) -> int:
+    listed: Any = json.loads(get_object_body(object_content, Array).decode("utf-8"))["arraychunk_ids"]
+    pieces = [children.get(name) for name in get_object_children_ids_from_object_content(object_content)]
+    sizes = [len(piece.data) if isinstance(piece, ArrayChunk) else 0 for piece in pieces]
+    return sum(sizes[number] for number in listed)
+
+
+@contextlib.contextmanager
+def bounded(model_bytes: int) -> Iterator[None]:
+    """While it lasts, this thread refuses replies whose arrays are larger than a model and its counts.
+
+    model_bytes: of the flat model as float32, the largest of the codecs.
+    """
+    table: dict[str, Any] = inflatable_utils.inflatable_class_registry
+    table[Array.__qualname__] = BoundedArray
+    _limit.most_bytes = _limit.left = model_bytes + COUNTS_BYTES
+    try:
+        yield
+    finally:
+        _limit.most_bytes = None
+
+
+class GridMailbox:
+    """A Mailbox over Flower's Grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        """grid: as the ServerApp got it."""
+        self._grid = grid
+        self._model_bytes: int | None = None
+
+    def expect(self, model_bytes: int) -> None:
+        """From now on a reply may hold a flat model of so many bytes, float32, beside its counts."""
+        self._model_bytes = model_bytes
+
+    def node_ids(self) -> list[int]:
+        """The nodes that are connected now."""
+        return sorted(self._grid.get_node_ids())
+
+    def send(self, messages: Iterable[Message]) -> list[str]:
+        """Push all messages at once: equal arrays then travel to the SuperLink once."""
+        return [message_id or "" for message_id in self._grid.push_messages(list(messages))]
+
+    def receive(self, message_id: str) -> Message | None:
+        """Pull one reply only, so that the others wait in the SuperLink's store and not in our memory."""
+        try:
+            with bounded(self._model_bytes) if self._model_bytes is not None else contextlib.nullcontext():
+                return next(iter(self._grid.pull_messages([message_id])), None)
+        except Exception as error:
+            if not _is_of_the_bytes(error):
+                raise
+            return _unreadable(message_id, f"the reply cannot be unpacked: {type(error).__name__}: {error}")
+
+
+def _is_of_the_bytes(error: Exception) -> bool:
+    """Whether Flower failed on bytes that a client made up, and not on the way to the SuperLink."""
+    kinds = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+    return isinstance(error, kinds) or type(error).__module__ == "google.protobuf.message"
+
+
+def _unreadable(message_id: str, reason: str) -> Message:
+    """What stands in for a reply of which Flower can make no message: an error, as for one that was never whole."""
+    about = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        message_type=MessageType.QUERY,
+        group_id="",
+        ttl=0.0,
+        reply_to_message_id=message_id,
+        created_at=time.time(),
+    )
+    return make_message(metadata=about, error=Error(code=UNREADABLE, reason=reason))
+
+
+def ask_soon() -> None:
+    """A reply is announced before its objects are whole; Flower would ask for them again after a second."""
+    defaults: Any = inflatable_utils.pull_objects.__kwdefaults__
+    defaults["initial_backoff"] = QUICK_RETRY_S
