@@ -41,15 +41,23 @@ def silent_mlflow():
         yield patch
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
-    """Torch computes with one thread, whose sums are the same on every machine."""
+    """Torch computes with one thread in all of a file, whose sums are the same on every machine."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_a_run(monkeypatch):
+    """Let Flower's Message be made outside a run."""
+    from tests.tiny_federation import enter_run
+
+    enter_run(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation
 from server.runs import begin_tracking, federated_kind
+from tests.tiny_settings import TINY, changed
 
 SIDE = 32
 NUM_TRAINING_PICTURES = 24
@@ -57,31 +58,13 @@ MANIFEST = manifest_of({"backbone.a": torch.zeros(3), "backbone.b": torch.zeros(
 def settings_with(**values: object) -> Settings:
     """Settings of a tiny federation; values: section__key."""
     tiny = {
-        "data__image_size": SIDE,
-        "model__backbone": "cnn",
-        "model__width": 0.25,
-        "model__embedding_size": 16,
         "model__head_scale": 8.0,
         "model__head_margin": 0.1,
-        "training__precision": "float32",
-        "training__memory_format": "contiguous",
-        "training__threads": 1,
-        "training__batch_size": 8,
         "training__lr": 0.02,
-        "federation__local_epochs": 1,
-        "federation__rounds": 2,
         "federation__join_timeout_s": 0.3,
         "federation__round_timeout_s": 0.3,
-        "tracking__enabled": False,
-        "tracking__plots": "none",
-        "tracking__tensorboard": "none",
-        "tracking__system_metrics_s": "off",
     }
-    raw: dict[str, dict[str, object]] = {}
-    for name, value in (tiny | values).items():
-        section, key = name.split("__")
-        raw.setdefault(section, {})[key] = value
-    return config.from_mapping(raw)
+    return changed(TINY, **(tiny | values))
 
 
 def site_named(name: str, **values: object) -> Site:

@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Flower's typer asks click for a name that click will drop
     import typer  # noqa: F401
 from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients.answer import handle
 from clients.local_update import Workplace, join, open_workplace, train
@@ -28,12 +26,6 @@ from server.app import Surroundings, federate, initial_model
 from server.global_model import GlobalModel
 from server.mailbox import Mailbox
 from server.optimiser import ServerOptimiser
-
-
-def enter_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's Message asks which run it is made in; outside of one it must be told."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> SiteSettings:

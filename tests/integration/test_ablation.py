@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_twins
 import torch
 from tiny_federation import site_settings
-from tiny_twins import assert_same_bits, points, spool, twins_pack, with_settings, write_twins
+from tiny_twins import assert_same_bits, points, spool, write_twins
 
 from common import config
 from common.checkpoints import read_tensors
@@ -23,22 +24,11 @@ from simulation import epochs as epochs_module
 from simulation.ablation import ablation_lines, run_ablation, variants_of
 from simulation.train_commands import Machine, train_local, train_twins
 from simulation.trainee import local_trainee
+from tests.tiny_settings import changed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["attention-sa", "attention-glca", "attention-dcal"]
-SETTINGS = with_settings(ablation__over="model.attention", ablation__values="sa, glca, dcal")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory) -> FacePack:
-    return twins_pack(tmp_path_factory.mktemp("twins"))
+SETTINGS = changed(tiny_twins.SETTINGS, ablation__over="model.attention", ablation__values="sa, glca, dcal")
 
 
 def ablation(folder: Path, pack: FacePack, settings=SETTINGS):
@@ -202,15 +192,15 @@ def test_the_command_goes_on_with_an_ablation(twins, tmp_path, monkeypatch):
     status = {line["run"]: line["status"] for line in spool(folder) if line.get("event") == "finish"}
     assert status == {"attention-sa": "FINISHED", "attention-glca": "KILLED", "": "KILLED"}
     out = io.StringIO()
-    assert train_twins(with_settings(), machine, str(folder), out) == 0
+    assert train_twins(tiny_twins.SETTINGS, machine, str(folder), out) == 0
     assert "attention-sa: finished before\n\nattention-glca\nepoch 2 of 2" in out.getvalue()
     assert [row["variant"] for row in read_json(folder / "metrics.json")["variants"]] == ["sa", "glca", "dcal"]
     with pytest.raises(UserError, match="that run is ablation, not local"):
-        train_local(with_settings(), machine, str(folder), io.StringIO())
+        train_local(tiny_twins.SETTINGS, machine, str(folder), io.StringIO())
 
 
 def test_r_is_ablated_in_the_same_way(twins, tmp_path):
-    settings = with_settings(ablation__over="model.glca_fraction", ablation__values="0.1, 1.0", training__epochs=1)
+    settings = changed(SETTINGS, ablation__over="model.glca_fraction", ablation__values="0.1, 1.0", training__epochs=1)
     summary, _ = ablation(tmp_path / "run", twins, settings)
     assert [row["variant"] for row in summary.rows] == ["0.1", "1.0"]
     assert summary.rows[0]["best_val_auc"] != summary.rows[1]["best_val_auc"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
-from tiny_federation import ScriptedMailbox, client, enter_run, federation_over, reply_to, settings_with
+from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
 from common import config, training_step
 from common.checkpoints import write_tensors
@@ -33,25 +33,19 @@ from server.aggregate import aggregate_for
 from server.app import initial_model
 from simulation.ablation import run_ablation
 from simulation.train_commands import Machine, train_local
+from tests.tiny_settings import TINY, changed
 
+pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
 PEOPLE = {f"p{number}": 8 for number in range(8)} | {"q0": 3, "q1": 3}
 
-BASE = config.from_mapping(
-    {
-        "data": {"image_size": 32},
-        "augmentation": {"rotation_rad": 0.1, "erase": 0.2},
-        "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
-        "training": {
-            "batch_size": 8,
-            "precision": "float32",
-            "memory_format": "contiguous",
-            "threads": 1,
-            "clip_norm": 0.5,
-            "device": "cpu",
-        },
-        "federation": {"rounds": 2, "local_epochs": 1, "proximal_mu": 0.5, "min_clients": 1, "join_timeout_s": 5.0},
-        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
-    }
+BASE = changed(
+    TINY,
+    augmentation__rotation_rad=0.1,
+    augmentation__erase=0.2,
+    training__clip_norm=0.5,
+    federation__proximal_mu=0.5,
+    federation__min_clients=1,
+    federation__join_timeout_s=5.0,
 )
 
 # setting -> another value; the model's SHA-256 after two rounds changes (each from BASE and the settings below)
@@ -135,27 +129,8 @@ def proves(*names: str):
     return lambda test: test
 
 
-def changed(settings: Settings, **values: object) -> Settings:
-    for name, value in values.items():
-        settings = config.with_value(settings, *name.split("__"), value)
-    return settings
-
-
 def with_setting(settings: Settings, name: str, value: object) -> Settings:
     return config.with_value(settings, *name.split("."), value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_run(monkeypatch):
-    enter_run(monkeypatch)
 
 
 @pytest.fixture(scope="module")

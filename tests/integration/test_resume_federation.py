@@ -7,36 +7,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from in_process import LocalMailbox, enter_run, federate_in, site_at
+from in_process import LocalMailbox, federate_in, site_at
 from PIL import Image
+from tiny_federation import enter_run
 
-from common import checkpoints, config
+from common import checkpoints
 from common.files import read_json
 from common.tracking.record import TrackedRun
 from server.app import Surroundings, federate
+from tests.tiny_settings import TINY, changed
 
-SETTINGS = {
-    "data": {"image_size": 32, "fraction_val_people": 0.3, "fraction_test_people": 0.3},
-    "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
-    "training": {"batch_size": 8, "precision": "float32", "memory_format": "contiguous", "threads": 1, "momentum": 0.9},
-    "federation": {"rounds": 4, "local_epochs": 1, "min_clients": 2, "join_timeout_s": 20.0, "strategy": "fedadam"},
-    "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
-}
+pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
+SETTINGS = changed(
+    TINY,
+    data__fraction_val_people=0.3,
+    data__fraction_test_people=0.3,
+    training__momentum=0.9,
+    federation__rounds=4,
+    federation__min_clients=2,
+    federation__join_timeout_s=20.0,
+    federation__strategy="fedadam",
+)
 TIMES = ("_seconds", "images_per_second")  # what two runs of the same differ in
 
 
 class Killed(BaseException):
     """The process is gone: nothing catches it."""
-
-
-@pytest.fixture(autouse=True)
-def _in_a_run(monkeypatch):
-    enter_run(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +47,6 @@ def faces(tmp_path_factory):
                 pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / client / f"p{person}" / f"{number}.png")
     return root
-
-
-def settings_of(**federation):
-    raw = {section: dict(values) for section, values in SETTINGS.items()}
-    raw["federation"] |= federation
-    return config.from_mapping(raw)
 
 
 def sites_in(folder: Path, faces: Path):
@@ -123,7 +113,7 @@ def uninterrupted(faces, tmp_path_factory):
         enter_run(patch)
         for codec in ("float32", "int8"):
             folder = tmp_path_factory.mktemp(codec)
-            settings = settings_of(upload_codec=codec, download_codec=codec)
+            settings = changed(SETTINGS, federation__upload_codec=codec, federation__download_codec=codec)
             made[codec] = (settings, folder / "run", reference_run(folder, faces, settings, patch))
     return made
 

@@ -3,17 +3,16 @@
 import io
 
 import pytest
-import torch
 from tiny_federation import site_settings
-from tiny_twins import twins_pack, with_settings
+from tiny_twins import SETTINGS
 
-from common import config
 from common.files import read_json
 from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from simulation.ablation import run_ablation
 from simulation.sweep import run_sweep
 from simulation.sweep_plan import load_plan
+from tests.tiny_settings import changed
 
 PLAN = """
 [sweep]
@@ -24,34 +23,34 @@ metric = "val_eer"
 "training.lr" = { low = 1e-4, high = 1e-2, log = true }
 """
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")
-def studies(tmp_path_factory):
+def studies(twins, tmp_path_factory):
     """The folders of an ablation and of a search, and a client of the database that they are in."""
     root = tmp_path_factory.mktemp("studies")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         # How a model is registered has tests of its own, and takes longer than all of this.
         patch.setattr("simulation.sweep.register_models", lambda *_: [])
         uri = resolve_uri("sqlite:///data/mlflow.db", root)
-        settings = with_settings(tracking__enabled=True, tracking__uri=uri, training__epochs=1)
-        pack, site = twins_pack(root / "twins"), site_settings("twins", root)
+        settings = changed(SETTINGS, tracking__enabled=True, tracking__uri=uri, training__epochs=1)
+        site = site_settings("twins", root)
         folders = root / "ablation", root / "sweep"
         for folder in folders:
             folder.mkdir()
-        raw = config.to_mapping(settings) | {"ablation": {"over": "model.attention", "values": "sa, dcal"}}
-        run_ablation(config.from_mapping(raw), site, pack, folders[0], io.StringIO())
+        over = changed(settings, ablation__over="model.attention", ablation__values="sa, dcal")
+        run_ablation(over, site, twins, folders[0], io.StringIO())
         (root / "plan.toml").write_text(PLAN, encoding="utf-8")
-        run_sweep(settings, load_plan(root / "plan.toml"), site, pack, folders[1], io.StringIO())
+        run_sweep(settings, load_plan(root / "plan.toml"), site, twins, folders[1], io.StringIO())
         from mlflow import MlflowClient
 
         yield *folders, MlflowClient(tracking_uri=uri, registry_uri=uri)
-    torch.set_num_threads(threads)
 
 
 def runs_of(client, experiment: str):

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_federation import site_settings
-from tiny_twins import SETTINGS, assert_same_bits, points, spool, twins_pack, with_settings, write_twins
+from tiny_twins import SETTINGS, assert_same_bits, points, spool, write_twins
 
 from common import config
 from common.errors import TrainingFailed
@@ -24,7 +23,9 @@ from simulation import epochs as epochs_module
 from simulation import sweep as sweep_module
 from simulation.sweep import run_sweep
 from simulation.sweep_plan import load_plan
+from tests.tiny_settings import changed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = """
 [sweep]
@@ -36,19 +37,6 @@ metric = "val_twins_roc_auc"
 "model.glca_fraction" = { choices = [0.1, 0.3, 0.5] }
 "model.depth" = { low = 1, high = 2 }
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory) -> FacePack:
-    return twins_pack(tmp_path_factory.mktemp("twins"))
 
 
 def sweep(folder: Path, pack: FacePack, settings=SETTINGS, text: str = PLAN):
@@ -118,7 +106,7 @@ def test_the_best_configuration_is_one_to_train_with(whole):
 
 
 def test_optuna_says_nothing_of_its_own(twins, tmp_path, capfd):
-    sweep(tmp_path / "run", twins, with_settings(training__epochs=1), PLAN.replace("trials = 4", "trials = 1"))
+    sweep(tmp_path / "run", twins, changed(SETTINGS, training__epochs=1), PLAN.replace("trials = 4", "trials = 1"))
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
 
@@ -217,7 +205,7 @@ def test_a_trial_worse_than_the_median_is_pruned(twins, tmp_path, monkeypatch):
             "val_twins_roc_auc": 0.1 if epochs.folder.name == "trial-003" else 0.9,
         },
     )
-    settings = with_settings(training__epochs=4)
+    settings = changed(SETTINGS, training__epochs=4)
     sweep(tmp_path / "run", twins, settings)
     rows = table(tmp_path / "run")
     assert [row["state"] for row in rows] == ["complete", "complete", "complete", "pruned"]

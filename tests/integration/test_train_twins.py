@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_twins
 import torch
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,33 +18,15 @@ from common import config
 from common.checkpoints import read_tensors
 from common.errors import DataError
 from common.evaluation import embed
-from common.faces.pack import FacePack, open_pack
+from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.faces.synthetic import SynthSettings, write_dataset
 from simulation.baselines import run_twins
 from simulation.trainee import local_trainee
+from tests.tiny_settings import changed
 
-SETTINGS = config.from_mapping(
-    {
-        "data": {"image_size": 32, "fraction_val_people": 0.25, "fraction_test_people": 0.25},
-        "model": {
-            "backbone": "vit_tiny", "depth": 1, "width": 0.25, "patch_size": 8, "embedding_size": 16,
-            "attention": "dcal", "inference": "both", "glca_fraction": 0.3,
-        },
-        "training": {
-            "optimiser": "adamw", "lr": 0.002, "epochs": 2, "batch_size": 16, "precision": "float32",
-            "memory_format": "contiguous", "threads": 1, "device": "cpu",
-        },
-        "tracking": {"enabled": False, "tensorboard": "none", "system_metrics_s": "off"},
-    }
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory) -> FacePack:
-    root = tmp_path_factory.mktemp("twins")
-    write_dataset(SynthSettings(layout="twins", num_people=24, pictures_per_person=4), root / "data")
-    return open_pack("twins", root / "data", SETTINGS.data, root / "packs", workers=1)
+SETTINGS = changed(
+    tiny_twins.SETTINGS, model__width=0.25, model__dropout=0.0, model__inference="both", tracking__plots="all"
+)
 
 
 def trained(settings, pack, folder: Path) -> tuple[dict, list[dict]]:
@@ -129,10 +112,7 @@ def test_where_the_model_looks_is_shown_while_it_trains_and_never_sent(twins, tm
 
 
 def test_self_attention_alone_is_the_baseline(twins, tmp_path):
-    settings = config.from_mapping(
-        config.to_mapping(SETTINGS)
-        | {"model": config.to_mapping(SETTINGS)["model"] | {"attention": "sa", "inference": "sa"}}
-    )
+    settings = changed(SETTINGS, model__attention="sa", model__inference="sa")
     _, spool = trained(settings, twins, tmp_path / "run")
     [start] = [line for line in spool if line.get("event") == "start"]
     assert start["experiment"] == "twin-verification-baseline"

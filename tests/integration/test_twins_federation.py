@@ -4,45 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from in_process import LocalMailbox, federate_in, site_at
 from PIL import Image
-from tiny_federation import enter_run
 
-from common import config
 from common.checkpoints import read_tensors
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.files import read_json
 from server.app import initial_model
+from tests.tiny_settings import TINY, changed
 
-SETTINGS = config.from_mapping(
-    {
-        "data": {"image_size": 32},
-        "model": {"backbone": "cnn", "embedding_size": 16, "width": 0.25},
-        "training": {
-            "batch_size": 16,
-            "precision": "float32",
-            "memory_format": "contiguous",
-            "threads": 1,
-            "device": "cpu",
-        },
-        "federation": {"rounds": 2, "local_epochs": 1, "min_clients": 2, "join_timeout_s": 5.0},
-        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
-    }
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    enter_run(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
+SETTINGS = changed(TINY, training__batch_size=16, federation__min_clients=2, federation__join_timeout_s=5.0)
 
 
 def strangers(root: Path) -> Path:
@@ -72,7 +44,7 @@ def test_figures_of_twins_arrive_at_the_server(tmp_path: Path) -> None:
 
 
 def test_nothing_of_twins_is_told_where_there_are_none(tmp_path: Path) -> None:
-    settings = config.with_value(SETTINGS, "federation", "min_clients", 1)
+    settings = changed(SETTINGS, federation__min_clients=1)
     site = site_at(tmp_path / "sites", "folder", strangers(tmp_path / "faces"))
     run = read_json(federate_in(tmp_path / "run", settings, LocalMailbox([site])) / "metrics.json")
     assert "round_test_auc" in str(run)
@@ -81,10 +53,10 @@ def test_nothing_of_twins_is_told_where_there_are_none(tmp_path: Path) -> None:
 
 
 def test_three_holders_share_dcals_branches_and_keep_their_heads(tmp_path: Path) -> None:
-    vit = {"backbone": "vit_tiny", "depth": 1, "width": 0.25, "patch_size": 8, "attention": "dcal", "inference": "both"}
-    settings = SETTINGS
-    for name, value in vit.items():
-        settings = config.with_value(settings, "model", name, value)
+    settings = changed(
+        SETTINGS, model__backbone="vit_tiny", model__depth=1, model__patch_size=8, model__attention="dcal",
+        model__inference="both",
+    )  # fmt: skip
     write_dataset(SynthSettings(layout="twins", num_people=12, pictures_per_person=3), tmp_path / "twins")
     sites = [
         site_at(tmp_path / "sites", "twins", tmp_path / "twins", name="twins"),

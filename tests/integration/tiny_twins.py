@@ -6,35 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from common import config
 from common.checkpoints import read_tensors
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
-from common.settings import Settings
+from tests.tiny_settings import TINY, changed
 
-SETTINGS = config.from_mapping(
-    {
-        "data": {"image_size": 32, "fraction_val_people": 0.25, "fraction_test_people": 0.25},
-        "model": {
-            "backbone": "vit_tiny", "depth": 1, "width": 0.125, "patch_size": 8, "embedding_size": 16,
-            "attention": "dcal", "glca_fraction": 0.3, "dropout": 0.1,
-        },
-        "training": {
-            "optimiser": "adamw", "lr": 0.002, "epochs": 2, "batch_size": 16, "precision": "float32",
-            "memory_format": "contiguous", "threads": 1, "device": "cpu",
-        },
-        "tracking": {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"},
-    }
-)  # fmt: skip
-
-
-def with_settings(**values: object) -> Settings:
-    """SETTINGS with other values; values: section__key."""
-    raw = config.to_mapping(SETTINGS)
-    for name, value in values.items():
-        section, _, key = name.partition("__")
-        raw[section][key] = value
-    return config.from_mapping(raw)
+SETTINGS = changed(
+    TINY,
+    data__fraction_val_people=0.25,
+    data__fraction_test_people=0.25,
+    model__backbone="vit_tiny",
+    model__depth=1,
+    model__width=0.125,
+    model__patch_size=8,
+    model__attention="dcal",
+    model__glca_fraction=0.3,
+    model__dropout=0.1,
+    training__optimiser="adamw",
+    training__lr=0.002,
+    training__epochs=2,
+    training__batch_size=16,
+)
 
 
 def write_twins(folder: Path) -> Path:

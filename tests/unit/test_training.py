@@ -20,15 +20,8 @@ from common.training import (
     warm_up_head,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(settings=SETTINGS, *, epochs=range(1), total=2, compute=CPU, pack=None, name="alpha", steps=None, penalty=None):

@@ -16,18 +16,11 @@ from common.models.recogniser import Recogniser
 from common.settings import ModelSettings
 from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.02}})
 DCAL = dataclasses.replace(
     MODEL, backbone="vit_tiny", patch_size=8, depth=2, width=0.125, attention="dcal", glca_fraction=0.3
 )
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, Message
 from packs_in_memory import CPU, memory_pack, recogniser_for
 from sklearn.metrics import roc_auc_score
@@ -23,17 +22,9 @@ from common.wire import SplitSums, Task, read_reply
 from server.guard import check_train_reply
 from server.scores import client_metrics, evaluation_sums, round_metrics
 
-pytestmark = pytest.mark.usefixtures("in_a_run")
+pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
 TASK = Task(kind="train", run_id="run", server_round=3, settings="{}", manifest=MANIFEST.digest, splits="val test")
 TWIN_NAMES = {"twins_roc_auc", "twins_eer", "strangers_roc_auc"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

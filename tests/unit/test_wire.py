@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.supercore.task_identity import TaskIdentity
+from tiny_federation import site_named
 
 from common import wire
 from common.codec import decode, encode, num_bytes
@@ -17,18 +17,12 @@ from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 
+pytestmark = pytest.mark.usefixtures("in_a_run")
 SHARED = np.linspace(-1, 1, 7, dtype=np.float32)
 HEADER = ("dtype", "shape", "stype", "data")
 PAIRS = np.arange(2 * NUM_BINS, dtype=np.int64).reshape(2, NUM_BINS)
 FOLDS = np.arange(NUM_FOLDS * 2 * FOLD_BINS, dtype=np.int64).reshape(NUM_FOLDS, 2, FOLD_BINS)
 CONFUSION = np.arange(9, dtype=np.int64).reshape(3, 3)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_run(monkeypatch):
-    """Flower's Message asks which run it is made in; outside of one it must be told."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 def task(kind: str = "train") -> Task:
@@ -48,22 +42,7 @@ def task(kind: str = "train") -> Task:
 
 
 def site() -> Site:
-    return Site(
-        name="celeba",
-        dataset="celeba",
-        num_people=10,
-        num_pictures=100,
-        num_training_people=6,
-        num_training_pictures=50,
-        num_quarantined=0,
-        val_people="0123",
-        test_pairs="4567",
-        machine="here",
-        cores=2,
-        device="cpu",
-        precision="float32",
-        memory_format="contiguous",
-    )
+    return site_named("celeba", dataset="celeba", num_people=10)
 
 
 def reply() -> Reply:
