@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StopRunRequest, UnregisterNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufClientInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -80,7 +80,8 @@ class Register:
         found = {}
         for path in sorted(self.folder.glob("*.pub")):
             try:
-                found[public_key_to_bytes(read_public_key(path))] = path.stem
+                key = read_public_key(path).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+                found[key] = path.stem
             except CertificateError as error:  # half written, or none; it must not keep the others from being seen
                 self._complain(str(error))
         return found

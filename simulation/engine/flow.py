@@ -14,8 +14,8 @@ from queue import Queue
 from typing import Any, Final, SupportsIndex
 
 from flwr.app import Array, Message
+from flwr.common import now
 from flwr.server.superlink.fleet.vce import vce_api
-from flwr.supercore.date import now
 
 from common import wire
 from server.mailbox import Mailbox

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 from flwr.app import Context
+from flwr.common import EventType
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation.run_simulation import _run_simulation
-from flwr.supercore.telemetry import EventType
 
 from clients.answer import build_client_app
 from clients.site import SiteSettings

@@ -1,6 +1,6 @@
 """A federation of real processes, and the administrator who starts again what has ended, as systemd's Restart= does.
 
-clients (2) -> relay -> flower-server (SuperLink, steward, ServerApp) -> MLflow
+clients (2) -> relay -> flower-server (SuperLink, SuperExec, ServerApp) -> MLflow
 """
 
 import signal
@@ -23,7 +23,7 @@ RESTART_PAUSE_S = 1.0
 GONE_WITHIN_S = 20.0  # what lost its parent; twice the grace that our programs give to what they end themselves
 MOST_RESTARTS = 40  # of one run's server: a run that cannot go on shall not do so for ever
 # A part of each process's command line.
-SUPERLINK, STEWARD, SERVERAPP = "server.flower.redelivery", "server.flower.superexec", "flwr-serverapp"
+SUPERLINK, SUPEREXEC, SERVERAPP = "server.flower.redelivery", "server.flower.superexec", "flwr-serverapp"
 SUPERNODE, TRAINER = "clients.flower.supernode", "clients.flower.trainer"
 
 

@@ -66,7 +66,7 @@ print(code, sorted(name for name in ("torch", "mlflow", "safetensors") if name i
 
 
 def test_what_stands_beside_the_superlink_has_no_torch(tmp_path):
-    """flower-server itself and the steward: half a gigabyte and some seconds each, for nothing."""
+    """flower-server itself and its SuperExec: half a gigabyte and some seconds each, for nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

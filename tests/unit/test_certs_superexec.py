@@ -1,4 +1,4 @@
-"""The steward: whom it admits and turns out, which run it starts, and that no command line holds a secret."""
+"""Our SuperExec: whom it admits and turns out, which run it starts, and that no command line holds a secret."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from common.certs import read_public_key
-from server.flower import superexec as steward_module
+from server.flower import superexec as superexec_module
 from server.flower.superexec import Register, Superexec
 from server.flower.superlink import APP_ENDED, RUN_ID, read_nodes, write_nodes, write_secret
 from simulation import new_certs
@@ -119,7 +119,7 @@ class Found(SimpleNamespace):
 
 
 @pytest.fixture
-def steward(tmp_path, monkeypatch):
+def superexec(tmp_path, monkeypatch):
     write_secret(tmp_path)
     made = Superexec(tmp_path, "127.0.0.1:9", None, None)
     made._control, made.started = Superlink(), []
@@ -129,7 +129,7 @@ def steward(tmp_path, monkeypatch):
         made.started.append(command)
         return subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr(steward_module, "start", start)
+    monkeypatch.setattr(superexec_module, "start", start)
     return made
 
 
@@ -137,37 +137,37 @@ def task(run):
     return Found(task=SimpleNamespace(run_id=run, task_id=5), token=TOKEN)
 
 
-def test_no_task_is_taken_before_our_run_is_known(steward):
-    steward._runtime.tasks = [task(7)]
-    steward.take_task()
-    assert len(steward._runtime.tasks) == 1
+def test_no_task_is_taken_before_our_run_is_known(superexec):
+    superexec._runtime.tasks = [task(7)]
+    superexec.take_task()
+    assert len(superexec._runtime.tasks) == 1
 
 
-def test_our_run_is_started_without_its_token_in_the_command_line(steward, tmp_path):
+def test_our_run_is_started_without_its_token_in_the_command_line(superexec, tmp_path):
     (tmp_path / RUN_ID).write_text("7")
-    steward._runtime.tasks = [task(7), Found(task=None, token="")]
-    steward.take_task()
-    [command] = steward.started
+    superexec._runtime.tasks = [task(7), Found(task=None, token="")]
+    superexec.take_task()
+    [command] = superexec.started
     path = tmp_path / "task-5.token"
     assert command[command.index("--token-file") + 1] == str(path)
     assert not [word for word in command if TOKEN in word]
     assert (path.read_text(), path.stat().st_mode & 0o777) == (TOKEN, 0o600)
     assert not (tmp_path / APP_ENDED).exists()
-    [(app, _)] = steward._apps
+    [(app, _)] = superexec._apps
     app.wait(60)
-    steward.take_task()
+    superexec.take_task()
     assert not path.exists()
     assert (tmp_path / APP_ENDED).exists()  # flower-server looks for it: Flower tells of a killed one after a minute
     write_secret(tmp_path)  # the run goes on
     assert not (tmp_path / APP_ENDED).exists()
 
 
-def test_a_run_that_somebody_else_submitted_is_stopped_and_not_started(steward, tmp_path, caplog):
+def test_a_run_that_somebody_else_submitted_is_stopped_and_not_started(superexec, tmp_path, caplog):
     (tmp_path / RUN_ID).write_text("7")
-    steward._runtime.tasks = [task(77)]
-    steward.take_task()
-    assert steward.started == []
-    assert steward._control.stopped == [77]
+    superexec._runtime.tasks = [task(77)]
+    superexec.take_task()
+    assert superexec.started == []
+    assert superexec._control.stopped == [77]
     assert "run 77 was not submitted by this flower-server" in caplog.text
 
 

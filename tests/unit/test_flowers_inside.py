@@ -1,0 +1,132 @@
+"""What stands of Flower's inside in the product: in its rooms only, as the page lists it, and still in Flower."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "adr" / "0022-flowers-inside.md").read_text(encoding="utf-8")
+PRODUCT = ("common", "server", "clients", "simulation", "docker")
+ROOMS = ("server/flower/", "clients/flower/", "simulation/engine/")
+# The modules of Flower's API reference; what they export is its public interface.
+PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.common", "flwr.simulation")
+
+
+def is_public(module, name):
+    return module in PUBLIC and name in importlib.import_module(module).__all__
+
+
+class Uses(ast.NodeVisitor):
+    """Fills `names` with what a file uses of Flower that is not public."""
+
+    def __init__(self):
+        self.names, self._bound = set(), {}  # the second: by the name that it has in the file
+
+    def visit_Import(self, node):
+        self.names |= {one.name for one in node.names if one.name.split(".")[0] == "flwr" and one.name not in PUBLIC}
+
+    def visit_ImportFrom(self, node):
+        for one in node.names:
+            if (node.module or "").split(".")[0] == "flwr" and not is_public(node.module, one.name):
+                self._bound[one.asname or one.name] = f"{node.module}.{one.name}"
+        self.names |= set(self._bound.values())
+
+    def visit_AnnAssign(self, node):
+        """`loop: Any = start_client_internal` is the same under a name that the type checker lets us write to."""
+        if isinstance(node.value, ast.Name) and node.value.id in self._bound:
+            self._bound[node.target.id] = self._bound[node.value.id]
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node):
+        if isinstance(node.value, ast.Name) and node.value.id in self._bound:
+            self.names.add(f"{self._bound[node.value.id]}.{node.attr}")
+        self.generic_visit(node)
+
+
+def uses(source):
+    """The dotted names; of a module or a class only the parts, where parts of it are used."""
+    found = Uses()
+    found.visit(ast.parse(source))
+    return {name for name in found.names if not any(other.startswith(f"{name}.") for other in found.names)}
+
+
+def uses_of_the_product():
+    files = [path for top in PRODUCT for path in (ROOT / top).rglob("*.py")]
+    return {(name, path.relative_to(ROOT).as_posix()) for path in files for name in uses(path.read_text("utf-8"))}
+
+
+def rows(title):
+    """The cells of the table under that title of the page."""
+    section = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert lines, title
+    return [[re.findall(r"`([^`]+)`", cell) for cell in line] for line in lines]
+
+
+def listed(title):
+    """(dotted name, file), for each name and file of a table."""
+    return {(f"{of[0]}.{name}", file) for of, files, *_ in rows(title) for name in of[1:] for file in files}
+
+
+USES = uses_of_the_product()
+CALLED = listed("Called on what is imported")
+TEXTS = [(text[0], file, where[0]) for text, files, where in rows("Read, written or passed as text") for file in files]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from flwr.app import Array, Message\nfrom flwr.serverapp.strategy import FedAvg\nimport flwr.app", set()),
+        ("from flwr.app.message import make_message", {"flwr.app.message.make_message"}),
+        ("from flwr.common import EventType, constant", {"flwr.common.constant"}),
+        ("def f():\n    import flwr.proto.fleet_pb2", {"flwr.proto.fleet_pb2"}),
+        ("from flwr.supercore import heartbeat as h\nh.exponential()", {"flwr.supercore.heartbeat.exponential"}),
+        (
+            "from flwr.supernode import start_client_internal\nloop: Any = start_client_internal\nloop.time = 1",
+            {"flwr.supernode.start_client_internal.time"},
+        ),
+        ("from flowers import tulip\nfrom . import flwr", set()),
+    ],
+)
+def test_this_finds_what_is_not_public(source, found):
+    assert uses(source) == found
+
+
+def test_it_stands_in_its_rooms_only():
+    assert {use for use in USES if not use[1].startswith(ROOMS)} == set()
+    assert {file.rpartition("/")[0] + "/" for _, file in USES} == set(ROOMS)
+
+
+def test_the_page_lists_it_and_nothing_else():
+    assert listed("Imported") == USES
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in USES | CALLED}))
+def test_flower_still_has(name):
+    module, parts = name, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, part = module.rpartition(".")
+            assert module, f"Flower has no {name}"
+            parts.insert(0, part)
+    for part in parts:
+        assert hasattr(found, part), f"Flower has no {name}"
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize(("name", "file"), sorted(CALLED))
+def test_what_is_called_is_called_there(name, file):
+    assert f".{name.rpartition('.')[2]}" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("text", "file", "module"), TEXTS)
+def test_the_text_stands_here_and_in_flower(text, file, module):
+    assert text in (ROOT / file).read_text(encoding="utf-8")
+    assert text in inspect.getsource(importlib.import_module(module)), f"{module} has no {text!r}"
