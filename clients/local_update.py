@@ -30,7 +30,8 @@ from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
 from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.settings import Settings
-from common.training import Compute, Penalty, TrainSums, make_optimiser, proximal, train_epochs, warm_up_head
+from common.strategies import STRATEGIES, Penalty
+from common.training import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
 from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
 
 
@@ -196,13 +197,13 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
 
 
 def _penalty(workplace: Workplace) -> Penalty | None:
-    """FedProx's pull to the shared parameters as they are now, or None for other strategies."""
+    """What the strategy adds to the loss, from the shared parameters as they are now; None where it adds nothing."""
     federation = workplace.settings.federation
-    if federation.strategy != "fedprox" or federation.proximal_mu <= 0.0:
+    term = STRATEGIES[federation.strategy].client_term
+    if term is None:
         return None
     named = dict(workplace.recogniser.named_parameters())
-    shared = [named[entry.name] for entry in workplace.manifest.entries if entry.name in named]
-    return proximal(shared, federation.proximal_mu)
+    return term([named[entry.name] for entry in workplace.manifest.entries if entry.name in named], federation)
 
 
 def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:

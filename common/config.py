@@ -9,13 +9,16 @@ import math
 import tomllib
 import typing
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, unknown_name
 from common.settings import VITS, ModelSettings, Settings
+from common.strategies import STRATEGIES
 
+# Settings that name a row of a table, which says what they may be.
+TABLES: Mapping[str, Collection[str]] = {"federation.strategy": STRATEGIES}
 # What a study may vary: the trainings of a study share their data, people and machine.
 STUDIED_SECTIONS = ("augmentation", "model", "training", "twins")
 # What would give the variants of an ablation different budgets, or no training of their own.
@@ -55,8 +58,9 @@ def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) ->
     if not _fits_type(value, kind, meta["word"]):
         return f"{name} = {_shown(value)} has the wrong type; write {_wanted(kind, meta['word'])}."
     if isinstance(value, str):
-        if meta["choices"] and value not in meta["choices"]:
-            return unknown_name(name, value, meta["choices"])
+        choices = meta["choices"] or TABLES.get(name, ())
+        if choices and value not in choices:
+            return unknown_name(name, value, choices)
         if not value.strip():
             return f"{name} is empty; write a value or leave the line out."
         # Neither TOML nor a file's name can hold them.

@@ -11,7 +11,8 @@ from pathlib import Path
 from common import config
 from common.errors import ConfigError
 from common.runtime import tracking_uri_of_environment
-from common.settings import STRATEGIES, Settings
+from common.settings import Settings
+from common.strategies import STRATEGIES
 
 
 @dataclass(frozen=True, kw_only=True)

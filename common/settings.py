@@ -1,11 +1,12 @@
-"""Every run setting, with its default and its allowed range: they stand here and nowhere else."""
+"""Every run setting, with its default and its allowed range: they stand here and nowhere else.
+
+What names a row of a table (a strategy) may be any of that table, which `common.config` knows.
+"""
 
 import dataclasses
 import re
 from typing import Any
 
-ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
-STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", *ROBUST)
 VITS = ("vit_tiny", "vit_small", "vit_base")
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
 ATTENTIONS = ("sa", "glca", "pwca", "dcal")
@@ -141,7 +142,7 @@ class AblationSettings:
 class FederationSettings:
     """[federation]: the rounds and how their replies become one model."""
 
-    strategy: str = setting("fedavg", choices=STRATEGIES)
+    strategy: str = setting("fedavg")  # a row of common/strategies.py
     rounds: int = setting(10, low=1)
     local_epochs: int = setting(2, low=1)
     proximal_mu: float = setting(0.01, low=0.0)  # fedprox only

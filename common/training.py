@@ -1,11 +1,11 @@
-"""The one training step of all modes: local, federated, (later) centralised.
+"""The one training step of all modes: local, federated and centralised.
 
 `train_epochs` knows nothing of rounds or messages: a caller says which of all epochs to run and what penalty to add.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from common.models.recogniser import Recogniser
 from common.optimiser import make_optimiser as make_optimiser
 from common.runtime import random_stream
 from common.settings import Settings, TrainingSettings
-from common.training_step import Penalty as Penalty
+from common.strategies import Penalty
 from common.training_step import Stepped, Stepper, loss_scaler, thrift
 
 HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
@@ -81,22 +81,6 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     if progress < warmup:
         return training.lr * (progress / warmup)
     return training.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
-
-
-def proximal(parameters: Sequence[nn.Parameter], mu: float) -> Penalty:
-    """FedProx's pull to the received model (arXiv:1812.06127, eq. 2).
-
-    The objective gains mu / 2 * ||w - w_global||^2, the squared norm summed over the shared parameters; its gradient
-    is mu * (w - w_global). `parameters` are the shared ones as received; their values now are the reference.
-    """
-    reference = [p.detach().clone() for p in parameters]
-
-    def add_gradient() -> None:
-        for parameter, received in zip(parameters, reference, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - received, alpha=mu)
-
-    return add_gradient
 
 
 def _pwca_partners(batch: Batch, *, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:

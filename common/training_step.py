@@ -25,8 +25,8 @@ from common.models.recogniser import Recogniser
 from common.models.recompute import recomputing
 from common.optimiser import flat, settle
 from common.settings import TrainingSettings
+from common.strategies import Penalty
 
-Penalty = Callable[[], None]  # adds its gradient to the parameters' .grad
 ChoosePartners = Callable[[Batch], Tensor]  # of each picture PWCA's other one, [B] int64
 FIRST_LOSS_SCALE = 4096.0  # torch's own, 65,536, overflows in the first steps of our heads, which are lost then
 logger = logging.getLogger("facefed.training")

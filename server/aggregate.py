@@ -1,21 +1,23 @@
 """From the clients' changes to one: added in place as they come, or kept on disk for rules that need all of them.
 
-In neither case does memory grow with the number of clients.
+In neither case does memory grow with the number of clients. The rules themselves are rows of common/strategies.py.
 """
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from common.codec import Coded, add_to
-from common.errors import NotEnoughClients, UserError
-from common.settings import ROBUST, FederationSettings
-from server import robust
-from server.stored_changes import Stored, StoredChanges
+from common.codec import PIECE, Coded, add_to, pieces
+from common.errors import NotEnoughClients
+from common.settings import FederationSettings
+from common.strategies import STRATEGIES, Changes, fewest_clients, needs
 
 Buffer = NDArray[np.float32]
 
@@ -77,12 +79,95 @@ class WeightedChange:
         return mean
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One client's change in a file."""
+
+    name: str
+    num_examples: int
+    codec: str
+    size: int
+    path: Path
+
+    def coded(self) -> Coded:
+        """The change, mapped: what is not looked at is not read."""
+        data = np.memmap(self.path, dtype=np.uint8, mode="r") if self.path.stat().st_size else b""
+        return Coded(codec=self.codec, size=self.size, data=memoryview(data))  # type: ignore[arg-type]
+
+
+class StoredChanges:
+    """What clients sent, in a folder of its own until it is closed; in the order of `put`."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """folder: is made, and what an earlier round left there is removed.  size: number of elements of a change."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._folder, self.size = folder, size
+        self.changes: list[Stored] = []
+
+    def __len__(self) -> int:
+        """Number of clients."""
+        return len(self.changes)
+
+    def put(self, name: str, change: Coded, num_examples: int) -> None:
+        """Write one client's change; its bytes may be forgotten afterwards."""
+        path = self._folder / f"{len(self.changes):06d}.bin"
+        path.write_bytes(change.data)
+        self.changes.append(
+            Stored(name=name, num_examples=num_examples, codec=change.codec, size=change.size, path=path)
+        )
+
+    def leave_out(self, names: set[str]) -> None:
+        """Forget these clients' changes."""
+        self.changes = [change for change in self.changes if change.name not in names]
+
+    def pieces(self, chosen: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """All or the chosen changes side by side, piece by piece: (where, [clients, piece] float32)."""
+        stored = self.changes if chosen is None else [self.changes[index] for index in chosen]
+        readers = [_in_pieces(change.coded()) for change in stored]
+        for start in range(0, self.size, PIECE):
+            where = slice(start, min(start + PIECE, self.size))
+            yield where, torch.stack([next(reader) for reader in readers])
+
+    def close(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _in_pieces(change: Coded) -> Iterator[Tensor]:
+    """Pieces of PIECE elements, whatever the codec's own are."""
+    for _, values in pieces(change):
+        for start in range(0, len(values), PIECE):
+            yield values[start : start + PIECE]
+
+
+def norms(changes: Changes) -> list[float]:
+    """The Euclidean norm of each change."""
+    squares = torch.zeros(len(changes), dtype=torch.float64)
+    for _, values in changes.pieces():
+        squares += values.double().square().sum(dim=1)
+    return squares.sqrt().tolist()
+
+
+def norm_outliers(store: StoredChanges, factor: float) -> dict[str, str]:
+    """The clients whose change is longer than `factor` times the median's, with a reason; none of fewer than four."""
+    if len(store) < 4:
+        return {}
+    lengths = norms(store)
+    usual = float(np.median(lengths))
+    return {
+        change.name: f"its change has the norm {length:.4g}, more than {factor:g} times the clients' median {usual:.4g}"
+        for change, length in zip(store.changes, lengths, strict=True)
+        if length > factor * usual
+    }
+
+
 class KeptChanges:
     """All changes of a round on disk, read twice: for those that stand out, and for the rule."""
 
     def __init__(self, folder: Path, federation: FederationSettings, size: int) -> None:
         """folder: for the files, which `close` removes.  size: number of elements of the flat model."""
-        self._store, self._federation, self._size = StoredChanges(folder), federation, size
+        self._store, self._federation = StoredChanges(folder, size), federation
 
     def add(self, change: Coded, num_examples: int, name: str = "") -> None:
         """Write one client's change."""
@@ -93,14 +178,18 @@ class KeptChanges:
         factor = self._federation.norm_factor
         if isinstance(factor, str):
             return {}
-        found = robust.norm_outliers(self._store.changes, factor)
+        found = norm_outliers(self._store, factor)
         self._store.leave_out(set(found))
         return found
 
     def mean(self) -> Buffer:
-        """The strategy's aggregate.  Raises NotEnoughClients when too few changes are left for krum."""
-        rule = _RULES.get(self._federation.strategy)
-        return self._weighted() if rule is None else rule(self._store.changes, self._federation)
+        """The strategy's aggregate.  Raises NotEnoughClients when too few changes are left for its rule."""
+        rule = STRATEGIES[self._federation.strategy].rule
+        if rule is None:
+            return self._weighted()
+        if len(self._store) < fewest_clients(self._federation):
+            raise NotEnoughClients(f"{needs(self._federation)} usable replies, and {len(self._store)} are here.")
+        return rule(self._store, self._federation).numpy()
 
     def close(self) -> None:
         """Remove the files."""
@@ -108,49 +197,14 @@ class KeptChanges:
 
     def _weighted(self) -> Buffer:
         """As `WeightedChange`, to the same bits."""
-        total = WeightedChange(self._size)
+        total = WeightedChange(self._store.size)
         for change in self._store.changes:
             total.add(change.coded(), change.num_examples)
         return total.mean()
 
 
-def _krum(changes: list[Stored], federation: FederationSettings) -> Buffer:
-    needed = fewest_clients(federation)
-    if len(changes) < needed:
-        raise NotEnoughClients(
-            f"{federation.strategy} with federation.num_malicious = {federation.num_malicious} needs {needed} usable"
-            f" replies, and {len(changes)} are here."
-        )
-    order = robust.krum_order(changes, federation.num_malicious)
-    number = 1 if federation.strategy == "krum" else len(changes) - federation.num_malicious
-    return robust.mean_of(changes, order[:number])
-
-
-_RULES: Mapping[str, Callable[[list[Stored], FederationSettings], Buffer]] = {
-    "fedmedian": lambda changes, _: robust.median(changes),
-    "fedtrimmedavg": lambda changes, federation: robust.trimmed_mean(changes, federation.trim_fraction),
-    "krum": _krum,
-    "multikrum": _krum,
-}
-
-
-def fewest_clients(federation: FederationSettings) -> int:
-    """How many changes the strategy needs: 2 f + 3 for krum, else one."""
-    return 2 * federation.num_malicious + 3 if "krum" in federation.strategy else 1
-
-
-def check_number(federation: FederationSettings, num_clients: int) -> None:
-    """Raises UserError when so many clients a round can never be enough for the strategy."""
-    needed = fewest_clients(federation)
-    if num_clients < needed:
-        raise UserError(
-            f"{federation.strategy} with federation.num_malicious = {federation.num_malicious} needs {needed} clients"
-            f" in each round, and there are {num_clients}; start more, lower it, or choose fedmedian."
-        )
-
-
 def aggregate_for(federation: FederationSettings, size: int, folder: Path) -> Aggregate:
     """Where a round's changes go.  folder: for those that have to be kept."""
-    if federation.strategy in ROBUST or federation.norm_factor != "off":
+    if STRATEGIES[federation.strategy].rule is not None or federation.norm_factor != "off":
         return KeptChanges(folder, federation, size)
     return WeightedChange(size)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from common.errors import CheckpointError
 from common.parameters import Manifest
 from common.settings import FederationSettings
-from server.strategies import STRATEGIES, Rates, Strategy
+from common.strategies import STRATEGIES, Rates, Strategy
 
 Buffer = NDArray[np.float32]
 Span = tuple[slice, bool]  # elements of the flat model, and whether they are trainable

@@ -11,9 +11,10 @@ from common.codec import Coded, decode, encode, num_bytes
 from common.errors import NotEnoughClients
 from common.parameters import Manifest
 from common.settings import Settings
+from common.strategies import check_number, fewest_clients
 from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
-from server.aggregate import Aggregate, aggregate_for, check_number, fewest_clients
+from server.aggregate import Aggregate, aggregate_for
 from server.checkpointing import RunCheckpoints
 from server.exchange import Download, Exchange
 from server.global_model import GlobalModel

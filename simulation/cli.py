@@ -12,7 +12,8 @@ from common.console import run_program, set_up_logging
 from common.errors import ConfigError
 from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
 from common.runtime import go_silent
-from common.settings import STRATEGIES, Settings
+from common.settings import Settings
+from common.strategies import STRATEGIES
 from simulation.attention_cli import add_attention_parser, attention
 from simulation.certs_cli import ACTIONS as CERTS_ACTIONS
 from simulation.certs_cli import add_certs_parser, certs

@@ -13,7 +13,8 @@ from typing import Any, Final
 from common import config
 from common.errors import CheckpointError, UserError, unknown_name
 from common.files import read_json
-from common.settings import STRATEGIES, VITS, Settings
+from common.settings import VITS, Settings
+from common.strategies import STRATEGIES
 from common.tracking.models import Registered, find_registered, read_registered
 
 FEDERATED: Final = (*STRATEGIES, "fedbn")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.training import proximal
+from common.strategies import proximal
 
 MU = 0.37
 

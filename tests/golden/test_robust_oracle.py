@@ -19,7 +19,7 @@ from tiny_federation import enter_run
 from common import codec
 from common.codec import encode
 from common.settings import FederationSettings
-from server import stored_changes
+from server import aggregate as server_aggregate
 from server.aggregate import aggregate_for
 
 SIZE = 3 * codec.BLOCK + 5
@@ -38,7 +38,7 @@ def small_pieces(monkeypatch):
     """Several pieces even of small changes, so that their borders are tested."""
     enter_run(monkeypatch)
     monkeypatch.setattr(codec, "PIECE", codec.BLOCK)
-    monkeypatch.setattr(stored_changes, "PIECE", codec.BLOCK)
+    monkeypatch.setattr(server_aggregate, "PIECE", codec.BLOCK)
 
 
 def changes_of(num_clients, seed):

@@ -1,13 +1,17 @@
 """A whole federation of tiny clients in this process: it learns, repeats itself to the bit, survives bad clients."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
+import torch
 from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
 
 import clients.answer
 import clients.local_update
+from common.flags import add_run_settings, read_run_settings
+from common.strategies import STRATEGIES, Strategy, proximal
 from server.app import Surroundings, federate
 
 
@@ -146,3 +150,54 @@ def test_a_client_whose_pictures_cannot_be_opened_tells_the_server_that_but_not_
     assert "alpha: its data cannot be used" in outcome["line"]
     assert "data/beta" not in outcome["line"]
     assert "data/beta holds no pictures" in caplog.text  # the site's own log says it
+
+
+# ---- a new strategy is a row
+
+
+def chosen_by_flag(name):
+    parser = argparse.ArgumentParser()
+    add_run_settings(parser)
+    return read_run_settings(parser.parse_args(["--strategy", name])).federation.strategy
+
+
+def test_a_row_makes_a_strategy_at_both_sides(tmp_path, monkeypatch):
+    """A pull of 2 mu and a server rate of 0.5, which is FedProx with other settings: the same model to the bit."""
+    row = Strategy(
+        name="toy",
+        paper="none",
+        client_term=lambda parameters, federation: proximal(parameters, 2 * federation.proximal_mu),
+        default_lr=0.5,
+    )
+    monkeypatch.setitem(STRATEGIES, "toy", row)
+    assert chosen_by_flag("toy") == "toy"
+    values = {"federation__rounds": 2, "training__lr": 0.1}
+    ways = [
+        {"federation__strategy": "toy", "federation__proximal_mu": 0.25},
+        {"federation__strategy": "fedprox", "federation__proximal_mu": 0.5, "federation__server_lr": 0.5},
+        {"federation__strategy": "fedprox", "federation__proximal_mu": 0.25, "federation__server_lr": 0.5},
+    ]
+    toy, same, other = (federation(tmp_path / str(n), **values | way)[1] for n, way in enumerate(ways))
+    assert toy["model_sha256"] == same["model_sha256"] != other["model_sha256"]
+
+
+def test_a_row_makes_a_robust_strategy_with_its_fewest_clients(tmp_path, monkeypatch):
+    """Of three clients torch's own median, which is fedmedian's; with two the run ends before its first round."""
+
+    def middle(changes, _federation):
+        return torch.cat([values.median(dim=0).values for _, values in changes.pieces()])
+
+    monkeypatch.setitem(STRATEGIES, "toy", Strategy(name="toy", paper="none", rule=middle, fewest=lambda _: 3))
+    assert chosen_by_flag("toy") == "toy"
+    outcome, _ = federation(tmp_path / "few", federation__strategy="toy")
+    assert outcome == {
+        "exit_code": 2,
+        "line": "toy needs 3 clients in each round, and there are 2; start more, or choose fedmedian.",
+    }
+    toy, same, mean = (
+        federation(tmp_path / name, names=("alpha", "beta", "gamma"), federation__rounds=2, federation__strategy=name)[
+            1
+        ]
+        for name in ("toy", "fedmedian", "fedavg")
+    )
+    assert toy["model_sha256"] == same["model_sha256"] != mean["model_sha256"]

@@ -204,7 +204,7 @@ def test_the_proximal_term_holds_the_model_near_the_received_one_and_spares_the_
     """It is given the trainable shared parameters: no head, no buffer, and with private normalisation no scale."""
     for normalisation in ("shared", "private"):
         given = []
-        monkeypatch.setattr("clients.local_update.proximal", lambda p, mu, given=given: given.append((p, mu)))
+        monkeypatch.setattr("common.strategies.proximal", lambda p, mu, given=given: given.append((p, mu)))
         workplace, shared = workplace_in(
             tmp_path / normalisation,
             federation__strategy="fedprox",

@@ -186,12 +186,13 @@ def test_flags_lie_over_the_file(tmp_path):
 # ---------------------------------------------------------------------------------------------------- round trips
 
 
-def values_for(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
+def values_for(section: str, field: dataclasses.Field, kind: type) -> st.SearchStrategy:
     meta = field.metadata
     if kind is bool:
         return st.booleans()
-    if meta["choices"]:
-        return st.sampled_from(meta["choices"])
+    choices = meta["choices"] or config.TABLES.get(f"{section}.{field.name}", ())
+    if choices:
+        return st.sampled_from(list(choices))
     if kind is str:
         texts = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
         return texts.filter(lambda text: bool(text.strip()))
@@ -208,7 +209,7 @@ def values_for(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
 def valid_settings(draw) -> Settings:
     raw = {section: {} for section in SECTIONS}
     for section, field, kind in FIELDS:
-        raw[section][field.name] = draw(values_for(field, kind))
+        raw[section][field.name] = draw(values_for(section, field, kind))
     model = raw["model"]  # the conflicts have tests of their own
     model["pretrained"] = "none"
     if model["backbone"] in VITS:

@@ -10,13 +10,12 @@ from hypothesis.extra.numpy import arrays
 
 from common.errors import CheckpointError
 from common.parameters import Entry, Manifest
-from common.settings import STRATEGIES as NAMES
 from common.settings import FederationSettings
+from common.strategies import STRATEGIES
 from server.checkpointing import RunCheckpoints
 from server.guard import LARGEST_CHANGE
 from server.history import History
 from server.optimiser import ServerOptimiser, trainable_spans
-from server.strategies import STRATEGIES
 
 # Two weights, a normalisation layer's scale, mean and variance, then a last layer.
 TENSORS = ("a.weight", "b.weight", "n.weight", "n.running_mean", "n.running_var", "c.weight")
@@ -32,10 +31,6 @@ def optimiser_of(name, **values):
 
 def random_buffer(seed, scale=1.0):
     return (scale * np.random.default_rng(seed).normal(size=MANIFEST.size)).astype(np.float32)
-
-
-def test_every_strategy_of_the_settings_is_in_the_table():
-    assert tuple(STRATEGIES) == NAMES
 
 
 def test_runs_of_elements_of_one_kind_are_one_span():
@@ -78,7 +73,7 @@ def test_auto_is_the_strategys_own_learning_rate(name, lr):
     assert models[0] == models[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tuple(STRATEGIES))
 def test_statistics_of_normalisation_are_averaged_plainly_and_have_no_moments(name):
     """The mean variance falls from 1 to 0.4 and 0.01: one more step with momentum would take it below zero."""
     optimiser, model = optimiser_of(name, server_momentum=0.9), np.ones(MANIFEST.size, dtype=np.float32)
@@ -94,7 +89,7 @@ def test_statistics_of_normalisation_are_averaged_plainly_and_have_no_moments(na
         assert is_changed.sum() == 12  # every element of every parameter
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tuple(STRATEGIES))
 def test_all_stays_float32_and_in_place_and_the_change_is_not_touched(name):
     optimiser, model, change = optimiser_of(name), random_buffer(1), random_buffer(2)
     moments, before = dict(optimiser.moments), change.tobytes()

@@ -10,15 +10,8 @@ from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 from common import config, training, training_step
 from common.errors import TrainingFailed
 from common.settings import TrainingSettings
-from common.training import (
-    Compute,
-    TrainSums,
-    learning_rate,
-    make_optimiser,
-    proximal,
-    train_epochs,
-    warm_up_head,
-)
+from common.strategies import proximal
+from common.training import Compute, TrainSums, learning_rate, make_optimiser, train_epochs, warm_up_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})
