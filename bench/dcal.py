@@ -37,7 +37,7 @@ def stepper(attention: str, arguments: argparse.Namespace):
     """A function that trains one step, as every mode of training does."""
     import torch
 
-    from common.faces.epoch_batches import Batch
+    from common.faces.batches import Batch
     from common.models.dcal import random_partners
     from common.settings import TrainingSettings
     from common.training import Compute, make_optimiser

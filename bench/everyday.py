@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.faces.index import read_index
 from common.faces.pack import open_pack
-from common.faces.sources import read_index
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.settings import DataSettings
 

@@ -59,7 +59,7 @@ def image_folder(workload: Workload, workers: int) -> Figures:
 def ours(workload: Workload, threads: int) -> Figures:
     import torch
 
-    from common.faces.epoch_batches import epoch_batches
+    from common.faces.batches import epoch_batches
     from common.faces.pack import open_pack
 
     torch.set_num_threads(threads)
@@ -72,7 +72,7 @@ def ours(workload: Workload, threads: int) -> Figures:
 
 def share(workload: Workload) -> Figures:
     """The part of a training epoch of W, one thread, that making its batches takes, made alone in the same process."""
-    from common.faces.epoch_batches import epoch_batches
+    from common.faces.batches import epoch_batches
     from common.faces.pack import open_pack
     from common.models.recogniser import build_recogniser
     from common.precision import resolve_compute

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from common.console import counts, run_program, set_up_logging, stopping_on_signals
 from common.errors import UserError
+from common.faces.datasets import DATASETS
 from common.processes import is_loopback, parse_address
 from common.runtime import go_silent, num_cores
 from common.settings import CLIENT_NAME, LOG_LEVELS
-
-DATASETS = ("celeba", "vggface2", "twins", "folder")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,7 +84,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from clients.flower.launch import ClientOptions, Launch
     from clients.site import SiteSettings
     from common.certs import read_client_folder
-    from common.faces.sources import read_index
+    from common.faces.index import read_index
     from common.runtime import resolve_device
     from common.tracking.address import resolve_uri
 

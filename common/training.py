@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from common.compute import Compute as Compute
-from common.faces.batches import num_batches
-from common.faces.epoch_batches import Batch, epoch_batches
+from common.faces.batches import NO_TWIN, Batch, epoch_batches, num_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import Partners, random_partners
 from common.models.recogniser import Recogniser
 from common.optimiser import make_optimiser as make_optimiser

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from common.compiled import compiled, eager, give_up, is_given_up
 from common.compute import Compute
 from common.errors import TrainingFailed
-from common.faces.epoch_batches import Batch
-from common.faces.twin_batches import NO_TWIN
+from common.faces.batches import NO_TWIN, Batch
 from common.models.gradients import clip_gradient
 from common.models.heads import spreadout
 from common.models.losses import batch_hard_triplet

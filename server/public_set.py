@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from common import config
 from common.errors import ConfigError, DataError
 from common.faces.batches import evaluation_batches
-from common.faces.central import central_pictures
-from common.faces.metadata import require_folder
+from common.faces.decode import central_pictures
+from common.faces.index import require_folder
 from common.faces.pairs import PairList, read_pair_list, require_pictures
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
 from common.metrics.verification import eer, roc_auc, score_histogram

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
-from common.faces.central import central_pictures
+from common.faces.decode import central_pictures
 from common.files import read_json, write_bytes
 from common.models.attention import AttentionMaps, attention_of, joined
 from common.models.recogniser import EmbeddingModel

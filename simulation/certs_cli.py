@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-DEFAULT_CLIENTS = ("celeba", "vggface2", "twins")
+from common.faces.datasets import DEFAULT_CLIENTS
 
 
 def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

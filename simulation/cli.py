@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common.config import find_config
 from common.console import run_program, set_up_logging
 from common.errors import ConfigError
+from common.faces.datasets import DATASETS, DRAWN
 from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
 from common.runtime import go_silent
 from common.settings import Settings
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 TWINS_CONFIG = "twins_dcal"
-DATA_LAYOUTS = ("celeba", "vggface2", "twins")
 # Of training alone: models are compared as they were trained.
 TRAINING_FLAGS = (
     "--strategy", "--rounds", "--local-epochs", "--proximal-mu", "--head", "--lr", "--batch-size", "--epochs",
@@ -115,7 +115,7 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         dest="action", required=True
     )
     synth = data.add_parser("synth", help="write a synthetic data set in an official layout")
-    synth.add_argument("--layout", required=True, choices=DATA_LAYOUTS)
+    synth.add_argument("--layout", required=True, choices=DRAWN)
     synth.add_argument("--out", dest="folder", required=True, metavar="DIR", help="the folder to make")
     synth.add_argument("--people", type=int, metavar="N", help="how many people (not with twins)")
     synth.add_argument("--families", type=int, metavar="N", help="twins: how many families of two siblings")
@@ -139,7 +139,7 @@ def _add_data_sources(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=DIR]",
-        help="a data set: celeba, vggface2, twins, folder, or NAME:DATASET=DIR",
+        help=f"a data set: {', '.join(DATASETS)}, or NAME:DATASET=DIR",
     )
     parser.add_argument(
         "--data-dir",

@@ -9,6 +9,7 @@ from typing import TextIO
 from common.console import PackProgress
 from common.errors import UserError, escaped
 from common.faces.audit import audit, audit_overlap
+from common.faces.datasets import OF_FAMILIES
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.runtime import num_cores
 from common.settings import Settings
@@ -28,10 +29,12 @@ def synth(
 ) -> int:
     """Write a synthetic data set in an official layout.  Raises UserError for an option of another layout."""
     given = {"--people": people, "--families": families, "--closeness": closeness}
-    wrong = ("--people",) if layout == "twins" else ("--families", "--closeness")
+    of_twins = layout in OF_FAMILIES
+    wrong = ("--people",) if of_twins else ("--families", "--closeness")
     for flag in wrong:
         if given[flag] is not None:
-            other = "give --families N, for twins come in pairs" if layout == "twins" else "it is for --layout twins"
+            pairs = "give --families N, for twins come in pairs"
+            other = pairs if of_twins else f"it is for --layout {', '.join(OF_FAMILIES)}"
             raise UserError(f"{flag} {given[flag]:g} does not go with --layout {layout}; {other}.")
     if families is not None:
         people = 2 * families
@@ -48,7 +51,7 @@ def synth(
     finally:
         progress.close()
     held = f"{settings.num_people} people"
-    if layout == "twins":
+    if of_twins:
         held += f" ({settings.num_people // 2} pairs of twins, closeness {settings.closeness:g})"
     out.write(f"{folder}: {held}, {settings.pictures_per_person} pictures each, {layout} layout\n")
     return 0

@@ -8,12 +8,15 @@ from typing import TextIO
 from clients.site import SiteSettings
 from common.console import PackProgress, counts
 from common.errors import UserError, unknown_name
+from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
 from common.faces.pack import FacePack, open_pack
-from common.faces.sources import DATASETS
 from common.runtime import num_cores, resolve_device
 from common.settings import CLIENT_NAME, Settings
 
-USUAL_CLIENTS = ("celeba", "vggface2")  # where several may be meant and none is named
+# twins are trained for by themselves
+USUAL_CLIENTS = tuple(
+    name for name in DEFAULT_CLIENTS if name not in OF_FAMILIES
+)  # where several may be meant and none is named
 
 
 @dataclass(frozen=True, kw_only=True)

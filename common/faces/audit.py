@@ -1,5 +1,6 @@
 """What a data set really holds: people and pictures of each split, what cannot be used, what occurs twice."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +12,69 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from common.faces.audit_families import Families, count_families
-from common.faces.index import OFFICIAL_NONE, FaceIndex, take
-from common.faces.scan import check_quarantine, plan, quarantine, scan, with_duplicates
-from common.faces.sources import read_index
+from common.faces.decode import check_quarantine, plan, quarantine, scan, with_duplicates
+from common.faces.index import OFFICIAL_NONE, FaceIndex, read_index, take
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
+
+# The closed set's parts are of the people trained on.
+_SIDES = {"train": Split.TRAIN, "val_people": Split.VAL_PEOPLE, "test_people": Split.TEST_PEOPLE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Families:
+    """Who belongs together; somebody in no pair is a family of one.
+
+    number, by_size (members -> families), people_without_sibling: of all people that the layout names.
+    by_split: side -> families with pictures there.  with_siblings: side -> those of which two or more members have
+    pictures there, so that there are pairs of twins.
+    """
+
+    number: int
+    by_size: dict[int, int]
+    people_without_sibling: int
+    by_split: dict[str, int]
+    with_siblings: dict[str, int]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, whose keys are text."""
+        return dataclasses.asdict(self) | {"by_size": {str(size): number for size, number in self.by_size.items()}}
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        sizes = ", ".join(f"{size}: {number}" for size, number in self.by_size.items())
+        sides = ", ".join(f"{side} {number}" for side, number in self.by_split.items())
+        twins = ", ".join(f"{side} {number}" for side, number in self.with_siblings.items())
+        return [
+            f"  families: {self.number}, by members: {sizes}; people without a sibling: {self.people_without_sibling}",
+            f"  families by split: {sides}",
+            f"    with two siblings or more: {twins}",
+        ]
+
+
+def count_families(named: FaceIndex, used: FaceIndex, split: NDArray[np.int8]) -> Families | None:
+    """The families of a data set; None where it knows of none.
+
+    named: all that the layout names.  used: what is left of it.  split: [N] int8 `Split` codes of the pictures in use.
+    """
+    if named.family is None:
+        return None
+    people = np.unique(named.person)
+    sizes = np.unique(named.family[people], return_counts=True)[1]
+    members, number = np.unique(sizes, return_counts=True)
+    by_size = dict(zip(members.tolist(), number.tolist(), strict=True))
+    sides = {
+        side: np.unique(named.family[np.unique(used.person[split == code])], return_counts=True)[1]
+        for side, code in _SIDES.items()
+    }
+    return Families(
+        number=len(sizes),
+        by_size=by_size,
+        people_without_sibling=by_size.get(1, 0),
+        by_split={side: len(there) for side, there in sides.items()},
+        with_siblings={side: int((there > 1).sum()) for side, there in sides.items()},
+    )
+
 
 _BINS = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))  # pictures of a person, both ends included
 _SHOWN = 10  # lines of one kind on the terminal; the JSON has all

@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from common.faces.index import FaceIndex, build_index
-from common.faces.metadata import (
+from common.faces.index import (
+    FaceIndex,
     Table,
     align_rows,
+    build_index,
     check_paths,
     malformed,
     parse_numbers,
     read_lines,
     read_pairs,
-    require_folder,
 )
 
 IDENTITY = "identity_CelebA.txt"
@@ -34,12 +34,11 @@ _PICTURES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba/img_a
 ALIGNED_FACE_BOX_PX = (25.0, 57.0, 128.0, 128.0)
 
 
-def read_celeba(root: Path) -> FaceIndex:
+def read_celeba(dataset: str, root: Path) -> FaceIndex:
     """The index of an official CelebA folder, by its identity and partition files; no picture is looked at.
 
-    Raises DataError for a missing folder or file, a malformed line, or a path that leaves the folder.
+    Raises DataError for a missing file, a malformed line, or a path that leaves the folder.
     """
-    require_folder(root, "CelebA needs the folder that holds identity_CelebA.txt and img_align_celeba/")
     base = next((folder for folder in (root, root / "celeba") if _find(folder, IDENTITY)), root)
     identity_file = _require(base, IDENTITY)
     names, people_of = read_pairs(identity_file, "a file name and a person's number")
@@ -50,7 +49,7 @@ def read_celeba(root: Path) -> FaceIndex:
     pictures = _picture_folder(base, names[0]) if names else ""
     prefix = pictures if base == root else f"celeba/{pictures}"
     return build_index(
-        "celeba",
+        dataset,
         root,
         [f"{prefix}/{name}" for name in names],
         people_of,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from common.faces.metadata import malformed, read_lines, require_folder
+from common.faces.index import malformed, read_lines, require_folder
 
 _WANTED_FIRST = "the numbers of folds and of pairs of each kind in a fold, such as 10 300"
 _WANTED = {

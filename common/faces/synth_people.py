@@ -65,33 +65,32 @@ TRAITS: dict[str, tuple[float, float]] = {
 }
 LATENT_SIZE = len(TRAITS)
 
-# One stream of random numbers per data set: the same seed never makes the same person in two of them.
-_STREAMS = {"celeba": 101, "vggface2": 202, "twins": 303}
 _PERSON, _PICTURE, _ORDER, _FAMILY = 1, 2, 3, 4
 
 
-def _generator(seed: int, layout: str, *path: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _STREAMS[layout], *path])))
+def _generator(seed: int, stream: int, *path: int) -> np.random.Generator:
+    """stream: of the layout, so that the same seed never makes the same person in two of them."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stream, *path])))
 
 
-def person_latent(seed: int, layout: str, person: int) -> NDArray[np.float64]:
+def person_latent(seed: int, stream: int, person: int) -> NDArray[np.float64]:
     """The latent of one person: float64 [LATENT_SIZE], standard normal."""
-    return _generator(seed, layout, _PERSON, person).standard_normal(LATENT_SIZE)
+    return _generator(seed, stream, _PERSON, person).standard_normal(LATENT_SIZE)
 
 
-def family_latent(seed: int, layout: str, family: int) -> NDArray[np.float64]:
+def family_latent(seed: int, stream: int, family: int) -> NDArray[np.float64]:
     """What the members of one family have in common: float64 [LATENT_SIZE], standard normal."""
-    return _generator(seed, layout, _FAMILY, family).standard_normal(LATENT_SIZE)
+    return _generator(seed, stream, _FAMILY, family).standard_normal(LATENT_SIZE)
 
 
-def picture_generator(seed: int, layout: str, person: int, picture: int) -> np.random.Generator:
+def picture_generator(seed: int, stream: int, person: int, picture: int) -> np.random.Generator:
     """The random numbers of one picture, whichever process draws it and in whatever order."""
-    return _generator(seed, layout, _PICTURE, person, picture)
+    return _generator(seed, stream, _PICTURE, person, picture)
 
 
-def order_generator(seed: int, layout: str) -> np.random.Generator:
+def order_generator(seed: int, stream: int) -> np.random.Generator:
     """The random numbers that shuffle people and pictures over names."""
-    return _generator(seed, layout, _ORDER)
+    return _generator(seed, stream, _ORDER)
 
 
 def read_traits(latent: NDArray[np.float64]) -> dict[str, float]:

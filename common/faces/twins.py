@@ -15,7 +15,6 @@ import numpy as np
 
 from common.errors import DataError
 from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, FaceIndex, build_index
-from common.faces.metadata import require_folder
 
 PICTURES_FILE, PAIRS_FILE = "{part}_dataset_infor.json", "{part}_twin_pairs.json"
 PARTS = {"train": OFFICIAL_TRAIN, "test": OFFICIAL_TEST}
@@ -23,16 +22,15 @@ _WANTED_PICTURES = 'one object of the form {"90004": ["90004/90004d13.jpg", ...]
 _WANTED_PAIRS = 'one list of the form [["90004", "90005"], ...]'
 
 
-def read_twins(root: Path) -> FaceIndex:
+def read_twins(dataset: str, root: Path) -> FaceIndex:
     """The index of a folder in this layout, with its families; the official split is that of the files.
 
     A folder without both test files is taken as training people only. People in no pair are families of their own;
     chains of pairs (triplets) are one family.
-    Raises DataError with one line: a missing folder or file, JSON that is malformed or of another form, a person in
+    Raises DataError with one line: a missing file, JSON that is malformed or of another form, a person in
     both files, without pictures, or with a picture in another person's folder, a pair that names an unknown person or
     one person twice, a family whose members stand in different files.
     """
-    require_folder(root, "twins need the folder that holds train_dataset_infor.json and one folder a person")
     parts = [part for part in PARTS if part == "train" or _has_part(root, part)]
     part_of: dict[str, str] = {}
     paths: list[str] = []
@@ -58,7 +56,7 @@ def read_twins(root: Path) -> FaceIndex:
             )
     siblings = [pair for part in parts for pair in _read_pairs(root / PAIRS_FILE.format(part=part), part_of)]
     return build_index(
-        "twins", root, paths, people_of, official_split=np.array(split, dtype=np.int8), siblings=siblings
+        dataset, root, paths, people_of, official_split=np.array(split, dtype=np.int8), siblings=siblings
     )
 
 

@@ -8,16 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from common.faces.folder import walk_people
-from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, FaceIndex, build_index
-from common.faces.metadata import (
+from common.faces.index import (
+    OFFICIAL_TEST,
+    OFFICIAL_TRAIN,
+    FaceIndex,
     Table,
     align_rows,
+    build_index,
     check_paths,
     malformed,
     parse_numbers,
     read_lines,
     require_folder,
+    walk_people,
 )
 
 PARTS = {"train": OFFICIAL_TRAIN, "test": OFFICIAL_TEST}
@@ -28,13 +31,12 @@ _LANDMARK_LINE = Table(
 _BOX_LINE = Table(columns=4, separator=",", wanted='"n000001/0001_01" and x, y, width, height in pixels')
 
 
-def read_vggface2(root: Path) -> FaceIndex:
+def read_vggface2(dataset: str, root: Path) -> FaceIndex:
     """The index of an official VGGFace2 folder, from train_list.txt and test_list.txt, or by walking without them.
 
-    A folder without test/ is taken as training people only. Raises DataError for a missing folder, a malformed line, or
+    A folder without test/ is taken as training people only. Raises DataError for a missing train/, a malformed line, or
     a path that leaves the folder.
     """
-    require_folder(root, "VGGFace2 needs the folder that holds train/ and test/")
     require_folder(root / "train", "the official VGGFace2 layout needs train/ (and test/) with one folder a person")
     paths: list[str] = []
     split: list[int] = []
@@ -49,7 +51,7 @@ def read_vggface2(root: Path) -> FaceIndex:
         boxes.append(_table(root / "bb_landmark" / f"loose_bb_{part}.csv", stems, _BOX_LINE))
     points = _joined(landmarks)
     return build_index(
-        "vggface2",
+        dataset,
         root,
         paths,
         [path.split("/", 2)[1] for path in paths],

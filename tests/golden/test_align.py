@@ -15,7 +15,7 @@ from common.faces.align import (
     similarity,
     template,
 )
-from common.faces.sources import read_index
+from common.faces.index import read_index
 
 
 def umeyama_1991(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,9 +22,9 @@ from common import config, training_step
 from common.checkpoints import write_tensors
 from common.codec import encode
 from common.errors import DataError, NotEnoughClients, UserError
+from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
-from common.faces.twin_batches import twin_batches
 from common.files import read_json
 from common.models import recompute
 from common.parameters import buffer_sha256, flatten

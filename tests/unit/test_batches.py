@@ -14,6 +14,7 @@ from common.faces.batches import (
     evaluation_batches,
     num_batches,
     on_device,
+    prefetched,
     random_affine,
     random_colour,
     random_erase,
@@ -21,7 +22,6 @@ from common.faces.batches import (
     to_float,
     training_batches,
 )
-from common.faces.prefetch import prefetched
 from common.settings import AugmentationSettings
 
 OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)

@@ -10,7 +10,8 @@ import pytest
 from faces_on_disk import POINTS, make_celeba, make_folder, picture, write
 
 from common.errors import DataError
-from common.faces.sources import DATASETS, read_index
+from common.faces.datasets import DATASETS
+from common.faces.index import read_index
 from common.faces.vggface2 import read_names
 
 

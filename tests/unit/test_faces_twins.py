@@ -9,12 +9,10 @@ from faces_on_disk import make_folder, picture
 
 from common.errors import DataError
 from common.faces.audit import audit
-from common.faces.index import take
-from common.faces.pack import load_pack, open_pack
-from common.faces.scan import plan
-from common.faces.sources import read_index
+from common.faces.decode import plan
+from common.faces.index import read_index, take
+from common.faces.pack import load_pack, open_pack, union_pack
 from common.faces.splits import Split, assign_splits
-from common.faces.union import union_pack
 from common.settings import DataSettings
 from simulation.cli import main
 

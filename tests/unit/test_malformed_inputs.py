@@ -39,8 +39,8 @@ from common.events import EventReader
 from common.faces import pack_store
 from common.faces.audit import audit
 from common.faces.decode import Job, Recipe, decode_job
+from common.faces.index import read_index
 from common.faces.pack import load_pack, open_pack
-from common.faces.sources import read_index
 from common.models.pretrained import load_pretrained
 from common.settings import DataSettings, Settings
 from common.tracking.spool import entries_of, load_sent

@@ -19,9 +19,10 @@ from clients.private_state import load_private, load_residue
 from common import config
 from common.checkpoints import read_flat, read_tensors
 from common.errors import CheckpointError, FaceFedError
+from common.faces.datasets import DATASETS
 from common.faces.decode import Job, Recipe, decode_job
+from common.faces.index import read_index
 from common.faces.pack import load_pack
-from common.faces.sources import DATASETS, read_index
 from common.files import read_json
 from common.models.pretrained import load_pretrained
 from common.tracking.exported import CONFIG, NotPlain, read_exported

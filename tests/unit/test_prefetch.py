@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from common.faces.prefetch import prefetched
+from common.faces.batches import prefetched
 
 
 def threads() -> list[threading.Thread]:

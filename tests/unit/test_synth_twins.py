@@ -10,12 +10,10 @@ import pytest
 from test_synthetic import PLAIN, digests
 
 from common.errors import DataError, UserError
-from common.faces.sources import read_index
-from common.faces.synth_camera import STYLES
+from common.faces.index import read_index
 from common.faces.synth_people import LATENT_SIZE, read_traits
 from common.faces.synth_portrait import render_face
-from common.faces.synth_twins import CLOSENESS, twin_latent
-from common.faces.synthetic import MANIFEST, SynthSettings, write_dataset
+from common.faces.synthetic import CLOSENESS, MANIFEST, SynthSettings, layout_of, twin_latent, write_dataset
 from simulation.data_commands import synth
 
 SMALL = SynthSettings(layout="twins", num_people=12, pictures_per_person=2, seed=5)
@@ -88,7 +86,7 @@ def test_siblings_look_nearly_alike_and_one_face_is_one_face() -> None:
 
     def seen(person: int, closeness: float) -> np.ndarray:
         latent = twin_latent(1, person, closeness)
-        return render_face(latent, view, STYLES["twins"], (64, 64)).picture.astype(float)
+        return render_face(latent, view, layout_of("twins").style, (64, 64)).picture.astype(float)
 
     faces = [seen(person, CLOSENESS) for person in range(24)]
     apart = np.array([[np.abs(one - other).mean() for other in faces] for one in faces])
@@ -100,7 +98,7 @@ def test_siblings_look_nearly_alike_and_one_face_is_one_face() -> None:
 
 
 def test_the_face_fills_the_centre_square() -> None:
-    style = STYLES["twins"]
+    style = layout_of("twins").style
     assert style.width_px[0] == style.width_px[1]
     assert style.height_ratio == (1.0, 1.0)
     for eye_distance in style.eye_distance:

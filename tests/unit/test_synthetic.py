@@ -12,12 +12,11 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from common.errors import DataError
-from common.faces import synth_layouts
-from common.faces.synth_camera import STYLES, View, sample_size, sample_view
-from common.faces.synth_canvas import curve, loop
+from common.faces.datasets import DRAWN
+from common.faces.synth_camera import View, curve, loop, sample_size, sample_view
 from common.faces.synth_people import LATENT_SIZE, TRAITS, person_latent, picture_generator, read_traits
 from common.faces.synth_portrait import render_face
-from common.faces.synthetic import MANIFEST, SynthSettings, write_dataset
+from common.faces.synthetic import MANIFEST, SynthSettings, attributes_of, layout_of, write_dataset
 
 OFFICIAL = ("celeba", "vggface2")
 SMALL = {"num_people": 7, "pictures_per_person": 3, "seed": 5}
@@ -33,7 +32,7 @@ SIZE = (200, 240)
 
 
 def plain(**changes):
-    return render_face(AVERAGE, dataclasses.replace(PLAIN, **changes), STYLES["celeba"], SIZE)
+    return render_face(AVERAGE, dataclasses.replace(PLAIN, **changes), layout_of("celeba").style, SIZE)
 
 
 def settings(layout, **changes):
@@ -65,7 +64,8 @@ def test_same_settings_give_the_same_bytes_in_any_number_of_processes(layout, dr
 
 
 def test_no_person_is_in_two_data_sets_or_seeds():
-    latents = [person_latent(seed, layout, person) for layout in STYLES for seed in (1, 2) for person in range(40)]
+    streams = [layout_of(layout).stream for layout in DRAWN]
+    latents = [person_latent(seed, stream, person) for stream in streams for seed in (1, 2) for person in range(40)]
     closeness = np.corrcoef(np.stack(latents)) - np.eye(len(latents))
     # 240 people of 48 independent normal traits: the largest of 28,680 correlations stays near 4.2 / sqrt(48) = 0.61.
     assert closeness.max() < 0.75
@@ -237,22 +237,22 @@ def test_eyes_are_drawn_where_the_landmarks_say():
     wide[list(TRAITS).index("eye_opening")] = 2.0
     for yaw in (-0.35, 0.0, 0.35):
         view = dataclasses.replace(PLAIN, yaw_rad=yaw, roll_rad=0.1)
-        face = render_face(wide, view, STYLES["celeba"], SIZE)
+        face = render_face(wide, view, layout_of("celeba").style, SIZE)
         for x, y in face.landmarks[:2]:
             patch = face.picture[round(y) - 2 : round(y) + 3, round(x) - 2 : round(x) + 3].mean(axis=2)
             assert patch.min() < 40  # the pupil
 
 
 def test_drawing_is_pure_and_continuous():
-    rng = picture_generator(1, "vggface2", 0, 0)
-    style = STYLES["vggface2"]
-    view, size, latent = sample_view(rng, style), sample_size(rng, style), person_latent(1, "vggface2", 0)
+    style, stream = layout_of("vggface2").style, layout_of("vggface2").stream
+    rng = picture_generator(1, stream, 0, 0)
+    view, size, latent = sample_view(rng, style), sample_size(rng, style), person_latent(1, stream, 0)
     first = render_face(latent, view, style, size)
     again = render_face(latent, view, style, size)
     np.testing.assert_array_equal(first.picture, again.picture)
     np.testing.assert_array_equal(first.landmarks, again.landmarks)
     moved = render_face(latent + 1e-3, view, style, size)
-    stranger = render_face(person_latent(1, "vggface2", 1), view, style, size)
+    stranger = render_face(person_latent(1, stream, 1), view, style, size)
 
     def apart(other):
         return np.abs(first.picture.astype(float) - other.picture).mean()
@@ -266,11 +266,11 @@ def test_every_trait_can_be_seen():
              "fringe": 1.2, "hair_wave": 0.5, "parting": 0.5, "lip_colour": 0.5}  # fmt: skip
     base = np.array([shown.get(name, 0.1) for name in TRAITS])
     view = dataclasses.replace(PLAIN, mouth_opening=0.3)
-    before = render_face(base, view, STYLES["celeba"], SIZE).picture.astype(int)
+    before = render_face(base, view, layout_of("celeba").style, SIZE).picture.astype(int)
     for index, name in enumerate(TRAITS):
         other = base.copy()
         other[index] -= 1.6
-        after = render_face(other, view, STYLES["celeba"], SIZE).picture.astype(int)
+        after = render_face(other, view, layout_of("celeba").style, SIZE).picture.astype(int)
         assert np.abs(after - before).max() >= 10, name
 
 
@@ -281,13 +281,13 @@ def test_every_extra_can_be_seen_and_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="finite numbers"):
         read_traits(np.zeros(3))
     with pytest.raises(ValueError, match="a side of a portrait"):
-        render_face(AVERAGE, PLAIN, STYLES["celeba"], (16, 200))
+        render_face(AVERAGE, PLAIN, layout_of("celeba").style, (16, 200))
 
 
 def test_attributes_say_what_is_in_the_picture():
     traits = {**read_traits(AVERAGE), "masculine": 0.9, "hair_tone": 0.95, "age": 0.2}
     view = dataclasses.replace(PLAIN, extras=frozenset({"hat", "glasses"}), smile=0.9)
-    seen = synth_layouts.attributes_of(traits, view)
+    seen = attributes_of(traits, view)
     assert {"Male", "Blond_Hair", "Young", "Wearing_Hat", "Eyeglasses", "Smiling"} <= seen
     assert not {"Black_Hair", "Gray_Hair", "Mouth_Slightly_Open"} & seen
 
@@ -301,15 +301,15 @@ def test_curves_pass_through_their_points():
     np.testing.assert_allclose(curve(corners, 2)[3], halfway, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", STYLES)
+@pytest.mark.parametrize("layout", DRAWN)
 def test_pixels_alone_do_not_tell_people_apart(layout):
     """Cosine of raw pixels around the face, cut by the eyes: no better than an untrained network (at most 0.75)."""
-    style, people, shots = STYLES[layout], 14, 8
+    style, people, shots = layout_of(layout).style, 14, 8
     rows = []
     for person in range(people):
-        latent = person_latent(1, layout, person)
+        latent = person_latent(1, layout_of(layout).stream, person)
         for shot in range(shots):
-            rng = picture_generator(1, layout, person, shot)
+            rng = picture_generator(1, layout_of(layout).stream, person, shot)
             view, size = sample_view(rng, style), sample_size(rng, style)
             face = render_face(latent, view, style, size)
             left, right = face.landmarks[:2]

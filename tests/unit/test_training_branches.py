@@ -9,8 +9,8 @@ from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
 from common import config, training, training_step
 from common.evaluation import embed
+from common.faces.batches import NO_TWIN
 from common.faces.splits import Split
-from common.faces.twin_batches import NO_TWIN
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
 from common.settings import ModelSettings

@@ -10,8 +10,7 @@ from packs_in_memory import CPU, MODEL, SIDE, memory_pack, same_bits
 
 from common import compiled, config, training, training_step
 from common.errors import TrainingFailed
-from common.faces.epoch_batches import Batch
-from common.faces.twin_batches import NO_TWIN
+from common.faces.batches import NO_TWIN, Batch
 from common.models import recompute
 from common.models.recogniser import build_recogniser
 from common.optimiser import flat, make_optimiser, settle

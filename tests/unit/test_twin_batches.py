@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from common.config import from_mapping
 from common.errors import ConfigError
-from common.faces.batches import augment, num_batches, to_float
-from common.faces.twin_batches import NO_TWIN, pair_up, twin_batches
+from common.faces.batches import NO_TWIN, augment, num_batches, pair_up, to_float, twin_batches
 from common.settings import AugmentationSettings, TwinSettings
 
 OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
