@@ -163,15 +163,21 @@ def _ablation_problems(settings: Settings) -> list[str]:
     if len(values) < 2 or any(value in values[:place] for place, value in enumerate(values)):
         return [f'ablation.values = "{settings.ablation.values}" must be two or more different values of {over}.']
     section, _, key = over.partition(".")
-    own, problems = _conflicts(settings), []
-    for value in values:
-        raw = to_mapping(settings) | {"ablation": {}}
-        raw[section] = raw[section] | {key: value}
-        try:
-            from_mapping(raw, source="ablation.values")
-        except ConfigError as error:
-            problems += [line for line in error.problems if line.removeprefix("ablation.values: ") not in own]
-    return list(dict.fromkeys(problems))
+    own = _conflicts(settings)
+    of_values = [line for value in values for line in _changed(settings, section, key, value)[1] if line not in own]
+    return [f"ablation.values: {line}" for line in dict.fromkeys(of_values)]
+
+
+def _changed(settings: Settings, section: str, key: str, value: object) -> tuple[Settings, list[str]]:
+    """The settings with one value changed, and what is wrong with it, alone and beside the others."""
+    problem = value_problem(f"{section}.{key}", value)
+    if problem:
+        return settings, [problem]
+    if takes_fractions(f"{section}.{key}") and isinstance(value, int):
+        value = float(value)
+    table = dataclasses.replace(getattr(settings, section), **{key: value})
+    settings = dataclasses.replace(settings, **{section: table})
+    return settings, _conflicts(settings)
 
 
 def _unknown_section(name: str, sections: Mapping[str, type]) -> str:
@@ -213,8 +219,15 @@ def find_config(name: str, flag: str = "--config") -> Path:
     raise ConfigError([f"{flag} {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."])
 
 
-def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None = None) -> Settings:
-    """Settings from a TOML file (None: all defaults) with flags laid over it.
+def load(path: Path | None) -> Settings:
+    """Settings from a TOML file (None: all defaults).  Raises ConfigError with all problems at once."""
+    return load_with_address(path)[0]
+
+
+def load_with_address(
+    path: Path | None, overrides: Mapping[tuple[str, str], object] | None = None
+) -> tuple[Settings, str]:
+    """Settings from a TOML file with flags laid over it, and the tracking address with the password that may be in it.
 
     overrides: (section, key) -> value.  Raises ConfigError with all problems at once.
     """
@@ -230,7 +243,8 @@ def load(path: Path | None, overrides: Mapping[tuple[str, str], object] | None =
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table[key] = value
-    return from_mapping(raw, source=str(path) if path else "settings")
+    settings = from_mapping(raw, source=str(path) if path else "settings")
+    return settings, raw.get("tracking", {}).get("uri", settings.tracking.uri)
 
 
 def to_mapping(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -254,10 +268,15 @@ def from_json(text: str) -> Settings:
     return from_mapping(raw)
 
 
-def to_toml(settings: Settings) -> str:
-    """The resolved settings as a TOML file that `load` reads back."""
-    lines = []
-    for section, values in to_mapping(settings).items():
+def to_toml(settings: Settings, address: str = "") -> str:
+    """The resolved settings as a TOML file that `load` reads back.
+
+    address: of the tracking, to be written in place of the settings', which has no password.
+    """
+    lines, sections = [], to_mapping(settings)
+    if address:
+        sections["tracking"]["uri"] = address
+    for section, values in sections.items():
         lines.append(f"[{section}]")
         lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
         lines.append("")
@@ -265,10 +284,15 @@ def to_toml(settings: Settings) -> str:
 
 
 def with_value(settings: Settings, section: str, key: str, value: object) -> Settings:
-    """A copy of the settings with one value changed and checked."""
-    raw = to_mapping(settings)
-    raw[section][key] = value
-    return from_mapping(raw)
+    """A copy of the settings with one value changed; that value alone is checked, and whether it goes with the others.
+
+    Raises ConfigError.
+    """
+    changed, problems = _changed(settings, section, key, value)
+    problems = problems or _ablation_problems(changed)
+    if problems:
+        raise ConfigError([f"settings: {problem}" for problem in problems])
+    return changed
 
 
 def takes_number(section: str, key: str) -> bool:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError
 from common.events import EventReader
 from common.settings import Settings
-from common.tracking.address import shown_uri
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -246,7 +245,7 @@ def tracking_line(settings: Settings) -> str:
     """Where a run was tracked, and how to look at it."""
     if not settings.tracking.enabled:
         return "off; the record is spool.jsonl in the run folder"
-    uri = shown_uri(settings.tracking.uri)
+    uri = settings.tracking.uri
     return (
         f"{uri} (to look: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri})"
         if uri.startswith("sqlite")

@@ -97,6 +97,11 @@ def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] 
 
 def read_run_settings(arguments: argparse.Namespace, *, default_config: str | None = None) -> Settings:
     """Settings of the configuration, over it MLFLOW_TRACKING_URI, over that the flags.  Raises ConfigError."""
+    return read_run(arguments, default_config=default_config)[0]
+
+
+def read_run(arguments: argparse.Namespace, *, default_config: str | None = None) -> tuple[Settings, str]:
+    """The same, and beside the settings the tracking address with the password that may be in it."""
     name = arguments.config or default_config
     if name == "default":
         name = default_config
@@ -116,7 +121,7 @@ def read_run_settings(arguments: argparse.Namespace, *, default_config: str | No
         overrides[(section, key)] = config.value_of(dotted, text)
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
-    return config.load(path, overrides)
+    return config.load_with_address(path, overrides)
 
 
 def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Sequence[str] = ()) -> None:

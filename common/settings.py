@@ -7,6 +7,8 @@ import dataclasses
 import re
 from typing import Any
 
+from common.redact import shown_uri
+
 VITS = ("vit_tiny", "vit_small", "vit_base")
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
 ATTENTIONS = ("sa", "glca", "pwca", "dcal")
@@ -118,6 +120,10 @@ class TrainingSettings:
     activation_checkpointing: bool = setting(default=False)  # less memory, about a third more time
     threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
 
+    def is_out_of_patience(self, validations_since_best: int) -> bool:
+        """Whether training stops early, after so many validations without a better AUC."""
+        return isinstance(self.patience, int) and validations_since_best >= self.patience
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwinSettings:
@@ -176,7 +182,11 @@ class VerificationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """[tracking]: MLflow, and TensorBoard beside it. The local record in the run's folder is always written."""
+    """[tracking]: MLflow, and TensorBoard beside it. The local record in the run's folder is always written.
+
+    A password in the address is no setting: `config.load_with_address` gives it beside them. So settings can be sent
+    and written down as they are.
+    """
 
     enabled: bool = setting(default=True)
     uri: str = setting("sqlite:///mlflow.db")
@@ -184,6 +194,9 @@ class TrackingSettings:
     plots: str = setting("all", choices=("all", "final", "none"))
     tensorboard: str = setting("logs/tensorboard")  # a folder with one folder a run; none: no TensorBoard
     system_metrics_s: float | str = setting(10.0, above=0.0, word="off")  # between samples of the machine's use
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", shown_uri(self.uri))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from server.run_folder import has_checkpoint
-from server.runs import RUN_FILE
-from server.unfinished import has_ended_well
+from common.runs import RUN_FILE, has_checkpoint, has_ended_well
 
 RUNS = Path("runs")
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import config
-from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, InterruptedRun
+from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError
 from common.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.files import write_json
-from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, shared_names, trainable_names
+from common.models.recogniser import Recogniser, build_recogniser, shared_names, trainable_names
 from common.parameters import Manifest, flatten, load_shared, manifest_of
+from common.results import Trained, register_models
+from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder, recorded
 from common.runtime import stream_seed
 from common.settings import Settings
-from common.tracking.registry import register_model
 from common.tracking.run import TrackedRun
-from common.tracking.settings import without_secrets
 from common.wire import Task
 from server.checkpointing import RunCheckpoints
 from server.flower.grid import GridMailbox, ask_soon
@@ -37,8 +37,6 @@ from server.record import Record
 from server.resume import resume
 from server.roster import Roster
 from server.rounds import Federation, Outcome
-from server.run_folder import CHECKPOINTS, CONFIG_FILE, new_run_folder
-from server.runs import begin_tracking, federated_kind
 from server.scores import MOST_TOLD_APART
 
 log = logging.getLogger("facefed.server")
@@ -53,6 +51,7 @@ class Surroundings:
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
     git_commit: str
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
 
 def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
@@ -71,60 +70,59 @@ def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
 
 
 def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> list[str]:
-    """Register the best, then the last, global model; returns what was registered, for the summary."""
+    """Register the last, then the best, global model; returns what was registered, for the summary."""
     settings = federation.settings
     if settings.model.normalisation == "private":
         return [
             "none: with private normalisation there is no single global model; each client keeps its own in export/"
         ]
     if not settings.tracking.enabled:
-        return []
-    name = f"{settings.model.backbone}_federated_{settings.federation.strategy}"
+        return []  # and no model is built
     recogniser, manifest = initial_model(settings)
     digests = [member.site.val_people for member in federation.roster.members().values()]
     val_people = "+".join(digests)
     if len(digests) > MOST_TOLD_APART:  # a tag has room for a few
         val_people = hashlib.sha256(val_people.encode()).hexdigest()
-    done = []
-    for role, step in (("last", outcome.last_round), ("best", outcome.history.best_round)):
-        load_shared(recogniser, federation.checkpoints.load(step), manifest)
-        version = register_model(
-            tracked,
-            EmbeddingModel(recogniser.backbone).eval(),
-            name=name,
-            image_size=settings.data.image_size,
+
+    def trained(step: int) -> Trained:
+        metrics = outcome.history.at(step).metrics
+        return Trained(
             step=step,
-            role=role,
-            val_auc=outcome.history.at(step).metrics.get("round_val_auc", float("nan")),
-            val_people=val_people,
-            metrics=outcome.history.at(step).metrics,
+            val_auc=metrics.get("round_val_auc", float("nan")),
+            load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest),
+            metrics=metrics,
         )
-        if version is not None:
-            done.append(f"models:/{name}/{version} ({role}, round {step})")
-    return done
+
+    return register_models(
+        tracked,
+        settings,
+        recogniser,
+        name=f"{settings.model.backbone}_federated_{settings.federation.strategy}",
+        unit="round",
+        val_people=val_people,
+        last=trained(outcome.last_round),
+        best=trained(outcome.history.best_round),
+    )
 
 
 def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -> None:
     """Run the federation into the run's folder; always leaves RUN/outcome.json with the exit code and its line."""
     folder = surroundings.run_folder
     events = EventLog(folder)
-    tracked: TrackedRun | None = None
-    status, exit_code, line = "FAILED", EXIT_FAILED, ""
+    exit_code, line = EXIT_FAILED, ""
+    record = recorded(settings, folder, federated_kind(settings), surroundings.address, commit=surroundings.git_commit)
     try:
-        tracked = begin_tracking(settings, folder, surroundings.git_commit, federated_kind(settings))
-        with closing(ReceiptMailbox(mailbox, folder, folder.name)) as kept:
-            summary = _federate(settings, kept, surroundings, tracked, events)
-        events.emit("finished", **summary)
-        status, exit_code = "FINISHED", EXIT_DONE
+        with record as tracked:
+            with closing(ReceiptMailbox(mailbox, folder, folder.name)) as kept:
+                summary = _federate(settings, kept, surroundings, tracked, events)
+            events.emit("finished", **summary)
+        exit_code = EXIT_DONE
     except FaceFedError as error:
         exit_code, line = error.exit_code, str(error)
-        status = "KILLED" if isinstance(error, InterruptedRun) else "FAILED"
     except Exception as error:
         line = f"the server failed: {type(error).__name__}: {error}"
         log.exception("the round loop failed")
     finally:
-        if tracked is not None:
-            tracked.finish(status)
         if line:
             events.emit("failed", line=line, exit_code=exit_code)
         write_json(folder / OUTCOME_FILE, {"exit_code": exit_code, "line": line})
@@ -149,7 +147,7 @@ def _federate(
         roster=Roster(
             mailbox,
             settings.federation,
-            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(without_secrets(settings))),
+            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(settings)),
             events=events,
             patience=patience,
             all_nodes_are_here=surroundings.all_nodes_are_here,
@@ -183,11 +181,11 @@ def main(grid: Grid, context: Context) -> None:
     ask_soon()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
     text = str(context.run_config.get("settings", ""))
-    settings = config.from_json(text) if text else Settings()
+    settings, address = config.from_json(text) if text else Settings(), ""
     given = str(context.run_config.get("run-folder", ""))
     folder = Path(given) if given else new_run_folder(settings)
     if given:  # Flower hands the run config to every client, so it has no secrets
-        settings = config.load(folder / CONFIG_FILE)
+        settings, address = config.load_with_address(folder / CONFIG_FILE)
     federate(
         settings,
         GridMailbox(grid),
@@ -196,5 +194,6 @@ def main(grid: Grid, context: Context) -> None:
             stopped=(folder / STOP_FILE).exists,
             all_nodes_are_here=lambda: False,
             git_commit=str(context.run_config.get("git-commit", "")) or "unknown",
+            address=address,
         ),
     )

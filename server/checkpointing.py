@@ -18,9 +18,9 @@ from common.checkpoints import read_flat, read_sealed, write_sealed, write_tenso
 from common.errors import CheckpointError
 from common.files import read_json, write_bytes, write_json
 from common.parameters import Manifest, buffer_sha256, views
+from common.runs import STATE_FILE
 from server.history import History
 from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
-from server.run_folder import STATE_FILE
 
 log = logging.getLogger("facefed.server")
 

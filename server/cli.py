@@ -18,7 +18,7 @@ from common.console import (
 )
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from common.events import EventReader
-from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
+from common.flags import add_run_settings, read_run, refuse_ablation, refuse_run_settings
 from common.processes import is_loopback, parse_address, require_free_port
 from common.runtime import go_silent
 from common.settings import RunSettings, Settings
@@ -94,18 +94,22 @@ def _say_where(options: "ServerOptions", wanted: int) -> None:
 
 def _how_to_go_on(run_folder: Path, exit_code: int) -> str:
     """Where a checkpoint waits, and the fault was not the user's."""
-    from server.run_folder import has_checkpoint
+    from common.runs import has_checkpoint
 
     resumable = exit_code in (EXIT_FAILED, EXIT_INTERRUPTED) and has_checkpoint(run_folder)
     return f" Go on with: flower-server --resume {run_folder}" if resumable else ""
 
 
-def _with_absolute_public_set(settings: Settings) -> Settings:
+def _absolute(settings: Settings, address: str) -> tuple[Settings, str]:
+    """The settings and the tracking address as they mean the same in every process of the run."""
+    from common.tracking.address import with_absolute_tracking
+
+    settings, address = with_absolute_tracking(settings, address, Path.cwd())
     if settings.verification.public_dir == "none":
-        return settings
+        return settings, address
     from server.public_set import with_absolute_public_set  # with torch, which this process can do without
 
-    return with_absolute_public_set(settings, Path.cwd())
+    return with_absolute_public_set(settings, Path.cwd()), address
 
 
 def _check_public_set(settings: Settings) -> None:
@@ -116,42 +120,38 @@ def _check_public_set(settings: Settings) -> None:
         open_public_set(settings)
 
 
-def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, Path | None]:
-    """The run's settings, and with --resume the folder of the run that goes on."""
+def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, Path | None]:
+    """The run's settings and tracking address, and with --resume the folder of the run that goes on."""
     if not arguments.resume:
-        return read_run_settings(arguments, default_config=DEFAULT_CONFIG), None
-    from common.tracking.settings import with_absolute_uri
-    from server.unfinished import unfinished_federation
+        return *read_run(arguments, default_config=DEFAULT_CONFIG), None
+    from common.runs import unfinished_federation
 
     given = None
     if arguments.config:
-        given = read_run_settings(argparse.Namespace(**vars(arguments)), default_config=DEFAULT_CONFIG)
-        given = _with_absolute_public_set(with_absolute_uri(given, Path.cwd()))
+        given = _absolute(*read_run(arguments, default_config=DEFAULT_CONFIG))
         arguments.config = None
     own = [flag for flag, dotted in _OVERRIDES.items() if vars(arguments)[dotted] is not None]
     if own:
         raise UserError(f"--resume goes on with the run's own settings; leave {', '.join(own)} out.")
     refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
     out = vars(arguments).get("run.out") or RunSettings().out
-    folder, settings = unfinished_federation(arguments.resume, out, given)
-    return settings, folder
+    folder, settings, address = unfinished_federation(arguments.resume, out, given)
+    return settings, address, folder
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    settings, resumed = _settings_and_folder(arguments)
+    settings, address, resumed = _settings_and_folder(arguments)
     host, port = parse_address(arguments.address, "--address")
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)
     from common.certs import read_server_folder
-    from common.tracking.settings import with_absolute_uri
+    from common.runs import forget_its_end, new_run_folder
     from server.flower.front_door import find_nginx
     from server.flower.launch import ServerOptions
     from server.holding import database_held, run_held
-    from server.run_folder import new_run_folder
-    from server.unfinished import forget_its_end
 
-    settings = _with_absolute_public_set(with_absolute_uri(settings, Path.cwd()))
+    settings, address = _absolute(settings, address)
     tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None
     front_door = not is_loopback(host) if arguments.front_door is None else arguments.front_door
     if front_door:
@@ -174,14 +174,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         else:
             held.enter_context(run_held(run_folder))
         options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
-        return _run(settings, options, run_folder)
+        return _run(settings, options, run_folder, address)
 
 
-def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
+def _run(settings: Settings, options: "ServerOptions", run_folder: Path, address: str) -> int:
     """The run from its beginning to the lines that tell its end; returns the exit code."""
     from server.flower.launch import Launch
 
-    launch = Launch(settings, options, run_folder)
+    launch = Launch(settings, options, run_folder, address)
     _say_where(options, settings.federation.min_clients)
     with (
         stopping_on_signals(launch.request_stop),

@@ -7,11 +7,12 @@ from typing import Any
 from common.evaluation import EvaluationSums, pooled
 from common.events import EventLog
 from common.metrics.training import own_seconds, train_metrics
-from common.metrics.verification import roc_auc, roc_curve
-from common.plots import curves, verification
+from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.confusion import confusion
 from common.precision import threads_for
+from common.results import draw_scores
+from common.runs import federated_kind, write_run_file
 from common.runtime import machine_digest
 from common.settings import Settings
 from common.tracking.hardware import gpu_type
@@ -20,7 +21,6 @@ from common.wire import Reply, Site
 from server.history import History
 from server.roster import Member
 from server.round_clock import Thrift
-from server.runs import federated_kind, write_run_file
 from server.scores import MOST_TOLD_APART, Tally, client_metrics, figures, merged_train, open_scores, quantiles
 
 
@@ -45,7 +45,10 @@ DRAWING_FRACTION = 0.05  # of the run's time, for curves that are drawn anew whi
 
 
 class Record:
-    """Everything that a run tells: one call for each thing that happens."""
+    """One call for each thing that happens; hides which run, event, picture and file each of them is told by.
+
+    So whoever federates knows no tracking, and few clients or many make no difference to it.
+    """
 
     def __init__(self, tracked: TrackedRun, events: EventLog, settings: Settings) -> None:
         """tracked: the run, begun.  events: where whoever watches reads."""
@@ -291,22 +294,13 @@ class Record:
             self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
 
     def _draw_verification(self, history: History) -> None:
-        shown: dict[str, tuple[Any, Any, float]] = {}
-        steps: Sequence[tuple[str, int]] = (
-            ("untrained", 0),
-            (self._settings.federation.strategy, history.best_round),
-        )
-        for label, step in steps:
-            if history.tested(step) and open_scores(history.pooled_test(step)):
-                pairs = history.pooled_test(step).pairs
-                shown[label] = (*roc_curve(pairs), roc_auc(pairs))
-        if shown:
-            self._tracked.log_figure(verification.roc(shown), "plots/roc.png")
-            self._tracked.log_figure(verification.det(shown), "plots/det.png")
-        best = history.best_round
-        if history.tested(best) and open_scores(history.pooled_test(best)):
-            figure = verification.score_histograms(history.pooled_test(best).pairs)
-            self._tracked.log_figure(figure, "plots/score_histograms.png")
+        strategy = self._settings.federation.strategy
+        tested = {
+            label: history.pooled_test(step)
+            for label, step in (("untrained", 0), (strategy, history.best_round))
+            if history.tested(step)
+        }
+        draw_scores(self._tracked, {label: sums.pairs for label, sums in tested.items() if open_scores(sums)}, strategy)
 
     def _draw_clients(self, tested: Mapping[str, EvaluationSums]) -> None:
         """Each client's figures side by side, and its confusion matrix, from the counts it sent."""

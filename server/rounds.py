@@ -10,9 +10,9 @@ from common import config, wire
 from common.codec import Coded, decode, encode, num_bytes
 from common.errors import NotEnoughClients
 from common.parameters import Manifest
+from common.precision import threads_for
 from common.settings import Settings
 from common.strategies import check_number, fewest_clients
-from common.tracking.settings import without_secrets
 from common.wire import Reply, Task
 from server.aggregate import Aggregate, aggregate_for
 from server.checkpointing import RunCheckpoints
@@ -27,7 +27,6 @@ from server.roster import Member, Roster
 from server.round_clock import RoundClock
 from server.sampling import is_sampled, replies_needed, sample, waves
 from server.scores import Tally
-from server.tasks import tasks_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,10 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Federation:
-    """One run's federation: what it needs, and its state as it goes."""
+    """One run's federation: hides how a round is asked for, tried again, made one model, scored and saved meanwhile.
+
+    The fields are what it needs and its state as it goes; `run` is all that is asked of it.
+    """
 
     settings: Settings
     run_id: str
@@ -88,8 +90,7 @@ class Federation:
 
     def _is_out_of_patience(self) -> bool:
         """A model's score arrives a round later, so the model of the last round is not among those counted."""
-        patience = self.settings.training.patience
-        return isinstance(patience, int) and self.history.validations_since_best() >= patience
+        return self.settings.training.is_out_of_patience(self.history.validations_since_best())
 
     def _round(self, server_round: int) -> None:
         """One round.  Its model is saved and its figures are told while the next messages are answered.
@@ -175,12 +176,12 @@ class Federation:
             kind=kind,
             run_id=self.run_id,
             server_round=step,
-            settings=config.to_json(without_secrets(self.settings)),
+            settings=config.to_json(self.settings),
             manifest=self.manifest.digest,
             splits=splits,
             best_round=self.history.best_round,
         )
-        return tasks_for(members, task, self.settings)
+        return _tasks_for(members, task, self.settings)
 
     def _exchange(
         self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
@@ -288,3 +289,26 @@ class Federation:
             self._evaluate(best, "val test", self.roster.gather(), model, last=True)
         elif self.farewell:  # the run is whole without it, so nobody is waited for
             self._evaluate(best, "", self.roster.members(), model, last=True)
+
+
+def _tasks_for(members: Mapping[str, Member], task: Task, settings: Settings) -> dict[str, Task]:
+    """The task of each member by name; clients of one machine get equal precision and divided cores.
+
+    task: what is the same for all of them.
+    """
+    first_on: dict[tuple[str, str], Member] = {}
+    num_on: dict[str, int] = {}
+    for member in members.values():
+        first_on.setdefault((member.site.machine, member.site.device), member)
+        num_on[member.site.machine] = num_on.get(member.site.machine, 0) + 1
+    tasks = {}
+    for name, member in members.items():
+        of_kind = first_on[(member.site.machine, member.site.device)].site
+        tasks[name] = dataclasses.replace(
+            task,
+            precision=of_kind.precision,
+            memory_format=of_kind.memory_format,
+            compiled=of_kind.compiled,
+            threads=threads_for(settings, num_on[member.site.machine], member.site.cores),
+        )
+    return tasks

@@ -5,6 +5,7 @@ gaps come from the same draws of families for all variants; that another seed wo
 intervals (`common.metrics.twin_report`).
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from common.files import read_json, write_json
 from common.metrics.twin_report import paired_gap
 from common.metrics.twins import KINDS
 from common.plots.studies import ablation_dots
+from common.runs import recorded
 from common.runtime import stream_seed
 from common.settings import AblationSettings, Settings
 from common.tracking.run import TrackedRun
 from simulation.baselines import check_twins, train_and_test
-from simulation.studies import checkpoints_of, csv_text, nested_run, parent_run, study_kind
+from simulation.studies import COMMAND, checkpoints_of, csv_text, nested_run, study_kind
 from simulation.trainee import local_trainee
 from simulation.twin_results import NUM_REPLICATES, named_parts
 
@@ -60,15 +62,15 @@ def variants_of(settings: Settings) -> list[Variant]:
     """The variants in their order; each one's settings could be given to a run of its own."""
     over = settings.ablation.over
     section, _, key = over.partition(".")
-    raw = config.to_mapping(settings) | {"ablation": {}}
+    base = dataclasses.replace(settings, ablation=AblationSettings())
     found: list[Variant] = []
     for number, text in enumerate(settings.ablation.values.split(",")):
         value = text.strip()
-        changed = raw | {section: raw[section] | {key: config.value_of(over, value)}}
+        changed = config.with_value(base, section, key, config.value_of(over, value))
         name = f"{key}-{re.sub(r'[^-.=A-Za-z0-9_]', '_', value)}"
         if any(name == other.name for other in found):  # two files of one name, say
             name = f"{name}-{number + 1}"
-        found.append(Variant(name=name, value=value, settings=config.from_mapping(changed)))
+        found.append(Variant(name=name, value=value, settings=changed))
     return found
 
 
@@ -78,15 +80,19 @@ def experiment_of(settings: Settings) -> str:
     return f"twin-verification-ablation-{'glca' if key in ('attention', 'glca_fraction') else key}"
 
 
-def run_ablation(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> AblationSummary:
+def run_ablation(
+    settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO, address: str = ""
+) -> AblationSummary:
     """Train all variants into the run's folder, or go on there, and compare them on the test people.
 
+    address: of the tracking, with its password; "": the settings' own is whole.
     Raises DataError as `run_twins` does, TrainingFailed, CheckpointError.
     """
     check_twins(site, pack)
     variants = variants_of(settings)
     first = local_trainee(variants[0].settings, site, pack)
-    with parent_run(settings, folder, study_kind("ablation", experiment_of(settings), first, site)) as parent:
+    kind = study_kind("ablation", experiment_of(settings), first, site)
+    with recorded(settings, folder, kind, address, command=COMMAND) as parent:
         del first  # of no use any more
         for variant in variants:
             _train(variant, site, pack, parent, out)

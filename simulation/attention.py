@@ -4,7 +4,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -23,7 +23,7 @@ from common.models.vit_backbone import VitBackbone
 from common.plots.attention import MOST_PICTURES, attention_maps
 from common.plots.style import shorten
 from common.settings import VITS, Settings
-from common.tracking.settings import with_absolute_uri
+from common.tracking.address import with_absolute_tracking
 from simulation.found_models import FoundModel, find_model
 from simulation.ready_models import ModelFiles
 
@@ -40,6 +40,7 @@ class AttentionRequest:
     pictures: Sequence[str]
     output: Path
     crop: float  # fraction of the shorter side
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class Verdict:
 def show_attention(settings: Settings, request: AttentionRequest, out: TextIO) -> int:
     """`facefed attention`: nothing is written unless everything asked for is there."""
     _check(request)
-    found = find_model(with_absolute_uri(settings, Path.cwd()), request.model, f"--model {request.model}")
+    settings, address = with_absolute_tracking(settings, request.address or settings.tracking.uri, Path.cwd())
+    found = find_model(settings, request.model, f"--model {request.model}", address)
     model = found.settings.model
     if model.backbone not in VITS:
         raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from common.console import set_up_logging
-from common.flags import FLAGS, add_run_settings, read_run_settings
+from common.flags import FLAGS, add_run_settings, read_run
 
 _OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the model brings all other settings
 
@@ -34,7 +34,7 @@ def add_attention_parser(commands: "argparse._SubParsersAction[argparse.Argument
 
 def attention(arguments: argparse.Namespace) -> int:
     """`facefed attention`: returns the exit code."""
-    settings = read_run_settings(arguments)
+    settings, address = read_run(arguments)
     set_up_logging(settings.run.log_level)
     from simulation.attention import AttentionRequest, show_attention
 
@@ -43,5 +43,6 @@ def attention(arguments: argparse.Namespace) -> int:
         pictures=arguments.pictures,
         output=Path(arguments.output).expanduser(),
         crop=arguments.crop,
+        address=address,
     )
     return show_attention(settings, request, sys.stdout)

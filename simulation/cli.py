@@ -11,7 +11,7 @@ from common.config import find_config
 from common.console import run_program, set_up_logging
 from common.errors import ConfigError
 from common.faces.datasets import DATASETS, DRAWN
-from common.flags import add_run_settings, read_run_settings, refuse_ablation, refuse_run_settings
+from common.flags import add_run_settings, read_run, read_run_settings, refuse_ablation, refuse_run_settings
 from common.runtime import go_silent
 from common.settings import Settings
 from common.strategies import STRATEGIES
@@ -87,7 +87,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
     arguments = simulation_parser().parse_args(argv)
 
     def work() -> int:
-        settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+        settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
         refuse_ablation(settings, "flower-simulation")
         set_up_logging(settings.run.log_level)
         from simulation.commands import Engine, federate_here
@@ -105,6 +105,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
                 ray_address=arguments.ray_address,
                 num_actors=arguments.actors,
             ),
+            address=address,
         )
 
     return run_program("flower-simulation", work, sys.stderr)
@@ -218,7 +219,7 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
     from simulation.evaluate import Request, evaluate_models
 
@@ -231,6 +232,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         cache_dir=Path(arguments.cache_dir),
         config_name=arguments.config or "",
+        address=address,
     )
     return evaluate_models(settings, request, sys.stdout)
 
@@ -275,7 +277,8 @@ def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
     return load_plan(find_config(arguments.sweep, "--sweep"))
 
 
-def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan | None") -> Settings:
+def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan | None") -> tuple[Settings, str]:
+    """The run's settings and tracking address."""
     resume = getattr(arguments, "resume", "")
     if resume:
         refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
@@ -283,33 +286,34 @@ def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan |
     if plan and not resume:
         from simulation.sweep_plan import base_config, check_together
 
-        settings = read_run_settings(arguments, default_config=base_config(plan))
+        settings, address = read_run(arguments, default_config=base_config(plan))
         check_together(plan, settings)
-        return settings
-    settings = read_run_settings(arguments, default_config=default)
+        return settings, address
+    settings, address = read_run(arguments, default_config=default)
     if name != "twins":
         refuse_ablation(settings, f"train {name}")
-    return settings
+    return settings, address
 
 
 def _train(arguments: argparse.Namespace, name: str) -> int:
     resume = getattr(arguments, "resume", "")
     plan = _sweep_plan(arguments)
-    settings = _train_settings(arguments, name, plan)
+    settings, address = _train_settings(arguments, name, plan)
     set_up_logging(settings.run.log_level)
-    from simulation import train_commands
+    from simulation import commands
 
-    machine = train_commands.Machine(
+    machine = commands.Machine(
         clients=arguments.client,
         data_dirs=arguments.data_dir,
         device=arguments.device,
         cache_dir=Path(arguments.cache_dir),
+        address=address,
     )
     if name == "federated":
-        return train_commands.train_federated(settings, machine, sys.stdout, sys.stderr)
+        return commands.train_federated(settings, machine, sys.stdout, sys.stderr)
     if name == "twins":
-        return train_commands.train_twins(settings, machine, resume, sys.stdout, plan=plan)
-    train = {"local": train_commands.train_local, "centralized": train_commands.train_centralized}[name]
+        return commands.train_twins(settings, machine, resume, sys.stdout, plan=plan)
+    train = {"local": commands.train_local, "centralized": commands.train_centralized}[name]
     return train(settings, machine, resume, sys.stdout)
 
 

@@ -1,7 +1,8 @@
-"""What `flower-simulation` does between its flags and the work."""
+"""What `flower-simulation` and `facefed train` do between their flags and the work."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -14,12 +15,18 @@ from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
 from common.files import read_json
+from common.runs import CONFIG_FILE, RUN_FILE, new_run_folder, unfinished_run
 from common.settings import Settings
-from common.tracking.settings import with_absolute_uri
+from common.tracking.address import with_absolute_tracking
 from server.public_set import open_public_set, with_absolute_public_set
-from server.run_folder import new_run_folder
+from simulation.baselines import BaselineSummary, run_centralized, run_local, run_twins
 from simulation.engine.virtual import IDENTITY, VirtualSites, divide, parse_partition
-from simulation.sites import pack_at_the_door, parse_clients, site_of
+from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, parse_clients, site_of
+from simulation.studies import MODES
+from simulation.sweep_plan import SweepPlan, plan_of_run
+from simulation.twin_results import twin_lines
+
+_GOES_ON = {"twins": MODES}  # command -> the modes of the runs that it resumes, where they are not its own name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,16 @@ def federate_here(
     out: TextIO,
     err: TextIO,
     engine: Engine = Engine(),
+    address: str = "",
 ) -> int:
-    """`flower-simulation`: check and pack every client's data, then federate them under Ray."""
+    """`flower-simulation`: check and pack every client's data, then federate them under Ray.
+
+    address: of the tracking, with its password; "": the settings' own is whole.
+    """
     _check_engine(engine)
     options = parse_clients(clients)
-    settings = with_absolute_public_set(with_absolute_uri(settings, Path.cwd()), Path.cwd())
+    settings, address = with_absolute_tracking(settings, address or settings.tracking.uri, Path.cwd())
+    settings = with_absolute_public_set(settings, Path.cwd())
     open_public_set(settings)  # what it refuses is told before a run is begun
     state = Path(settings.run.out).expanduser() / "clients"
     held = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
@@ -58,7 +70,14 @@ def federate_here(
     from simulation.engine.run import simulate
 
     with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
-        exit_code = simulate(settings, sites, run_folder, ray_address=engine.ray_address, num_actors=engine.num_actors)
+        exit_code = simulate(
+            settings,
+            sites,
+            run_folder,
+            ray_address=engine.ray_address,
+            num_actors=engine.num_actors,
+            address=address,
+        )
     if exit_code == 0:
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         out.write("\n".join(lines) + "\n")
@@ -115,3 +134,173 @@ def _failure(run_folder: Path) -> str:
         return str(read_json(run_folder / OUTCOME_FILE)["line"])
     except CheckpointError:
         return f"the run ended without a word; see {run_folder}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the command line says beside the settings."""
+
+    clients: Sequence[str]  # --client
+    data_dirs: Sequence[str]  # --data-dir
+    device: str
+    cache_dir: Path
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resumed:
+    """A run that is to go on."""
+
+    folder: Path
+    settings: Settings
+    address: str = field(repr=False)  # of the tracking, with its password
+    clients: Sequence[str]
+    data: Mapping[str, str]  # client -> key of the pack it was trained on
+
+
+def several_options(machine: Machine) -> list[ClientOption]:
+    """The clients that are meant where several may be: those named, or celeba and vggface2.  Raises UserError."""
+    named = machine.clients or sorted(text.partition("=")[0] for text in machine.data_dirs if "=" in text)
+    return data_options(named or USUAL_CLIENTS, machine.data_dirs)
+
+
+def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
+    """The unfinished run that `--resume` means, by its id or its folder.  Raises UserError."""
+    folder, about = unfinished_run(run, out, command=mode, modes=_GOES_ON.get(mode, (mode,)))
+    try:
+        clients, data = list(about["clients"]), dict(about["data"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / RUN_FILE} is not a file of ours.") from None
+    settings, address = config.load_with_address(folder / CONFIG_FILE)
+    return _Resumed(folder=folder, settings=settings, address=address, clients=clients, data=data)
+
+
+def _door(
+    options: Sequence[ClientOption], settings: Settings, machine: Machine, out: TextIO
+) -> tuple[dict[str, SiteSettings], dict[str, FacePack]]:
+    """Check and pack every client's data."""
+    device = settings.training.device if machine.device == "auto" else machine.device
+    state = Path(settings.run.out).expanduser() / "clients"
+    sites = {
+        option.name: site_of(option, device=device, cache_dir=machine.cache_dir, state_dir=state) for option in options
+    }
+    return sites, {name: pack_at_the_door(site, settings, out) for name, site in sites.items()}
+
+
+def _check_same_data(resumed: _Resumed, packs: Mapping[str, FacePack]) -> None:
+    changed = sorted(name for name, pack in packs.items() if resumed.data.get(name) != pack.key)
+    if changed or set(packs) != set(resumed.data):
+        raise UserError(
+            f"--resume {resumed.folder.name}: the data of {', '.join(changed) or 'the clients'} are not those that the"
+            f" run began with ({', '.join(sorted(resumed.data))}); give the same --data-dir, or start a new run."
+        )
+
+
+def _show(summary: BaselineSummary, label: str, settings: Settings, out: TextIO) -> int:
+    out.write(
+        f"\ntest AUC on people never seen: untrained {summary.untrained_auc:.3f} -> {label} {summary.test_auc:.3f}\n"
+    )
+    out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
+    out.writelines(f"registered: {name}\n" for name in summary.registered)
+    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A run that can begin, or go on."""
+
+    settings: Settings
+    address: str = field(repr=False)  # of the tracking, with its password
+    sites: Mapping[str, SiteSettings]
+    packs: Mapping[str, FacePack]
+    folder: Path
+
+    @property
+    def alone(self) -> tuple[SiteSettings, FacePack]:
+        """The one holder's site and pictures."""
+        [site], [pack] = self.sites.values(), self.packs.values()
+        return site, pack
+
+
+def _settled(mode: str, settings: Settings, machine: Machine, resume: str, out: TextIO) -> _Job:
+    """Settings, checked data and the run's folder: a new one's, or those of the run that goes on."""
+    resumed = _run_to_resume(resume, settings.run.out, mode) if resume else None
+    if resumed and not machine.clients:
+        machine = dataclasses.replace(machine, clients=resumed.clients)
+    options = _options(mode, machine)
+    if resumed:
+        settings, address = resumed.settings, resumed.address
+    else:
+        settings, address = with_absolute_tracking(settings, machine.address or settings.tracking.uri, Path.cwd())
+    sites, packs = _door(options, settings, machine, out)
+    if resumed:
+        _check_same_data(resumed, packs)
+    check_pretrained(settings)
+    folder = resumed.folder if resumed else new_run_folder(settings)
+    return _Job(settings=settings, address=address, sites=sites, packs=packs, folder=folder)
+
+
+def _options(mode: str, machine: Machine) -> list[ClientOption]:
+    """Whose data a mode trains on.  Raises UserError."""
+    if mode == "centralized":
+        return several_options(machine)
+    named = machine.clients or (["twins"] if mode == "twins" else [])
+    options = data_options(named, machine.data_dirs)
+    if len(options) != 1:
+        raise UserError(f"train {mode} trains one holder, {len(options)} were named; give one --client NAME.")
+    return options
+
+
+def train_local(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
+    """`facefed train local`: one holder alone.  resume: a run's id or folder, or ""."""
+    job = _settled("local", settings, machine, resume, out)
+    return _show(run_local(job.settings, *job.alone, job.folder, out, job.address), "local", job.settings, out)
+
+
+def train_twins(
+    settings: Settings, machine: Machine, resume: str, out: TextIO, *, plan: SweepPlan | None = None
+) -> int:
+    """`facefed train twins`: verification of identical twins, an ablation, or with a plan a search over settings.
+
+    resume: a run's id or folder, or ""; what kind of run it is, its folder says.
+    """
+    job = _settled("twins", settings, machine, resume, out)
+    settings, folder, (site, pack) = job.settings, job.folder, job.alone
+    if resume:
+        plan = plan_of_run(folder, plan)
+    if plan or settings.ablation.over != "none":
+        if plan:
+            from simulation.sweep import run_sweep, sweep_lines  # Optuna only where it is needed
+
+            out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out, job.address)))
+        else:
+            from simulation.ablation import ablation_lines, run_ablation
+
+            out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out, job.address)))
+        out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")
+        return 0
+    summary = run_twins(settings, site, pack, folder, out, job.address)
+    out.writelines(twin_lines(summary.twins))
+    return _show(summary, "trained", settings, out)
+
+
+def train_centralized(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
+    """`facefed train centralized`: all holders' pictures in one place.  resume: a run's id or folder, or ""."""
+    job = _settled("centralized", settings, machine, resume, out)
+    summary = run_centralized(job.settings, job.sites, job.packs, job.folder, out, job.address)
+    return _show(summary, "centralised", job.settings, out)
+
+
+def train_federated(settings: Settings, machine: Machine, out: TextIO, err: TextIO) -> int:
+    """`facefed train federated`: the Ray simulation, as `flower-simulation` runs it."""
+    clients = [f"{option.name}:{option.dataset}={option.data_dir}" for option in several_options(machine)]
+    return federate_here(
+        settings,
+        clients,
+        device=machine.device,
+        cache_dir=machine.cache_dir,
+        out=out,
+        err=err,
+        address=machine.address,
+    )

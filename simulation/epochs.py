@@ -2,6 +2,9 @@
 
 After each epoch RUN/checkpoints/resume holds the whole state, so that a run that was stopped or killed goes on where it
 was: resumed equals uninterrupted, bit for bit (every random stream is named by seed and epoch, none is carried along).
+
+What can be watched meanwhile, of a ViT: its graph, and where it looks in pictures of people it does not train on. They
+show faces, so they stay in the run's folder and in TensorBoard's, and never go to MLflow.
 """
 
 import dataclasses
@@ -9,21 +12,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clients.private_state import load_private, prune, save_private
 from common.checkpoints import read_tensors, write_tensors
 from common.errors import CheckpointError
+from common.faces.batches import to_float
+from common.faces.pack import FacePack
+from common.faces.splits import Split
 from common.files import read_json, write_json
+from common.models.attention import attention_of
+from common.models.recogniser import EmbeddingModel
+from common.models.vit_backbone import VitBackbone
+from common.plots.attention import attention_maps
 from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head
 from server.scores import figures
 from simulation.trainee import Trainee
-from simulation.watching import is_time_to_look, show_attention
 
 PROGRESS_FILE = "progress.json"
+NUM_PICTURES: Final = 6  # that are looked at
+NUM_LOOKS: Final = 5  # over all epochs, about
 VALIDATED = {
     "val_loss": "loss",
     "val_acc": "accuracy",
@@ -86,18 +99,16 @@ class Epochs:
         """All epochs that are left; the best and the last model are in RUN/checkpoints then.  Raises TrainingFailed."""
         if self.progress.epoch == 0:
             self._warm_up()
-        while self.progress.epoch < self.total and not self._is_out_of_patience():
+        training, progress = self.trainee.settings.training, self.progress
+        while progress.epoch < self.total and not training.is_out_of_patience(progress.epoch - progress.best_epoch):
             self._epoch(out)
-        if self.progress.epoch < self.total:
-            patience = self.trainee.settings.training.patience
-            out.write(f"stopped early after epoch {self.progress.epoch}: {patience} validations without a better AUC\n")
+        if progress.epoch < self.total:
+            out.write(
+                f"stopped early after epoch {progress.epoch}: {training.patience} validations without a better AUC\n"
+            )
         if self.trainee.settings.tracking.plots != "none":
             show_attention(self.trainee, self.tracked)
         self._save_model("last")
-
-    def _is_out_of_patience(self) -> bool:
-        patience = self.trainee.settings.training.patience
-        return isinstance(patience, int) and self.progress.epoch - self.progress.best_epoch >= patience
 
     def _warm_up(self) -> None:
         sums = warm_up_head(
@@ -175,3 +186,42 @@ class Epochs:
     def _last_row(self) -> dict[str, float]:
         """What was saved but perhaps not logged when the run was killed."""
         return {name: value for name, value in self.progress.rows[-1].items() if name != "step"}
+
+
+def shown_pictures(pack: FacePack) -> NDArray[np.int64]:
+    """One picture of each of a few validation people: [at most 6] int64, with families siblings side by side."""
+    indices, person, family = pack.shown_in(Split.VAL_PEOPLE)
+    first = np.sort(np.unique(person, return_index=True)[1])
+    return indices[first[np.argsort(family[first], kind="stable")]][:NUM_PICTURES]
+
+
+def show_graph(trainee: Trainee, tracked: TrackedRun) -> None:
+    """Show the graph of what embeds, in TensorBoard."""
+    if trainee.settings.tracking.tensorboard == "none":
+        return
+    size = trainee.settings.data.image_size
+    example = torch.zeros(2, 3, size, size)
+    tracked.log_graph(EmbeddingModel(trainee.recogniser.backbone).cpu(), example)
+
+
+def is_time_to_look(epoch: int, total: int) -> bool:
+    """After the first epoch and about NUM_LOOKS times in all, but not after the last.  epoch: in [1, total]."""
+    return epoch < total and (epoch == 1 or epoch % max(1, total // NUM_LOOKS) == 0)
+
+
+def show_attention(trainee: Trainee, tracked: TrackedRun) -> None:
+    """Draw the present model's attention; a model without attention, or no validation people, draws nothing."""
+    backbone = trainee.recogniser.backbone
+    if not isinstance(backbone, VitBackbone):
+        return
+    pack = next((pack for pack in trainee.clients.values() if len(pack.indices(Split.VAL_PEOPLE))), None)
+    if pack is None:
+        return
+    rows = shown_pictures(pack)
+    pictures = np.asarray(pack.pictures[rows])
+    was_training = backbone.training
+    backbone.eval()
+    maps = attention_of(backbone, to_float(torch.from_numpy(pictures)).to(trainee.compute.device))
+    backbone.train(was_training)
+    names = [pack.people[person] for person in pack.person[rows].tolist()]
+    tracked.keep_figure(attention_maps(pictures, maps, names, title="Where the model looks"), "plots/attention.png")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -18,14 +18,13 @@ from common.plots import comparison as comparison_plots
 from common.plots import verification
 from common.plots.style import LOCAL
 from common.precision import threads_for
+from common.runs import RunKind, new_run_folder, recorded
 from common.runtime import num_cores, resolve_device
 from common.settings import DataSettings, RunSettings, Settings
-from common.tracking.run import TrackedRun, finishing
-from common.tracking.settings import with_absolute_uri
+from common.tracking.address import with_absolute_tracking
+from common.tracking.run import TrackedRun
 from common.training import Compute
-from common.version import facefed_version, git_commit
-from server.run_folder import new_run_folder
-from server.runs import RunKind, open_record
+from common.version import facefed_version
 from simulation.compare import AUC, Comparison, gaps_of, notes_of, with_pooled
 from simulation.found_models import FoundModel, Search, explicit_runs, find_models, wanted_models
 from simulation.kinds import figure_name
@@ -50,6 +49,7 @@ class Request:
     device: str
     cache_dir: Path
     config_name: str = ""  # as given, for the commands that are told
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
 
 def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
@@ -57,15 +57,16 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     started = time.perf_counter()
     options = _options(request)
     names = tuple(option.name for option in options)
-    settings = with_absolute_uri(settings, Path.cwd())
+    settings, address = with_absolute_tracking(settings, request.address or settings.tracking.uri, Path.cwd())
     runs = explicit_runs(request.runs, names)
-    search = Search(settings=settings, clients=names, command_options=_command_options(settings, request))
+    options_told = _command_options(settings, request)
+    search = Search(settings=settings, clients=names, command_options=options_told, address=address)
     models = find_models(search, wanted_models(request.compare, names, runs), runs)
     packs = _packs(models, options, settings, request, out)
     check_same_pairs(models, packs, names)
     compared = _compare(models, packs, names, settings=settings, request=request, out=out)
     out.write("\n".join(terminal_lines(compared)) + "\n")
-    folder = _record(compared, settings, resolve_device(_device(settings, request)))
+    folder = _record(compared, settings, resolve_device(_device(settings, request)), address)
     out.write(f"\nreport: {folder / 'report.html'} (comparison.csv, comparison.json and plots/ beside it)\n")
     out.write(f"tracking: {tracking_line(settings)}\n{time.perf_counter() - started:.0f} s\n")
     return 0
@@ -153,12 +154,13 @@ def _compare(
     )
 
 
-def _record(compared: Comparison, settings: Settings, device: str) -> Path:
+def _record(compared: Comparison, settings: Settings, device: str, address: str) -> Path:
     """Write RUN with tables, pictures and the page, and tell the tracking; returns the folder."""
     folder = new_run_folder(settings)
     clients = [name for name, test in compared.test_sets.items() if test.digest]
     kind = RunKind(
         mode="evaluation",
+        trains=False,
         experiment="evaluation",
         label=f"{compared.mode}_{compared.backbone}",
         clients=clients,
@@ -175,8 +177,7 @@ def _record(compared: Comparison, settings: Settings, device: str) -> Path:
             **{f"{model.name}_run": model.source for model in compared.models},
         },
     )
-    tracked = open_record(settings, folder, git_commit(), kind)
-    with finishing(tracked):
+    with recorded(settings, folder, kind, address) as tracked:
         _write(compared, settings, tracked)
     return folder
 

@@ -85,6 +85,12 @@ class Search:
     settings: Settings  # of the command: the backbone, --out, the tracking address
     clients: tuple[str, ...]  # whose test people the models meet
     command_options: str = ""  # what `facefed train` needs besides, such as --config and --data-dir
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
+
+    @property
+    def registry(self) -> str:
+        """The address whose registry is asked; "" where tracking is off."""
+        return _registry_of(self.settings, self.address)
 
 
 def wanted_models(compare: str, clients: Sequence[str], runs: Mapping[str, str]) -> list[Wanted]:
@@ -146,14 +152,19 @@ def find_models(search: Search, wanted: Sequence[Wanted], runs: Mapping[str, str
     return found
 
 
-def find_model(settings: Settings, run: str, flag: str) -> FoundModel:
+def _registry_of(settings: Settings, address: str) -> str:
+    return (address or settings.tracking.uri) if settings.tracking.enabled else ""
+
+
+def find_model(settings: Settings, run: str, flag: str, address: str = "") -> FoundModel:
     """The model that RUN or models:/NAME/VERSION or models:/NAME@ALIAS names, however it was trained.
 
-    settings: of the command: --out, the tracking address.  flag: what the user wrote, for the line of an error.
+    settings: of the command: --out, the tracking.  flag: what the user wrote, for the line of an error.
+    address: of the tracking, with its password; "": the settings' own is whole.
     Raises UserError, CheckpointError, TrackingError.
     """
     if run.startswith(_REGISTRY):
-        return _from_registry(Wanted(kind="registered"), read_registered(settings.tracking, run))
+        return _from_registry(Wanted(kind="registered"), read_registered(_registry_of(settings, address), run))
     folder = _run_folder(settings, run, flag)
     if not (folder / "config.toml").is_file():
         raise UserError(f"{flag}: that run trained no model (it has no config.toml); name one of training.")
@@ -179,7 +190,7 @@ def _wanted_of(about: Mapping[str, Any]) -> Wanted:
 
 def _explicit(search: Search, want: Wanted, run: str) -> FoundModel:
     if run.startswith(_REGISTRY):
-        registered = read_registered(search.settings.tracking, run)
+        registered = read_registered(search.registry, run)
         return _from_registry(want, registered)
     flag = f"--run {want.name}={run}"
     folder = _run_folder(search.settings, run, flag)
@@ -228,9 +239,9 @@ def _newest(search: Search, want: Wanted) -> FoundModel | None:
             model = _from_folder(want, folder.resolve())
             if model is not None:
                 return model
-    if not search.settings.tracking.enabled or want.kind == FEDBN:  # each of its clients has a backbone of its own
+    if not search.registry or want.kind == FEDBN:  # each of its clients has a backbone of its own
         return None
-    registered = find_registered(search.settings.tracking, registered_name(want, search.settings.model.backbone))
+    registered = find_registered(search.registry, registered_name(want, search.settings.model.backbone))
     return None if registered is None else _from_registry(want, registered)
 
 
@@ -303,7 +314,7 @@ def _best_step(want: Wanted, metrics: Mapping[str, Any], where: str) -> int:
 
 def _missing_line(search: Search, missing: Sequence[Wanted]) -> str:
     backbone, out = search.settings.model.backbone, search.settings.run.out
-    where = f"{out} and the registry" if search.settings.tracking.enabled else out
+    where = f"{out} and the registry" if search.registry else out
     commands = "; ".join(f"{want.name}: `{_command(search, want)}`" for want in missing)
     return f"no trained {backbone} model in {where} of {', '.join(w.name for w in missing)}. Train {commands}."
 

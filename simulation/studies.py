@@ -7,22 +7,18 @@ for good values of several.
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clients.site import SiteSettings
 from common import config
-from common.errors import InterruptedRun
-from common.settings import Settings
-from common.tracking.run import TrackedRun, finishing
-from common.tracking.settings import without_secrets
-from common.version import git_commit
-from server.runs import RunKind, all_params, begin_tracking
+from common.runs import CHECKPOINTS, RunKind, all_params
+from common.tracking.run import TrackedRun
 from simulation.baselines import kind_of
 from simulation.trainee import Trainee
 
 MODES = ("twins", "ablation", "sweep")  # what `facefed train twins` makes
+COMMAND = "facefed train twins"
 
 
 def study_kind(mode: str, experiment: str, trainee: Trainee, site: SiteSettings) -> RunKind:
@@ -38,20 +34,6 @@ def study_kind(mode: str, experiment: str, trainee: Trainee, site: SiteSettings)
     )
 
 
-@contextmanager
-def parent_run(settings: Settings, folder: Path, kind: RunKind) -> Iterator[TrackedRun]:
-    """The parent run's record, new or gone on with; it finishes with the block.
-
-    Raises InterruptedRun, with the command to go on, in place of KeyboardInterrupt.
-    """
-    tracked = begin_tracking(settings, folder, git_commit(), kind)
-    try:
-        with finishing(tracked):
-            yield tracked
-    except KeyboardInterrupt:
-        raise InterruptedRun(f"stopped; to go on: facefed train twins --resume {folder}") from None
-
-
 def nested_run(
     parent: TrackedRun, name: str, trainee: Trainee, site: SiteSettings, tags: Mapping[str, str]
 ) -> TrackedRun:
@@ -62,13 +44,13 @@ def nested_run(
     kind = kind_of("twins", trainee, {site.name: site})
     child = parent.child(name, {**kind.tags, **tags})
     child.log_params(all_params(trainee.settings, kind))
-    child.log_text(config.to_toml(without_secrets(trainee.settings)), "config.toml")
+    child.log_text(config.to_toml(trainee.settings), "config.toml")
     return child
 
 
 def checkpoints_of(folder: Path, name: str) -> Path:
     """Where a nested run's checkpoints lie in the study's folder."""
-    return folder / "checkpoints" / name
+    return folder / CHECKPOINTS / name
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:

@@ -3,11 +3,14 @@
 Optuna's journal, RUN/sweep.journal, is what a run that was killed goes on from: finished trials are kept, and the one
 that was running goes on at its last epoch. Each draw has a random stream of its own, named by seed, trial and setting,
 so that a search that was interrupted tries what an uninterrupted one would have tried.
+
+It tells a row for each trial, RUN/sweep.csv, the best configuration, RUN/best.toml, and the picture of all.
 """
 
+import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,34 +22,44 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from clients.site import SiteSettings
+from common import config
 from common.errors import ConfigError, DataError, TrainingFailed
 from common.faces.pack import FacePack
 from common.files import read_json, write_bytes
+from common.plots.studies import TrialPoint, search_trials
+from common.runs import recorded
 from common.runtime import stream_seed
-from common.settings import Settings
+from common.settings import RunSettings, Settings, TrackingSettings
 from common.tracking.run import TrackedRun
-from simulation.baselines import check_twins
+from simulation.baselines import check_twins, record_datasets, record_results, register_trained
 from simulation.epochs import PROGRESS_FILE, Epochs, Progress
-from simulation.results import record_datasets, record_results, register_models
-from simulation.studies import checkpoints_of, nested_run, parent_run, study_kind
+from simulation.studies import COMMAND, checkpoints_of, csv_text, nested_run, study_kind
 from simulation.sweep_plan import PLAN_FILE, Scalar, Span, SweepPlan, with_params
-from simulation.sweep_results import (
-    CSV_FILE,
-    STATES,
-    SweepSummary,
-    record_best,
-    record_trials,
-    shown_value,
-    trial_name,
-    trial_rows,
-)
 from simulation.trainee import local_trainee
+from simulation.twin_results import twin_lines
 
 EXPERIMENT: Final = "twin-verification-hyperparameter-search"
 _JOURNAL: Final = "sweep.journal"
 _STUDY: Final = "sweep"
+CSV_FILE: Final = "sweep.csv"
+BEST_FILE: Final = "best.toml"
+STATES: Final = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+_WORDS: Final = {state: word for word, state in STATES.items()}
 # As MLflow's own bridge to Optuna shows them.
 _STATUS: Final = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSummary:
+    """How a search ended."""
+
+    folder: Path
+    best_trial: str
+    metric: str
+    best_value: float
+    params: dict[str, Scalar]
+    twins: dict[str, Any]  # as in metrics.json
+    registered: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +95,25 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def run_sweep(
-    settings: Settings, plan: SweepPlan, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO
+    settings: Settings,
+    plan: SweepPlan,
+    site: SiteSettings,
+    pack: FacePack,
+    folder: Path,
+    out: TextIO,
+    address: str = "",
 ) -> SweepSummary:
     """Try all trials into the run's folder, or go on there, and score the best one's model on test, once.
 
-    settings: the base; the plan was checked against it.
+    settings: the base; the plan was checked against it.  address: of the tracking, with its password; "": the settings'
+    own is whole.
     Raises DataError as `run_twins` does, TrainingFailed when no trial was trained to its end, CheckpointError.
     """
     check_twins(site, pack)
     write_bytes(folder / PLAN_FILE, plan.text.encode())
     trainee = local_trainee(settings, site, pack)
-    with parent_run(settings, folder, study_kind("sweep", EXPERIMENT, trainee, site)) as parent:
+    kind = study_kind("sweep", EXPERIMENT, trainee, site)
+    with recorded(settings, folder, kind, address, command=COMMAND) as parent:
         parent.log_file(folder / PLAN_FILE, PLAN_FILE)
         record_datasets(parent, trainee)
         del trainee  # of no use any more
@@ -264,7 +285,7 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
     epochs = Epochs(trainee=trainee, tracked=parent, folder=sweep.checkpoints(best.number))
     epochs.progress = Progress(**read_json(epochs.folder / "resume" / PROGRESS_FILE))
     untrained = trainee.evaluate("test")
-    registered = register_models(epochs, f"{settings.model.backbone}_twins")
+    registered = register_trained(epochs, f"{settings.model.backbone}_twins")
     results = record_results(epochs, trial_name(best.number), untrained)
     told = {"metric": sweep.plan.metric, "best_trial": best.number, "best_value": best.value, "params": best.params}
     parent.log_dict(results | {"sweep": told | {"trials": trial_rows(sweep.plan, sweep.finished())}}, "metrics.json")
@@ -277,3 +298,78 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
         twins=results["twins"],
         registered=registered,
     )
+
+
+def trial_name(number: int) -> str:
+    """The nested run of a trial, and its folders."""
+    return f"trial-{number:03d}"
+
+
+def shown_value(value: Scalar) -> str:
+    """A setting's value on a terminal."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def trial_rows(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+    """A row for each finished trial: its number, state, value (a pruned one's is its last epoch's), epochs, settings.
+
+    What a trial lacks, such as the value of a failed one, is missing in its row.
+    """
+    rows = []
+    for trial in trials:
+        row: dict[str, Any] = {"trial": trial.number, "state": _WORDS[trial.state]}
+        row |= {plan.metric: trial.value} if trial.value is not None else {}
+        row |= {name: trial.user_attrs[name] for name in ("best_epoch", "epochs") if name in trial.user_attrs}
+        rows.append(row | trial.params | {"error": trial.user_attrs.get("error", "")})
+    return rows
+
+
+def record_trials(parent: TrackedRun, plan: SweepPlan, trials: Sequence[FrozenTrial]) -> None:
+    """The finished trials in the parent run: a point for each, and the best so far; what is there already stays."""
+    best: float | None = None
+    for trial in trials:
+        if trial.state != TrialState.COMPLETE or trial.value is None:
+            continue
+        choose = max if plan.is_maximised else min
+        best = trial.value if best is None else choose(best, trial.value)
+        points = {f"trial_{plan.metric}": trial.value, f"best_{plan.metric}": best}
+        parent.log_missing_metrics(points, step=trial.number)
+    parent.log_text(csv_text(trial_rows(plan, trials)), CSV_FILE)
+
+
+def record_best(
+    parent: TrackedRun, plan: SweepPlan, settings: Settings, trials: Sequence[FrozenTrial], best: FrozenTrial
+) -> None:
+    """The configuration of the best trial, and the picture of all.  settings: of the best trial."""
+    parent.log_text(_best_toml(plan, settings, best), BEST_FILE)
+    parent.set_tags({"best_trial": trial_name(best.number)})
+    if settings.tracking.plots == "none":
+        return
+    points = [
+        TrialPoint(trial.number, _WORDS[trial.state], math.nan if trial.value is None else trial.value, trial.params)
+        for trial in trials
+    ]
+    figure = search_trials(
+        points,
+        metric=plan.metric,
+        best_is="highest" if plan.is_maximised else "lowest",
+        logarithmic=[name for name, span in plan.space.items() if span.log],
+    )
+    parent.log_figure(figure, "plots/sweep.png")
+
+
+def _best_toml(plan: SweepPlan, settings: Settings, best: FrozenTrial) -> str:
+    """A configuration for --config; where runs are kept and tracked is left to whoever uses it."""
+    run = dataclasses.replace(settings.run, out=RunSettings().out)
+    portable = dataclasses.replace(settings, run=run, tracking=TrackingSettings())
+    heading = f"# The best of {plan.trials} trials by {plan.metric} = {best.value} ({trial_name(best.number)})."
+    return f"{heading}\n\n{config.to_toml(portable)}"
+
+
+def sweep_lines(summary: SweepSummary) -> list[str]:
+    """What a search shows at its end."""
+    lines = [f"\nbest: {summary.best_trial}, {summary.metric} {summary.best_value:.4f}\n"]
+    lines += [f"  {name} = {shown_value(value)}\n" for name, value in summary.params.items()]
+    lines += twin_lines(summary.twins)
+    lines += [f"registered: {name}\n" for name in summary.registered]
+    return [*lines, f"configuration: {summary.folder / BEST_FILE}\n"]

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from common.console import set_up_logging, stopping_on_signals
 from common.errors import EXIT_INTERRUPTED
-from common.flags import FLAGS, add_run_settings, read_run_settings
+from common.flags import FLAGS, add_run_settings, read_run, read_run_settings
 
 _OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings that tracking itself has
 
@@ -118,12 +118,12 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    settings = read_run_settings(arguments)
+    settings, address = read_run(arguments)
     set_up_logging(settings.run.log_level)
     from common.tracking.doctor import as_json, as_line, examine, exit_code
 
     findings = []
-    for finding in examine(settings, os.environ, Path.cwd()):
+    for finding in examine(settings, os.environ, Path.cwd(), address):
         findings.append(finding)
         if not arguments.json:
             sys.stdout.write(as_line(finding) + "\n")
@@ -144,13 +144,14 @@ def _import_wandb_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_wandb(arguments: argparse.Namespace) -> int:
-    settings = read_run_settings(arguments)
+    settings, address = read_run(arguments)
     set_up_logging(settings.run.log_level)
     from common.tracking.address import resolve_uri
     from common.tracking.wandb_folders import import_folders
 
-    uri = resolve_uri(settings.tracking.uri, Path.cwd())
-    return import_folders(arguments.folders, uri, arguments.experiment, sys.stdout, sys.stderr)
+    return import_folders(
+        arguments.folders, resolve_uri(address, Path.cwd()), arguments.experiment, sys.stdout, sys.stderr
+    )
 
 
 # The name typed after `facefed tracking` -> what it is.

@@ -28,6 +28,7 @@ from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.verification import NUM_BINS
 from common.models.recogniser import build_recogniser, private_names, shared_names
 from common.parameters import Manifest, manifest_of
+from common.runs import begin_tracking, federated_kind
 from common.settings import Settings
 from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
 from server.checkpointing import RunCheckpoints
@@ -37,7 +38,6 @@ from server.optimiser import ServerOptimiser
 from server.record import Record
 from server.roster import Roster
 from server.rounds import Federation
-from server.runs import begin_tracking, federated_kind
 from tests.tiny_settings import TINY, changed
 
 SIDE = 32

@@ -5,12 +5,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from common import config
 from common.errors import TrackingError
+from common.redact import DATABASES, shown_uri
+from common.settings import Settings
+from common.tracking.tensorboard import OFF
 
 SERVERS = ("http", "https")
-DATABASES = ("postgresql", "mysql")  # also with a driver, as in mysql+pymysql
 # Of each database the drivers, the one that a plain address means first (SQLAlchemy 2.1), and the package to install.
 DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "postgresql": (("psycopg", "psycopg"), ("psycopg2", "psycopg2")),
@@ -19,7 +22,6 @@ DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
 INSTALL: Final[Mapping[str, str]] = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
 _WHAT_TO_USE = "use sqlite:///mlflow.db, or the address of a running `mlflow server` such as http://127.0.0.1:5000"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9]*)(\+[A-Za-z0-9]+)?:")
-_SECRET_IN_QUERY = re.compile(r"([?&][^=&]*pass[^=&]*=)([^&]*)", re.IGNORECASE)
 
 
 def resolve_uri(uri: str, base: Path) -> str:
@@ -94,30 +96,16 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.partition(":///")[2].partition("?")[0])
 
 
-def shown_uri(uri: str) -> str:
-    """The address without a password or user name, fit for logs and files; also one that is not well formed."""
-    text = _SECRET_IN_QUERY.sub(r"\1***", uri)
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        parts = urlsplit("")
-    if "@" in parts.netloc:
-        return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
-    scheme, mark, rest = text.partition("://")
-    # A "/" or "#" in a password ends the netloc before the "@"; in a server's path an "@" is nothing special.
-    if mark and "@" in rest and scheme.partition("+")[0].lower() in DATABASES:
-        return f"{scheme}://***@{rest.rpartition('@')[2]}"
-    return text
+def with_absolute_tracking(settings: Settings, address: str, base: Path) -> tuple[Settings, str]:
+    """The settings and the tracking address as they mean the same in every process: of TensorBoard the folder, too.
 
-
-def without_password(text: str, uri: str) -> str:
-    """A text in which neither the address nor a password of it can be read."""
-    clean = text.replace(uri, shown_uri(uri))
-    try:
-        given = [urlsplit(uri).password or ""]
-    except ValueError:
-        given = []
-    given += [found.group(2) for found in _SECRET_IN_QUERY.finditer(uri)]
-    for secret in sorted({form for one in given for form in (one, unquote(one)) if form}, key=len, reverse=True):
-        clean = clean.replace(secret, "***")
-    return clean
+    address: as given, with its password.  Raises TrackingError.
+    """
+    tracking = settings.tracking
+    if tracking.tensorboard != OFF:
+        folder = str(base.resolve() / Path(tracking.tensorboard).expanduser())
+        settings = config.with_value(settings, "tracking", "tensorboard", folder)
+    if tracking.enabled:
+        address = resolve_uri(address, base)
+        settings = config.with_value(settings, "tracking", "uri", address)
+    return settings, address

@@ -3,7 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from common.tracking.address import shown_uri, sqlite_path
+from common.redact import shown_uri
+from common.tracking.address import sqlite_path
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.sender import Sender
 from common.tracking.spool import Sent, Spool, load_sent, save_sent

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.tracking.address import shown_uri
+from common.redact import shown_uri
 from common.tracking.experiments import experiment_id
 from common.tracking.model_delivery import deliver_model
 from common.tracking.sender import StartOver, short_reason

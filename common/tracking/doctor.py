@@ -13,9 +13,10 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
+from common.redact import shown_uri, without_password
 from common.runtime import SILENCE
 from common.settings import Settings
-from common.tracking.address import SERVERS, resolve_uri, shown_uri, sqlite_path, without_password
+from common.tracking.address import SERVERS, resolve_uri, sqlite_path
 from common.tracking.doctor_write import write_and_remove
 from common.tracking.sender import short_reason
 from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME, hold
@@ -39,19 +40,19 @@ class Finding:
     values: Mapping[str, object] = field(default_factory=dict)
 
 
-def examine(settings: Settings, environment: Mapping[str, str], base: Path) -> Iterator[Finding]:
+def examine(settings: Settings, environment: Mapping[str, str], base: Path, address: str = "") -> Iterator[Finding]:
     """Every finding, as soon as it is known.
 
     environment: of this process, with which its child processes start.  base: what relative paths start from.
+    address: of the tracking, with its password; "": the settings' own is whole.
     Nothing stays behind but, on the tracking server, a deleted experiment of this machine.
     """
     yield _versions()
     yield _telemetry(environment)
     out = base / Path(settings.run.out).expanduser()
-    tracking = settings.tracking
-    if tracking.enabled:
+    if settings.tracking.enabled:
         try:
-            uri = resolve_uri(tracking.uri, base)
+            uri = resolve_uri(address or settings.tracking.uri, base)
         except TrackingError as error:
             yield Finding(name="address", state=WRONG, text=str(error))
         else:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import TrackingError
-from common.tracking.address import SERVERS, shown_uri, sqlite_path
+from common.redact import shown_uri
+from common.tracking.address import SERVERS, sqlite_path
 
 ARTIFACTS = "mlruns"  # MLflow's own name for it
 _BEHIND_A_SERVER = "mlflow-artifacts:"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, TrackingError
 from common.files import read_json
-from common.settings import TrackingSettings
-from common.tracking.address import shown_uri, sqlite_path
+from common.redact import shown_uri
+from common.tracking.address import sqlite_path
 from common.tracking.delivery import quieten
 from common.tracking.model_delivery import CHAMPION
 from common.tracking.sender import short_reason
@@ -37,44 +37,47 @@ class Registered:
     metrics: Mapping[str, Any]  # the run's metrics.json; empty where it has none
 
 
-def find_registered(tracking: TrackingSettings, name: str) -> Registered | None:
+def find_registered(address: str, name: str) -> Registered | None:
     """The champion of a model, else its newest version with the role "best"; None when there is none.
 
-    tracking: its address resolved.  A registry that cannot be asked has none, with a warning.
+    address: of the tracking, resolved.  A registry that cannot be asked has none, with a warning.
     """
-    if _has_no_database(tracking):
+    if _has_no_database(address):
         return None
     try:
-        version = _champion_or_best(tracking, name)
-        return None if version is None else _read(tracking, version)
+        version = _champion_or_best(address, name)
+        return None if version is None else _read(address, version)
     except (CheckpointError, TrackingError):
         raise
     except Exception as error:  # MLflow raises what its database or network library raises
-        _log.warning("Tracking: %s cannot be asked for %s (%s).", shown_uri(tracking.uri), name, short_reason(error))
+        _log.warning("Tracking: %s cannot be asked for %s (%s).", shown_uri(address), name, short_reason(error))
         return None
 
 
-def read_registered(tracking: TrackingSettings, uri: str) -> Registered:
-    """The version that models:/NAME/VERSION or models:/NAME@ALIAS means.  Raises TrackingError."""
+def read_registered(address: str, uri: str) -> Registered:
+    """The version that models:/NAME/VERSION or models:/NAME@ALIAS means.  Raises TrackingError.
+
+    address: of the tracking, resolved; "": it is off.
+    """
     text = uri.removeprefix(PREFIX)
     name, at, alias = text.partition("@")
     if not at:
         name, _, alias = text.rpartition("/")
     if not uri.startswith(PREFIX) or not (name and alias):
         raise TrackingError(f"{uri}: write models:/NAME/VERSION or models:/NAME@{CHAMPION}.")
-    if not tracking.enabled:
+    if not address:
         raise TrackingError(f"{uri}: tracking is off, so the registry is not asked; leave --no-mlflow out.")
-    if _has_no_database(tracking):
-        raise TrackingError(f"{uri}: there is no registry at {shown_uri(tracking.uri)}; give its --tracking-uri.")
+    if _has_no_database(address):
+        raise TrackingError(f"{uri}: there is no registry at {shown_uri(address)}; give its --tracking-uri.")
     try:
-        client = _client(tracking)
+        client = _client(address)
         found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, alias)
-        return _read(tracking, found)
+        return _read(address, found)
     except (CheckpointError, TrackingError):
         raise
     except Exception as error:
         reason = short_reason(error)
-        raise TrackingError(f"{uri}: not found at {shown_uri(tracking.uri)} ({reason}); name one that is.") from None
+        raise TrackingError(f"{uri}: not found at {shown_uri(address)} ({reason}); name one that is.") from None
 
 
 def load_state(registered: Registered) -> "dict[str, Tensor]":
@@ -100,14 +103,14 @@ def load_state(registered: Registered) -> "dict[str, Tensor]":
         raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); name its run's folder instead.") from None
 
 
-def _has_no_database(tracking: TrackingSettings) -> bool:
+def _has_no_database(address: str) -> bool:
     """Whether asking would only make an empty database."""
-    database = sqlite_path(tracking.uri)
+    database = sqlite_path(address)
     return database is not None and not database.exists()
 
 
-def _champion_or_best(tracking: TrackingSettings, name: str) -> Any:  # noqa: ANN401 - MLflow's own type
-    client = _client(tracking)
+def _champion_or_best(address: str, name: str) -> Any:  # noqa: ANN401 - MLflow's own type
+    client = _client(address)
     versions = client.search_model_versions(f"name = '{name}'")
     best = [version for version in versions if version.tags.get("role") == "best"]
     if not best:
@@ -117,9 +120,9 @@ def _champion_or_best(tracking: TrackingSettings, name: str) -> Any:  # noqa: AN
     return by_number.get(int(champion) if champion is not None else -1, by_number[max(by_number)])
 
 
-def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN401 - MLflow's own type
+def _read(address: str, version: Any) -> Registered:  # noqa: ANN401 - MLflow's own type
     uri = f"{PREFIX}{version.name}/{version.version}"
-    client = _client(tracking)
+    client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         try:
             config = Path(client.download_artifacts(version.run_id, "config.toml", folder))
@@ -134,9 +137,9 @@ def _read(tracking: TrackingSettings, version: Any) -> Registered:  # noqa: ANN4
         if any(file.path == "metrics.json" for file in client.list_artifacts(version.run_id)):
             metrics = read_json(Path(client.download_artifacts(version.run_id, "metrics.json", folder)))
     step = int(version.tags.get("step", 0))
-    return Registered(uri=uri, address=tracking.uri, step=step, settings=settings, metrics=metrics)
+    return Registered(uri=uri, address=address, step=step, settings=settings, metrics=metrics)
 
 
-def _client(tracking: TrackingSettings) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
+def _client(address: str) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
     quieten()
-    return open_client(tracking.uri)
+    return open_client(address)

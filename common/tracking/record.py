@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.tracking.address import shown_uri
+from common.redact import shown_uri
 from common.tracking.kept import KeptFiles, SavesFigure, bring_to_disk
 from common.tracking.lines import event_line, metric_line
 from common.tracking.sender import Sender
@@ -31,7 +31,10 @@ _log = logging.getLogger("facefed.tracking")
 
 
 class TrackedRun:
-    """A run, or a nested run of it, that is recorded in a folder, in MLflow and in TensorBoard."""
+    """A run, or a nested run of it: hides where its record goes (folder, MLflow, TensorBoard), and whether one is away.
+
+    Its methods are what a run can tell (`log_*`, `keep_figure`, `set_tags`), its beginning, end and nested runs.
+    """
 
     def __init__(
         self, *, folder: Path, spool: Spool, sender: Sender | None, board: Board | None, name: str, uri: str

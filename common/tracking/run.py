@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from common.errors import InterruptedRun
 from common.settings import TrackingSettings
 from common.tracking.connect import make_sender
 from common.tracking.kept import SavesFigure
@@ -23,12 +24,12 @@ __all__ = ["SavesFigure", "TrackedRun", "finishing", "open_run"]
 
 @contextlib.contextmanager
 def finishing(run: TrackedRun) -> Iterator[None]:
-    """Finish the run when the block ends: as "FINISHED", after Ctrl-C or SIGTERM as "KILLED", else as "FAILED"."""
+    """Finish the run when the block ends: as "FINISHED", when somebody stops it as "KILLED", else as "FAILED"."""
     status = "FAILED"
     try:
         yield
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, InterruptedRun):
         status = "KILLED"
         raise
     finally:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from common.tracking.address import shown_uri
+from common.redact import shown_uri
 from common.tracking.forward import Backlog, Forwarder, Server, backlog
 from common.tracking.spool import Sent, Spool
 

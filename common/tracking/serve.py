@@ -22,8 +22,9 @@ import psutil
 
 from common.errors import FaceFedError, TrackingError
 from common.processes import is_loopback, require_free_port, start, stop
+from common.redact import shown_uri, without_password
 from common.runtime import SILENCE
-from common.tracking.address import SERVERS, shown_uri, sqlite_path, without_password
+from common.tracking.address import SERVERS, sqlite_path
 from common.tracking.stores import check_artifacts, check_backend, require_folder
 
 HEALTHY_WITHIN_S: Final = 300.0  # a new database on a busy machine takes most of a minute

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from common.errors import TrackingError
 from common.processes import can_connect
-from common.tracking.address import DATABASES, SERVERS, resolve_uri, shown_uri, sqlite_path, without_password
+from common.redact import DATABASES, shown_uri, without_password
+from common.tracking.address import SERVERS, resolve_uri, sqlite_path
 from common.tracking.sender import short_reason
 
 DEFAULT_DATABASE: Final = "sqlite:///mlflow.db"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import EXIT_DONE, FaceFedError, TrackingError
-from common.tracking.address import resolve_uri, shown_uri
+from common.redact import shown_uri
+from common.tracking.address import resolve_uri
 from common.tracking.connect import open_delivery
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.forward import Forwarder, backlog

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TextIO
 
 from common.errors import TrackingError
-from common.tracking.address import shown_uri, sqlite_path
+from common.redact import shown_uri
+from common.tracking.address import sqlite_path
 from common.tracking.delivery import METRICS_PER_CALL, NAMES_PER_CALL, NONFINITE_TAG, quieten
 from common.tracking.experiments import experiment_id
 from common.tracking.sender import short_reason

@@ -22,7 +22,7 @@ from common.metrics.twin_report import paired_gap
 from common.runtime import stream_seed
 from simulation import epochs as epochs_module
 from simulation.ablation import ablation_lines, run_ablation, variants_of
-from simulation.train_commands import Machine, train_local, train_twins
+from simulation.commands import Machine, train_local, train_twins
 from simulation.trainee import local_trainee
 from tests.tiny_settings import changed
 

@@ -78,24 +78,23 @@ def test_a_version_by_name(registry, tmp_path):
         assert find_models(search, [LOCAL], {"local-alpha": run})[0].source == source
 
 
-def test_what_is_not_in_the_registry(registry, tmp_path):
+def test_what_is_not_in_the_registry(registry):
     uri, _ = registry
-    tracking = _settings(uri, tmp_path).tracking
-    assert find_registered(tracking, "beta_cnn_local") is None
+    assert find_registered(uri, "beta_cnn_local") is None
     for text, fragment in (
         ("models:/alpha_cnn_local/9", "models:/alpha_cnn_local/9: not found at sqlite"),
         ("models:/alpha_cnn_local@nobody", "not found at sqlite"),
         ("models:/alpha_cnn_local", "write models:/NAME/VERSION"),
     ):
         with pytest.raises(TrackingError) as error:
-            read_registered(tracking, text)
+            read_registered(uri, text)
         assert fragment in str(error.value)
         assert "\n" not in str(error.value)
 
 
 def test_no_database_is_made_by_asking(tmp_path):
-    tracking = TrackingSettings(uri=resolve_uri("sqlite:///none.db", tmp_path))
-    assert find_registered(tracking, "alpha_cnn_local") is None
+    uri = resolve_uri("sqlite:///none.db", tmp_path)
+    assert find_registered(uri, "alpha_cnn_local") is None
     with pytest.raises(TrackingError, match="there is no registry at"):
-        read_registered(tracking, "models:/alpha_cnn_local/1")
+        read_registered(uri, "models:/alpha_cnn_local/1")
     assert not list(tmp_path.iterdir())

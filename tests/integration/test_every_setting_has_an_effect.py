@@ -32,7 +32,7 @@ from common.settings import ALIGNMENTS, INFERENCES, Settings
 from server.aggregate import aggregate_for
 from server.app import initial_model
 from simulation.ablation import run_ablation
-from simulation.train_commands import Machine, train_local
+from simulation.commands import Machine, train_local
 from tests.tiny_settings import TINY, changed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")

@@ -179,7 +179,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
 def test_flags_lie_over_the_file(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text("[federation]\nrounds = 3\nlocal_epochs = 4\n", encoding="utf-8")
-    read = config.load(path, {("federation", "rounds"): 7, ("model", "head"): "softmax"})
+    read, _ = config.load_with_address(path, {("federation", "rounds"): 7, ("model", "head"): "softmax"})
     assert (read.federation.rounds, read.federation.local_epochs, read.model.head) == (7, 4, "softmax")
 
 

@@ -7,13 +7,13 @@ import pytest
 from tiny_federation import ScriptedMailbox, client, enter_run, federation_over, settings_with
 
 from common import config
-from common.tracking.settings import without_secrets
+from common.runs import all_params, begin_tracking, federated_kind
 from server.app import Surroundings, federate
 from server.flower.launch import Launch, ServerOptions
 from server.flower.superlink import Superlink
-from server.runs import begin_tracking, federated_kind, flat_params
 
 ADDRESS = "http://researcher:hunter2@127.0.0.1:9"
+SHOWN = "http://***@127.0.0.1:9"
 SECRETS = ("hunter2", "researcher")
 
 
@@ -34,14 +34,20 @@ def test_no_task_tells_a_client_the_servers_password(tmp_path, monkeypatch, sett
     assert kinds >= {"train", "evaluate"}
     for task in (task for _, task in mailbox.tasks if task.kind != "join"):  # joining is by the test's own roster
         assert_silent(task.settings)
-        assert config.from_json(task.settings) == without_secrets(settings)
+        assert config.from_json(task.settings) == settings
     assert_silent((tmp_path / "spool.jsonl").read_text())
 
 
 def test_nor_does_the_task_to_join(tmp_path, monkeypatch, settings):
     enter_run(monkeypatch)
     mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})  # their answers are for another model
-    here = Surroundings(run_folder=tmp_path, stopped=lambda: False, all_nodes_are_here=lambda: True, git_commit="none")
+    here = Surroundings(
+        run_folder=tmp_path,
+        stopped=lambda: False,
+        all_nodes_are_here=lambda: True,
+        git_commit="none",
+        address=ADDRESS,
+    )
     federate(settings, mailbox, here)
     assert [task.kind for _, task in mailbox.tasks][:2] == ["join", "join"]
     for _, task in mailbox.tasks:
@@ -49,31 +55,31 @@ def test_nor_does_the_task_to_join(tmp_path, monkeypatch, settings):
 
 
 def test_the_record_of_a_run_is_without_it_and_its_own_configuration_is_this_users(tmp_path, settings):
-    tracked = begin_tracking(settings, tmp_path, "none", federated_kind(settings))
+    tracked = begin_tracking(settings, tmp_path, "none", federated_kind(settings), ADDRESS)
     tracked.finish("FINISHED")
     spool = (tmp_path / "spool.jsonl").read_text()
     assert_silent(spool)
     [sent] = [row for row in map(json.loads, spool.splitlines()) if row.get("event") == "artifact"]
     assert sent["name"] == "config.toml"
     assert_silent((tmp_path / sent["file"]).read_text())
-    assert config.load(tmp_path / sent["file"]) == without_secrets(settings)
-    assert config.load(tmp_path / "config.toml") == settings
+    assert config.load_with_address(tmp_path / sent["file"]) == (settings, SHOWN)
+    assert config.load_with_address(tmp_path / "config.toml") == (settings, ADDRESS)
     assert stat.S_IMODE((tmp_path / "config.toml").stat().st_mode) == 0o600
-    assert flat_params(settings)["tracking.uri"] == "http://***@127.0.0.1:9"
+    assert all_params(settings, federated_kind(settings))["tracking.uri"] == SHOWN
 
 
 def test_without_a_password_there_is_one_configuration(tmp_path):
     settings = settings_with(tracking__uri="http://127.0.0.1:9")
-    begin_tracking(settings, tmp_path, "none", federated_kind(settings)).finish("FINISHED")
+    begin_tracking(settings, tmp_path, "none", federated_kind(settings), settings.tracking.uri).finish("FINISHED")
     assert [path.name for path in tmp_path.glob("config*")] == ["config.toml"]
-    assert without_secrets(settings) is settings
+    assert config.load_with_address(tmp_path / "config.toml") == (settings, "http://127.0.0.1:9")
 
 
 def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatch, settings):
-    launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), tmp_path)
+    launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), tmp_path, ADDRESS)
     monkeypatch.setattr(Superlink, "flwr", lambda *_: {"success": True, "run-id": 7})
     assert launch._submit() == 7
     told = (tmp_path / "flwr" / "run-config.toml").read_text()
     assert "127.0.0.1:9" in told
     assert_silent(told)
-    assert config.load(tmp_path / "config.toml") == settings
+    assert config.load_with_address(tmp_path / "config.toml") == (settings, ADDRESS)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import TrackingError
+from common.redact import shown_uri, without_password
 from common.tracking import address
-from common.tracking.address import resolve_uri, shown_uri, sqlite_path, without_password
+from common.tracking.address import resolve_uri, sqlite_path
 
 
 @pytest.fixture

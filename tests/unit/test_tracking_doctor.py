@@ -23,7 +23,7 @@ def settings_for(uri: str) -> Settings:
 
 
 def found(uri: str, base: Path) -> dict[str, doctor.Finding]:
-    return {one.name: one for one in doctor.examine(settings_for(uri), SILENCE, base)}
+    return {one.name: one for one in doctor.examine(settings_for(uri), SILENCE, base, uri)}
 
 
 class Server(ThreadingHTTPServer):

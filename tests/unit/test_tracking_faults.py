@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import FaceFedError, TrackingError
+from common.runs import RunKind, begin_tracking
 from common.settings import Settings, TrackingSettings
 from common.tracking import sender as sender_module
 from common.tracking import spool as spool_module
@@ -20,7 +21,6 @@ from common.tracking.lines import metric_line, read_lines
 from common.tracking.run import open_run
 from common.tracking.spool import SENT_NAME, Spool, load_sent
 from common.tracking.sync import sync_run, unsent
-from server.runs import RunKind, begin_tracking
 from tests.unit.fake_mlflow import FakeMlflow
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ import pytest
 from tiny_federation import settings_with
 
 from common.errors import ConfigError
+from common.runs import RunKind, begin_tracking
 from common.tracking import hardware
 from common.tracking.hardware import HardwareSampler, gpu_type
-from server.runs import RunKind, begin_tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {

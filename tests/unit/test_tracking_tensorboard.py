@@ -17,8 +17,8 @@ from torch import nn
 from common import config
 from common.models.recogniser import build_recogniser
 from common.settings import Settings, TrackingSettings
+from common.tracking.address import with_absolute_tracking
 from common.tracking.run import open_run
-from common.tracking.settings import with_absolute_uri
 from common.tracking.tensorboard import FILE_PREFIX, Board
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,7 +299,7 @@ print(" ".join(sorted({"tensorboard", "tensorflow", "torch", "grpc", "requests",
 def test_the_folder_means_the_same_in_every_process(tmp_path):
     def folder(**tracking):
         settings = config.from_mapping({"tracking": tracking})
-        return with_absolute_uri(settings, tmp_path).tracking.tensorboard
+        return with_absolute_tracking(settings, settings.tracking.uri, tmp_path)[0].tracking.tensorboard
 
     assert Settings().tracking.tensorboard == "logs/tensorboard"
     assert folder() == folder(enabled=False) == f"{tmp_path}/logs/tensorboard"

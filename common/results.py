@@ -1,0 +1,72 @@
+"""What every run that trained tells at its end, with a federation or without: its registered models and its curves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.metrics.verification import roc_auc, roc_curve
+from common.models.recogniser import EmbeddingModel, Recogniser
+from common.plots import verification
+from common.settings import Settings
+from common.tracking.registry import register_model
+from common.tracking.run import TrackedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model that a run ends with."""
+
+    step: int  # its round or epoch
+    val_auc: float  # NaN where nobody knows it
+    load: Callable[[], None]  # puts it into the recogniser
+    metrics: Mapping[str, float] = field(default_factory=dict)  # recorded with it
+
+
+def register_models(
+    tracked: TrackedRun,
+    settings: Settings,
+    recogniser: Recogniser,
+    *,
+    name: str,
+    unit: str,
+    val_people: str,
+    last: Trained,
+    best: Trained,
+) -> list[str]:
+    """Register the best after the last model under `name`; returns what was registered, for the summary.
+
+    unit: of their steps, "round" or "epoch".  val_people: a digest of the people who were validated on.
+    The recogniser holds the best model afterwards, where tracking is enabled.
+    """
+    done = []
+    for role, model in (("last", last), ("best", best)) if settings.tracking.enabled else ():
+        model.load()
+        version = register_model(
+            tracked,
+            EmbeddingModel(recogniser.backbone).eval(),
+            name=name,
+            image_size=settings.data.image_size,
+            step=model.step,
+            role=role,
+            val_auc=model.val_auc,
+            val_people=val_people,
+            metrics=model.metrics,
+        )
+        if version is not None:
+            done.append(f"models:/{name}/{version} ({role}, {unit} {model.step})")
+    return done
+
+
+def draw_scores(tracked: TrackedRun, compared: Mapping[str, NDArray[np.int64]], label: str) -> None:
+    """ROC and DET of all models, and the scores' histograms of the one of that label, where it is among them.
+
+    compared: label -> pair counts [2, bins] int64.
+    """
+    shown = {name: (*roc_curve(pairs), roc_auc(pairs)) for name, pairs in compared.items()}
+    if shown:
+        tracked.log_figure(verification.roc(shown), "plots/roc.png")
+        tracked.log_figure(verification.det(shown), "plots/det.png")
+    if label in compared:
+        tracked.log_figure(verification.score_histograms(compared[label]), "plots/score_histograms.png")
