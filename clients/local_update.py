@@ -1,6 +1,6 @@
 """One client's part of a round: evaluate what was received, train, and answer with the change and sums.
 
-Pure of Flower: arrays and settings in, a `Reply` out. The ClientApp and (later) a resident trainer both call it.
+Pure of Flower: arrays and settings in, a `Reply` out. A simulation's ClientApp and the resident trainer both call it.
 """
 
 import dataclasses
