@@ -10,8 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from common.processes import free_port, start
-from common.tracking.serve import ServeOptions, is_healthy, plan_server
+from common.processes import free_port, is_healthy, start
+from common.tracking.serve import ServeOptions, plan_server
 
 HEALTHY_WITHIN_S = 300.0
 Point = tuple[str, int, float, int]  # name, step, value, milliseconds
@@ -41,7 +41,7 @@ class MlflowServer:
     def wait(self) -> None:
         """Until it is healthy."""
         deadline = time.monotonic() + HEALTHY_WITHIN_S
-        while not is_healthy(self.uri):
+        while not is_healthy(self._plan.host, self._plan.port):
             if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server does not come up:\n{self._plan.log.read_text()}")
             time.sleep(0.1)

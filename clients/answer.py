@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from clients.egress import LEDGER, RECEIPT, RUN_ID, Asked, record_egress, record_receipt
+from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
 from clients.local_update import Workplace, evaluate_global, join, open_workplace, read_settings, train
 from clients.own_record import keep_round
 from clients.site import SiteSettings
@@ -17,6 +17,7 @@ from common import wire
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.evaluation import SPLITS
 from common.events import LAST_TASK_FILE, SHOWN
+from common.ledger import RECEIPT
 from common.settings import Settings
 from common.wire import Task
 

@@ -7,18 +7,17 @@ Between these stand the server's receipts: with each task it says what it receiv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.ledger import append_line, digest_of, parts_of
+from common.files import append_line
+from common.ledger import RECEIPT, parts_of, receipt_line, reply_line
 
 if TYPE_CHECKING:
     from common.wire import Task
 
 LEDGER = "egress"  # the folder, in a site's state folder
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here
-RECEIPT = re.compile(r"(join|train|evaluate) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})")  # as server/receipts.py writes it
 # Leaves where the ledger cannot be written: always these words, and nothing of this site.
 UNRECORDED = "this site cannot write its egress ledger, so it does not answer; the client's own output says why."
 
@@ -43,19 +42,6 @@ def asked_by(content: Mapping[str, Mapping[str, Any]]) -> Asked:
     return Asked(kind=kind[:20], run_id=run_id, server_round=server_round)
 
 
-def _append(
-    folder: Path, kind: str, client: str, request: "Task | Asked", more: Mapping[str, Any], *, synced: bool
-) -> None:
-    record = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kind": kind,
-        "client": client,
-        "run": request.run_id,
-        **more,
-    }
-    append_line(folder / f"{request.run_id}.jsonl", record, synced=synced)
-
-
 def record_egress(
     folder: Path, client: str, request: "Task | Asked", content: Mapping[str, Mapping[str, Any]] | str
 ) -> None:
@@ -63,15 +49,15 @@ def record_egress(
 
     content: a reply, or the reason of a client that could not answer, which leaves too.  Raises OSError.
     """
-    parts = parts_of(content)
-    more = {
-        "round": request.server_round,
-        "answer_to": request.kind,
-        "num_bytes": sum(part["num_bytes"] for part in parts),
-        "sha256": digest_of(parts),
-        "parts": parts,
-    }
-    _append(folder, "sent", client, request, more, synced=True)
+    line = reply_line(
+        "sent",
+        client=client,
+        run=request.run_id,
+        server_round=request.server_round,
+        answer_to=request.kind,
+        parts=parts_of(content),
+    )
+    append_line(_file(folder, request), line, synced=True)
 
 
 def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: str) -> None:
@@ -79,12 +65,13 @@ def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: 
 
     receipt: as RECEIPT.  Raises OSError.
     """
-    found = RECEIPT.fullmatch(receipt)
-    if found is None:
-        return
-    answer_to, server_round, num_bytes, sha256 = found.groups()
-    more = {"round": int(server_round), "answer_to": answer_to, "num_bytes": int(num_bytes), "sha256": sha256}
-    _append(folder, "received", client, request, more, synced=False)
+    if RECEIPT.fullmatch(receipt):
+        line = receipt_line(receipt, client=client, run=request.run_id)
+        append_line(_file(folder, request), line, synced=False)
+
+
+def _file(folder: Path, request: "Task | Asked") -> Path:
+    return folder / f"{request.run_id}.jsonl"
 
 
 def refusal(folder: Path, client: str, content: Mapping[str, Mapping[str, Any]], reason: str) -> str:

@@ -1,10 +1,9 @@
 """Tensors on disk, in files that survive a crash (`common/files.py`); safetensors, which cannot run code."""
 
-import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.files import write_parts
+from common.files import SEAL, require_seal, seal_of, write_parts
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -43,29 +42,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     write_parts(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
 
 
-SEAL = "seal"  # the note that has the digest of everything else in a file
-
-
-def _seal(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
+def _sealed_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)} ".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        yield f"{name} {plain.dtype} {tuple(plain.shape)} ".encode()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
     """`write_tensors` with a digest over names, shapes, numbers and notes, which `read_sealed` examines."""
-    write_tensors(path, tensors, {**notes, SEAL: _seal(tensors, notes)})
+    write_tensors(path, tensors, {**notes, SEAL: seal_of(sorted(notes.items()), _sealed_parts(tensors))})
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`read_tensors` of a file of `write_sealed`.  Raises CheckpointError also when a single bit of it has changed."""
     tensors, notes = read_tensors(path)
-    seal = notes.pop(SEAL, None)
-    if seal is not None and seal != _seal(tensors, notes):  # None: written before there were seals
-        raise CheckpointError(f"{path} is damaged: its content is not what was written.")
+    require_seal(path, notes.pop(SEAL, None), sorted(notes.items()), _sealed_parts(tensors))
     return tensors, notes
 
 

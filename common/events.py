@@ -3,16 +3,18 @@
 One mechanism serves both engines: the ServerApp may be a thread of this process or a process of its own.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.files import append_line, read_lines
+
 EVENTS_FILE = "events.jsonl"
 STOP_FILE = "stop"  # its presence asks the ServerApp to end the run
 SHOWN = "facefed: "  # opens a log line of the ClientApp that flower-client shows to its user
 LAST_TASK_FILE = "last-task"  # in a client's state folder: the run whose last task was answered
+RUN_FILE = "run.json"  # what kind of run a folder holds
 OUTCOME_FILE = "outcome.json"  # {"exit_code": 0, "line": ""}, written when the run is over
 
 
@@ -30,9 +32,7 @@ class EventLog:
         kind: joined, gathered, waiting, members, refused, round, scored, resumed, stopped_early, saving, warning,
         finished or failed.
         """
-        line = json.dumps({"kind": kind, "time": time.time(), **values})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.path, {"kind": kind, "time": time.time(), **values}, synced=False)
 
 
 class EventReader:
@@ -47,21 +47,9 @@ class EventReader:
         """The whole lines that are new; a line still being written is left for the next look."""
         if not self._path.exists():
             return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                event = _parsed(line)
-                if event is not None:
-                    yield event
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The event of a line, or None where the line is damaged: a full disk may cut one, and the next goes on in it."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
+        for line in read_lines(self._path, self._offset):
+            if not line.is_whole:
+                return
+            self._offset = line.end
+            if line.record is not None and isinstance(line.record.get("kind"), str):  # a full disk may cut a line
+                yield line.record

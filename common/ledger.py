@@ -1,4 +1,4 @@
-"""What a message's content is made of, part by part, and files with a JSON line for each content.
+"""What a message's content is made of, part by part, and the line that a file has of each content.
 
 A site's egress ledger and the server's record of what it received are made by this one file, so that they can be
 compared: equal bytes have equal lines.  Free of Flower and of torch: a process without them writes ledgers too.
@@ -6,25 +6,16 @@ compared: equal bytes have equal lines.  Free of Flower and of torch: a process 
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 Part = dict[str, Any]  # name, shape, dtype, num_bytes, sha256
 PART_FIELDS = ("name", "shape", "dtype", "num_bytes", "sha256")
 RECEIVED_FILE = "received.jsonl"  # the server's record, in the run's folder
+RECEIPT = re.compile(r"(join|train|evaluate) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})")  # as `receipt_of` says it
 REASON = "error.reason"  # the one part of an error reply
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of a file: what it says, or why it says nothing."""
-
-    number: int  # from 1
-    record: Mapping[str, Any] | None
-    damage: str = ""
 
 
 def parts_of(content: Mapping[str, Mapping[str, Any]] | str) -> list[Part]:
@@ -66,39 +57,34 @@ def digest_of(parts: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def append_line(path: Path, record: Mapping[str, Any], *, synced: bool) -> None:
-    """Add one line to a file, which is made where it is missing; a line that was cut before is left behind, ended.
-
-    synced: be on the disk before this returns.  Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        is_cut = file.read(1) not in (b"", b"\n")
-        file.write((b"\n" if is_cut else b"") + json.dumps(record).encode() + b"\n")
-        file.flush()
-        if synced:
-            os.fsync(file.fileno())
-    if synced and end == 0:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # without it a power cut may take the new file's name
-        finally:
-            os.close(folder)
+def reply_line(
+    kind: str, *, client: str, run: str, server_round: int, answer_to: str, parts: Sequence[Part]
+) -> dict[str, Any]:
+    """One reply, now.  kind: "sent" or "received".  answer_to: the kind of the task that it answers."""
+    num_bytes = sum(part["num_bytes"] for part in parts)
+    return _line(kind, client, run, (answer_to, server_round, num_bytes, digest_of(parts))) | {"parts": list(parts)}
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, those that are damaged among them; empty ones are left out.  Raises OSError."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError):
-                why = "is no JSON" if raw.endswith(b"\n") else "is cut: whoever wrote it was stopped"
-                yield Line(number=number, record=None, damage=why)
-                continue
-            is_record = isinstance(record, dict)
-            yield Line(number=number, record=record if is_record else None, damage="" if is_record else "is no record")
+def receipt_of(line: Mapping[str, Any]) -> str:
+    """A reply's receipt: what the server says of it to whoever sent it, and nothing of its parts."""
+    return f"{line['answer_to']} {line['round']} {line['num_bytes']} {line['sha256']}"
+
+
+def receipt_line(receipt: str, *, client: str, run: str) -> dict[str, Any]:
+    """A receipt, now.  receipt: matches RECEIPT."""
+    answer_to, server_round, num_bytes, sha256 = receipt.split()
+    return _line("received", client, run, (answer_to, int(server_round), int(num_bytes), sha256))
+
+
+def _line(kind: str, client: str, run: str, reply: tuple[str, int, int, str]) -> dict[str, Any]:
+    answer_to, server_round, num_bytes, sha256 = reply
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": kind,
+        "client": client,
+        "run": run,
+        "round": server_round,
+        "answer_to": answer_to,
+        "num_bytes": num_bytes,
+        "sha256": sha256,
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 from common import config
 from common.errors import EXIT_DONE, ConfigError, InterruptedRun, UserError
-from common.events import OUTCOME_FILE, STOP_FILE
+from common.events import OUTCOME_FILE, RUN_FILE, STOP_FILE
 from common.files import read_json, write_bytes, write_json
 from common.settings import Settings
 from common.tracking.hardware import gpu_type, sample_hardware
@@ -19,7 +19,6 @@ from common.version import facefed_version, git_commit
 
 CHECKPOINTS = "checkpoints"  # in the run's folder
 STATE_FILE = "state.json"  # in that one, written last
-RUN_FILE = "run.json"  # what kind of run a folder holds
 CONFIG_FILE = "config.toml"  # its settings, resolved
 _SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where that differs
 _MAY_DIFFER = ("run.out", "run.log_level")

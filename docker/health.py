@@ -8,15 +8,14 @@ proxy     through the door: /health, and a site's call that the SuperLink itself
 site      its SuperNode lives, has an answer and was connected
 """
 
-import http.client
-import ssl
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ANSWER_WITHIN_S = 10.0
 WRITE_EVERY_S = 900.0
-MLFLOW = ("127.0.0.1", 5000)
+MLFLOW, SUPERLINK, DOOR = ("127.0.0.1", 5000), ("superlink", 8000), ("localhost", 8443)
 CERTIFICATES = Path("/certs/server")
 FLEET, CONTROL = "/v1/fleet/pull-messages", "/v1/control/list-runs"
 UNSIGNED = {401}  # the SuperLink's answer to a call without a site's key; nginx never gives it
@@ -37,13 +36,13 @@ def tracking(marker: Path = Path("/tmp/written")) -> None:  # noqa: S108 - the c
 
         write_and_remove(f"http://{MLFLOW[0]}:{MLFLOW[1]}")
         marker.touch()
-    connection = http.client.HTTPConnection(*MLFLOW, timeout=ANSWER_WITHIN_S)
-    expect(connection, "GET", "/api/2.0/mlflow/experiments/search?max_results=1", {200}, {"Host": "mlflow:5000"})
+    path = "/api/2.0/mlflow/experiments/search?max_results=1"
+    expect(MLFLOW, "GET", path, {200}, {"Host": "mlflow:5000"}, ca=None)
 
 
 def server() -> None:
     """The SuperLink, straight.  Raises Unhealthy."""
-    expect(secure("superlink", 8000), "GET", "/health", {200})
+    expect(SUPERLINK, "GET", "/health", {200})
 
 
 def proxy() -> None:
@@ -53,13 +52,13 @@ def proxy() -> None:
     """
     from common.processes import can_connect
 
-    if not can_connect("superlink", 8000):
-        if can_connect("localhost", 8443):
+    if not can_connect(*SUPERLINK):
+        if can_connect(*DOOR):
             raise Unhealthy("the door is open, and nothing is behind it")
         return
-    expect(secure("localhost", 8443), "GET", "/health", {200})
-    expect(secure("localhost", 8443), "POST", FLEET, UNSIGNED, PROTOBUF)
-    expect(secure("localhost", 8443), "POST", CONTROL, {404}, PROTOBUF)
+    expect(DOOR, "GET", "/health", {200})
+    expect(DOOR, "POST", FLEET, UNSIGNED, PROTOBUF)
+    expect(DOOR, "POST", CONTROL, {404}, PROTOBUF)
 
 
 def site(state: Path = Path(".facefed/clients")) -> None:
@@ -82,25 +81,18 @@ def site(state: Path = Path(".facefed/clients")) -> None:
     raise Unhealthy("no SuperNode; is there a server?")
 
 
-def secure(host: str, port: int) -> http.client.HTTPSConnection:
-    """A connection that trusts the federation's authority alone."""
-    context = ssl.create_default_context(cafile=str(CERTIFICATES / "ca.crt"))
-    return http.client.HTTPSConnection(host, port, timeout=ANSWER_WITHIN_S, context=context)
-
-
 def expect(
-    connection: http.client.HTTPConnection,
+    where: tuple[str, int],
     method: str,
     path: str,
     allowed: set[int],
-    headers: dict[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
+    ca: Path | None = CERTIFICATES / "ca.crt",
 ) -> None:
-    """Ask once.  Raises Unhealthy where the status is another one."""
-    try:
-        connection.request(method, path, headers=headers or {})
-        status = connection.getresponse().status
-    finally:
-        connection.close()
+    """Ask once; only the federation's authority is trusted.  Raises Unhealthy for another status, httpx's errors."""
+    from common.processes import status_of
+
+    status = status_of(*where, path, method=method, ca=ca, headers=headers, timeout_s=ANSWER_WITHIN_S)
     if status not in allowed:
         raise Unhealthy(f"{method} {path} gives {status} instead of {', '.join(map(str, sorted(allowed)))}")
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from common.certs import CA, CLIENTS, SERVER, SERVER_KEY, read_certificate
+from common.files import replacing
 from simulation.new_certs import make_folder, renew_server
 
 AUTHORITY, OF_SERVER = "authority", "server"
@@ -51,12 +52,10 @@ def _replace_all(source: Path, target: Path) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     """Whole or not at all, and never more readable than the source."""
-    aside = target.with_name(f".{target.name}.new")
-    aside.unlink(missing_ok=True)
-    aside.touch(mode=0o600)
-    shutil.copyfile(source, aside)
-    shutil.copymode(source, aside)
-    aside.replace(target)
+    with replacing(target) as aside:
+        aside.touch(mode=0o600)
+        shutil.copyfile(source, aside)
+        shutil.copymode(source, aside)
 
 
 if __name__ == "__main__":

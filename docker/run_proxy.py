@@ -6,9 +6,7 @@ A site tells by a shut port that its server has gone, and starts afresh with the
 So the door is shut where nothing is behind it, and for long enough that a site sees it.
 """
 
-import http.client
 import logging
-import ssl
 import sys
 import tempfile
 import threading
@@ -28,17 +26,11 @@ ANSWER_WITHIN_S = 5.0
 log = logging.getLogger("facefed.proxy")
 
 
-def superlink_is_healthy(host: str, port: int, tls: ServerFiles) -> bool:
-    """Whether the SuperLink says so, over TLS of the federation's own authority."""
-    context = ssl.create_default_context(cafile=str(tls.ca))
-    return is_healthy(http.client.HTTPSConnection(host, port, timeout=ANSWER_WITHIN_S, context=context))
-
-
 def keep_door(door: Door, tls: ServerFiles, stop: threading.Event) -> None:
     """Open and shut it until `stop` is set.  Raises FaceFedError when nginx ends by itself."""
     host, port = door.superlink_host, door.superlink_port
     while not stop.is_set():
-        if not superlink_is_healthy(host, port, tls):
+        if not is_healthy(host, port, ca=tls.ca, timeout_s=ANSWER_WITHIN_S):
             stop.wait(LOOK_EVERY_S)
             continue
         with tempfile.TemporaryDirectory(prefix="door-") as folder, FrontDoor(door, Path(folder)) as opened:

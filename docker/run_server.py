@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from common.runs import RUN_FILE, has_checkpoint, has_ended_well
+from common.events import RUN_FILE
+from common.runs import has_checkpoint, has_ended_well
 
 RUNS = Path("runs")
 

@@ -3,8 +3,6 @@
 Beside each of the last two models lie the strategy's moments, where it has any, so that a run can go on from there.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.checkpoints import read_flat, read_sealed, write_sealed, write_tensors
 from common.errors import CheckpointError
-from common.files import read_json, write_bytes, write_json
+from common.files import read_sealed_json, write_bytes, write_sealed_json
 from common.parameters import Manifest, buffer_sha256, views
 from common.runs import STATE_FILE
 from server.history import History
@@ -26,11 +24,6 @@ log = logging.getLogger("facefed.server")
 
 Buffer = NDArray[np.float32]
 EARLIER_STATE_FILE = "state.earlier.json"
-SEAL = "seal"  # the digest of everything else in a state
-
-
-def _seal(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class RunCheckpoints:
@@ -92,7 +85,7 @@ class RunCheckpoints:
         path = self._folder / STATE_FILE
         if path.exists():
             write_bytes(self._folder / EARLIER_STATE_FILE, path.read_bytes())
-        write_json(path, {**state, SEAL: _seal(state)})
+        write_sealed_json(path, state)
         self._best = [history.best_round, self._best[0]]
 
     def _write_scores(self, history: History) -> None:
@@ -130,10 +123,7 @@ class RunCheckpoints:
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """What `write_state` wrote.  Raises CheckpointError when it is damaged or of another model."""
-        state = read_json(path)
-        seal = state.pop(SEAL, None)
-        if seal is not None and seal != _seal(state):  # None: written before there were seals
-            raise CheckpointError(f"{path} is damaged: its content is not what was written.")
+        state = read_sealed_json(path)
         if state.get("manifest") != self._manifest.digest:
             raise CheckpointError(f"{path} is of another model; resume with the run's own settings.")
         return state

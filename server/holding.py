@@ -1,6 +1,5 @@
 """What two servers must not use at once: a run's folder, and the database of the SuperLink."""
 
-import fcntl
 import logging
 import sqlite3
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import InUse, lock
 
 LOCK = "lock"  # in the run's folder; beside the database it ends the database's name
 OF_FLOWER = "node"  # a table of each database of a SuperLink
@@ -25,11 +25,13 @@ def _held(path: Path, refusal: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror}; give another place.") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            without_locks = lock(file)
+        except InUse:
             raise UserError(refusal) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); see to it yourself that no other server uses it", path, error)
+        if without_locks:
+            log.warning(
+                "%s cannot be locked (%s); see to it yourself that no other server uses it", path, without_locks
+            )
         yield
 
 

@@ -9,13 +9,13 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 
-from common.ledger import RECEIVED_FILE, append_line, digest_of, parts_of
+from common.files import append_line
+from common.ledger import RECEIVED_FILE, parts_of, receipt_of, reply_line
 from common.settings import CLIENT_NAME
 from common.wire import CLIENT_FAILED, SITE, TASK
 from server.mailbox import Mailbox
@@ -40,7 +40,7 @@ class ReceiptMailbox:
         self._mailbox, self._path, self._run_id = mailbox, folder / RECEIVED_FILE, run_id
         self._sent: dict[str, Sent] = {}  # message id -> its task, while there is no reply
         self._names: dict[int, str] = {}  # node -> the name it joined with
-        self._receipts: dict[int, str] = {}  # node -> of its last reply, as clients.egress.RECEIPT
+        self._receipts: dict[int, str] = {}  # node -> of its last reply, as common.ledger.RECEIPT
         self._hasher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="receipts")
         self._at_work: Future[None] | None = None
 
@@ -99,18 +99,13 @@ class ReceiptMailbox:
                 name = content[SITE].get("name")
                 if isinstance(name, str) and CLIENT_NAME.fullmatch(name):
                     self._names[sent.node_id] = name
-        parts = parts_of(content)
-        num_bytes, sha256 = sum(part["num_bytes"] for part in parts), digest_of(parts)
-        self._receipts[sent.node_id] = f"{sent.kind} {sent.server_round} {num_bytes} {sha256}"
-        record = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "kind": "received",
-            "client": self._names.get(sent.node_id, ""),
-            "run": self._run_id,
-            "round": sent.server_round,
-            "answer_to": sent.kind,
-            "num_bytes": num_bytes,
-            "sha256": sha256,
-            "parts": parts,
-        }
-        append_line(self._path, record, synced=False)
+        line = reply_line(
+            "received",
+            client=self._names.get(sent.node_id, ""),
+            run=self._run_id,
+            server_round=sent.server_round,
+            answer_to=sent.kind,
+            parts=parts_of(content),
+        )
+        self._receipts[sent.node_id] = receipt_of(line)
+        append_line(self._path, line, synced=False)

@@ -10,12 +10,12 @@ from clients.site import SiteSettings
 from common import config
 from common.console import Follower, RunView, summary_lines, tracking_line
 from common.errors import CheckpointError, UserError
-from common.events import OUTCOME_FILE, EventReader
+from common.events import OUTCOME_FILE, RUN_FILE, EventReader
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
 from common.files import read_json
-from common.runs import CONFIG_FILE, RUN_FILE, new_run_folder, unfinished_run
+from common.runs import CONFIG_FILE, new_run_folder, unfinished_run
 from common.settings import Settings
 from common.tracking.address import with_absolute_tracking
 from server.public_set import open_public_set, with_absolute_public_set

@@ -11,7 +11,8 @@ from typing import Any
 
 from clients.egress import UNRECORDED
 from common.errors import UserError
-from common.ledger import PART_FIELDS, RECEIVED_FILE, digest_of, parts_of, read_lines
+from common.files import read_lines
+from common.ledger import PART_FIELDS, RECEIVED_FILE, digest_of, parts_of
 
 EQUAL, DIFFERS, UNCONFIRMED = "equal", "differs", "not confirmed"
 FIXED_WORDS = digest_of(parts_of(UNRECORDED))
@@ -106,10 +107,12 @@ def read_ledger(path: Path) -> Ledger:
     """A site's ledger or a server's record; damaged lines are told of and left out.  Raises UserError."""
     sent, received, problems = [], [], []
     try:
-        for line in read_lines(path):
-            entry = line.damage or _whole_entry(line.number, line.record or {})
+        for number, line in enumerate(read_lines(path), start=1):
+            if line.record is None and not line.damage:
+                continue  # it is empty
+            entry = line.damage or _whole_entry(number, line.record or {})
             if isinstance(entry, str):
-                problems.append(f"{path}, line {line.number} {entry}.")
+                problems.append(f"{path}, line {number} {entry}.")
             elif (line.record or {}).get("kind", "sent") == "sent":
                 sent.append(entry)
             else:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from common import config
 from common.errors import CheckpointError, UserError, unknown_name
+from common.events import RUN_FILE
 from common.files import read_json
 from common.settings import VITS, Settings
 from common.strategies import STRATEGIES
@@ -173,10 +174,10 @@ def find_model(settings: Settings, run: str, flag: str, address: str = "") -> Fo
 
 def _about(folder: Path) -> dict[str, Any]:
     """A run's run.json.  Raises CheckpointError."""
-    about = read_json(folder / "run.json")
+    about = read_json(folder / RUN_FILE)
     clients = about.get("clients", [])
     if not (isinstance(clients, list) and all(isinstance(name, str) for name in clients)):
-        raise CheckpointError(f"{folder / 'run.json'}: its clients are no list of names; it is not a file of ours.")
+        raise CheckpointError(f"{folder / RUN_FILE}: its clients are no list of names; it is not a file of ours.")
     return about
 
 
@@ -211,7 +212,7 @@ def _run_folder(settings: Settings, run: str, flag: str) -> Path:
         raise UserError(
             f"{flag}: there is no such run in {out}, nor a folder of that name; name one, or models:/NAME@champion."
         )
-    if not (folder / "run.json").is_file():
+    if not (folder / RUN_FILE).is_file():
         raise UserError(f"{flag}: {folder} has no run.json, so it is no run of ours; name a run folder.")
     return folder.resolve()
 
@@ -228,7 +229,7 @@ def _newest(search: Search, want: Wanted) -> FoundModel | None:
     out = Path(search.settings.run.out).expanduser()
     folders = sorted(out.iterdir(), key=lambda path: path.name, reverse=True) if out.is_dir() else []
     for folder in folders:
-        if not (folder / "run.json").is_file():
+        if not (folder / RUN_FILE).is_file():
             continue
         try:
             about = _about(folder)

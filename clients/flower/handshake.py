@@ -1,6 +1,5 @@
 """Speaks to the server before the SuperNode does, to tell apart what Flower reports alike or retries in silence."""
 
-import http.client
 import socket
 import ssl
 
@@ -82,4 +81,4 @@ def _shake_hands(host: str, port: int, context: ssl.SSLContext) -> None:
 
 def _answers_plain_text(host: str, port: int) -> bool:
     """Whether /health is there; a server with TLS answers a refusal at most."""
-    return is_healthy(http.client.HTTPConnection(host, port, timeout=WITHIN_S))
+    return is_healthy(host, port, timeout_s=WITHIN_S)

@@ -1,6 +1,5 @@
 """`flower-client`: keeps a site's SuperNode and trainer running, across runs and servers, until told to stop."""
 
-import fcntl
 import logging
 import re
 import subprocess
@@ -17,13 +16,13 @@ from clients.flower.trainer import Trainer, follow
 from clients.site import SiteSettings
 from common.certs import ClientFiles
 from common.errors import FaceFedError, InterruptedRun, UserError
-from common.events import LAST_TASK_FILE, SHOWN
+from common.events import LAST_TASK_FILE, RUN_FILE, SHOWN
+from common.files import InUse, lock
 from common.processes import can_connect, child_environment, free_port, start, stop
 
 log = logging.getLogger("facefed.client")
 
 SITE_FILE = "site"  # in the state folder: whose it is
-RUN_FILE = "run.json"  # of a run's folder
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 LOOK_EVERY_S, MISSES = 0.5, 3
 NODE = re.compile(r"SuperNode ID: (\d+)")
@@ -68,13 +67,8 @@ class Launch:
         Raises UserError when the server was never reached within the connect timeout or the state folder is in use;
         InterruptedRun when stopped; with `once` FaceFedError when the server goes in the middle of a run.
         """
-        with self._open_lock() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"--state-dir {self._site.state_dir} is in use by another flower-client; give each its own --name."
-                ) from None
+        with self._open_lock() as file:
+            self._hold(file)
             self._claim_folder()
             self._last_task().unlink(missing_ok=True)
             with Trainer(self._site, self._notice) as trainer:  # it imports torch while we wait for the server
@@ -88,6 +82,25 @@ class Launch:
             return (folder / "lock").open("w")
         except OSError as error:
             raise UserError(f"--state-dir {folder} cannot be written: {error.strerror}; choose another.") from None
+
+    def _hold(self, file: IO[str]) -> None:
+        """Keep other clients out of the state folder.  Raises UserError where another one is in it.
+
+        Where the file system has no locks it goes on, with a line: two clients of one folder have one name, and a
+        server lets one member of a name take part.
+        """
+        folder = self._site.state_dir
+        try:
+            without_locks = lock(file)
+        except InUse:
+            raise UserError(
+                f"--state-dir {folder} is in use by another flower-client; give each its own --name."
+            ) from None
+        if without_locks:
+            self._say(
+                f"--state-dir {folder} cannot be locked ({without_locks}); see to it yourself that no other"
+                " flower-client uses it"
+            )
 
     def _claim_folder(self) -> None:
         """Write the site's name into its state folder.  Raises UserError where the folder is another's."""

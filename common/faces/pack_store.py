@@ -11,11 +11,10 @@ Nothing here is pickled.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
+import math
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CheckpointError, DataError
+from common.files import InUse, bring_to_disk, lock, write_bytes
 
 FORMAT = 2  # 2: families of people
 MANIFEST, PICTURES, PERSON, SPLIT = "manifest.json", "pictures.npy", "person.npy", "split.npy"
@@ -48,11 +48,11 @@ def locked(cache_dir: Path, key: str) -> Iterator[None]:
     """
     with (cache_dir / f".{key}.lock").open("wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            without_locks = lock(file)
+        except InUse:
             logger.info("another process is packing these pictures; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
+            without_locks = lock(file, within_s=math.inf)
+        if without_locks:
             logger.warning("%s: the file system has no locks; two processes may pack the same pictures", cache_dir)
         _remove_stale(cache_dir, key)
         yield
@@ -65,9 +65,9 @@ def _remove_stale(cache_dir: Path, key: str) -> None:
         if other == key:
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        with (cache_dir / f".{other}.lock").open("wb") as file, contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+        with (cache_dir / f".{other}.lock").open("wb") as file, contextlib.suppress(InUse):
+            if lock(file) is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -83,9 +83,9 @@ def new_folder(cache_dir: Path, key: str, need_bytes: int) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        _sync(temporary)
+        bring_to_disk(temporary)
         _take_place(temporary, cache_dir / key)
-        _sync(cache_dir)
+        bring_to_disk(cache_dir)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -109,14 +109,6 @@ def _take_place(temporary: Path, folder: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         # another process was first and had the same key, so its pack holds the same
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_header(file: BinaryIO, num_pictures: int, image_size: int) -> None:
@@ -147,12 +139,9 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write manifest.json, the last file of a pack; every other file is on the disk before."""
     files = {}
     for name in (PICTURES, PERSON, SPLIT):
-        _sync(folder / name)
+        bring_to_disk(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "digest": digest(folder / name)}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **about, "files": files}, file, ensure_ascii=True)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(folder / MANIFEST, json.dumps({"format": FORMAT, **about, "files": files}).encode())
 
 
 def read_manifest(folder: Path, key: str) -> dict[str, Any]:

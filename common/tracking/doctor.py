@@ -4,22 +4,24 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import urllib.error
-import urllib.request
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+import httpx
+
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
+from common.files import InUse, lock
 from common.redact import shown_uri, without_password
 from common.runtime import SILENCE
 from common.settings import Settings
 from common.tracking.address import SERVERS, resolve_uri, sqlite_path
 from common.tracking.doctor_write import write_and_remove
 from common.tracking.sender import short_reason
-from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME, hold
+from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME
 from common.tracking.stores import check_backend, require_folder
 from common.tracking.sync import unsent
 from common.version import facefed_version
@@ -125,15 +127,15 @@ def _ask(url: str, host: str = "") -> tuple[int, bytes, str]:
     """Of a GET the status and the first bytes, or 0 and why there was no answer."""
     parts = urlsplit(url)  # a user name in it is MLflow's affair
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    request = urllib.request.Request(bare, headers={"Host": host} if host else {})  # noqa: S310 - http or https
+    trusted = ssl.create_default_context()  # with the authorities of this machine
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as answer:  # noqa: S310
-            return int(answer.status), answer.read(200), ""
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read(200), ""
-    except (OSError, ValueError) as error:
-        return 0, b"", short_reason(getattr(error, "reason", error) if isinstance(error, OSError) else error)
+        with (
+            httpx.Client(verify=trusted, follow_redirects=True, timeout=ANSWER_WITHIN_S) as client,
+            client.stream("GET", bare, headers={"Host": host} if host else {}) as answer,
+        ):
+            return answer.status_code, next(answer.iter_bytes(200), b""), ""
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        return 0, b"", short_reason(error)
 
 
 def _server_version(uri: str) -> Finding:
@@ -265,7 +267,7 @@ def _spools(out: Path) -> Finding:
 def _in_use(path: Path) -> bool:
     with path.open("rb") as file:
         try:
-            hold(file, path.parent, 0.0)
-        except TrackingError:
+            lock(file)
+        except InUse:
             return True
     return False

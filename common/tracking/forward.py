@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from common.tracking.lines import Line, read_whole_lines
-from common.tracking.spool import Sent, save_sent
+from common.files import Line
+from common.tracking.spool import Sent, read_whole_lines, save_sent
 
 _UPLOADS = ("artifact", "model")
 _COUNTED_AT_ONCE = 1000
@@ -77,7 +77,7 @@ class Forwarder:
         self._sent.offset = line.end
         save_sent(self._path.parent, self._sent)
         if is_taken:
-            count(line.entry or {})
+            count(line.record or {})
 
     def _upload(self, line: Line) -> bool:
         """Whether the server took it; raises when the server as a whole is away, for then the file is not at fault."""
@@ -111,15 +111,15 @@ def backlog(path: Path, sent: Sent) -> Backlog:
     while lines := read_whole_lines(path, offset, _COUNTED_AT_ONCE):
         offset = lines[-1].end
         num_files += sum(map(_is_upload, lines))
-        num_records += sum(line.entry is not None and not _is_upload(line) for line in lines)
+        num_records += sum(line.record is not None and not _is_upload(line) for line in lines)
     waiting = (read_whole_lines(path, begin, 1) for begin in sent.aside)
     num_bytes = sum(lines[0].end - lines[0].begin for lines in waiting if lines)
     return Backlog(num_records, num_files, num_bytes + max(0, path.stat().st_size - sent.offset))
 
 
 def _is_upload(line: Line) -> bool:
-    return line.entry is not None and line.entry.get("event") in _UPLOADS
+    return line.record is not None and line.record.get("event") in _UPLOADS
 
 
 def _entries(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    return [line.entry for line in lines if line.entry is not None]
+    return [line.record for line in lines if line.record is not None]

@@ -14,9 +14,8 @@ from pathlib import Path
 from common.errors import InterruptedRun
 from common.settings import TrackingSettings
 from common.tracking.connect import make_sender
-from common.tracking.kept import SavesFigure
 from common.tracking.record import TrackedRun
-from common.tracking.spool import Spool
+from common.tracking.spool import SavesFigure, Spool
 from common.tracking.tensorboard import OFF, Board
 
 __all__ = ["SavesFigure", "TrackedRun", "finishing", "open_run"]

@@ -144,7 +144,7 @@ class Sender:
                 continue
             if not lines:
                 return
-            corrupt = sum(line.is_corrupt for line in lines)
+            corrupt = sum(bool(line.damage) for line in lines)
             if corrupt:
                 _log.warning("Tracking: %d corrupt lines of %s are skipped.", corrupt, self._spool.path)
 

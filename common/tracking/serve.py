@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Final
 import psutil
 
 from common.errors import FaceFedError, TrackingError
-from common.processes import is_loopback, require_free_port, start, stop
+from common.processes import is_healthy, is_loopback, require_free_port, start, stop
 from common.redact import shown_uri, without_password
 from common.runtime import SILENCE
 from common.tracking.address import SERVERS, sqlite_path
@@ -89,7 +87,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
         environment={**given, **SILENCE, **own, **secret, "PYTHONUNBUFFERED": "1"},
         host=options.host,
         port=options.port,
-        address=f"http://{_local_name(options.host)}:{options.port}",
+        address=f"http://{_in_url(_asked_at(options.host))}:{options.port}",
         log=folder / "mlflow-server.log",
         notes=(
             f"runs and models: {shown_uri(backend)}",
@@ -157,9 +155,13 @@ def _plain(hosts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(host.replace("[[]", "[").removesuffix(":*") for host in hosts))
 
 
-def _local_name(host: str) -> str:
-    named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound
-    return f"[{named}]" if ":" in named else named
+def _asked_at(host: str) -> str:
+    """Where this machine reaches what listens there."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def auth_variables(folder: Path, given: Mapping[str, str]) -> tuple[dict[str, str], str]:
@@ -209,7 +211,7 @@ def serve(plan: ServerPlan, *, is_stopped: Callable[[], bool], on_ready: Callabl
         process = start(plan.command, environment=plan.environment, output=output)
     try:
         deadline = time.monotonic() + HEALTHY_WITHIN_S
-        while not is_stopped() and not is_healthy(plan.address):
+        while not is_stopped() and not is_healthy(_asked_at(plan.host), plan.port):
             _require_alive(process, plan, begin)
             if time.monotonic() > deadline:
                 raise FaceFedError(f"the MLflow server is not healthy after {HEALTHY_WITHIN_S:.0f} s; see {plan.log}.")
@@ -222,16 +224,6 @@ def serve(plan: ServerPlan, *, is_stopped: Callable[[], bool], on_ready: Callabl
             time.sleep(LOOK_EVERY_S)
     finally:
         stop(process)
-
-
-def is_healthy(address: str) -> bool:
-    """Whether a server says so under /health; no proxy is asked on the way."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{address}/health", timeout=5.0) as answer:
-            return bool(answer.status == 200)
-    except (OSError, ValueError, urllib.error.URLError):
-        return False
 
 
 def _require_alive(process: "subprocess.Popen[bytes]", plan: ServerPlan, begin: int) -> None:

@@ -1,26 +1,27 @@
 """The local record of a run: every metric and event is a line of `spool.jsonl` before anything is sent anywhere.
 
-`common.tracking.lines` says what a line holds.  `spool.sent.json` says how many bytes of the spool the tracking server
-has, and which lines before that wait aside.
+A line is JSON with "time_ms" (wall clock), "run" ("" for the run itself, else the name of a nested run), and either
+"key", "value", "step" (a metric) or "event" and its fields.  JSON has no NaN: non-finite values are the texts "nan",
+"inf", "-inf", which `float()` reads back.  `spool.sent.json` says how many bytes of the spool the tracking server has,
+and which lines before that wait aside.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol
 
 from common.errors import TrackingError
-from common.tracking.kept import bring_to_disk
-from common.tracking.lines import read_lines
+from common.files import InUse, Line, bring_to_disk, lock, read_lines, replacing
 
 SPOOL_NAME = "spool.jsonl"
 SENT_NAME = "spool.sent.json"
@@ -160,30 +161,103 @@ def hold(file: BinaryIO, folder: Path, within_s: float) -> None:
 
     Raises TrackingError when another process keeps it for longer than `within_s`.
     """
-    deadline = time.monotonic() + within_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise TrackingError(
-                    f"{folder} is in use by a run or a `facefed tracking sync` that has not ended; wait for it."
-                ) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return
-        else:
-            return
+    try:
+        without_locks = lock(file, within_s)
+    except InUse:
+        raise TrackingError(
+            f"{folder} is in use by a run or a `facefed tracking sync` that has not ended; wait for it."
+        ) from None
+    if without_locks:
+        _log.warning(
+            "Tracking: %s cannot be locked (%s); see to it yourself that no other program records or sends this run.",
+            folder,
+            without_locks,
+        )
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+# What each event must hold; a line without it is corrupt.
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "start": {"experiment": str, "name": str, "tags": dict, "params": dict},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "dataset": {"name": str, "digest": str, "context": str, "profile": dict},
+    "artifact": {"file": str, "name": str},
+    "model": {"model_key": str, "name": str, "folder": str, "step": int, "tags": dict, "metrics": list, "people": str},
+    "finish": {"status": str},
+}
+
+
+def metric_line(run: str, key: str, value: float, step: int, time_ms: int) -> bytes:
+    """One metric as a line of the spool."""
+    shown: float | str = value if math.isfinite(value) else str(value)
+    return _line({"time_ms": time_ms, "run": run, "key": key, "value": shown, "step": step})
+
+
+def event_line(run: str, event: str, time_ms: int, fields: Mapping[str, object]) -> bytes:
+    """One event ("start", "params", "tags", "artifact", "finish", ...) as a line of the spool."""
+    return _line({"time_ms": time_ms, "run": run, "event": event, **fields})
+
+
+def _line(entry: Mapping[str, object]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def read_whole_lines(path: Path, begin: int, most: int) -> list[Line]:
+    """The lines from byte `begin` on, until `most` of them hold an entry; the last, being written, is left out.
+
+    An entry is a record with all that it must hold; any other is damaged.
+    """
+    lines: list[Line] = []
+    num_entries = 0
+    for line in read_lines(path, begin):
+        if num_entries >= most or not line.is_whole:  # being written, or torn: not ours yet
+            break
+        checked = (
+            line if line.record is None or _is_entry(line.record) else line._replace(record=None, damage="is no entry")
+        )
+        lines.append(checked)
+        num_entries += checked.record is not None
+    return lines
+
+
+def read_entries(path: Path, begin: int, most: int) -> tuple[list[dict[str, Any]], int, int]:
+    """At most `most` whole entries from byte `begin` on: (entries, offset behind them, number of corrupt lines)."""
+    lines = read_whole_lines(path, begin, most)
+    entries = [line.record for line in lines if line.record is not None]
+    return entries, lines[-1].end if lines else begin, sum(bool(line.damage) for line in lines)
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether it has what it must; its numbers become such."""
+    try:
+        entry["time_ms"] = int(entry["time_ms"])
+        if "event" not in entry:
+            entry["value"] = float(entry["value"])
+            entry["step"] = int(entry["step"])
+            return _has(entry, {"run": str, "key": str})
+        return _has(entry, {"run": str, **_FIELDS.get(entry["event"], {})})
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return False
+
+
+def _has(entry: Mapping[str, object], fields: Mapping[str, type]) -> bool:
+    return all(isinstance(entry.get(name), kind) for name, kind in fields.items())
 
 
 def entries_of(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole entry of a spool."""
     offset = 0
     while True:
-        entries, offset, _ = read_lines(path, offset, _ENTRIES_AT_ONCE)
+        entries, offset, _ = read_entries(path, offset, _ENTRIES_AT_ONCE)
         yield from entries
         if len(entries) < _ENTRIES_AT_ONCE:
             return
+
+
+# -- what the server has -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -256,7 +330,46 @@ def _key_of(path: Path) -> str:
 
 def save_sent(folder: Path, sent: Sent) -> None:
     """Replace the note atomically; losing it (the disk is full) costs a repeated sending, which adds nothing."""
-    part = folder / f"{SENT_NAME}.part"
-    with contextlib.suppress(OSError):
-        part.write_text(json.dumps(dataclasses.asdict(sent)), encoding="utf-8")
-        part.replace(folder / SENT_NAME)
+    with contextlib.suppress(OSError), replacing(folder / SENT_NAME, synced=False) as aside:
+        aside.write_text(json.dumps(dataclasses.asdict(sent)), encoding="utf-8")
+
+
+# -- files beside the spool --------------------------------------------------------------------------------------------
+
+
+class SavesFigure(Protocol):
+    """What a matplotlib Figure offers; matplotlib itself stays in common.plots."""
+
+    def savefig(self, fname: Path, *, format: str) -> None:  # noqa: A002 - matplotlib's word
+        """Write the picture."""
+
+
+class KeptFiles:
+    """Writes artifacts of a run or a nested run into its folder: whole, and on the disk before the record says so."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """name: "" for the run itself, else the nested run's."""
+        self._folder = folder
+        self._name = name
+        self.missing: dict[str, None] = {}  # names that could not be written, in that order
+
+    def place(self, name: str) -> Path:
+        """Where an artifact lies in the run's folder; a nested run's in a folder of its name, plots/celeba/roc.png."""
+        target = PurePosixPath(name)
+        if target.is_absolute() or ".." in target.parts:
+            raise ValueError(f"artifact name {name!r} leaves the run's folder")
+        return self._folder / target.parent / self._name / target.name
+
+    def write(self, name: str, write: Callable[[Path], object]) -> bool:
+        """Have `write` make the artifact at a path that it gets; False, with one warning, when the disk is full."""
+        path = self.place(name)
+        try:
+            with replacing(path) as aside:
+                write(aside)
+        except OSError as error:
+            if not self.missing:
+                _log.warning("Tracking: %s cannot be written (%s); the run goes on without it.", path, error)
+            self.missing[name] = None
+            return False
+        self.missing.pop(name, None)
+        return True

@@ -18,9 +18,8 @@ from common.tracking.address import resolve_uri
 from common.tracking.connect import open_delivery
 from common.tracking.delivery import Delivery, quieten
 from common.tracking.forward import Forwarder, backlog
-from common.tracking.lines import read_lines
 from common.tracking.sender import LINES_PER_BATCH, StartOver, short_reason
-from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold, load_sent, save_sent
+from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold, load_sent, read_entries, save_sent
 
 _HIDDEN = "***@"  # what `shown_uri` puts for a user name and password
 
@@ -208,7 +207,7 @@ def _num_corrupt(path: Path) -> int:
     """Damaged lines, and a last line that was cut short."""
     total, offset = 0, 0
     while True:
-        _, after, corrupt = read_lines(path, offset, LINES_PER_BATCH)
+        _, after, corrupt = read_entries(path, offset, LINES_PER_BATCH)
         total += corrupt
         if after == offset:
             return total + (offset < path.stat().st_size)

@@ -1,9 +1,7 @@
 """The SuperLink of a run: how it is started, reached, asked and spoken to, in plain text or with TLS."""
 
-import http.client
 import json
 import secrets
-import ssl
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from common.processes import child_environment, is_healthy, write_new
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
+HEALTHY_WITHIN_S = 2.0
 # In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted,
 # a mark that the ServerApp has ended.
 SECRET, RUN_ID, ADMITTED, APP_ENDED = "superexec.key", "run-id", "admitted", "app-ended"
@@ -84,13 +83,8 @@ class Superlink:
 
     def answers(self) -> bool:
         """Whether it is up."""
-        return is_healthy(self._connection())
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if not self.tls:
-            return http.client.HTTPConnection(self._local_host, self.port, timeout=2)
-        context = ssl.create_default_context(cafile=str(self.tls.ca))
-        return http.client.HTTPSConnection(self._local_host, self.port, timeout=2, context=context)
+        ca = self.tls.ca if self.tls else None
+        return is_healthy(self._local_host, self.port, ca=ca, timeout_s=HEALTHY_WITHIN_S)
 
     def write_connection(self) -> None:
         """Tell Flower's command line, in this run's own home, how to reach it."""

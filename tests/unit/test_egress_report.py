@@ -15,7 +15,8 @@ from clients.egress import UNRECORDED, Asked, record_egress, record_receipt
 from common import wire
 from common.codec import encode
 from common.errors import UserError
-from common.ledger import append_line, digest_of, parts_of
+from common.files import append_line
+from common.ledger import digest_of, parts_of
 from common.parameters import flatten
 from server.receipts import ReceiptMailbox
 from simulation.cli import main

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from faces_on_disk import make_folder
 
+from common import files
 from common.errors import CheckpointError, DataError
 from common.faces import pack, pack_store
 from common.faces.pack import FacePack, load_pack, open_pack
@@ -200,7 +201,7 @@ def test_without_locks_the_rename_decides(folder: Path, monkeypatch: pytest.Monk
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(pack_store.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     monkeypatch.setattr(pack_store, "_remove_stale", lambda *_: None)
     monkeypatch.setattr(pack, "scan", overtaken)
     found = opened(folder)

@@ -26,7 +26,7 @@ from common.faces.pack import load_pack
 from common.files import read_json
 from common.models.pretrained import load_pretrained
 from common.tracking.exported import CONFIG, NotPlain, read_exported
-from common.tracking.lines import read_lines
+from common.tracking.spool import read_entries
 from common.tracking.wandb_file import read_records
 from server.checkpointing import RunCheckpoints
 from server.history import RoundRecord
@@ -277,7 +277,7 @@ def test_settings_records_and_offline_runs(evil, tmp_path):
     for name in ("config.toml", "metrics.json"):
         with pytest.raises(FaceFedError):
             config.load(evil(tmp_path / name))
-    assert read_lines(evil(tmp_path / "spool.jsonl"), 0, 10)[0] == []
+    assert read_entries(evil(tmp_path / "spool.jsonl"), 0, 10)[0] == []
     with pytest.raises(FaceFedError):
         list(read_records(evil(tmp_path / "run-x.wandb")))
 

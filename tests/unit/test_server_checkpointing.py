@@ -76,7 +76,7 @@ def test_a_strategy_without_moments_writes_no_file_of_them(tmp_path):
         checkpoints.load_moments(1, buffer_sha256(model_of(1)))
 
 
-@pytest.mark.parametrize("breaks", ["write_tensors", "write_json"])
+@pytest.mark.parametrize("breaks", ["write_tensors", "write_sealed_json"])
 def test_a_crash_while_saving_leaves_the_earlier_round_whole(tmp_path, monkeypatch, breaks):
     checkpoints = saved(tmp_path, 4)
 

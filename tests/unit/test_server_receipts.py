@@ -8,9 +8,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from tiny_federation import MANIFEST, ScriptedMailbox, client, federation_over, reply_to, settings_with
 
-from clients.egress import RECEIPT
 from common import wire
-from common.ledger import digest_of, parts_of
+from common.ledger import RECEIPT, digest_of, parts_of
 from common.wire import Task
 from server.receipts import ReceiptMailbox
 

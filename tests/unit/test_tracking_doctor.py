@@ -13,8 +13,7 @@ from common import config
 from common.runtime import SILENCE, go_silent
 from common.settings import Settings
 from common.tracking import doctor
-from common.tracking.lines import metric_line
-from common.tracking.spool import Sent, Spool, save_sent
+from common.tracking.spool import Sent, Spool, metric_line, save_sent
 from simulation import cli
 
 

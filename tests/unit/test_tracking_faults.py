@@ -17,9 +17,8 @@ from common.runs import RunKind, begin_tracking
 from common.settings import Settings, TrackingSettings
 from common.tracking import sender as sender_module
 from common.tracking import spool as spool_module
-from common.tracking.lines import metric_line, read_lines
 from common.tracking.run import open_run
-from common.tracking.spool import SENT_NAME, Spool, load_sent
+from common.tracking.spool import SENT_NAME, Spool, load_sent, metric_line, read_entries
 from common.tracking.sync import sync_run, unsent
 from tests.unit.fake_mlflow import FakeMlflow
 
@@ -114,8 +113,9 @@ def test_a_disk_that_fills_is_told_once_while_there_is_room(tmp_path, monkeypatc
 
 def test_a_note_that_a_full_disk_cuts_off_blames_no_server(server, tmp_path, caplog):
     run = _open(server.uri, tmp_path / "r")
-    (tmp_path / "r" / f"{SENT_NAME}.part").unlink(missing_ok=True)
-    (tmp_path / "r" / f"{SENT_NAME}.part").mkdir()  # cannot be written
+    aside = tmp_path / "r" / f".{SENT_NAME}.{os.getpid()}.tmp"
+    aside.unlink(missing_ok=True)
+    aside.mkdir()  # cannot be written
     _log(run, range(5))
     run.finish("FINISHED")
     assert not caplog.records
@@ -190,8 +190,8 @@ def test_a_disk_that_is_full_in_the_middle_costs_two_lines_and_the_record_says_w
     ]
     assert {path.name for path in tmp_path.rglob("*.txt")} == {"small.txt", "late.txt", "big.txt"}
     assert not (tmp_path / "big.txt").exists()
-    assert not list(tmp_path.rglob("*.part"))
-    entries, end, corrupt = read_lines(tmp_path / "spool.jsonl", 0, 10_000)
+    assert not list(tmp_path.rglob("*.tmp"))
+    entries, end, corrupt = read_entries(tmp_path / "spool.jsonl", 0, 10_000)
     assert end == (tmp_path / "spool.jsonl").stat().st_size
     assert corrupt == 1  # the line at which the disk was full
     num_metrics = sum("key" in entry for entry in entries)

@@ -76,7 +76,7 @@ def test_figures_and_files_are_kept_in_the_folder(run, tmp_path):
         "given/outside.toml": "given/outside.toml",
         "config.toml": "config.toml",
     }
-    assert not list(run.folder.rglob("*.part"))
+    assert not list(run.folder.rglob("*.tmp"))
 
 
 class FullDiskPicture:

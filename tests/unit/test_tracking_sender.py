@@ -7,9 +7,8 @@ import time
 import pytest
 
 from common.tracking import sender as sender_module
-from common.tracking.lines import event_line, metric_line
 from common.tracking.sender import Sender
-from common.tracking.spool import Sent, Spool, load_sent
+from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line
 
 URI = "http://me:secret@server:5000"
 

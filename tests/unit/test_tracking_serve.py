@@ -261,7 +261,7 @@ def test_a_real_server_from_start_to_end(served, tmp_path):
     assert served.end(signal.SIGTERM) == EXIT_INTERRUPTED
     assert not [child for child in served.children if child.is_running()]
     assert len(served.children) == 2
-    assert not serve.is_healthy(f"http://127.0.0.1:{served.port}")
+    assert not serve.is_healthy("127.0.0.1", served.port)
     assert "Traceback" not in served.text
 
 

@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from common.tracking.lines import event_line, metric_line, read_lines
-from common.tracking.spool import Sent, Spool, load_sent, save_sent
+from common.tracking.spool import Sent, Spool, event_line, load_sent, metric_line, read_entries, save_sent
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def test_each_value_is_valid_json_and_comes_back(spool, value):
     line = metric_line("celeba", "val_auc", value, 7, 1234)
     _strict(line)
     spool.append(line)
-    entries, offset, corrupt = read_lines(spool.path, 0, 10)
+    entries, offset, corrupt = read_entries(spool.path, 0, 10)
     assert corrupt == 0
     assert offset == spool.size
     back = entries[0]
@@ -47,11 +46,11 @@ def test_a_line_is_in_the_file_at_once(spool):
 def test_lines_are_read_in_portions(spool):
     for step in range(5):
         spool.append(metric_line("", "loss", 1.0, step, 1))
-    first, offset, _ = read_lines(spool.path, 0, 3)
-    rest, end, _ = read_lines(spool.path, offset, 3)
+    first, offset, _ = read_entries(spool.path, 0, 3)
+    rest, end, _ = read_entries(spool.path, offset, 3)
     assert [entry["step"] for entry in first + rest] == [0, 1, 2, 3, 4]
     assert end == spool.size
-    assert read_lines(spool.path, end, 3) == ([], end, 0)
+    assert read_entries(spool.path, end, 3) == ([], end, 0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_lines_are_read_in_portions(spool):
 )
 def test_a_corrupt_line_is_skipped_and_counted(spool, line):
     spool.append(metric_line("", "a", 1.0, 0, 1) + line + metric_line("", "a", 2.0, 1, 1))
-    entries, offset, corrupt = read_lines(spool.path, 0, 10)
+    entries, offset, corrupt = read_entries(spool.path, 0, 10)
     assert [entry["value"] for entry in entries] == [1.0, 2.0]
     assert corrupt == 1
     assert offset == spool.size
@@ -76,11 +75,11 @@ def test_a_corrupt_line_is_skipped_and_counted(spool, line):
 def test_a_line_cut_short_by_a_kill_does_not_swallow_the_next(tmp_path):
     whole = metric_line("", "a", 1.0, 0, 1)
     (tmp_path / "spool.jsonl").write_bytes(whole + whole[: len(whole) // 2])
-    assert len(read_lines(tmp_path / "spool.jsonl", 0, 10)[0]) == 1
+    assert len(read_entries(tmp_path / "spool.jsonl", 0, 10)[0]) == 1
     spool = Spool(tmp_path)
     spool.append(metric_line("", "a", 2.0, 1, 1))
     spool.close()
-    entries, _, corrupt = read_lines(spool.path, 0, 10)
+    entries, _, corrupt = read_entries(spool.path, 0, 10)
     assert [entry["value"] for entry in entries] == [1.0, 2.0]
     assert corrupt == 1
 
@@ -106,10 +105,10 @@ def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path):
     path = tmp_path / "spool.jsonl"
     first, second = metric_line("", "a", 1.0, 0, 1), metric_line("", "a", 2.0, 1, 1)
     path.write_bytes(first + second[:20])
-    entries, offset, corrupt = read_lines(path, 0, 10)
+    entries, offset, corrupt = read_entries(path, 0, 10)
     assert ([entry["value"] for entry in entries], offset, corrupt) == ([1.0], len(first), 0)
     path.write_bytes(first + second)
-    entries, offset, corrupt = read_lines(path, offset, 10)
+    entries, offset, corrupt = read_entries(path, offset, 10)
     assert ([entry["value"] for entry in entries], offset, corrupt) == ([2.0], len(first + second), 0)
 
 
@@ -126,7 +125,7 @@ def test_a_full_disk_warns_once_and_the_spool_stays_readable(tmp_path, caplog):
     disk.room = 10_000
     spool.append(metric_line("", "a", 4.0, 3, 1))
     spool.close()
-    entries, offset, corrupt = read_lines(spool.path, 0, 10)
+    entries, offset, corrupt = read_entries(spool.path, 0, 10)
     assert [entry["value"] for entry in entries] == [1.0, 4.0]
     assert corrupt == 1
     assert offset == spool.path.stat().st_size == spool.size

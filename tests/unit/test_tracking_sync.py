@@ -15,9 +15,8 @@ import pytest
 from common.errors import FaceFedError, TrackingError
 from common.settings import TrackingSettings
 from common.tracking import sync as sync_module
-from common.tracking.lines import metric_line
 from common.tracking.run import open_run
-from common.tracking.spool import SENT_NAME, Spool, load_sent
+from common.tracking.spool import SENT_NAME, Spool, load_sent, metric_line
 from common.tracking.sync import ServerUnusable, sync_run, sync_runs, unsent
 from tests.unit.fake_mlflow import FakeMlflow
 
