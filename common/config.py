@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, unknown_name
-from common.settings import VITS, ModelSettings, Settings
+from common.models.table import ATTENTIONS, BACKBONES, HEADS, VITS
+from common.settings import ModelSettings, Settings
 from common.strategies import STRATEGIES
 
 # Settings that name a row of a table, which says what they may be.
-TABLES: Mapping[str, Collection[str]] = {"federation.strategy": STRATEGIES}
+TABLES: Mapping[str, Collection[str]] = {
+    "federation.strategy": STRATEGIES,
+    "model.backbone": BACKBONES,
+    "model.attention": ATTENTIONS,
+    "model.head": HEADS,
+}
 # What a study may vary: the trainings of a study share their data, people and machine.
 STUDIED_SECTIONS = ("augmentation", "model", "training", "twins")
 # What would give the variants of an ablation different budgets, or no training of their own.
@@ -118,12 +124,12 @@ def _conflicts(settings: Settings) -> list[str]:
 def _attention_conflicts(model: ModelSettings) -> list[str]:
     """What branches a backbone can have, and which of them can embed."""
     problems = []
-    if model.attention != "sa" and model.backbone not in VITS:
+    if model.attention != "sa" and not BACKBONES[model.backbone].is_vit:
         problems.append(
             f'model.attention = "{model.attention}" needs a ViT, and model.backbone = "{model.backbone}" is none; use'
             f' "sa", or one of {", ".join(VITS)}.'
         )
-    if model.inference != "sa" and model.attention not in ("glca", "dcal"):
+    if model.inference != "sa" and "glca" not in ATTENTIONS[model.attention]:
         problems.append(
             f'model.inference = "{model.inference}" needs a GLCA branch, and model.attention = "{model.attention}" has'
             ' none; use "glca" or "dcal", or model.inference = "sa".'
@@ -134,17 +140,17 @@ def _attention_conflicts(model: ModelSettings) -> list[str]:
 def _patch_conflicts(settings: Settings) -> list[str]:
     """A ViT cuts the picture into whole patches; given weights are made for theirs."""
     model, size, patch = settings.model, settings.data.image_size, settings.model.patch_size
-    problems = []
-    if model.backbone in VITS and size % patch:
+    row, problems = BACKBONES[model.backbone], []
+    if row.is_vit and size % patch:
         nearest = max(patch, patch * round(size / patch))
         problems.append(
             f"data.image_size = {size} is not divisible by model.patch_size = {patch}; use {nearest} px, or another"
             " patch size."
         )
-    if model.backbone == "vit_base" and model.pretrained == "imagenet" and (patch, model.depth) != (16, 12):
+    if model.pretrained == "imagenet" and row.imagenet_blocks not in (None, (patch, model.depth)):
         problems.append(
-            f"model.patch_size = {patch} and model.depth = {model.depth}: vit_base's ImageNet weights are for 16 and"
-            ' 12; use those, or model.pretrained = "none".'
+            f"model.patch_size = {patch} and model.depth = {model.depth}: {row.name}'s ImageNet weights are for"
+            f' {" and ".join(map(str, row.imagenet_blocks or ()))}; use those, or model.pretrained = "none".'
         )
     return problems
 

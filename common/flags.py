@@ -4,12 +4,13 @@ Only the standard library is imported, so that `--help` answers at once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import config
 from common.errors import ConfigError
+from common.models.table import BACKBONES, HEADS
 from common.runtime import tracking_uri_of_environment
 from common.settings import Settings
 from common.strategies import STRATEGIES
@@ -24,6 +25,12 @@ class Flag:
     key: str
     metavar: str
     help: str
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Names as a choice to read: "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 FLAGS: tuple[Flag, ...] = (
@@ -48,9 +55,9 @@ FLAGS: tuple[Flag, ...] = (
         section="model",
         key="backbone",
         metavar="NAME",
-        help="resnet18, resnet50, mobilenet_v2 or cnn",
+        help=one_of(BACKBONES),
     ),
-    Flag(names=("--head",), section="model", key="head", metavar="NAME", help="softmax, cosface or arcface"),
+    Flag(names=("--head",), section="model", key="head", metavar="NAME", help=one_of(HEADS)),
     Flag(names=("--lr",), section="training", key="lr", metavar="RATE", help="highest learning rate"),
     Flag(names=("--batch-size",), section="training", key="batch_size", metavar="N", help="pictures in a batch"),
     Flag(

@@ -19,9 +19,10 @@ from common.errors import CheckpointError, UserError
 from common.faces.batches import num_batches
 from common.files import read_json, write_json
 from common.models.recogniser import Recogniser, build_recogniser
+from common.models.table import BACKBONES
 from common.optimiser import flat, make_optimiser, settle
 from common.runtime import machine_digest
-from common.settings import VITS, Settings
+from common.settings import Settings
 
 TRIAL_BATCH = 16
 TRIAL_PEOPLE = 64
@@ -159,7 +160,7 @@ def _trial_key(settings: Settings, device: str, threads: int) -> str:
         for part in (
             machine_digest(), torch.__version__, device, threads, model.backbone, model.width, model.embedding_size,
             data.image_size, settings.training.precision, settings.training.memory_format,
-            *((model.patch_size, model.depth, model.attention) if model.backbone in VITS else ()),
+            *((model.patch_size, model.depth, model.attention) if BACKBONES[model.backbone].is_vit else ()),
         )
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Every run setting, with its default and its allowed range: they stand here and nowhere else.
 
-What names a row of a table (a strategy) may be any of that table, which `common.config` knows.
+What names a row of a table (a strategy, a backbone) may be any of that table, which `common.config` knows.
 """
 
 import dataclasses
@@ -9,11 +9,7 @@ from typing import Any
 
 from common.redact import shown_uri
 
-VITS = ("vit_tiny", "vit_small", "vit_base")
-BACKBONES = ("resnet18", "resnet50", "mobilenet_v2", "cnn", *VITS)
-ATTENTIONS = ("sa", "glca", "pwca", "dcal")
 INFERENCES = ("sa", "glca", "both")
-HEADS = ("softmax", "cosface", "arcface")
 ALIGNMENTS = ("landmarks", "box", "resize")
 # A client's name is shown on terminals and becomes part of folders, tags and metrics.
 CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
@@ -77,10 +73,10 @@ class AugmentationSettings:
 class ModelSettings:
     """[model]: backbone (picture -> embedding) and head (embedding -> logits)."""
 
-    backbone: str = setting("resnet18", choices=BACKBONES)
+    backbone: str = setting("resnet18")  # a row of common/models/table.py, as the head and the attention
     width: float = setting(1.0, low=0.125, high=2.0)  # fraction of the channels of every layer
     embedding_size: int = setting(512, low=8, high=4096)
-    head: str = setting("cosface", choices=HEADS)
+    head: str = setting("cosface")
     head_scale: float = setting(30.0, above=0.0)
     head_margin: float = setting(0.35, low=0.0, high=1.5)  # cosface: cosine; arcface: radians; softmax: none
     dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
@@ -88,7 +84,7 @@ class ModelSettings:
     normalisation: str = setting("shared", choices=("shared", "private"))
     patch_size: int = setting(16, low=2, high=64)  # px, of a ViT
     depth: int = setting(12, low=1, high=64)  # blocks of a ViT
-    attention: str = setting("sa", choices=ATTENTIONS)  # a ViT's branches in training; dcal: all three
+    attention: str = setting("sa")  # a ViT's branches in training; dcal: all three
     glca_fraction: float = setting(0.1, above=0.0, high=1.0)  # R: the patches that GLCA asks with
     inference: str = setting("sa", choices=INFERENCES)  # which branch of a ViT embeds; both: side by side
 

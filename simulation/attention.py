@@ -17,12 +17,12 @@ from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
 from common.files import read_json, write_bytes
-from common.models.attention import AttentionMaps, attention_of, joined
+from common.models.dcal import AttentionMaps, VitBackbone, attention_of, joined
 from common.models.recogniser import EmbeddingModel
-from common.models.vit_backbone import VitBackbone
+from common.models.table import BACKBONES, VITS
 from common.plots.attention import MOST_PICTURES, attention_maps
 from common.plots.style import shorten
-from common.settings import VITS, Settings
+from common.settings import Settings
 from common.tracking.address import with_absolute_tracking
 from simulation.found_models import FoundModel, find_model
 from simulation.ready_models import ModelFiles
@@ -66,7 +66,7 @@ def show_attention(settings: Settings, request: AttentionRequest, out: TextIO) -
     settings, address = with_absolute_tracking(settings, request.address or settings.tracking.uri, Path.cwd())
     found = find_model(settings, request.model, f"--model {request.model}", address)
     model = found.settings.model
-    if model.backbone not in VITS:
+    if not BACKBONES[model.backbone].is_vit:
         raise UserError(
             f"--model {request.model}: {model.backbone} has no attention to show; name a model of {', '.join(VITS)}."
         )

@@ -25,9 +25,8 @@ from common.faces.batches import to_float
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.files import read_json, write_json
-from common.models.attention import attention_of
+from common.models.dcal import VitBackbone, attention_of
 from common.models.recogniser import EmbeddingModel
-from common.models.vit_backbone import VitBackbone
 from common.plots.attention import attention_maps
 from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head

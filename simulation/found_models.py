@@ -14,7 +14,8 @@ from common import config
 from common.errors import CheckpointError, UserError, unknown_name
 from common.events import RUN_FILE
 from common.files import read_json
-from common.settings import VITS, Settings
+from common.models.table import ATTENTIONS, BACKBONES
+from common.settings import Settings
 from common.strategies import STRATEGIES
 from common.tracking.models import Registered, find_registered, read_registered
 
@@ -355,11 +356,11 @@ def _architecture(settings: Settings) -> dict[str, object]:
     """
     model = settings.model
     found: dict[str, object] = {"model.width": model.width, "model.embedding_size": model.embedding_size}
-    if model.backbone in VITS:
+    if BACKBONES[model.backbone].is_vit:
         names = ("patch_size", "depth", "attention", "inference")
         found |= {f"model.{name}": getattr(model, name) for name in names}
         found["data.image_size"] = settings.data.image_size
-        if model.attention in ("glca", "dcal"):
+        if "glca" in ATTENTIONS[model.attention]:
             found["model.glca_fraction"] = model.glca_fraction
     return found
 

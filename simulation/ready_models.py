@@ -18,8 +18,8 @@ from common.checkpoints import read_tensors
 from common.errors import CheckpointError, UserError
 from common.faces.pack import FacePack
 from common.models.backbone import Backbone
+from common.models.dcal import VitBackbone
 from common.models.recogniser import Recogniser, build_recogniser, for_people, private_names, shared_names
-from common.models.vit_backbone import VitBackbone
 from common.tracking.models import load_state
 from simulation.found_models import FoundModel
 

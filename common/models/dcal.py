@@ -1,4 +1,4 @@
-"""Dual cross-attention learning (DCAL, arXiv:2205.02151): attention rollout, GLCA and PWCA, and who is whose partner.
+"""The backbone of a ViT, with the branches of dual cross-attention learning (DCAL, arXiv:2205.02151); where it looks.
 
 GLCA (global-local cross-attention): the patches that the class token looks at most ask all tokens once more, with
 weights of their own. PWCA (pair-wise cross-attention): a picture also sees the keys and values of another one, in
@@ -6,12 +6,14 @@ training only and with the weights of self-attention (SA).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.models.vit import Block
+from common.models.table import ATTENTIONS
+from common.models.vit import Block, VitTrunk, attention_maps
 
 Partners = Callable[[Tensor, torch.Generator], Tensor]  # labels [B], stream -> the partner of each picture, [B] int64
 
@@ -113,3 +115,182 @@ def random_partners(labels: Tensor, stream: torch.Generator) -> Tensor:
     partners = torch.empty_like(order)
     partners[order] = order.roll(1)
     return partners.to(labels.device)
+
+
+class Closing(nn.Module):
+    """dropout -> linear -> batch normalisation without learned scale and shift, as behind the other trunks."""
+
+    def __init__(self, num_features: int, embedding_size: int, dropout: float) -> None:
+        """dropout: probability, before the linear layer."""
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(num_features, embedding_size, bias=False)
+        self.normalisation = nn.BatchNorm1d(embedding_size, affine=False)
+        nn.init.normal_(self.linear.weight, std=(3 * num_features) ** -0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [B, num_features].  Returns the raw embedding [B, D]; B > 1 while training."""
+        embedding: Tensor = self.normalisation(self.linear(self.dropout(features)))
+        return embedding
+
+    def distracted(self, features: Tensor) -> Tensor:
+        """The same with the batch's own statistics, which are not gathered: inference never sees such features."""
+        raw = self.linear(self.dropout(features))
+        return F.batch_norm(raw, None, None, training=True, eps=self.normalisation.eps)
+
+
+class VitBackbone(nn.Module):
+    """trunk -> class token -> embedding of self-attention (SA); with GLCA, a second embedding of the same size.
+
+    PWCA has no tensors of its own: a backbone trained with it is that of plain self-attention. All tensors, GLCA's
+    included, are the backbone's and so may be shared between clients; heads and loss weights are not.
+    """
+
+    def __init__(  # sizes and what the settings say
+        self,
+        trunk: VitTrunk,
+        *,
+        embedding_size: int,
+        dropout: float,
+        attention: str,
+        inference: str,
+        glca_fraction: float,
+    ) -> None:
+        """attention: sa, glca, pwca or dcal.  inference: sa, glca or both (the last two with GLCA only)."""
+        super().__init__()
+        self.branches = ATTENTIONS[attention]
+        self.inference = inference
+        self.trunk = trunk
+        self.closing = Closing(trunk.num_features, embedding_size, dropout)
+        self.glca: GlobalLocal | None = None
+        self.glca_closing: Closing | None = None
+        if "glca" in self.branches:
+            self.glca = GlobalLocal(trunk.num_features, trunk.num_heads, glca_fraction)
+            self.glca_closing = Closing(self.glca.num_features, embedding_size, dropout)
+        elif inference != "sa":
+            raise ValueError(f"inference = {inference!r} needs a GLCA branch, and attention = {attention!r} has none")
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """What embeds a picture after training, without PWCA.
+
+        pictures: [B, 3, S, S] float in [-1, 1], RGB.  Returns the raw embedding [B, D]; B > 1 while training.
+        With `inference` = both it is [B, 2 D], SA's and GLCA's side by side as in the paper's re-identification, each
+        of length sqrt(D): the cosine of two pictures is then the mean of the two branches' cosines. (In a sum of the
+        two, products of one branch with the other would be noise.)
+        """
+        if self.inference == "sa":
+            embedding: Tensor = self.closing(self.trunk(pictures))
+            return embedding
+        found = self.embeddings(pictures, partners=None)
+        if self.inference == "glca":
+            return found["glca"]
+        length = found["sa"].shape[1] ** 0.5  # about what the closing normalisation gives, as the heads learned it
+        return torch.cat([length * F.normalize(found[name].float(), dim=1) for name in ("sa", "glca")], 1)
+
+    def embeddings(self, pictures: Tensor, *, partners: Tensor | None) -> dict[str, Tensor]:
+        """The raw embeddings [B, D] of all branches, by name: "sa", then "glca" and "pwca" where there are such.
+
+        pictures: [B, 3, S, S] float in [-1, 1], RGB.
+        partners: [B] int64 in [0, B), whose keys and values PWCA adds to a picture's own; None: no PWCA.
+        """
+        start = self.trunk.embed(pictures)
+        tokens, class_row = self._self_attention(start)
+        found: dict[str, Tensor] = {"sa": self.closing(self.trunk.close(tokens))}
+        if self.glca is not None and self.glca_closing is not None and class_row is not None:
+            found["glca"] = self.glca_closing(self.glca(tokens, class_row))
+        if "pwca" in self.branches and partners is not None:
+            pair = start
+            for block in self.trunk.blocks:
+                pair = pair_wise(block, pair, partners)
+            found["pwca"] = self.closing.distracted(self.trunk.close(pair))
+        return found
+
+    def _self_attention(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens after all blocks, and with GLCA the class token's row of the rollout, without gradient."""
+        if self.glca is None:
+            for block in self.trunk.blocks:
+                tokens = block(tokens)
+            return tokens, None
+        maps = []
+        for block in self.trunk.blocks:
+            queries, keys, values = block.project(tokens)
+            maps.append(attention_maps(queries.detach(), keys.detach()).mean(1))
+            tokens = block.add(tokens, F.scaled_dot_product_attention(queries, keys, values))
+        return tokens, class_token_rollout(maps)
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The parts that activation checkpointing works out again, in order.
+
+        The blocks; with branches, which take the blocks apart, only their MLPs.
+        """
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        return list(blocks) if len(self.branches) == 1 else [block.mlp for block in blocks]
+
+
+# ---- where it looks
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps:
+    """Of each picture, what the patches get of each other's share: [B, h, w] float32, which sums to 1 over h and w.
+
+    What goes to the class token itself is left out, since it has no place in the picture; h = w patches, by rows.
+    """
+
+    rollout: Tensor  # the class token's row of the rollout over all blocks (arXiv:2205.02151, eq. 2)
+    last: Tensor  # the class token's attention in the last block, the mean over heads
+    chosen: Tensor | None = None  # [B, n] int64 in [0, h w): GLCA's local queries, by falling rollout; None: no GLCA
+    glca: Tensor | None = None  # GLCA's attention: half the class token's, half the mean of the local queries'
+
+
+@torch.no_grad()
+def attention_of(backbone: VitBackbone, pictures: Tensor) -> AttentionMaps:
+    """The maps of a batch, in float32 on the CPU; the backbone's mode and gradients stay as they are.
+
+    pictures: [B, 3, S, S] float32 in [-1, 1], RGB, on the backbone's device.
+    While it works, the maps of all blocks are in memory: heads x (1 + N)^2 numbers for each block and picture.
+    """
+    trunk = backbone.trunk
+    maps = [block.mean(1) for block in trunk.attention_maps(pictures)]
+    class_row = class_token_rollout(maps)
+    chosen = glca = None
+    if backbone.glca is not None:
+        asking = local_tokens(class_row, num_local(class_row.shape[1] - 1, backbone.glca.fraction))
+        chosen = (asking[:, 1:] - 1).cpu()
+        tokens = trunk.embed(pictures)
+        for block in trunk.blocks:
+            tokens = block(tokens)
+        glca = _in_places(_glca_row(backbone.glca, tokens, asking))
+    return AttentionMaps(rollout=_in_places(class_row), last=_in_places(maps[-1][:, 0]), chosen=chosen, glca=glca)
+
+
+def joined(parts: Sequence[AttentionMaps]) -> AttentionMaps:
+    """The maps of several batches of one model as those of one batch."""
+    chosen = [part.chosen for part in parts if part.chosen is not None]
+    glca = [part.glca for part in parts if part.glca is not None]
+    return AttentionMaps(
+        rollout=torch.cat([part.rollout for part in parts]),
+        last=torch.cat([part.last for part in parts]),
+        chosen=torch.cat(chosen) if chosen else None,
+        glca=torch.cat(glca) if glca else None,
+    )
+
+
+def _glca_row(glca: GlobalLocal, tokens: Tensor, asking: Tensor) -> Tensor:
+    """What GLCA's queries attend to, weighted as its output is made of theirs: [B, 1 + N], rows sum to 1.
+
+    tokens: [B, 1 + N, D] after the last block.  asking: [B, 1 + n] int64, the class token first.
+    """
+    block = glca.block
+    queries = tokens.gather(1, asking.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+    projected = block.self_attention.project_apart(block.ln_1(queries), block.ln_1(tokens))
+    seen = attention_maps(projected[0], projected[1]).mean(1)
+    return 0.5 * seen[:, 0] + 0.5 * seen[:, 1:].mean(1)
+
+
+def _in_places(row: Tensor) -> Tensor:
+    """A row over all tokens, [B, 1 + N] -> the patches' part of it, [B, h, w] float32 on the CPU, which sums to 1."""
+    patches = row[:, 1:].float()
+    side = round(patches.shape[1] ** 0.5)
+    return (patches / patches.sum(1, keepdim=True)).reshape(-1, side, side).cpu()

@@ -16,14 +16,9 @@ from torch.nn import functional as F
 
 from common.errors import CheckpointError, ConfigError
 from common.models.backbone import Backbone
-from common.models.vit_backbone import VitBackbone
+from common.models.dcal import VitBackbone
+from common.models.table import BACKBONES
 
-_IMAGENET: Final = {
-    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
-    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
-    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V2",
-    "vit_base": "ViT_B_16_Weights.IMAGENET1K_V1",
-}
 _CLASSIFIERS: Final = ("fc.", "classifier.", "heads.")  # ImageNet's last layer, in torchvision's names
 _OLD_NAMES: Final = (("mlp.linear_1.", "mlp.0."), ("mlp.linear_2.", "mlp.3."))  # in the files of torchvision's ViTs
 _POSITIONS: Final = "encoder.pos_embedding"
@@ -64,13 +59,13 @@ def load_pretrained(backbone: Backbone | VitBackbone, *, name: str, pretrained: 
 
 
 def _imagenet_weights(name: str) -> Mapping[str, Tensor]:
-    if name not in _IMAGENET:
-        raise ConfigError(
-            [f'model.pretrained = "imagenet" has no weights for {name}; choose {", ".join(_IMAGENET)}, or "none".']
-        )
+    asked = BACKBONES[name].imagenet
+    if asked is None:
+        known = ", ".join(row.name for row in BACKBONES.values() if row.imagenet)
+        raise ConfigError([f'model.pretrained = "imagenet" has no weights for {name}; choose {known}, or "none".'])
     import torchvision  # seconds, for ImageNet's weights only
 
-    weights = torchvision.models.get_weight(_IMAGENET[name])
+    weights = torchvision.models.get_weight(asked)
     try:
         tensors: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network or no space; a download that fails its checksum

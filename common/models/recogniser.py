@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import unknown_name
-from common.models import cnn, mobile, resnet
 from common.models.backbone import Backbone
-from common.models.heads import CosineHead, SoftmaxHead, build_head
-from common.models.losses import uncertainty_weighted
+from common.models.dcal import VitBackbone
+from common.models.heads import CosineHead, SoftmaxHead, uncertainty_weighted
 from common.models.pretrained import load_pretrained
+from common.models.table import BACKBONES, HEADS
 from common.models.vit import VitTrunk
-from common.models.vit_backbone import VitBackbone
-from common.settings import VITS, ModelSettings
+from common.settings import ModelSettings
 
 _SHARED_PREFIX: Final = "backbone."
 _NORMALISATION_LAYERS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
@@ -135,42 +134,28 @@ class EmbeddingModel(nn.Module):
         return F.normalize(self.backbone(pictures), dim=1)
 
 
-_TRUNKS: Final[dict[str, Callable[[int, float], resnet.ResNetTrunk | mobile.MobileTrunk | cnn.CnnTrunk]]] = {
-    "resnet18": lambda size, width: resnet.ResNetTrunk("resnet18", image_size=size, width=width),
-    "resnet50": lambda size, width: resnet.ResNetTrunk("resnet50", image_size=size, width=width),
-    "mobilenet_v2": lambda size, width: mobile.MobileTrunk(image_size=size, width=width),
-    "cnn": lambda _size, width: cnn.CnnTrunk(width=width),
-}
-
-
 def build_backbone(model: ModelSettings, image_size: int) -> Backbone | VitBackbone:
     """The backbone that the settings name, freshly initialised from the global random state; no weights are loaded.
 
     image_size: side of the pictures in px. Names and shapes of the tensors depend on [model] alone, without
     `model.pretrained`, and not on `image_size`; but a ViT has a position embedding for each patch of its picture.
     """
-    if model.backbone in VITS:
+    trunk = BACKBONES[model.backbone].trunk(model, image_size)
+    if isinstance(trunk, VitTrunk):
         return VitBackbone(
-            VitTrunk(
-                model.backbone,
-                image_size=image_size,
-                patch_size=model.patch_size,
-                depth=model.depth,
-                width=model.width,
-            ),
+            trunk,
             embedding_size=model.embedding_size,
             dropout=model.dropout,
             attention=model.attention,
             inference=model.inference,
             glca_fraction=model.glca_fraction,
         )
-    trunk = _TRUNKS[model.backbone](image_size, model.width)
-    return Backbone(
-        trunk,
-        num_features=trunk.num_features,
-        embedding_size=model.embedding_size,
-        dropout=model.dropout,
-    )
+    return Backbone(trunk, num_features=trunk.num_features, embedding_size=model.embedding_size, dropout=model.dropout)
+
+
+def build_head(model: ModelSettings, *, num_people: int) -> SoftmaxHead | CosineHead:
+    """The head that the settings name, for `num_people` people, freshly initialised from the global random state."""
+    return HEADS[model.head](model, num_people)
 
 
 def build_recogniser(

@@ -12,39 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.models.cnn import CnnTrunk
-from common.models.mobile import MobileTrunk
 from common.models.recogniser import Recogniser
-from common.models.residual import BasicBlock, Bottleneck
-from common.models.vit import Block
 
-_RESIDUAL: Final = (BasicBlock, Bottleneck)
 _NORMALISATION: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-def units(recogniser: Recogniser) -> list[nn.Module]:
-    """The parts that are worked out again, in order.
-
-    Residual blocks, the blocks of the small network, or those of a ViT; of a ViT with branches only the MLPs of its
-    blocks, for its branches take the blocks apart.
-    """
-    found: list[nn.Module] = []
-    for module in recogniser.backbone.modules():
-        if isinstance(module, Block):
-            found.append(module if len(recogniser.branches) == 1 else module.mlp)
-        elif isinstance(module, _RESIDUAL):
-            found.append(module)
-        elif isinstance(module, CnnTrunk):
-            found.extend(module.blocks)
-        elif isinstance(module, MobileTrunk):
-            found.extend(module.features[1:-1])  # inverted residuals, between two convolutions
-    return found
 
 
 @contextmanager
 def recomputing(recogniser: Recogniser) -> Iterator[None]:
-    """In here training keeps the inputs of `units` only; names and values of the model's state stay as they are."""
-    parts = units(recogniser)
+    """In here training keeps the inputs of the backbone's `units` only.
+
+    Names and values of the model's state stay as they are.
+    """
+    parts = recogniser.backbone.units
     for part in parts:
         vars(part)["forward"] = partial(_forward, part)  # stands before the class's own
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from numpy.typing import NDArray
 
-    from common.models.attention import AttentionMaps
+    from common.models.dcal import AttentionMaps
 
 MOST_PICTURES: Final = 24  # on one page
 _COLOURS: Final = "cividis"

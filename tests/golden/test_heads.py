@@ -8,7 +8,8 @@ from pytorch_metric_learning import losses
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.models.heads import CosineHead, arcface_logits, build_head, cosface_logits, spreadout
+from common.models.heads import CosineHead, arcface_logits, cosface_logits, spreadout
+from common.models.recogniser import build_head
 from common.settings import ModelSettings
 
 NUM_PEOPLE, SIZE = 6, 16

@@ -13,9 +13,8 @@ from PIL import Image
 import simulation.attention
 from common import config
 from common.faces.batches import to_float
-from common.models.attention import attention_of
+from common.models.dcal import VitBackbone, attention_of
 from common.models.recogniser import EmbeddingModel, Recogniser
-from common.models.vit_backbone import VitBackbone
 from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
 from common.tracking.address import resolve_uri

@@ -334,7 +334,7 @@ def test_local_training_takes_the_device_of_the_settings_unless_one_is_given(fac
 
 @proves("training.memory_format")
 def test_the_memory_format_reaches_the_tensors(faces, tmp_path, monkeypatch):
-    from common.models.cnn import CnnTrunk
+    from common.models.backbone import CnnTrunk
 
     seen: set[bool] = set()
     forward = CnnTrunk.forward

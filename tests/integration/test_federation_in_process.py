@@ -10,7 +10,10 @@ from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pac
 
 import clients.answer
 import clients.local_update
+from common.errors import ConfigError
 from common.flags import add_run_settings, read_run_settings
+from common.models.recogniser import build_recogniser
+from common.models.table import BACKBONES, HEADS, BackboneRow
 from common.strategies import STRATEGIES, Strategy, proximal
 from server.app import Surroundings, federate
 
@@ -152,13 +155,13 @@ def test_a_client_whose_pictures_cannot_be_opened_tells_the_server_that_but_not_
     assert "data/beta holds no pictures" in caplog.text  # the site's own log says it
 
 
-# ---- a new strategy is a row
+# ---- a new strategy, backbone or head is a row
 
 
-def chosen_by_flag(name):
+def chosen_by_flag(flag, name):
     parser = argparse.ArgumentParser()
     add_run_settings(parser)
-    return read_run_settings(parser.parse_args(["--strategy", name])).federation.strategy
+    return read_run_settings(parser.parse_args([flag, name]))
 
 
 def test_a_row_makes_a_strategy_at_both_sides(tmp_path, monkeypatch):
@@ -170,7 +173,7 @@ def test_a_row_makes_a_strategy_at_both_sides(tmp_path, monkeypatch):
         default_lr=0.5,
     )
     monkeypatch.setitem(STRATEGIES, "toy", row)
-    assert chosen_by_flag("toy") == "toy"
+    assert chosen_by_flag("--strategy", "toy").federation.strategy == "toy"
     values = {"federation__rounds": 2, "training__lr": 0.1}
     ways = [
         {"federation__strategy": "toy", "federation__proximal_mu": 0.25},
@@ -188,7 +191,7 @@ def test_a_row_makes_a_robust_strategy_with_its_fewest_clients(tmp_path, monkeyp
         return torch.cat([values.median(dim=0).values for _, values in changes.pieces()])
 
     monkeypatch.setitem(STRATEGIES, "toy", Strategy(name="toy", paper="none", rule=middle, fewest=lambda _: 3))
-    assert chosen_by_flag("toy") == "toy"
+    assert chosen_by_flag("--strategy", "toy").federation.strategy == "toy"
     outcome, _ = federation(tmp_path / "few", federation__strategy="toy")
     assert outcome == {
         "exit_code": 2,
@@ -201,3 +204,50 @@ def test_a_row_makes_a_robust_strategy_with_its_fewest_clients(tmp_path, monkeyp
         for name in ("toy", "fedmedian", "fedavg")
     )
     assert toy["model_sha256"] == same["model_sha256"] != mean["model_sha256"]
+
+
+class ToyTrunk(torch.nn.Module):
+    """One convolution."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 8, kernel_size=5, stride=4)
+
+    def forward(self, pictures):
+        return self.convolution(pictures).relu()
+
+
+def test_a_row_makes_a_backbone(tmp_path, monkeypatch):
+    """It federates, and its activations can be worked out again, though it names no parts for that."""
+    monkeypatch.setitem(BACKBONES, "toy", BackboneRow(name="toy", trunk=lambda _model, _size: ToyTrunk()))
+    assert chosen_by_flag("--model", "toy").model.backbone == "toy"
+    plain, again = (
+        federation(
+            tmp_path / str(is_recomputed),
+            model__backbone="toy",
+            federation__rounds=2,
+            training__activation_checkpointing=is_recomputed,
+        )[1]
+        for is_recomputed in (False, True)
+    )
+    assert plain["model_sha256"] == again["model_sha256"]
+    losses = [row["round_train_loss"] for row in plain["rounds_table"] if "round_train_loss" in row]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ConfigError, match=r"no weights for toy; choose resnet18, resnet50, mobilenet_v2, vit_base, or"):
+        build_recogniser(
+            settings_with(model__backbone="toy", model__width=1.0, model__pretrained="imagenet").model,
+            num_people=2, image_size=32, backbone_seed=0, head_seed=0,
+        )  # fmt: skip
+
+
+def test_a_row_makes_a_head(tmp_path, monkeypatch):
+    """Softmax under another name: the same model to the bit."""
+    monkeypatch.setitem(HEADS, "toy", HEADS["softmax"])
+    assert chosen_by_flag("--head", "toy").model.head == "toy"
+    toy, same, other = (
+        federation(tmp_path / name, model__head=name, federation__rounds=1)[1]["model_sha256"]
+        for name in ("toy", "softmax", "cosface")
+    )
+    assert toy == same != other

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from common import config
 from common.errors import ConfigError
-from common.settings import VITS, RunSettings, Settings
+from common.models.table import VITS
+from common.settings import RunSettings, Settings
 from simulation.sweep_plan import base_config, check_together, load_plan
 
 SECTIONS = config._section_types()

@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.models.attention import attention_of, joined
-from common.models.dcal import GlobalLocal, rollout
+from common.models.dcal import GlobalLocal, VitBackbone, attention_of, joined, rollout
 from common.models.recogniser import build_backbone
 from common.models.vit import Block
-from common.models.vit_backbone import VitBackbone
 from common.settings import ModelSettings
 
 SIDE, PATCH, GRID = 32, 8, 4

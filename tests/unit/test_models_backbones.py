@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import resnet as theirs
 
-from common.models import residual as ours
+from common.models import resnet as ours
 
 ROOT = Path(__file__).resolve().parents[2]
 

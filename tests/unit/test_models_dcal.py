@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common.models.dcal import (
     GlobalLocal,
+    VitBackbone,
     class_token_rollout,
     local_tokens,
     num_local,
@@ -18,7 +19,6 @@ from common.models.dcal import (
 )
 from common.models.recogniser import EmbeddingModel, Recogniser, build_recogniser, for_people
 from common.models.vit import Block
-from common.models.vit_backbone import VitBackbone
 from common.settings import ModelSettings
 
 VIT = ModelSettings(backbone="vit_tiny", patch_size=8, depth=2, width=0.25, embedding_size=16)
@@ -166,7 +166,7 @@ def test_pwca_moves_no_statistics_that_inference_uses() -> None:
 
 def test_at_inference_pwca_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensors, no call: the forward pass is that of plain self-attention, bit for bit, also in training mode."""
-    monkeypatch.setattr("common.models.vit_backbone.pair_wise", lambda *_: pytest.fail("PWCA at inference"))
+    monkeypatch.setattr("common.models.dcal.pair_wise", lambda *_: pytest.fail("PWCA at inference"))
     plain = backbone(VIT)
     for attention in ("pwca", "dcal"):
         trained = backbone(dataclasses.replace(VIT, attention=attention))
@@ -178,7 +178,7 @@ def test_at_inference_pwca_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inference_of_self_attention_does_not_touch_glca(monkeypatch: pytest.MonkeyPatch) -> None:
     built = backbone()
     monkeypatch.setattr(GlobalLocal, "forward", lambda *_: pytest.fail("GLCA where SA embeds"))
-    monkeypatch.setattr("common.models.vit_backbone.attention_maps", lambda *_: pytest.fail("a map is formed"))
+    monkeypatch.setattr("common.models.dcal.attention_maps", lambda *_: pytest.fail("a map is formed"))
     assert built(pictures()).shape == (4, 16)
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from common import config
-from common.models.gradients import clip_gradient, parameter_groups
 from common.models.recogniser import build_recogniser
+from common.training_step import clip_gradient, parameter_groups
 
 VIT = {"embedding", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}
 THIRDS = {"stem", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}

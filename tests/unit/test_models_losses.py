@@ -8,7 +8,7 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
 from torch import nn
 
-from common.models.losses import batch_hard_triplet, uncertainty_weighted
+from common.models.heads import batch_hard_triplet, uncertainty_weighted
 
 
 def embeddings(num: int, seed: int = 1) -> torch.Tensor:

@@ -12,7 +12,8 @@ from common.models.recogniser import (
     shared_names,
     trainable_names,
 )
-from common.settings import BACKBONES, HEADS, VITS, ModelSettings
+from common.models.table import BACKBONES, HEADS, VITS
+from common.settings import ModelSettings
 
 CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)
 

@@ -8,7 +8,8 @@ import torchvision
 from torch import Tensor, nn
 
 from common.models.recogniser import EmbeddingModel, Recogniser, build_backbone, build_recogniser
-from common.settings import BACKBONES, HEADS, VITS, ModelSettings
+from common.models.table import BACKBONES, HEADS, VITS
+from common.settings import ModelSettings
 
 SMALL = ModelSettings(backbone="cnn", embedding_size=16)
 CONVOLUTIONAL = tuple(name for name in BACKBONES if name not in VITS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 
-from common.models.attention import AttentionMaps
+from common.models.dcal import AttentionMaps
 from common.plots.attention import MOST_PICTURES, attention_maps
 from tests.unit.pictures import assert_nothing_overlaps
 

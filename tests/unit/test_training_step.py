@@ -11,7 +11,6 @@ from packs_in_memory import CPU, MODEL, SIDE, memory_pack, same_bits
 from common import compiled, config, training, training_step
 from common.errors import TrainingFailed
 from common.faces.batches import NO_TWIN, Batch
-from common.models import recompute
 from common.models.recogniser import build_recogniser
 from common.optimiser import flat, make_optimiser, settle
 from common.settings import ModelSettings, TrainingSettings
@@ -145,7 +144,7 @@ def test_less_is_kept_for_the_backward_pass():
 def test_a_vit_with_branches_works_out_the_mlps_again():
     recogniser = fresh(dataclasses.replace(VIT, attention="dcal", glca_fraction=0.3))
     blocks = [*recogniser.backbone.trunk.blocks, recogniser.backbone.glca.block]
-    assert recompute.units(recogniser) == [block.mlp for block in blocks]
+    assert recogniser.backbone.units == [block.mlp for block in blocks]
 
 
 # ---- no memory
