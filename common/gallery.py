@@ -15,8 +15,7 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.projection import MOST_PICTURES, pca, tsne
 from common.models.recogniser import Recogniser
-from common.plots.confusion import confusion_of_predictions
-from common.plots.embeddings import Projection, embedding_maps
+from common.plots.people import Projection, confusion_of_predictions, embedding_maps
 from common.runtime import stream_seed
 from common.tracking.run import SavesFigure
 from common.training import Compute

@@ -9,7 +9,7 @@ from common.events import EventLog
 from common.metrics.training import own_seconds, train_metrics
 from common.plots import curves
 from common.plots.comparison import client_comparison
-from common.plots.confusion import confusion
+from common.plots.people import confusion
 from common.precision import threads_for
 from common.results import draw_scores
 from common.runs import federated_kind, write_run_file

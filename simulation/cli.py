@@ -15,12 +15,16 @@ from common.flags import add_run_settings, read_run, read_run_settings, refuse_a
 from common.runtime import go_silent
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from simulation.attention_cli import add_attention_parser, attention
-from simulation.certs_cli import ACTIONS as CERTS_ACTIONS
-from simulation.certs_cli import add_certs_parser, certs
-from simulation.egress_cli import add_egress_parser, egress
-from simulation.tracking_cli import ACTIONS as TRACKING_ACTIONS
-from simulation.tracking_cli import add_tracking_parser
+from simulation.admin_cli import (
+    CERTS_ACTIONS,
+    TRACKING_ACTIONS,
+    add_certs_parser,
+    add_egress_parser,
+    add_tracking_parser,
+    add_tracking_settings,
+    certs,
+    egress,
+)
 
 if TYPE_CHECKING:
     from simulation.sweep_plan import SweepPlan
@@ -186,7 +190,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _data_parser(commands)
     _train_parser(commands)
     _evaluate_parser(commands)
-    add_attention_parser(commands)
+    _attention_parser(commands)
     add_tracking_parser(commands)
     add_certs_parser(commands)
     add_egress_parser(commands)
@@ -218,6 +222,26 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     add_run_settings(evaluate, without=TRAINING_FLAGS)
 
 
+def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("attention", help="draw where a vision transformer looks in given pictures")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="JPEG, PNG, WebP or BMP; two are also compared")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="a finished run, by its id or folder, or models:/NAME/VERSION or models:/NAME@champion",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the picture to write, such as maps.png")
+    parser.add_argument(
+        "--crop",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="use the central part of each picture, a fraction of its shorter side (default: 1)",
+    )
+    add_tracking_settings(parser)  # the model brings all other settings
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
@@ -237,8 +261,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return evaluate_models(settings, request, sys.stdout)
 
 
+def _attention(arguments: argparse.Namespace) -> int:
+    settings, address = read_run(arguments)
+    set_up_logging(settings.run.log_level)
+    from simulation.attention import AttentionRequest, show_attention
+
+    request = AttentionRequest(
+        model=arguments.model,
+        pictures=arguments.pictures,
+        output=Path(arguments.output).expanduser(),
+        crop=arguments.crop,
+        address=address,
+    )
+    return show_attention(settings, request, sys.stdout)
+
+
 def _synth(arguments: argparse.Namespace) -> int:
-    from simulation.data_commands import synth
+    from simulation.sites import synth
 
     return synth(
         arguments.layout,
@@ -255,15 +294,14 @@ def _synth(arguments: argparse.Namespace) -> int:
 def _data(arguments: argparse.Namespace, name: str) -> int:
     settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
-    from simulation import data_commands
-    from simulation.sites import data_options
+    from simulation import sites
 
-    options = data_options(arguments.client, arguments.data_dir)
+    options = sites.data_options(arguments.client, arguments.data_dir)
     device, cache_dir = arguments.device, Path(arguments.cache_dir)
     if name == "prepare":
-        return data_commands.prepare(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
+        return sites.prepare(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
     shape = "json" if arguments.json else "text"
-    return data_commands.audit_data(settings, options, shape=shape, out=sys.stdout)
+    return sites.audit_data(settings, options, shape=shape, out=sys.stdout)
 
 
 def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
@@ -329,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("train", name): partial(_train, arguments, name) for name in ("local", "centralized", "federated", "twins")
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
-        ("attention", ""): lambda: attention(arguments),
+        ("attention", ""): lambda: _attention(arguments),
         ("egress", "report"): lambda: egress(arguments),
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},

@@ -275,7 +275,7 @@ def train_twins(
 
             out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out, job.address)))
         else:
-            from simulation.ablation import ablation_lines, run_ablation
+            from simulation.studies import ablation_lines, run_ablation
 
             out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out, job.address)))
         out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")

@@ -26,7 +26,7 @@ from common import config
 from common.errors import ConfigError, DataError, TrainingFailed
 from common.faces.pack import FacePack
 from common.files import read_json, write_bytes
-from common.plots.studies import TrialPoint, search_trials
+from common.plots.comparison import TrialPoint, search_trials
 from common.runs import recorded
 from common.runtime import stream_seed
 from common.settings import RunSettings, Settings, TrackingSettings

@@ -21,8 +21,8 @@ from common.files import read_json
 from common.metrics.twin_report import paired_gap
 from common.runtime import stream_seed
 from simulation import epochs as epochs_module
-from simulation.ablation import ablation_lines, run_ablation, variants_of
 from simulation.commands import Machine, train_local, train_twins
+from simulation.studies import ablation_lines, run_ablation, variants_of
 from simulation.trainee import local_trainee
 from tests.tiny_settings import changed
 
@@ -148,7 +148,7 @@ class Killed(Exception):
 def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(
     whole, twins, tmp_path, monkeypatch, holder, name, number
 ):
-    module = {"epochs": epochs_module, "ablation": __import__("simulation.ablation", fromlist=["x"])}[holder]
+    module = {"epochs": epochs_module, "ablation": __import__("simulation.studies", fromlist=["x"])}[holder]
     real, calls = getattr(module, name), []
 
     def dying(*arguments, **keywords):

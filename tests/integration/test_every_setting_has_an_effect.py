@@ -31,8 +31,8 @@ from common.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from server.aggregate import aggregate_for
 from server.app import initial_model
-from simulation.ablation import run_ablation
 from simulation.commands import Machine, train_local
+from simulation.studies import run_ablation
 from tests.tiny_settings import TINY, changed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
@@ -439,12 +439,12 @@ def test_pwcas_partner_is_anybody_or_the_twin(tmp_path):
 @proves("ablation.over", "ablation.values")
 def test_an_ablation_trains_the_values_of_its_setting(faces, tmp_path, monkeypatch):
     """Which settings the variants are trained with; how, is shown in tests/integration/test_ablation.py."""
-    monkeypatch.setattr("simulation.ablation._train", lambda variant, *_: trained.append(variant.settings))
-    monkeypatch.setattr("simulation.ablation.check_twins", lambda *_: None)
-    monkeypatch.setattr("simulation.ablation._test_embeddings", lambda *_: None)
-    monkeypatch.setattr("simulation.ablation._figures", lambda *_: {"variant": ""})
+    monkeypatch.setattr("simulation.studies._train", lambda variant, *_: trained.append(variant.settings))
+    monkeypatch.setattr("simulation.studies.check_twins", lambda *_: None)
+    monkeypatch.setattr("simulation.studies._test_embeddings", lambda *_: None)
+    monkeypatch.setattr("simulation.studies._figures", lambda *_: {"variant": ""})
     for name in ("_add_gaps", "_record"):
-        monkeypatch.setattr(f"simulation.ablation.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"simulation.studies.{name}", lambda *_, **__: None)
     for over, values, expected in (
         ("model.head", "softmax, arcface", [("softmax", 0.05), ("arcface", 0.05)]),
         ("model.head", "arcface, cosface", [("arcface", 0.05), ("cosface", 0.05)]),

@@ -9,7 +9,7 @@ from tiny_twins import SETTINGS
 from common.files import read_json
 from common.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
-from simulation.ablation import run_ablation
+from simulation.studies import run_ablation
 from simulation.sweep import run_sweep
 from simulation.sweep_plan import load_plan
 from tests.tiny_settings import changed

@@ -20,7 +20,7 @@ from common.ledger import digest_of, parts_of
 from common.parameters import flatten
 from server.receipts import ReceiptMailbox
 from simulation.cli import main
-from simulation.egress_report import Request, report_egress
+from simulation.egress import Request, report_egress
 
 RUN = "run-1"
 

@@ -50,9 +50,8 @@ from server.global_model import GlobalModel
 from server.history import History
 from server.optimiser import ServerOptimiser
 from server.resume import resume
-from simulation.data_commands import audit_data
 from simulation.found_models import find_model
-from simulation.sites import ClientOption
+from simulation.sites import ClientOption, audit_data
 
 pytestmark = pytest.mark.usefixtures("in_a_run", "no_syncing")
 

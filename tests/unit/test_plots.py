@@ -287,7 +287,7 @@ def test_a_tracked_run_keeps_a_figure_as_a_picture(tmp_path):
 def test_matplotlib_comes_late_and_without_pyplot():
     program = """
 import sys
-from common.plots import comparison, confusion, curves, embeddings, verification
+from common.plots import comparison, curves, people, verification
 assert "matplotlib" not in sys.modules, "imported at once"
 curves.convergence([{"step": 1, "round_val_auc": 0.5}]).savefig(sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules, "pyplot"

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from common.plots.embeddings import Projection, embedding_map, embedding_maps
+from common.plots.people import Projection, embedding_map, embedding_maps
 from common.plots.style import GREY
 from tests.unit.pictures import assert_nothing_overlaps
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.plots.studies import TrialPoint, ablation_dots, search_trials
+from common.plots.comparison import TrialPoint, ablation_dots, search_trials
 
 
 def row(variant: str, auc: float, gap: tuple[float, float, float] | None = None) -> dict[str, object]:

@@ -14,7 +14,7 @@ from common.faces.index import read_index
 from common.faces.synth_people import LATENT_SIZE, read_traits
 from common.faces.synth_portrait import render_face
 from common.faces.synthetic import CLOSENESS, MANIFEST, SynthSettings, layout_of, twin_latent, write_dataset
-from simulation.data_commands import synth
+from simulation.sites import synth
 
 SMALL = SynthSettings(layout="twins", num_people=12, pictures_per_person=2, seed=5)
 
