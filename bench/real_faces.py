@@ -23,7 +23,7 @@ from clients.site import SiteSettings
 from common import config
 from common.checkpoints import read_tensors
 from common.evaluation import evaluate
-from common.metrics.verification import open_set_scores
+from common.metrics.figures import open_set_scores
 from common.runtime import num_cores, use_threads
 from common.settings import Settings
 from common.training import Compute

@@ -6,10 +6,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
 from common.codec import encode
-from common.metrics.classification import MOST_GROUPS
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
-from common.metrics.verification import NUM_BINS
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums
+from common.metrics.sums import CLOSED_FIELDS, MOST_GROUPS, NUM_BINS, ClosedSetSums, EvaluationSums
+from common.wire import TRAIN_FIELDS, Reply, Site
 
 NUM_PICTURES = 100
 
@@ -29,11 +28,12 @@ def site(number: int) -> Site:
     )  # fmt: skip
 
 
-def _sums() -> SplitSums:
+def _sums() -> EvaluationSums:
     pairs = np.zeros((2, NUM_BINS), dtype=np.int64)
     pairs[0, 5000] = pairs[1, 4000] = NUM_PICTURES
-    return SplitSums(
-        closed=dict.fromkeys(CLOSED_FIELDS, 1) | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0},
+    numbers = dict.fromkeys(CLOSED_FIELDS, 1) | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0}
+    return EvaluationSums(
+        closed=ClosedSetSums(**numbers),
         pairs=pairs,
         folds=np.zeros((NUM_FOLDS, 2, FOLD_BINS), dtype=np.int64),
         confusion=np.zeros((min(6, MOST_GROUPS),) * 2, dtype=np.int64),

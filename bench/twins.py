@@ -25,8 +25,8 @@ from common.checkpoints import read_tensors
 from common.evaluation import embed
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
-from common.metrics.twin_report import mean_paired_gap, twin_figures
-from common.metrics.twins import KINDS
+from common.metrics.bootstrap import Drawn, paired_gap, twin_figures
+from common.metrics.figures import KINDS
 from common.models.recogniser import build_recogniser
 from common.runtime import num_cores
 from common.settings import Settings
@@ -148,7 +148,7 @@ def report(arguments: argparse.Namespace, pack: FacePack) -> None:
     results: dict[str, Any] = {}
     for label, models in shown.items():
         results[label] = [
-            twin_figures(e, person, family, threshold=0.0, num_replicates=NUM_REPLICATES, seed=1) for e in models
+            twin_figures(Drawn.by_seed(e, person, family, num_replicates=NUM_REPLICATES, seed=1), 0.0) for e in models
         ]
         for kind in KINDS:
             values = [figures[kind]["roc_auc"]["value"] for figures in results[label]]
@@ -156,11 +156,11 @@ def report(arguments: argparse.Namespace, pack: FacePack) -> None:
             print(f"{label:20} {kind:10} AUC {np.mean(values):.4f} ({each})", flush=True)
     for label in ("dcal", "dcal, sa inference"):
         for kind in ("twins", "strangers"):
-            gap = mean_paired_gap(
+            gap = paired_gap(
                 shown[label], shown["sa"], person, family, kind, "roc_auc", num_replicates=NUM_REPLICATES, seed=1
             )
-            results[f"{label} - sa, {kind}"] = gap._asdict()
-            print(f"{label} - sa, {kind}: {gap.gap:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]", flush=True)
+            results[f"{label} - sa, {kind}"] = vars(gap)
+            print(f"{label} - sa, {kind}: {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]", flush=True)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
 
 

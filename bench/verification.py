@@ -43,7 +43,8 @@ def embeddings_and_people(num_pictures: int, num_people: int):
 def ours(num_pictures: int, num_people: int) -> dict[str, float]:
     import torch
 
-    from common.metrics.verification import open_set_scores, pair_histogram
+    from common.metrics.figures import open_set_scores
+    from common.metrics.pairs import pair_histogram
 
     torch.set_num_threads(1)
     imported = peak_mib()

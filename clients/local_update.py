@@ -22,9 +22,10 @@ from clients.site import SiteSettings
 from common import config
 from common.codec import Coded, encode, is_lossy, residue_of
 from common.errors import ReplyRefused
-from common.evaluation import EvaluationSums, evaluate, people_digest
+from common.evaluation import evaluate, people_digest
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.sums import EvaluationSums
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names, with_new_heads
 from common.parameters import Manifest, flatten, load_shared, manifest_of
 from common.precision import resolve_compute, threads_for
@@ -32,7 +33,7 @@ from common.runtime import machine_digest, num_cores, resolve_device, stream_see
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
 from common.training import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
-from common.wire import CLOSED_FIELDS, Reply, Site, SplitSums, Task
+from common.wire import Reply, Site, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +126,6 @@ def join(site: SiteSettings, settings: Settings) -> Site:
     )
 
 
-def split_sums(sums: EvaluationSums) -> SplitSums:
-    """Evaluation sums in the form in which they travel."""
-    closed = dataclasses.asdict(sums.closed)
-    if sums.confusion is None:
-        raise ValueError("only one client's own evaluation travels")
-    return SplitSums(
-        closed={name: closed[name] for name in CLOSED_FIELDS},
-        pairs=sums.pairs,
-        folds=sums.folds,
-        confusion=sums.confusion,
-        twins=sums.twins,
-    )
-
-
 def _receive(
     workplace: Workplace, task: Task, shared: NDArray[np.float32] | None
 ) -> tuple[Compute, NDArray[np.float32]]:
@@ -175,11 +162,8 @@ def _restore_private(
     return found
 
 
-def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, SplitSums]:
-    return {
-        split: split_sums(evaluate(workplace.recogniser, workplace.pack, split, compute))
-        for split in task.splits.split()
-    }
+def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, EvaluationSums]:
+    return {split: evaluate(workplace.recogniser, workplace.pack, split, compute) for split in task.splits.split()}
 
 
 def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float]) -> dict[str, float]:

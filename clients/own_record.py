@@ -12,7 +12,7 @@ from common.errors import FaceFedError
 from common.evaluation import evaluate
 from common.faces.pack import FacePack
 from common.gallery import private_pictures
-from common.metrics.training import train_metrics
+from common.metrics.figures import scores, train_metrics
 from common.models.recogniser import Recogniser
 from common.runtime import resolve_device
 from common.settings import Settings, TrackingSettings
@@ -82,9 +82,9 @@ def keep_own_record(
     try:
         tracked = _open(site, task, settings, len(pack), compute.device, delivers=bool(site.tracking_uri))
         with finishing(tracked):
-            scores = evaluate(recogniser, pack, "test", compute).scores()
-            tracked.log_metrics({f"test_{name}": value for name, value in scores.items()}, step=task.server_round)
-            tracked.log_dict({"round": task.server_round, "test": scores}, "metrics.json")
+            found = scores(evaluate(recogniser, pack, "test", compute))
+            tracked.log_metrics({f"test_{name}": value for name, value in found.items()}, step=task.server_round)
+            tracked.log_dict({"round": task.server_round, "test": found}, "metrics.json")
             pictures: Mapping[str, SavesFigure] = {}
             if draws:
                 pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)

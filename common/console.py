@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError
 from common.events import EventReader
+from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of
 from common.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def counts(values: Mapping[str, object]) -> str:
 
 def _score_text(event: Mapping[str, Any]) -> str:
     split = event["split"]
-    names = {"auc": "AUC", "eer": "EER", "acc": "accuracy", "accuracy": "ten-fold accuracy"}
+    names = {row.in_rounds: row.told for row in figures_of(CLOSED, PAIRS) if row.in_rounds and row.told}
+    names["accuracy"] = "ten-fold accuracy"  # of the public pairs
     parts = [
         f"{label} {event[f'round_{split}_{key}']:.3f}"
         for key, label in names.items()
@@ -218,9 +220,9 @@ def summary_lines(summary: Mapping[str, Any], *, folder: str, tracking: str) -> 
     """What was learned and where to look, after a federated run."""
     untrained, best = summary.get("untrained", {}), summary.get("best", {})
     lines = [""]
-    if "roc_auc" in untrained and "roc_auc" in best:
+    if AUC in untrained and AUC in best:
         lines.append(
-            f"test AUC on people never seen: untrained {untrained['roc_auc']:.3f} -> federated {best['roc_auc']:.3f}"
+            f"test AUC on people never seen: untrained {untrained[AUC]:.3f} -> federated {best[AUC]:.3f}"
             f" (EER {untrained['eer']:.3f} -> {best['eer']:.3f}), best round {summary['best_round']}"
             f" of {summary['rounds']}"
         )
@@ -228,7 +230,7 @@ def summary_lines(summary: Mapping[str, Any], *, folder: str, tracking: str) -> 
         lines.append(f"stopped early after round {summary['rounds']} (training.patience)")
     rows = [["client", "accuracy", "test AUC", "EER", "TAR@FAR 1e-2"]]
     for name, figures in summary.get("clients", {}).items():
-        keys = ("test_accuracy", "test_roc_auc", "test_eer", "test_tar_at_far_1e-2")
+        keys = ("test_accuracy", f"test_{AUC}", "test_eer", "test_tar_at_far_1e-2")
         rows.append([name, *(f"{figures[key]:.3f}" if key in figures else "-" for key in keys)])
     if len(rows) > 1:
         lines += ["", table(rows)]

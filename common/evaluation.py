@@ -1,8 +1,6 @@
 """The one evaluation of all modes: sums of the closed set, histograms of pairs of the open set."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,66 +12,15 @@ from common.errors import TrainingFailed
 from common.faces.batches import evaluation_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.classification import ClosedSetSums, closed_set_sums, grouped_confusion
-from common.metrics.folds import choose_pairs, fold_histogram, pair_scores, ten_fold_accuracy
-from common.metrics.twins import kind_scores, no_twins, pair_histograms, stranger_histogram
-from common.metrics.verification import open_set_scores, pair_histogram, roc_auc
+from common.metrics.folds import choose_pairs, fold_histogram, pair_scores
+from common.metrics.pairs import pair_histogram, pair_histograms
+from common.metrics.sums import ClosedSetSums, EvaluationSums, closed_set_sums, grouped_confusion, no_twins
 from common.models.recogniser import Recogniser
 from common.runtime import stream_seed
 from common.training import Compute
 
 EVALUATION_BATCH = 64  # on a CPU a tenth faster than 128
 SPLITS = {"val": (Split.VAL_PICTURES, Split.VAL_PEOPLE), "test": (Split.TEST_PICTURES, Split.TEST_PEOPLE)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSums:
-    """What one evaluation adds up; two clients' sums merge by addition."""
-
-    closed: ClosedSetSums
-    pairs: NDArray[np.int64]  # [2, 8192]: genuine and impostor pairs by cosine
-    folds: NDArray[np.int64]  # [10, 2, 1024]: the pairs of ten-fold accuracy, likewise
-    confusion: NDArray[np.int64] | None = None  # [G, G] of one client's people; None for several clients' sum
-    twins: NDArray[np.int64] = field(default_factory=no_twins)  # [2, 8192]: of `pairs` those of twins; zeros: no twins
-
-    def __add__(self, other: "EvaluationSums") -> "EvaluationSums":
-        """Both clients' sums. Their people differ, so there is no common confusion matrix."""
-        return EvaluationSums(
-            closed=self.closed + other.closed,
-            pairs=self.pairs + other.pairs,
-            folds=self.folds + other.folds,
-            twins=self.twins + other.twins,
-        )
-
-    def scores(self) -> dict[str, float]:
-        """accuracy, loss, precision, recall, f1; roc_auc, eer, tar_at_far_1e-1 to _1e-3, ten_fold_accuracy.
-
-        Raises DataError when a set is empty.
-        """
-        return self.closed.scores() | self.open_scores()
-
-    def open_scores(self) -> dict[str, float]:
-        """The scores of people never seen alone.  Raises DataError without genuine or without impostor pairs."""
-        return open_set_scores(self.pairs) | {"ten_fold_accuracy": ten_fold_accuracy(self.folds)[0]}
-
-    def twin_scores(self) -> dict[str, float]:
-        """twins_roc_auc and twins_eer of the pairs of twins alone, strangers_roc_auc of all but those of siblings.
-
-        The last is missing where all are of one family.  Raises DataError when there are no pairs of twins.
-        """
-        twins = kind_scores(self.twins, "twins")
-        scores = {"twins_roc_auc": twins["roc_auc"], "twins_eer": twins["eer"]}
-        strangers = stranger_histogram(self.pairs, self.twins)
-        return scores | ({"strangers_roc_auc": roc_auc(strangers)} if strangers[1].any() else {})
-
-
-def pooled(by_client: Mapping[str, EvaluationSums]) -> EvaluationSums:
-    """All clients' sums added: pairs within each client's people, summed."""
-    first, *others = by_client.values()
-    total = first
-    for sums in others:
-        total = total + sums
-    return total
 
 
 def people_digest(pack: FacePack, split: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from common.metrics.verification import roc_auc, roc_curve
+from common.metrics.figures import roc_auc, roc_curve
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
@@ -64,7 +64,7 @@ def draw_scores(tracked: TrackedRun, compared: Mapping[str, NDArray[np.int64]], 
 
     compared: label -> pair counts [2, bins] int64.
     """
-    shown = {name: (*roc_curve(pairs), roc_auc(pairs)) for name, pairs in compared.items()}
+    shown = {name: (*roc_curve(pairs), float(roc_auc(pairs))) for name, pairs in compared.items()}
     if shown:
         tracked.log_figure(verification.roc(shown), "plots/roc.png")
         tracked.log_figure(verification.det(shown), "plots/det.png")

@@ -24,16 +24,13 @@ from numpy.typing import NDArray
 from common import codec
 from common.codec import Coded
 from common.errors import ReplyRefused
-from common.metrics.classification import MOST_GROUPS
-from common.metrics.folds import FOLD_BINS, NUM_FOLDS
-from common.metrics.twins import no_twins
-from common.metrics.verification import NUM_BINS
+from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, EvaluationSums
 from common.settings import CODECS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
 SHARED, CHANGE = "shared", "change"
-COUNTS = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
+COUNTS_NAME = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
 FLAT = "facefed.flat"  # a flat buffer: dtype names the codec, shape its elements
 PLAIN = "facefed.plain"  # whole numbers
 _COUNT_DTYPES = (
@@ -42,10 +39,8 @@ _COUNT_DTYPES = (
     "uint32",
     "int64",
 )  # most counts are small, and the smallest that holds them travels
-_PAIRS_SHAPE, _FOLDS_SHAPE = (2, NUM_BINS), (NUM_FOLDS, 2, FOLD_BINS)
 CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
 NODE_UNAVAILABLE = 5  # Flower's own, of a module that is not public
-CLOSED_FIELDS = ("num_examples", "correct", "loss_sum", "num_classes", "precision_sum", "recall_sum", "f1_sum")
 TRAIN_FIELDS = (
     "num_pictures", "num_steps", "correct", "loss_sum", "gradient_norm_sum", "num_warmup_pictures", "num_warmup_steps",
     "num_halvings",
@@ -57,7 +52,7 @@ _REPLY_NAMES: Mapping[str, frozenset[str]] = {
         ["num-examples", "server-round", *(f"train-{name}" for name in TRAIN_FIELDS)]
         + [f"{split}-{name}" for split in ("val", "test") for name in CLOSED_FIELDS]
     ),
-    ARRAYS: frozenset([CHANGE, *(COUNTS.format(split=split) for split in ("val", "test"))]),
+    ARRAYS: frozenset([CHANGE, *(COUNTS_NAME.format(split=split) for split in ("val", "test"))]),
     TASK: frozenset(["manifest"]),
 }
 
@@ -103,17 +98,6 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSums:
-    """One evaluation as it travels: closed-set sums by name, and counts."""
-
-    closed: Mapping[str, float]
-    pairs: NDArray[np.int64]  # [2, 8192]
-    folds: NDArray[np.int64]  # [10, 2, 1024]
-    confusion: NDArray[np.int64]  # [G, G], G at most 64: people in groups where they are more
-    twins: NDArray[np.int64] = dataclasses.field(default_factory=no_twins)  # [2, 8192]; zeros where nobody has a twin
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reply:
     """A client's answer to a train or evaluate task."""
 
@@ -121,7 +105,7 @@ class Reply:
     manifest: str
     num_examples: int
     train: Mapping[str, float]  # TRAIN_FIELDS; empty after evaluate
-    evaluations: Mapping[str, SplitSums]  # by split
+    evaluations: Mapping[str, EvaluationSums]  # by split
     change: Coded | None  # None after evaluate
 
 
@@ -130,10 +114,12 @@ def counts_nbytes(reply: Reply) -> int:
     return sum(_flat_counts(sums).nbytes for sums in reply.evaluations.values())
 
 
-def _flat_counts(sums: SplitSums) -> NDArray[Any]:
+def _flat_counts(sums: EvaluationSums) -> NDArray[Any]:
     """All of a split's counts in one array, of the smallest of the dtypes that holds them."""
-    parts = (sums.pairs, sums.folds, sums.twins, sums.confusion)
-    counts = np.concatenate([part.reshape(-1) for part in parts])
+    arrays = sums.arrays()
+    if arrays.keys() != COUNTS.keys():
+        raise ValueError("only one client's own evaluation travels")
+    counts = np.concatenate([part.reshape(-1) for part in arrays.values()])
     largest = int(counts.max(initial=0))
     return counts.astype(next(name for name in _COUNT_DTYPES if largest <= np.iinfo(name).max))
 
@@ -273,9 +259,9 @@ def reply_content(reply: Reply) -> RecordDict:
     sums |= {f"train-{name}": value for name, value in reply.train.items()}
     arrays = {}
     for split, values in reply.evaluations.items():
-        sums |= {f"{split}-{name}": value for name, value in values.closed.items()}
+        sums |= {f"{split}-{name}": value for name, value in values.numbers().items()}
         counts = _flat_counts(values)
-        arrays[COUNTS.format(split=split)] = Array(
+        arrays[COUNTS_NAME.format(split=split)] = Array(
             dtype=str(counts.dtype),
             shape=counts.shape,
             stype=PLAIN,
@@ -288,23 +274,21 @@ def reply_content(reply: Reply) -> RecordDict:
     return content
 
 
-def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> SplitSums:  # noqa: ANN401
-    name = COUNTS.format(split=split)
+def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> EvaluationSums:  # noqa: ANN401
+    name = COUNTS_NAME.format(split=split)
     counts = _read_counts(arrays, name)
-    ends = np.cumsum([math.prod(_PAIRS_SHAPE), math.prod(_FOLDS_SHAPE), math.prod(_PAIRS_SHAPE)]).tolist()
+    ends = np.cumsum([math.prod(shape) for shape in COUNTS.values() if shape]).tolist()
     groups = math.isqrt(max(counts.size - ends[-1], 0))
     size = ends[-1] + groups**2
     if counts.shape != (size,) or groups > MOST_GROUPS:
         raise ReplyRefused(f"{name} has the shape {counts.shape}, this version's counts ({size},)")
     if bool((counts < 0).any()):
         raise ReplyRefused(f"{name} holds {counts.min()}, not counts")
-    pairs, folds, twins, confusion = np.split(counts, ends)
-    return SplitSums(
-        closed={name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS},
-        pairs=pairs.reshape(_PAIRS_SHAPE),
-        folds=folds.reshape(_FOLDS_SHAPE),
-        confusion=confusion.reshape(groups, groups),
-        twins=twins.reshape(_PAIRS_SHAPE),
+    shapes = {part: shape or (groups, groups) for part, shape in COUNTS.items()}
+    parts = zip(shapes.items(), np.split(counts, ends), strict=True)
+    return EvaluationSums.from_parts(
+        {name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS},
+        {part: own.reshape(shape) for (part, shape), own in parts},
     )
 
 

@@ -28,7 +28,7 @@ from server.checkpointing import RunCheckpoints
 from server.flower.grid import GridMailbox, ask_soon
 from server.flower.superlink import NODES_FILE, read_nodes
 from server.global_model import GlobalModel
-from server.history import History
+from server.history import MOST_TOLD_APART, History
 from server.mailbox import Mailbox, Patience
 from server.optimiser import ServerOptimiser
 from server.public_set import public_scorer
@@ -37,7 +37,6 @@ from server.record import Record
 from server.resume import resume
 from server.roster import Roster
 from server.rounds import Federation, Outcome
-from server.scores import MOST_TOLD_APART
 
 log = logging.getLogger("facefed.server")
 

@@ -17,8 +17,14 @@ from common.errors import CheckpointError
 from common.files import read_sealed_json, write_bytes, write_sealed_json
 from common.parameters import Manifest, buffer_sha256, views
 from common.runs import STATE_FILE
-from server.history import History
-from server.kept_history import history_from_json, history_to_json, read_scores, scores_path, write_scores
+from server.history import (
+    History,
+    history_from_json,
+    history_to_json,
+    read_scores,
+    scores_path,
+    write_scores,
+)
 
 log = logging.getLogger("facefed.server")
 

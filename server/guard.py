@@ -9,10 +9,10 @@ from flwr.app import Message
 from common import wire
 from common.codec import Coded, decode, has_negative_scale, largest_magnitude
 from common.errors import ReplyRefused
+from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.parameters import Manifest
 from common.settings import CLIENT_NAME, PRECISIONS
-from common.wire import TRAIN_FIELDS, Reply, Site, SplitSums
-from server.scores import INTEGER_SUMS
+from common.wire import TRAIN_FIELDS, Reply, Site
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
@@ -125,7 +125,7 @@ def _check_each(change: Coded, manifest: Manifest) -> None:
 
 def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:
     for name, value in sums.items():
-        kinds = int if name in INTEGER_SUMS and prefix else int | float
+        kinds = int if name in WHOLE_NUMBERS and prefix else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ReplyRefused(f"{prefix}{name} is {value!r}; it must be a number")
         if not (math.isfinite(value) and 0 <= value < LARGEST_SUM):
@@ -134,11 +134,11 @@ def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:
 
 def _check_evaluations(reply: Reply, site: Site) -> None:
     for split, sums in reply.evaluations.items():
-        _check_sums(sums.closed, f"{split}-")
-        _check_closed(split, sums)
+        _check_sums(sums.numbers(), f"{split}-")
+        _check_closed(split, sums.closed)
         for name, most in (("num_examples", site.num_pictures), ("num_classes", site.num_training_people)):
-            if sums.closed[name] > most:
-                raise ReplyRefused(f"{split}-{name} is {sums.closed[name]}; the client joined with {most}")
+            if getattr(sums.closed, name) > most:
+                raise ReplyRefused(f"{split}-{name} is {getattr(sums.closed, name)}; the client joined with {most}")
         # Every pair of the client's pictures once, at most; more could overflow the clients' sum.
         most = site.num_pictures * (site.num_pictures - 1) // 2
         if float(sums.pairs.sum(dtype=np.float64)) > most:
@@ -147,12 +147,12 @@ def _check_evaluations(reply: Reply, site: Site) -> None:
             raise ReplyRefused(f"the {split} histogram counts more pairs of twins than pairs")
         if float(sums.folds.sum(dtype=np.float64)) > most:
             raise ReplyRefused(f"the {split} folds count more pairs than {site.num_pictures} pictures have")
-        if float(sums.confusion.sum(dtype=np.float64)) > site.num_pictures:
+        if sums.confusion is not None and float(sums.confusion.sum(dtype=np.float64)) > site.num_pictures:
             raise ReplyRefused(f"the {split} confusion counts more than {site.num_pictures} pictures")
 
 
-def _check_closed(split: str, sums: SplitSums) -> None:
-    closed = sums.closed
+def _check_closed(split: str, sums: ClosedSetSums) -> None:
+    closed = vars(sums)
     bounds = {"correct": "num_examples"} | dict.fromkeys(("precision_sum", "recall_sum", "f1_sum"), "num_classes")
     for name, bound in bounds.items():
         if closed[name] > closed[bound] * (1 + 1e-9):

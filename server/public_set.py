@@ -18,8 +18,9 @@ from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
 from common.faces.index import require_folder
 from common.faces.pairs import PairList, read_pair_list, require_pictures
+from common.metrics.figures import eer, roc_auc
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
-from common.metrics.verification import eer, roc_auc, score_histogram
+from common.metrics.pairs import score_histogram
 from common.models.recogniser import Recogniser
 from common.parameters import Manifest, load_shared
 from common.runtime import resolve_device
@@ -117,8 +118,8 @@ class PublicScorer:
         histogram = score_histogram(scores, pairs.genuine)
         return {
             "round_public_accuracy": accuracy,
-            "round_public_auc": roc_auc(histogram),
-            "round_public_eer": eer(histogram),
+            "round_public_auc": float(roc_auc(histogram)),
+            "round_public_eer": float(eer(histogram)),
         }
 
     def _embeddings(self, between: Callable[[], object]) -> Iterable[NDArray[np.float32]]:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.evaluation import EvaluationSums, pooled
 from common.events import EventLog
-from common.metrics.training import own_seconds, train_metrics
+from common.metrics.figures import AUC, known_scores, own_seconds, train_metrics
+from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
@@ -18,10 +18,9 @@ from common.settings import Settings
 from common.tracking.hardware import gpu_type
 from common.tracking.run import TrackedRun
 from common.wire import Reply, Site
-from server.history import History
+from server.history import MOST_TOLD_APART, History, Tally, client_metrics, merged_train, quantiles
 from server.roster import Member
 from server.round_clock import Thrift
-from server.scores import MOST_TOLD_APART, Tally, client_metrics, figures, merged_train, open_scores, quantiles
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
@@ -286,7 +285,7 @@ class Record:
     def _test_scores(self, history: History, step: int) -> dict[str, float]:
         if not history.tested(step):
             return {}
-        return figures(history.pooled_test(step))
+        return known_scores(history.pooled_test(step))
 
     def _draw_curves(self, history: History) -> None:
         self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
@@ -295,20 +294,18 @@ class Record:
 
     def _draw_verification(self, history: History) -> None:
         strategy = self._settings.federation.strategy
-        tested = {
-            label: history.pooled_test(step)
-            for label, step in (("untrained", 0), (strategy, history.best_round))
-            if history.tested(step)
-        }
-        draw_scores(self._tracked, {label: sums.pairs for label, sums in tested.items() if open_scores(sums)}, strategy)
+        steps = (("untrained", 0), (strategy, history.best_round))
+        scored = {label: step for label, step in steps if AUC in self._test_scores(history, step)}
+        pairs = {label: history.pooled_test(step).pairs for label, step in scored.items()}
+        draw_scores(self._tracked, pairs, strategy)
 
     def _draw_clients(self, tested: Mapping[str, EvaluationSums]) -> None:
         """Each client's figures side by side, and its confusion matrix, from the counts it sent."""
         if not tested:
             return
-        scores = {name: figures(sums) for name, sums in tested.items()}
+        scores = {name: known_scores(sums) for name, sums in tested.items()}
         self._tracked.log_figure(
-            client_comparison(scores, pooled=figures(pooled(tested))), "plots/client_comparison.png"
+            client_comparison(scores, pooled=known_scores(pooled(tested))), "plots/client_comparison.png"
         )
         for name, sums in tested.items():
             if sums.confusion is not None and sums.closed.num_examples > 0:

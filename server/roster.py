@@ -12,8 +12,8 @@ from common.events import EventLog
 from common.settings import FederationSettings
 from common.wire import Site, Task
 from server.guard import check_sender, read_site
+from server.history import MOST_TOLD_APART
 from server.mailbox import Mailbox, Patience
-from server.scores import MOST_TOLD_APART
 
 SAY_WAITING_EVERY_S = 10.0
 

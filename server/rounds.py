@@ -18,7 +18,7 @@ from server.aggregate import Aggregate, aggregate_for
 from server.checkpointing import RunCheckpoints
 from server.exchange import Download, Exchange
 from server.global_model import GlobalModel
-from server.history import History
+from server.history import History, Tally
 from server.mailbox import Mailbox, Patience
 from server.optimiser import ServerOptimiser
 from server.public_set import PublicScorer
@@ -26,7 +26,6 @@ from server.record import Record
 from server.roster import Member, Roster
 from server.round_clock import RoundClock
 from server.sampling import is_sampled, replies_needed, sample, waves
-from server.scores import Tally
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,18 @@ from typing import Any, TextIO
 
 from clients.site import SiteSettings
 from common.errors import DataError
-from common.evaluation import EvaluationSums, people_digest, pooled
+from common.evaluation import people_digest
 from common.faces.pack import FacePack
 from common.gallery import private_pictures
+from common.metrics.figures import AUC, known_scores
+from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.results import Trained, draw_scores, register_models
 from common.runs import CHECKPOINTS, RunKind, recorded
 from common.settings import Settings
 from common.tracking.run import TrackedRun
-from server.scores import figures
-from simulation.epochs import AfterEpoch, Epochs, go_on, show_graph
+from simulation.epochs import VAL_AUC, AfterEpoch, Epochs, go_on, show_graph
 from simulation.trainee import Trainee, centralized_trainee, local_trainee
 from simulation.twin_results import missing_pairs, twin_results
 
@@ -183,8 +184,8 @@ def train_and_test(
         epochs=epochs.progress.epoch,
         best_epoch=epochs.progress.best_epoch,
         best_val_auc=epochs.progress.best_val_auc,
-        untrained_auc=results["untrained"]["roc_auc"],
-        test_auc=results["test"]["roc_auc"],
+        untrained_auc=results["untrained"][AUC],
+        test_auc=results["test"][AUC],
         twins=results.get("twins", {}),
         registered=registered,
     )
@@ -211,8 +212,8 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
     trainee, tracked, progress = epochs.trainee, epochs.tracked, epochs.progress
     epochs.load("best")
     tested = trainee.evaluate("test")
-    scores = {name: figures(sums) for name, sums in tested.items()}
-    total = figures(pooled(tested))
+    scores = {name: known_scores(sums) for name, sums in tested.items()}
+    total = known_scores(pooled(tested))
     logged = {f"test_{name}": value for name, value in total.items()}
     if len(tested) > 1:
         logged |= {f"{client}_test_{name}": value for client, own in scores.items() for name, value in own.items()}
@@ -227,7 +228,7 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
         "num_warmup_pictures": progress.num_warmup_pictures,
         "test": total,
         "clients": scores,
-        "untrained": figures(pooled(untrained)),
+        "untrained": known_scores(pooled(untrained)),
         "test_pairs": {name: people_digest(pack, "test") for name, pack in trainee.clients.items()},
         "epochs": progress.rows,
         **twins,
@@ -261,7 +262,9 @@ def _draw(
     tracked.log_figure(curves.training_curves(epochs.progress.rows), "plots/training.png")
     draw_scores(tracked, {name: sums.pairs for name, sums in compared.items()}, label)
     if len(scores) > 1:
-        tracked.log_figure(client_comparison(scores, pooled=figures(compared[label])), "plots/client_comparison.png")
+        tracked.log_figure(
+            client_comparison(scores, pooled=known_scores(compared[label])), "plots/client_comparison.png"
+        )
     for client, pack in trainee.clients.items():
         pictures = private_pictures(
             trainee.own(client), pack, trainee.compute, client=client, seed=trainee.settings.run.seed
@@ -279,7 +282,7 @@ def register_trained(epochs: Epochs, name: str) -> list[str]:
 
     def trained(role: str, epoch: int) -> Trained:
         row = next(row for row in progress.rows if row["step"] == epoch)
-        return Trained(step=epoch, val_auc=row.get("val_roc_auc", float("nan")), load=partial(epochs.load, role))
+        return Trained(step=epoch, val_auc=row.get(VAL_AUC, float("nan")), load=partial(epochs.load, role))
 
     return register_models(
         epochs.tracked,

@@ -25,26 +25,18 @@ from common.faces.batches import to_float
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.files import read_json, write_json
+from common.metrics.figures import AUC, known_scores, validated
 from common.models.dcal import VitBackbone, attention_of
 from common.models.recogniser import EmbeddingModel
 from common.plots.attention import attention_maps
 from common.tracking.run import TrackedRun
 from common.training import make_optimiser, train_epochs, warm_up_head
-from server.scores import figures
 from simulation.trainee import Trainee
 
 PROGRESS_FILE = "progress.json"
 NUM_PICTURES: Final = 6  # that are looked at
 NUM_LOOKS: Final = 5  # over all epochs, about
-VALIDATED = {
-    "val_loss": "loss",
-    "val_acc": "accuracy",
-    "val_roc_auc": "roc_auc",
-    "val_eer": "eer",
-    "val_twins_roc_auc": "twins_roc_auc",
-    "val_twins_eer": "twins_eer",
-    "val_strangers_roc_auc": "strangers_roc_auc",
-}
+VAL_AUC = f"val_{AUC}"  # among an epoch's figures, what the best is chosen by
 AfterEpoch = Callable[["Epochs"], None]  # may raise to end the training
 
 
@@ -138,8 +130,8 @@ class Epochs:
         progress.num_pictures += sums.num_pictures
         progress.num_steps += sums.num_steps
         progress.rows.append({"step": float(epoch + 1), **row})
-        if row.get("val_roc_auc", 0.0) > progress.best_val_auc:
-            progress.best_epoch, progress.best_val_auc = epoch + 1, row.get("val_roc_auc", 0.0)
+        if row.get(VAL_AUC, 0.0) > progress.best_val_auc:
+            progress.best_epoch, progress.best_val_auc = epoch + 1, row.get(VAL_AUC, 0.0)
             self._save_model("best")
         self._save()
         self.tracked.log_metrics(row, step=epoch + 1)
@@ -147,14 +139,14 @@ class Epochs:
             show_attention(self.trainee, self.tracked)
         out.write(
             f"epoch {epoch + 1} of {self.total}: train loss {row['train_loss']:.3f},"
-            f" val AUC {row.get('val_roc_auc', float('nan')):.3f}, {seconds:.1f} s\n"
+            f" val AUC {row.get(VAL_AUC, float('nan')):.3f}, {seconds:.1f} s\n"
         )
         out.flush()
         self.after_epoch(self)
 
     def _validate(self) -> dict[str, float]:
-        scores = figures(self.trainee.evaluate_pooled("val"))
-        return {name: scores[key] for name, key in VALIDATED.items() if key in scores}
+        scores = known_scores(self.trainee.evaluate_pooled("val"))
+        return {metric: scores[name] for metric, (name, _) in validated().items() if name in scores}
 
     def _save_model(self, role: str) -> None:
         state = self.trainee.recogniser.state_dict()

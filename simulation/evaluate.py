@@ -12,8 +12,8 @@ import numpy as np
 from common.console import tracking_line
 from common.errors import UserError
 from common.faces.pack import FacePack
-from common.metrics.twins import KINDS
-from common.metrics.verification import roc_curve
+from common.metrics.bootstrap import Estimate
+from common.metrics.figures import AUC, KINDS, figure_name, roc_curve
 from common.plots import comparison as comparison_plots
 from common.plots import verification
 from common.plots.style import LOCAL
@@ -25,14 +25,11 @@ from common.tracking.address import with_absolute_tracking
 from common.tracking.run import TrackedRun
 from common.training import Compute
 from common.version import facefed_version
-from simulation.compare import AUC, Comparison, gaps_of, notes_of, with_pooled
+from simulation.compare import Comparison, check_same_pairs, describe, gaps_of, notes_of, with_pooled
 from simulation.found_models import FoundModel, Search, explicit_runs, find_models, wanted_models
-from simulation.kinds import figure_name
-from simulation.report import csv_text, has_kinds, json_content, metrics, terminal_lines
-from simulation.report_page import page
-from simulation.scoring import Estimate, Scored, score
+from simulation.report import csv_text, has_kinds, json_content, metrics, page, terminal_lines
+from simulation.scoring import Scored, score
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
-from simulation.tested import check_same_pairs, describe
 
 _KIND = {"all": "all pairs", "twins": "pairs of twins", "strangers": "pairs of strangers"}  # for the plots
 
@@ -197,7 +194,7 @@ def _draw(compared: Comparison, tracked: TrackedRun) -> dict[str, bytes]:
     """Draw and keep the plots; returns what each shows with its PNG."""
     label = {model.name: _label(model) for model in compared.models}
     main = {label[model.name]: compared.scored[model.name][compared.main] for model in compared.models}
-    curves = {name: (*roc_curve(one.pairs), one.figures[AUC].value) for name, one in main.items()}
+    curves = {name: (*roc_curve(one.sums.pairs), one.figures[AUC].value) for name, one in main.items()}
     everywhere = {
         label[name]: {p: s.figures[AUC] for p, s in places.items()} for name, places in compared.scored.items()
     }
@@ -219,9 +216,9 @@ def _draw_kinds(main: Mapping[str, Scored], tracked: TrackedRun) -> dict[str, by
     """The kinds of pairs beside each other, and the models' ROC curves on twins alone.  main: label -> scored."""
     of_twins = figure_name("twins", AUC)
     curves = {
-        name: (*roc_curve(one.kinds.of("twins")), one.figures[of_twins].value)
+        name: (*roc_curve(one.sums.of_kind("twins")), one.figures[of_twins].value)
         for name, one in main.items()
-        if one.kinds is not None
+        if one.sums.has_kinds
     }
     kinds = {name: {_KIND[kind]: one.figures[figure_name(kind, AUC)] for kind in KINDS} for name, one in main.items()}
     title = "Verification of twins never seen in training: two siblings as impostors"

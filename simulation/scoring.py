@@ -2,10 +2,9 @@
 
 Open set: all pairs within each client's test people; intervals by drawing people (`common.metrics.bootstrap`), whole
 families where they are known, with the same draws for every model. With twins, the kinds of pairs have figures of their
-own (`simulation.kinds`). Closed set: a client's own people, where the model has a head for them.
+own, with one threshold for all from validation. Closed set: a client's own people, where the model has a head for them.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,36 +12,33 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation import EvaluationSums, embed, evaluate, pooled
+from common.evaluation import embed, evaluate
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.bootstrap import bootstrap_scores, coarse_bins, interval, person_weights
-from common.metrics.folds import NUM_FOLDS, ten_fold_accuracy
-from common.metrics.twin_report import pair_counts
-from common.metrics.twins import no_twins, threshold_at_best_accuracy
-from common.metrics.verification import pair_histogram
+from common.metrics.bootstrap import Drawn, Estimate, interval, replicates
+from common.metrics.figures import (
+    CLOSED,
+    KINDS,
+    PAIRS,
+    closed_scores,
+    compared,
+    figure_name,
+    kind_scores,
+    open_scores,
+    threshold_at_best_accuracy,
+)
+from common.metrics.pairs import pair_counts, pair_histogram
+from common.metrics.sums import EvaluationSums, no_twins, pooled
 from common.models.recogniser import Recogniser
 from common.runtime import stream_seed
 from common.training import Compute
 from simulation.found_models import FoundModel
-from simulation.kinds import PREFIXED, Drawn, Pairs, kind_replicates, kind_values
 from simulation.ready_models import ModelFiles
-from simulation.tested import POOLED
 
 NUM_REPLICATES = 1000
-TEN_FOLD, ACCURACY = "ten_fold_accuracy", "accuracy"
-OPEN_FIGURES = ("roc_auc", "eer", "tar_at_far_1e-1", "tar_at_far_1e-2", "tar_at_far_1e-3", TEN_FOLD, *PREFIXED)
-CLOSED_FIGURES = (ACCURACY, "precision", "recall", "f1")
-_HALF_WIDTH = 1.959964  # standard deviations of a 95 % interval
+POOLED = "pooled"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A figure and its 95 % interval; NaN ends where there is none."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+Replicates = Mapping[str, NDArray[np.float64]]  # figure -> [NUM_REPLICATES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +46,10 @@ class Scored:
     """One model on one test set."""
 
     figures: Mapping[str, Estimate]
-    replicates: Mapping[str, NDArray[np.float64]]  # figure -> [NUM_REPLICATES]
-    pairs: NDArray[np.int64]  # [2, 8192]
+    replicates: Replicates
+    sums: EvaluationSums
     num_closed: int  # test pictures of people trained on; 0: no closed set
     no_head: str = field(default="")
-    twins: NDArray[np.int64] = field(default_factory=no_twins)  # [2, 8192]: of `pairs` those of twins
-
-    @property
-    def kinds(self) -> Pairs | None:
-        """The pairs by kind, where there are such of twins and of strangers."""
-        pairs = Pairs(every=self.pairs, twins=self.twins)
-        return pairs if pairs.has_kinds else None
 
 
 def score(
@@ -79,28 +68,26 @@ def score(
     validation = no_twins()
     for name in clients:
         ready = files.at(name, packs[name], num_people)
-        drawn[name] = _drawn(ready.recogniser, packs[name], compute, stream_seed(seed, name, "bootstrap"))
-        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=drawn[name].embeddings)
+        indices, person, family = packs[name].shown_in(Split.TEST_PEOPLE)
+        embeddings = embed(ready.recogniser, packs[name], indices, compute).numpy()
+        own_seed = stream_seed(seed, name, "bootstrap")
+        drawn[name] = Drawn.by_seed(embeddings, person, family, num_replicates=NUM_REPLICATES, seed=own_seed)
+        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=embeddings)
         no_head[name] = ready.no_head
         if any(pack.family is not None for pack in packs.values()):
             validation += _validation_pairs(ready.recogniser, packs[name], compute)
-    bins = coarse_bins(pooled(sums).pairs)  # of all clients, so that theirs add up
-    histograms = {name: drawn[name].histograms(bins, "all") for name in clients}
-    scored = {name: _scored(sums[name], histograms[name], no_head[name]) for name in clients}
+    total = pooled(sums)
+    has_threshold = total.has_kinds and bool(validation.any(axis=1).all())
+    threshold = threshold_at_best_accuracy(validation) if has_threshold else None
+    places = sums
     if len(clients) > 1:
-        lacking = "; ".join(f"{name}: {why}" for name, why in no_head.items() if why)
-        scored[POOLED] = _scored(pooled(sums), np.sum(list(histograms.values()), axis=0), lacking)
-    return _with_kinds(scored, drawn, sums, validation)
-
-
-def _drawn(recogniser: Recogniser, pack: FacePack, compute: Compute, seed: int) -> Drawn:
-    indices, person, family = pack.shown_in(Split.TEST_PEOPLE)
-    return Drawn(
-        embeddings=embed(recogniser, pack, indices, compute).numpy(),
-        person=person,
-        family=family,
-        weights=person_weights(len(np.unique(family)), NUM_REPLICATES, seed),
-    )
+        places = sums | {POOLED: total}
+        no_head[POOLED] = "; ".join(f"{name}: {why}" for name, why in no_head.items() if why)
+    found = _replicates(drawn, sums, total, threshold)
+    return {
+        place: _scored(own, found[place if place in sums else POOLED], no_head[place], threshold)
+        for place, own in places.items()
+    }
 
 
 def _validation_pairs(recogniser: Recogniser, pack: FacePack, compute: Compute) -> NDArray[np.int64]:
@@ -111,70 +98,47 @@ def _validation_pairs(recogniser: Recogniser, pack: FacePack, compute: Compute) 
     return pair_histogram(embed(recogniser, pack, indices, compute), person)
 
 
-def _with_kinds(
-    scored: Mapping[str, Scored],
-    drawn: Mapping[str, Drawn],
-    sums: Mapping[str, EvaluationSums],
-    validation: NDArray[np.int64],
-) -> dict[str, Scored]:
-    """With the figures of the kinds of pairs, where there are any: one threshold for all, from validation."""
-    pairs = {name: Pairs(every=own.pairs, twins=own.twins) for name, own in sums.items()}
-    total = Pairs(every=pooled(sums).pairs, twins=pooled(sums).twins)
-    if not total.has_kinds:
-        return dict(scored)
-    threshold = threshold_at_best_accuracy(validation) if validation.any(axis=1).all() else None
-    replicates = kind_replicates(drawn, pairs, total, threshold)
-    found = dict(scored)
-    for place, one in scored.items():
-        if one.kinds is not None:
-            own = replicates["" if place == POOLED else place]
-            intervals = {name: interval(values) for name, values in own.items()}
-            figures = {
-                name: Estimate(value=value, low=intervals[name][0], high=intervals[name][1])
-                for name, value in kind_values(one.kinds, threshold).items()
-            }
-            found[place] = dataclasses.replace(
-                one, figures={**one.figures, **figures}, replicates={**one.replicates, **own}
-            )
-    return found
+def _replicates(
+    drawn: Mapping[str, Drawn], sums: Mapping[str, EvaluationSums], total: EvaluationSums, threshold: float | None
+) -> dict[str, Replicates]:
+    """Client, and POOLED for all clients together -> the replicates of its figures.
+
+    drawn, sums: by client.  total: of all clients; its bins are everyone's, so that histograms add up.
+    Clients without pairs of twins have no replicates of kinds; their strangers count among all clients'.
+    """
+    found: dict[str, dict[str, NDArray[np.float64]]] = {place: {} for place in (*drawn, POOLED)}
+    for kind in KINDS if total.has_kinds else KINDS[:1]:
+        with_pairs = [name for name in drawn if kind != "twins" or sums[name].twins.any()]
+        counts = {name: drawn[name].counts(kind, total.of_kind(kind), threshold) for name in with_pairs}
+        every = {of: np.sum([own[of] for own in counts.values()], axis=0) for of in counts[with_pairs[0]]}
+        for place, own in {**counts, POOLED: every}.items():
+            has_kinds = place == POOLED or sums[place].has_kinds
+            shown = {of: counted for of, counted in own.items() if has_kinds or (kind == "all" and of == PAIRS)}
+            found[place] |= {figure_name(kind, name): values for name, values in replicates(shown).items()}
+    return dict(found)
 
 
-def _scored(sums: EvaluationSums, histograms: NDArray[np.float64], no_head: str) -> Scored:
-    values = sums.open_scores()
-    replicates = bootstrap_scores(histograms)
+def _scored(sums: EvaluationSums, drawn: Replicates, no_head: str, threshold: float | None) -> Scored:
+    num_closed = 0 if no_head else sums.closed.num_examples
+    values = open_scores(sums)
+    if num_closed:
+        values |= closed_scores(sums.closed)
+    if sums.has_kinds:
+        for kind in KINDS:
+            own = kind_scores(sums.of_kind(kind), kind, threshold)
+            values |= {figure_name(kind, name): value for name, value in own.items()}
+    rows = compared()
     figures = {}
     for name, value in values.items():
-        low, high = interval(replicates[name]) if name in replicates else (math.nan, math.nan)
-        figures[name] = Estimate(value=value, low=low, high=high)
-    figures[TEN_FOLD] = _ten_fold(sums)
-    num_closed = 0 if no_head else sums.closed.num_examples
-    if num_closed:
-        closed = sums.closed.scores()
-        figures |= {name: Estimate(value=closed[name]) for name in CLOSED_FIGURES}
-        figures[ACCURACY] = wilson(sums.closed.correct, num_closed)
-    return Scored(
-        figures=figures,
-        replicates=replicates,
-        pairs=sums.pairs,
-        num_closed=num_closed,
-        no_head=no_head,
-        twins=sums.twins,
-    )
-
-
-def _ten_fold(sums: EvaluationSums) -> Estimate:
-    """Mean over folds, with 1.96 standard errors of the mean on both sides (the deviation LFW's protocol reports)."""
-    mean, deviation = ten_fold_accuracy(sums.folds)
-    half = _HALF_WIDTH * deviation / math.sqrt(NUM_FOLDS)
-    return Estimate(value=mean, low=max(0.0, mean - half), high=min(1.0, mean + half))
-
-
-def wilson(correct: int, num_pictures: int) -> Estimate:
-    """A fraction with its 95 % score interval (Wilson, JASA 22, 1927), which takes pictures as independent."""
-    rate, square = correct / num_pictures, _HALF_WIDTH**2 / num_pictures
-    middle = (rate + square / 2) / (1 + square)
-    half = math.sqrt(rate * (1 - rate) * square + square**2 / 4) / (1 + square)
-    return Estimate(value=rate, low=max(0.0, middle - half), high=min(1.0, middle + half))
+        if name in rows:
+            ends = rows[name].ends
+            low, high = math.nan, math.nan
+            if name in drawn:
+                low, high = interval(drawn[name])
+            elif ends is not None:
+                low, high = ends(sums.closed if rows[name].of == CLOSED else sums.folds)
+            figures[name] = Estimate(value=value, low=low, high=high)
+    return Scored(figures=figures, replicates=drawn, sums=sums, num_closed=num_closed, no_head=no_head)
 
 
 @dataclass(frozen=True, kw_only=True)

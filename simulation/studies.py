@@ -4,7 +4,7 @@ A sweep (`simulation.sweep`) looks for good values of several settings. The abla
 setting is worth: a training for each of its values, all else equal, and their paired gaps. All variants have the same
 seed, people, pictures and number of gradient steps, so what differs is the setting. The gaps come from the same draws
 of families for all variants; that another seed would give other models is not in their intervals
-(`common.metrics.twin_report`).
+(`common.metrics.bootstrap`).
 """
 
 import csv
@@ -26,8 +26,8 @@ from common.evaluation import embed, people_digest
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.files import read_json, write_json
-from common.metrics.twin_report import paired_gap
-from common.metrics.twins import KINDS
+from common.metrics.bootstrap import paired_gap
+from common.metrics.figures import AUC, KINDS
 from common.plots.comparison import ablation_dots
 from common.runs import CHECKPOINTS, RunKind, all_params, recorded
 from common.runtime import stream_seed
@@ -83,7 +83,6 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-FIGURE = "roc_auc"  # whose gaps are told
 _FINISHED_FILE = "finished.json"  # RUN/VARIANT/: trained, tested and recorded
 
 Row = dict[str, Any]
@@ -182,7 +181,7 @@ def _figures(variant: Variant, folder: Path) -> Row:
     row: Row = {"variant": variant.value}
     for kind in KINDS:
         figures = results["twins"]["figures"][kind]
-        for name in (FIGURE, "eer", "accuracy"):
+        for name in (AUC, "eer", "accuracy"):
             row |= named_parts(f"{kind}_{name}", figures[name])
     names = ("num_gradient_steps", "num_pictures_processed", "best_epoch", "best_val_auc")
     seconds = [epoch["epoch_seconds"] for epoch in results["epochs"]]
@@ -197,8 +196,10 @@ def _add_gaps(
     seed = stream_seed(settings.run.seed, "families")
     for row, own in zip(rows[1:], embeddings[1:], strict=True):
         for kind in KINDS:
-            gap = paired_gap(own, embeddings[0], person, family, kind, FIGURE, num_replicates=NUM_REPLICATES, seed=seed)
-            row |= {f"{kind}_gap": gap.gap, f"{kind}_gap_low": gap.low, f"{kind}_gap_high": gap.high}
+            gap = paired_gap(
+                [own], [embeddings[0]], person, family, kind, AUC, num_replicates=NUM_REPLICATES, seed=seed
+            )
+            row.update(named_parts(f"{kind}_gap", vars(gap)))
 
 
 def _record(
@@ -241,8 +242,8 @@ def ablation_lines(summary: AblationSummary) -> list[str]:
 
 
 def _shown(row: Row, kind: str) -> str:
-    low, high = row[f"{kind}_{FIGURE}_low"], row[f"{kind}_{FIGURE}_high"]
-    return f"{row[f'{kind}_{FIGURE}']:6.3f} [{low:6.3f}, {high:6.3f}]"
+    low, high = row[f"{kind}_{AUC}_low"], row[f"{kind}_{AUC}_high"]
+    return f"{row[f'{kind}_{AUC}']:6.3f} [{low:6.3f}, {high:6.3f}]"
 
 
 def _shown_gap(row: Row, kind: str) -> str:

@@ -21,11 +21,10 @@ from typing import Any, Final
 
 from common import config
 from common.errors import ConfigError, unknown_name
+from common.metrics.figures import AUC, validated
 from common.settings import Settings
 
-MAXIMISED: Final = ("val_roc_auc", "val_twins_roc_auc", "val_strangers_roc_auc", "val_acc")
-MINIMISED: Final = ("val_eer", "val_twins_eer", "val_loss")
-METRICS: Final = (*MAXIMISED, *MINIMISED)
+DEFAULT_METRIC: Final = f"val_{AUC}"
 DIRECTIONS: Final = ("maximize", "minimize")  # Optuna's words
 PLAN_FILE: Final = "sweep.toml"  # the copy in the run's folder
 NOT_SWEPT: Final = ("training.device",)
@@ -91,11 +90,11 @@ def load_plan(path: Path) -> SweepPlan:
     space = _read_space(sweep.get("space"), problems)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
-    metric = sweep.get("metric", MAXIMISED[0])
+    metric = sweep.get("metric", DEFAULT_METRIC)
     return SweepPlan(
         trials=sweep["trials"],
         metric=metric,
-        direction=sweep.get("direction", _direction_of(metric)),
+        direction=sweep.get("direction", allowed_metrics()[metric]),
         base=sweep["base"],
         space=space,
         path=path,
@@ -103,8 +102,11 @@ def load_plan(path: Path) -> SweepPlan:
     )
 
 
-def _direction_of(metric: str) -> str:
-    return DIRECTIONS[0] if metric in MAXIMISED else DIRECTIONS[1]
+def allowed_metrics() -> dict[str, str]:
+    """The validation figures that a sweep may choose by -> which way is better; those to maximise come first."""
+    rows = {metric: row for metric, (_, row) in validated().items()}
+    found = {metric: DIRECTIONS[0] for metric, row in rows.items() if row.is_best == "highest"}
+    return found | {metric: DIRECTIONS[1] for metric, row in rows.items() if row.is_best == "lowest"}
 
 
 def _own_problems(sweep: Mapping[str, Any]) -> list[str]:
@@ -114,19 +116,19 @@ def _own_problems(sweep: Mapping[str, Any]) -> list[str]:
         problems.append(f"sweep.trials = {trials!r} must be a whole number of at least 1.")
     if not isinstance(base, str) or not base.strip():
         problems.append(f'sweep.base = {base!r} must name a configuration, such as "twins_dcal".')
-    metric = sweep.get("metric", MAXIMISED[0])
+    metric, metrics = sweep.get("metric", DEFAULT_METRIC), allowed_metrics()
     if isinstance(metric, str) and metric.startswith("test_"):
         problems.append(
             f"sweep.metric = {metric!r} is a test figure; choosing by it would spoil the test. Use"
             f" {metric.replace('test_', 'val_', 1)!r}."
-            if metric.replace("test_", "val_", 1) in METRICS
-            else f"sweep.metric = {metric!r} is a test figure; choose by validation: {', '.join(METRICS)}."
+            if metric.replace("test_", "val_", 1) in metrics
+            else f"sweep.metric = {metric!r} is a test figure; choose by validation: {', '.join(metrics)}."
         )
-    elif metric not in METRICS:
-        problems.append(unknown_name("sweep.metric", str(metric), METRICS))
-    elif sweep.get("direction", _direction_of(metric)) != _direction_of(metric):
+    elif not isinstance(metric, str) or metric not in metrics:
+        problems.append(unknown_name("sweep.metric", str(metric), list(metrics)))
+    elif sweep.get("direction", metrics[metric]) != metrics[metric]:
         problems.append(
-            f"sweep.direction = {sweep['direction']!r} looks for the worst {metric}; write {_direction_of(metric)!r}."
+            f"sweep.direction = {sweep['direction']!r} looks for the worst {metric}; write {metrics[metric]!r}."
         )
     return problems
 

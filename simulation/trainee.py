@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from clients.local_update import val_people_digest
 from clients.site import SiteSettings
-from common.evaluation import EvaluationSums, evaluate, pooled
+from common.evaluation import evaluate
 from common.faces.pack import FacePack, labels_of, union_pack
 from common.faces.splits import Split
+from common.metrics.sums import EvaluationSums, pooled
 from common.models.recogniser import Recogniser, build_recogniser, for_people
 from common.precision import resolve_compute, threads_for
 from common.runtime import num_cores, stream_seed

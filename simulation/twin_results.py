@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from common.evaluation import SPLITS, embed
 from common.faces.pack import FacePack
-from common.metrics.twin_report import pair_counts, twin_figures
-from common.metrics.twins import KINDS, histogram_of, pair_histograms, threshold_at_best_accuracy
-from common.metrics.verification import roc_curve
+from common.metrics.bootstrap import Drawn, twin_figures
+from common.metrics.figures import AUC, KINDS, roc_curve, threshold_at_best_accuracy
+from common.metrics.pairs import pair_counts, pair_histograms
+from common.metrics.sums import histogram_of
 from common.models.recogniser import Recogniser
 from common.plots import verification
 from common.runtime import stream_seed
@@ -54,7 +55,7 @@ def twin_lines(twins: Mapping[str, Any]) -> list[str]:
     """
     lines = [f"\ntest people never seen, threshold {twins['threshold']:.3f} from validation (95 % over families):\n"]
     for kind, figures in twins["figures"].items():
-        auc, eer, accuracy = (figures[name] for name in ("roc_auc", "eer", "accuracy"))
+        auc, eer, accuracy = (figures[name] for name in (AUC, "eer", "accuracy"))
         lines.append(
             f"  {kind:9} AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]  EER {eer['value']:.3f}"
             f"  accuracy {accuracy['value']:.3f}\n"
@@ -84,11 +85,11 @@ def twin_results(recogniser: Recogniser, pack: FacePack, compute: Compute, *, se
     """
     threshold = threshold_at_best_accuracy(pair_histograms(*_open_set(recogniser, pack, "val", compute))[0])
     test, person, family = _open_set(recogniser, pack, "test", compute)
-    figures = twin_figures(
-        test, person, family, threshold=threshold, num_replicates=NUM_REPLICATES, seed=stream_seed(seed, "families")
-    )
+    own_seed = stream_seed(seed, "families")
+    drawn = Drawn.by_seed(test, person, family, num_replicates=NUM_REPLICATES, seed=own_seed)
+    figures = twin_figures(drawn, threshold)
     histograms = pair_histograms(test, person, family)
-    auc = {kind: figures[kind]["roc_auc"] for kind in KINDS}
+    auc = {kind: figures[kind][AUC] for kind in KINDS}
     curves = {kind: (*roc_curve(histogram_of(kind, *histograms)), auc[kind]["value"]) for kind in KINDS}
     intervals = {kind: (auc[kind]["low"], auc[kind]["high"]) for kind in KINDS}
     return TwinResults(threshold=threshold, figures=figures, curve=verification.roc(curves, intervals=intervals))

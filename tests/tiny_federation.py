@@ -25,12 +25,12 @@ from common.events import EventLog
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
-from common.metrics.verification import NUM_BINS
+from common.metrics.sums import CLOSED_FIELDS, NUM_BINS, ClosedSetSums, EvaluationSums
 from common.models.recogniser import build_recogniser, private_names, shared_names
 from common.parameters import Manifest, manifest_of
 from common.runs import begin_tracking, federated_kind
 from common.settings import Settings
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
+from common.wire import TRAIN_FIELDS, Reply, Site, Task
 from server.checkpointing import RunCheckpoints
 from server.global_model import GlobalModel
 from server.mailbox import Patience
@@ -88,14 +88,14 @@ def site_named(name: str, **values: object) -> Site:
     return dataclasses.replace(plain, **values)
 
 
-def sums_with(auc: float) -> SplitSums:
+def sums_with(auc: float) -> EvaluationSums:
     """Sums whose ROC AUC is `auc`: of 100 genuine pairs so many lie above all 100 impostor pairs, the others below."""
     pairs = np.zeros((2, NUM_BINS), dtype=np.int64)
     pairs[1, 4000] = 100
     pairs[0, 5000], pairs[0, 3000] = round(100 * auc), 100 - round(100 * auc)
-    closed = dict.fromkeys(CLOSED_FIELDS, 1)
-    return SplitSums(
-        closed=closed | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0},
+    numbers = dict.fromkeys(CLOSED_FIELDS, 1) | {"num_examples": 4, "num_classes": 2, "loss_sum": 2.0}
+    return EvaluationSums(
+        closed=ClosedSetSums(**numbers),
         pairs=pairs,
         folds=folds_with(auc),
         confusion=np.ones((2, 2), dtype=np.int64),

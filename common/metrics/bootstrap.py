@@ -1,4 +1,4 @@
-"""95 % intervals of open-set scores by drawing people, not pairs: pairs of one person are far from independent.
+"""95 % intervals of open-set figures by drawing people, not pairs: pairs of one person are far from independent.
 
 A replicate draws as many people as there are, with replacement (Efron and Tibshirani, "An Introduction to the
 Bootstrap", 1993, percentile intervals, section 13.3; for pairs of people Snijders and Borgatti, "Non-parametric
@@ -9,8 +9,15 @@ gaps between models have intervals too: `interval(scores_a - scores_b)`.
 
 With twins whole families are drawn, not people: siblings are no two independent draws. A family's pairs, of one member
 or of two, count as its own.
+
+Intervals tell how far the figures of *these* models would move with other people or families; that another training run
+gives another model is not in them. For that, average the gap over models of several seeds, and show the gap of each
+seed beside it.
 """
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,14 +26,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.metrics.twins import KINDS, accepted_from, with_sibling
-from common.metrics.verification import NUM_BINS, roc_curve, score_bins, unit_length
+from common.metrics.figures import (
+    JUDGED,
+    KINDS,
+    PAIRS,
+    accepted_from,
+    figures_of,
+    kind_scores,
+    roc_curve,
+)
+from common.metrics.pairs import pair_counts, pair_histograms, score_bins, unit_length, with_sibling
+from common.metrics.sums import NUM_BINS, histogram_of
 
 MAX_UNITS: Final = 1000  # above so many people, groups of them are drawn instead: the work grows with its square
 COARSE_BINS: Final = 512
 _FAR_FLOOR: Final = 1e-4  # below it the coarse bins follow the genuine scores only
 _BLOCK_PAIRS: Final = 2**21  # scores computed at once: 8 MiB
-_FARS: Final = {"tar_at_far_1e-1": 1e-1, "tar_at_far_1e-2": 1e-2, "tar_at_far_1e-3": 1e-3}
+NUM_GENUINE, NUM_IMPOSTOR = "num_genuine_pairs", "num_impostor_pairs"
+
+Embeddings = NDArray[np.float32] | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure, or the gap of two, and its 95 % interval; NaN ends where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
 
 
 def person_weights(num_people: int, num_replicates: int, seed: int) -> NDArray[np.int64]:
@@ -146,49 +173,56 @@ def _against(unit: Tensor, others: Tensor, columns: Tensor, table: Tensor) -> Te
     return counts.reshape(-1, COARSE_BINS).float()
 
 
-def bootstrap_scores(histograms: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """roc_auc, eer, tar_at_far_1e-1, _1e-2, _1e-3 of each replicate: [B] float64 each, defined as in `verification`.
-
-    histograms: [B, 2, K], as `bootstrap_histograms` returns them or a sum of such.
-    A replicate without genuine or impostor pairs, such as one person drawn each time, has no score: NaN.
-    """
-    totals = histograms.sum(axis=2)
-    whole = (totals > 0).all(axis=1)
-    accepted = np.zeros((len(histograms), 2, histograms.shape[2] + 1))
-    np.cumsum(histograms[:, :, ::-1], axis=2, out=accepted[:, :, 1:])
-    accepted /= np.where(totals > 0, totals, 1)[:, :, None]
-    tar, far = accepted[:, 0], accepted[:, 1]
-    scores = {"roc_auc": np.trapezoid(tar, far, axis=1), "eer": _eer(far, tar)}
-    for name, level in _FARS.items():
-        last = (far <= level).sum(axis=1) - 1  # far rises along the curve
-        scores[name] = np.take_along_axis(tar, last[:, None], axis=1)[:, 0]
-    return {name: np.where(whole, values, np.nan) for name, values in scores.items()}
-
-
 def accuracy_bins(threshold: float) -> NDArray[np.int64]:
     """For `bootstrap_histograms`: bin 1 for scores accepted at a threshold, bin 0 for others.  [NUM_BINS] int64."""
     return (np.arange(NUM_BINS) >= accepted_from(threshold)).astype(np.int64)
 
 
-def bootstrap_accuracy(histograms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`twins.accuracy_at` of each replicate, [B] float64; NaN where it has no genuine or no impostor pair.
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One holder's test people as a model embeds them, and how often each replicate draws each family."""
 
-    histograms: [B, 2, K], as `bootstrap_histograms` returns them with `accuracy_bins`, or a sum of such.
+    embeddings: Embeddings  # [N, D] float, of any length
+    person: NDArray[np.int64]  # [N]
+    family: NDArray[np.int64]  # [N]; each person their own where the data set knows of none
+    weights: NDArray[np.int64]  # [B, U], as `person_weights` returns them
+
+    @classmethod
+    def by_seed(
+        cls,
+        embeddings: Embeddings,
+        person: NDArray[np.int64],
+        family: NDArray[np.int64],
+        *,
+        num_replicates: int,
+        seed: int,
+    ) -> "Drawn":
+        """With the same seed and families the replicates of two models are paired."""
+        weights = person_weights(len(np.unique(family)), num_replicates, seed)
+        return cls(embeddings=embeddings, person=person, family=family, weights=weights)
+
+    def counts(
+        self, kind: str, histogram: NDArray[np.int64], threshold: float | None
+    ) -> dict[str, NDArray[np.float64]]:
+        """PAIRS and JUDGED -> `bootstrap_histograms` of one kind of pairs; those of several holders add up.
+
+        histogram: [2, NUM_BINS], that kind's pairs of all holders together.  threshold: cosine, from validation;
+        None: nothing is judged, in half the time.
+        """
+        bins = {PAIRS: coarse_bins(histogram)} | ({} if threshold is None else {JUDGED: accuracy_bins(threshold)})
+        return {
+            of: bootstrap_histograms(self.embeddings, self.person, self.weights, own, family=self.family, kind=kind)
+            for of, own in bins.items()
+        }
+
+
+def replicates(counts: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Figure -> its replicates, [B] float64, of every figure of what was counted.
+
+    counts: as `Drawn.counts` returns them, or sums of such.  A replicate without genuine or impostor pairs, such as one
+    person drawn each time, has no figure: NaN.
     """
-    totals = histograms.sum(axis=2)
-    accepted = histograms[:, :, 1] / np.where(totals > 0, totals, np.nan)
-    accuracy: NDArray[np.float64] = (accepted[:, 0] + 1 - accepted[:, 1]) / 2
-    return accuracy
-
-
-def _eer(far: NDArray[np.float64], tar: NDArray[np.float64]) -> NDArray[np.float64]:
-    gap = far + tar - 1  # FAR - FRR: rises from -1
-    after = np.maximum(np.argmax(gap >= 0, axis=1), 1)[:, None]
-    gap_before, gap_after = (np.take_along_axis(gap, place, axis=1) for place in (after - 1, after))
-    far_before, far_after = (np.take_along_axis(far, place, axis=1) for place in (after - 1, after))
-    rise = np.where(gap_after > gap_before, gap_after - gap_before, 1)  # 0 only where a replicate has no score
-    crossing: NDArray[np.float64] = far_before - gap_before / rise * (far_after - far_before)
-    return crossing[:, 0]
+    return {figure.name: figure.values(counts[figure.of]) for figure in figures_of(*counts)}
 
 
 def interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
@@ -204,3 +238,85 @@ def interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, f
         )
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def twin_figures(drawn: Drawn, threshold: float) -> dict[str, dict[str, dict[str, float]]]:
+    """Kind of pairs -> figure -> value, low and high, for all KINDS and all figures of PAIRS and JUDGED.
+
+    threshold: cosine, from validation (`figures.threshold_at_best_accuracy`).
+    Beside the figures a kind has "num_genuine_pairs" and "num_impostor_pairs", with a value and no interval.
+    Raises DataError, naming the kind, when one has no genuine or no impostor pair; TrainingFailed when an embedding is
+    not finite.
+    """
+    numbers = pair_counts(drawn.person, drawn.family)
+    for kind in KINDS:
+        _require_pairs(kind, numbers)
+    histograms = pair_histograms(drawn.embeddings, drawn.person, drawn.family)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in KINDS:
+        histogram = histogram_of(kind, *histograms)
+        own = replicates(drawn.counts(kind, histogram, threshold))
+        figures[kind] = {}
+        for name, value in kind_scores(histogram, kind, threshold).items():
+            low, high = interval(own[name])
+            figures[kind][name] = {"value": value, "low": low, "high": high}
+        genuine, impostor = numbers[kind]
+        figures[kind] |= {NUM_GENUINE: {"value": float(genuine)}, NUM_IMPOSTOR: {"value": float(impostor)}}
+    return figures
+
+
+def paired_gap(
+    ones: Sequence[Embeddings],
+    others: Sequence[Embeddings],
+    person: NDArray[np.int64],
+    family: NDArray[np.int64],
+    kind: str,
+    figure: str,
+    *,
+    num_replicates: int,
+    seed: int,
+    thresholds: Sequence[tuple[float, float]] | None = None,
+) -> Estimate:
+    """One model's figure minus another's on the same pictures, with the interval of its paired replicates.
+
+    It is averaged over pairs of models, such as those of several seeds: ones[k] minus others[k].  The mean over the
+    pairs is taken within each replicate, so all models see the same families.
+    ones, others: [N, D] float each, of any length; the models' D may differ.  person, family: [N] int64, of each
+    picture.  kind: of KINDS.  figure: of PAIRS or JUDGED; the latter needs both models' thresholds, from validation, of
+    each pair of models.
+    Raises DataError, naming the kind, when it has no genuine or no impostor pair; TrainingFailed as `twin_figures`.
+    """
+    if not ones or len(ones) != len(others):
+        raise ValueError(f"{len(ones)} models against {len(others)}; give one or more pairs of them")
+    of = {row.name: row.of for row in figures_of(PAIRS, JUDGED)}
+    if kind not in KINDS or figure not in of:
+        raise ValueError(f"kind = {kind!r} must be of {KINDS} and figure = {figure!r} of {tuple(of)}")
+    if of[figure] == JUDGED and thresholds is None:
+        raise ValueError(f"{figure} needs the thresholds of both models")
+    _require_pairs(kind, pair_counts(person, family))
+
+    def values(embeddings: Embeddings, threshold: float | None) -> tuple[float, NDArray[np.float64]]:
+        """One model's figure, and its replicates [B]."""
+        drawn = Drawn.by_seed(embeddings, person, family, num_replicates=num_replicates, seed=seed)
+        histogram = histogram_of(kind, *pair_histograms(embeddings, person, family))
+        own = replicates(drawn.counts(kind, histogram, threshold))
+        return kind_scores(histogram, kind, threshold)[figure], own[figure]
+
+    gaps: list[float] = []
+    drawn_gaps = np.zeros(num_replicates)
+    judged = thresholds if of[figure] == JUDGED and thresholds else [(None, None)] * len(ones)
+    for one, other, (own, theirs) in zip(ones, others, judged, strict=True):
+        (first, first_drawn), (second, second_drawn) = values(one, own), values(other, theirs)
+        gaps.append(first - second)
+        drawn_gaps += (first_drawn - second_drawn) / len(ones)
+    low, high = interval(drawn_gaps)
+    return Estimate(value=float(np.mean(gaps)), low=low, high=high)
+
+
+def _require_pairs(kind: str, numbers: Mapping[str, tuple[int, int]]) -> None:
+    genuine, impostor = numbers[kind]
+    if genuine == 0 or impostor == 0:
+        raise DataError(
+            f"{kind}: {genuine} genuine and {impostor} impostor pairs, so there is no figure; twins need two siblings "
+            "with pictures, strangers two families, and somebody two pictures."
+        )

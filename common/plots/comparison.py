@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from common.metrics.figures import AUC, CLOSED, FOLDS, PAIRS, figures_of
 from common.plots.style import (
     BLACK,
     BLUE,
@@ -37,20 +38,6 @@ MOST_CLIENTS: Final = 30  # rows that can be read; of more the lowest and the hi
 _COLUMNS: Final = 3
 _ROW_IN: Final = 0.27
 _NAME: Final = 26  # characters of a model's or a client's name
-_METRICS: Final[Mapping[str, str]] = {
-    "accuracy": "accuracy\nown identities",
-    "acc": "accuracy\nown identities",
-    "precision": "precision\nown identities",
-    "recall": "recall\nown identities",
-    "f1": "F1\nown identities",
-    "loss": "loss (nats)",
-    "roc_auc": "ROC AUC\npeople never seen",
-    "auc": "ROC AUC\npeople never seen",
-    "eer": "equal error rate\npeople never seen",
-    "tar_at_far_1e-1": "TAR at FAR 0.1\npeople never seen",
-    "tar_at_far_1e-2": "TAR at FAR 0.01\npeople never seen",
-    "tar_at_far_1e-3": "TAR at FAR 0.001\npeople never seen",
-}
 
 
 def method_bars(scores: "Mapping[str, Mapping[str, Interval]]", metric_name: str) -> "Figure":
@@ -176,7 +163,11 @@ def client_comparison(
 
 
 def _named(metric: str) -> str:
-    return _METRICS.get(metric.removeprefix("test_"), metric)
+    name = metric.removeprefix("test_")
+    return next(
+        (row.title for row in figures_of(CLOSED, PAIRS, FOLDS) if row.title and name in (row.name, row.in_rounds)),
+        metric,
+    )
 
 
 def _outermost(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> set[str]:
@@ -234,7 +225,7 @@ def ablation_dots(rows: Sequence[Mapping[str, Any]], over: str, *, num_families:
         dress(axes, title=title, x_label="", y_label="")
         for place, row in enumerate(rows):
             style = styles[str(row["variant"])]
-            value, low, high = (row[f"{kind}_roc_auc{part}"] for part in ("", "_low", "_high"))
+            value, low, high = (row[f"{kind}_{AUC}{part}"] for part in ("", "_low", "_high"))
             axes.plot([low, high], [place, place], color=style.colour, marker="|", markersize=8, linewidth=2.0)
             axes.plot([value], [place], color=style.colour, marker=style.marker, markersize=7, linestyle="")
             _write(axes, place, f"{value:.3f} [{low:.3f}, {high:.3f}]", at=1.01)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from common.metrics.figures import AUC, PAIRS, figures_of
 from common.plots.style import (
     BLACK,
     BLUE,
@@ -31,20 +32,15 @@ class Panel(NamedTuple):
     lines: Mapping[str, str]
 
 
+_VAL_AUC: Final = f"val_{AUC}"
 _ROUND_PANELS: Final = (
     Panel("Loss", "loss (nats)", {"round_train_loss": "train", "round_test_loss": "test"}),
     Panel("Identities seen in training", "accuracy (0 to 1)", {"round_train_acc": "train", "round_test_acc": "test"}),
-    Panel("People never seen: ROC AUC", "ROC AUC (0 to 1)", {"round_val_auc": "val", "round_test_auc": "test"}),
-    Panel(
-        "People never seen: equal error rate",
-        "equal error rate (0 to 1)",
-        {"round_val_eer": "val", "round_test_eer": "test"},
-    ),
 )
 _EPOCH_PANELS: Final = (
     Panel("Loss", "loss (nats)", {"train_loss": "train", "val_loss": "val"}),
     Panel("Identities seen in training", "accuracy (0 to 1)", {"train_acc": "train", "val_acc": "val"}),
-    Panel("People never seen", "ROC AUC (0 to 1)", {"val_roc_auc": "val"}),
+    Panel("People never seen", "ROC AUC (0 to 1)", {_VAL_AUC: "val"}),
     Panel("Schedule", "learning rate", {"learning_rate": "learning rate"}),
 )
 _CLIENT_PANELS: Final = (
@@ -52,7 +48,7 @@ _CLIENT_PANELS: Final = (
     Panel("Training accuracy, own identities", "accuracy (0 to 1)", {"train_acc": ""}),
     Panel("Validation loss", "loss (nats)", {"val_loss": ""}),
     Panel("Validation accuracy, own identities", "accuracy (0 to 1)", {"val_acc": ""}),
-    Panel("Validation, people never seen", "ROC AUC (0 to 1)", {"val_roc_auc": ""}),
+    Panel("Validation, people never seen", "ROC AUC (0 to 1)", {_VAL_AUC: ""}),
     Panel("Test accuracy, own identities", "accuracy (0 to 1)", {"test_acc": ""}),
     Panel("Test, people never seen", "ROC AUC (0 to 1)", {"test_auc": ""}),
 )
@@ -67,7 +63,21 @@ def convergence(rounds: Rows) -> "Figure":
     round_train_acc, round_test_loss, round_test_acc, round_val_auc, round_test_auc, round_val_eer, round_test_eer.
     Missing and non-finite values leave a gap.  Panels without any value are left out.
     """
-    return _curves(rounds, _ROUND_PANELS, title="Convergence of the global model", x_label="round", auc="round_val_auc")
+    panels = (*_ROUND_PANELS, *_open_panels())
+    return _curves(rounds, panels, title="Convergence of the global model", x_label="round", auc="round_val_auc")
+
+
+def _open_panels() -> list[Panel]:
+    """One for each figure of pairs in a round's record."""
+    return [
+        Panel(
+            f"People never seen: {row.label}",
+            f"{row.label} (0 to 1)",
+            {f"round_{split}_{row.in_rounds}": split for split in ("val", "test")},
+        )
+        for row in figures_of(PAIRS)
+        if row.in_rounds
+    ]
 
 
 def training_curves(epochs: Rows) -> "Figure":
@@ -76,7 +86,7 @@ def training_curves(epochs: Rows) -> "Figure":
     epochs: each has "step" (the epoch) and some of train_loss, train_acc, val_loss, val_acc, val_roc_auc,
     learning_rate.
     """
-    return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc="val_roc_auc")
+    return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc=_VAL_AUC)
 
 
 def client_curves(curves: Mapping[str, Rows]) -> "Figure":

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from common.metrics.classification import grouped_confusion
+from common.metrics.sums import grouped_confusion
 from common.plots.style import (
     BLUE,
     GREEN,
@@ -58,7 +58,7 @@ def confusion(
 ) -> "Figure":
     """A confusion matrix, and beside it the pairs that are confused most.
 
-    counts: [G, G] int64, rows true and columns predicted, as `metrics.classification.grouped_confusion` returns it.
+    counts: [G, G] int64, rows true and columns predicted, as `metrics.sums.grouped_confusion` returns it.
     num_people: how many people the G groups hold; G < num_people means they were grouped, which the picture says.
     names: of the people, num_people of them; their numbers where None, and where people are grouped.
     Up to 30 classes the counts stand in the cells; colours are shares of each row.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
+from common.metrics.figures import equal_error_rate
 from common.plots.style import BLACK, GREY, PAIR_COLOURS, LineStyle, dress, method_styles, new_figure, shorten
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def roc(
 ) -> "Figure":
     """ROC curves on a linear and on a logarithmic FAR axis, best AUC first in the legend.
 
-    curves: model -> (far, tar, auc); far and tar [K] in [0, 1], both ascending, as `metrics.verification.roc_curve`
+    curves: model -> (far, tar, auc); far and tar [K] in [0, 1], both ascending, as `metrics.figures.roc_curve`
     returns them.  Names out of `style.METHOD_STYLES` keep their look.  Up to 10 models.
     intervals: model -> (low, high) of its AUC, for the legend.
     """
@@ -75,7 +76,7 @@ def det(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | N
     figure = new_figure("Errors in verifying people never seen in training (DET)", 6.0)
     axes = figure.subplots()
     styles = method_styles(curves)
-    rates = {name: _equal_error_rate(far, tar) for name, (far, tar, _) in curves.items()}
+    rates = {name: float(equal_error_rate(far, tar)) for name, (far, tar, _) in curves.items()}
     for name in sorted(rates, key=lambda name: rates[name]):
         far, tar, _ = curves[name]
         shown = (far > 0.0) & (far < 1.0) & (tar > 0.0) & (tar < 1.0)  # 0 and 1 lie at infinity
@@ -110,13 +111,6 @@ def _label(name: str, what: str, value: float, intervals: "Mapping[str, Interval
     return f"{label} [{low:.3f}, {high:.3f}]"
 
 
-def _equal_error_rate(far: "NDArray[np.float64]", tar: "NDArray[np.float64]") -> float:
-    """Where FAR = 1 - TAR, linear between two points of the curve; both ascend from 0 to 1."""
-    import numpy as np
-
-    return float(np.interp(0.0, far + tar - 1.0, far))
-
-
 def _deviates(rates: "Sequence[float] | NDArray[np.float64]") -> "NDArray[np.float64]":
     """The standard normal deviate of each rate in (0, 1)."""
     import numpy as np
@@ -135,7 +129,7 @@ def score_histograms(histogram: "NDArray[np.int64]") -> "Figure":
     """How the cosine scores of genuine and impostor pairs spread; the less they overlap, the better.
 
     histogram: [2, bins] int64 over [-1, 1], row 0 genuine and row 1 impostor pairs, as
-    `metrics.verification.pair_histogram` returns it (or a sum of such).  Each row is shown as a density of its own,
+    `metrics.pairs.pair_histogram` returns it (or a sum of such).  Each row is shown as a density of its own,
     since there are far more impostor pairs; the dashed line is the threshold with equal error rates.
     """
     figure = new_figure("Scores of pairs of people never seen in training", 4.8)

@@ -10,12 +10,14 @@ from common.metrics.bootstrap import (
     COARSE_BINS,
     MAX_UNITS,
     bootstrap_histograms,
-    bootstrap_scores,
     coarse_bins,
     interval,
     person_weights,
+    replicates,
 )
-from common.metrics.verification import NUM_BINS, eer, open_set_scores, pair_histogram, roc_auc, tar_at_far
+from common.metrics.figures import PAIRS, eer, open_set_scores, roc_auc, tar_at_far
+from common.metrics.pairs import pair_histogram
+from common.metrics.sums import NUM_BINS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +84,7 @@ def test_weights_of_one_give_the_plain_scores(num_people: int, num: int) -> None
     assert own.sum(axis=2).tolist() == [fine.sum(axis=1).tolist()]
     merged = np.stack([np.bincount(bins, row, COARSE_BINS) for row in fine])
     assert np.abs(own[0] - merged).sum() <= 1e-3 * fine.sum()
-    scores = {name: float(values[0]) for name, values in bootstrap_scores(own).items()}
+    scores = {name: float(values[0]) for name, values in replicates({PAIRS: own}).items()}
     expected = open_set_scores(fine)
     assert 0.8 < expected["roc_auc"] < 0.999
     assert scores.keys() == expected.keys()
@@ -95,7 +97,7 @@ def test_weights_of_one_give_the_plain_scores(num_people: int, num: int) -> None
 def test_scores_of_every_replicate_are_those_of_verification() -> None:
     random = np.random.default_rng(7)
     fine = random.poisson(random.random((5, 2, NUM_BINS)) * np.array([[0.02], [3.0]]))
-    scores = bootstrap_scores(fine.astype(np.float64))
+    scores = replicates({PAIRS: fine.astype(np.float64)})
     for row, histogram in enumerate(fine):
         assert scores["roc_auc"][row] == pytest.approx(roc_auc(histogram), abs=1e-12)
         assert scores["eer"][row] == pytest.approx(eer(histogram), abs=1e-12)
@@ -114,7 +116,7 @@ def test_coarse_bins_lose_little_wherever_the_scores_lie(deviation: float, apart
     assert bins.max() < COARSE_BINS
     assert (np.diff(bins) >= 0).all()
     merged = np.stack([np.bincount(bins, row, COARSE_BINS) for row in fine])
-    own = {name: float(values[0]) for name, values in bootstrap_scores(merged[None]).items()}
+    own = {name: float(values[0]) for name, values in replicates({PAIRS: merged[None]}).items()}
     expected = open_set_scores(fine)
     assert own["roc_auc"] == pytest.approx(expected["roc_auc"], abs=2e-4)
     for name in ("tar_at_far_1e-1", "tar_at_far_1e-2", "tar_at_far_1e-3"):
@@ -126,10 +128,10 @@ def test_the_interval_of_paired_replicates_is_narrower_than_that_of_independent_
     """Two models that differ little: the gap is known far better than either score."""
     embeddings, person = faces(40, 400, 9)
     other = embeddings + np.random.default_rng(10).normal(size=embeddings.shape).astype(np.float32) * 0.2
-    replicates = []
+    drawn = []
     for model, seed in ((embeddings, 1), (other, 1), (other, 2)):
         bins = coarse_bins(pair_histogram(model, person))
         weights = person_weights(40, 300, seed)
-        replicates.append(bootstrap_scores(bootstrap_histograms(model, person, weights, bins))["roc_auc"])
-    paired, apart = (interval(replicates[0] - replicates[k]) for k in (1, 2))
+        drawn.append(replicates({PAIRS: bootstrap_histograms(model, person, weights, bins)})["roc_auc"])
+    paired, apart = (interval(drawn[0] - drawn[k]) for k in (1, 2))
     assert paired[1] - paired[0] < 0.6 * (apart[1] - apart[0])

@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn import metrics as sklearn_metrics
 
-from common.metrics.classification import closed_set_sums
-from common.metrics.verification import NUM_BINS, eer, pair_histogram, roc_auc, tar_at_far
+from common.metrics.figures import closed_scores, eer, roc_auc, tar_at_far
+from common.metrics.pairs import pair_histogram
+from common.metrics.sums import NUM_BINS, closed_set_sums
 
 Scores = NDArray[np.float64]
 Random = np.random.Generator
@@ -125,7 +126,7 @@ def sklearn_scores(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> d
 @pytest.mark.parametrize("seed", range(5))
 def test_closed_set_scores_equal_scikit_learns(seed: int) -> None:
     predicted, labels = closed_set(seed)
-    scores = closed_set_sums(predicted, labels, 30.0).scores()
+    scores = closed_scores(closed_set_sums(predicted, labels, 30.0))
     assert scores.pop("loss") == pytest.approx(0.2)
     assert scores == pytest.approx(sklearn_scores(predicted, labels), abs=1e-12)
 
@@ -135,6 +136,6 @@ def test_sums_over_clients_are_the_macro_average_over_all_their_people() -> None
     merged = closed_set_sums(*clients[0], 1.0) + closed_set_sums(*clients[1], 2.0)
     # Person 3 of one client is not person 3 of the other.
     union = [np.concatenate([first, second + 100]) for first, second in zip(*clients, strict=True)]
-    scores = merged.scores()
+    scores = closed_scores(merged)
     assert scores.pop("loss") == pytest.approx(3.0 / 190)
     assert scores == pytest.approx(sklearn_scores(union[0], union[1]), abs=1e-12)

@@ -18,7 +18,7 @@ from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.files import read_json
-from common.metrics.twin_report import paired_gap
+from common.metrics.bootstrap import paired_gap
 from common.runtime import stream_seed
 from simulation import epochs as epochs_module
 from simulation.commands import Machine, train_local, train_twins
@@ -110,10 +110,10 @@ def test_the_table_is_the_variants_own_figures_and_the_paired_gaps(whole, twins)
             assert row["twins_gap"] == ""
             continue
         gap = paired_gap(
-            embeddings[row["variant"]], embeddings["sa"], person, twins.family[person], "twins", "roc_auc",
+            [embeddings[row["variant"]]], [embeddings["sa"]], person, twins.family[person], "twins", "roc_auc",
             num_replicates=1000, seed=stream_seed(SETTINGS.run.seed, "families"),
         )  # fmt: skip
-        assert [float(row[f"twins_gap{part}"]) for part in ("", "_low", "_high")] == list(gap)
+        assert [float(row[f"twins_gap{part}"]) for part in ("", "_low", "_high")] == [gap.value, gap.low, gap.high]
     text = "".join(ablation_lines(summary))
     assert text.count("\n") == 2 + 3 + 2
 

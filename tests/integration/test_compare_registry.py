@@ -64,7 +64,7 @@ def test_the_champion_is_found_where_no_run_folder_fits(registry, tmp_path):
     assert model.settings == settings_with()
     scored = score(model, PACKS, ("alpha",), CPU, 1)["alpha"]
     wanted = evaluate(trained, PACKS["alpha"], "test", CPU)
-    assert (scored.pairs == wanted.pairs).all()
+    assert (scored.sums.pairs == wanted.pairs).all()
     assert scored.no_head == "MLflow holds no heads"
 
 

@@ -11,7 +11,8 @@ from tiny_federation import MANIFEST, site_named
 
 from common import wire
 from common.codec import encode, num_bytes
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS
+from common.metrics.sums import CLOSED_FIELDS
+from common.wire import TRAIN_FIELDS
 from server.guard import LARGEST_CHANGE
 
 SITE = site_named("any")

@@ -46,7 +46,7 @@ def timeless(reply):
     return (
         reply.num_examples,
         {name: value for name, value in reply.train.items() if "seconds" not in name},
-        {split: (dict(sums.closed), sums.pairs.tobytes()) for split, sums in reply.evaluations.items()},
+        {split: (sums.numbers(), sums.pairs.tobytes()) for split, sums in reply.evaluations.items()},
         None if reply.change is None else reply.change.data,
     )
 
@@ -102,7 +102,7 @@ def test_the_reply_counts_what_was_done(tmp_path):
     assert reply.num_examples == NUM_TRAINING_PICTURES
     assert set(reply.train) == set(TRAIN_FIELDS)
     assert (reply.train["num_pictures"], reply.train["num_steps"]) == (2 * NUM_TRAINING_PICTURES, 6)
-    assert reply.evaluations["val"].closed["num_examples"] == 6
+    assert reply.evaluations["val"].closed.num_examples == 6
     assert reply.evaluations["test"].pairs.sum(1).tolist() == [9, 27]  # 3 people of 3: 3 * 3 and 3 * 9 pairs
 
 

@@ -104,7 +104,7 @@ def test_an_empty_open_set_is_zeros_and_no_refusal(sites):
     [content] = replies.values()
     reply = wire.read_reply(wire.Message(content, 1, "train"), "val")
     assert not reply.evaluations["val"].pairs.any()
-    assert reply.evaluations["val"].closed["num_examples"] > 0
+    assert reply.evaluations["val"].closed.num_examples > 0
     assert np.isfinite(decode(reply.change)).all()
 
 

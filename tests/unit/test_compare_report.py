@@ -9,12 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from simulation.compare import Comparison, gaps_of, notes_of, with_pooled
+from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
 from simulation.found_models import Search, Wanted, find_models
-from simulation.report import csv_text, json_content, metrics, terminal_lines
-from simulation.report_page import page
+from simulation.report import csv_text, json_content, metrics, page, terminal_lines
 from simulation.scoring import score
-from simulation.tested import describe
 from tests.comparable_models import CLIENTS, CPU, PACKS, write_run
 from tests.tiny_federation import settings_with
 

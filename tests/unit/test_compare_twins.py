@@ -15,18 +15,15 @@ from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.faces.synthetic import SynthSettings, write_dataset
-from common.metrics.twin_report import FIGURES, twin_figures
-from common.metrics.twins import KINDS, pair_histograms, threshold_at_best_accuracy
-from common.metrics.verification import pair_histogram, roc_auc
+from common.metrics.bootstrap import Drawn, twin_figures
+from common.metrics.figures import JUDGED, KINDS, PAIRS, figure_name, figures_of, roc_auc, threshold_at_best_accuracy
+from common.metrics.pairs import pair_histogram, pair_histograms
 from common.runtime import stream_seed
-from simulation.compare import Comparison, gaps_of, notes_of, with_pooled
+from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
 from simulation.evaluate import Request, evaluate_models
 from simulation.found_models import Search, Wanted, find_models, registered_name
-from simulation.kinds import figure_name
-from simulation.report import csv_text, json_content, kinds_table, metrics, terminal_lines
-from simulation.report_page import page
-from simulation.scoring import NUM_REPLICATES, score
-from simulation.tested import POOLED, describe
+from simulation.report import csv_text, json_content, kinds_table, metrics, page, terminal_lines
+from simulation.scoring import NUM_REPLICATES, POOLED, score
 from tests.comparable_models import CPU, PACKS, model_of, write_run
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 
@@ -74,14 +71,14 @@ def test_the_kinds_have_figures_over_families_at_the_threshold_of_validation(tmp
     [model] = find(tmp_path, TWINS)
     scored = score(model, {"twins": PACK}, ("twins",), CPU, 1)["twins"]
     embeddings, person, _ = of_split(trained, Split.VAL_PEOPLE)
-    expected = twin_figures(
+    drawn = Drawn.by_seed(
         *of_split(trained, Split.TEST_PEOPLE),
-        threshold=threshold_at_best_accuracy(pair_histogram(embeddings, person)),
         num_replicates=NUM_REPLICATES,
         seed=stream_seed(1, "twins", "bootstrap"),
     )
+    expected = twin_figures(drawn, threshold_at_best_accuracy(pair_histogram(embeddings, person)))
     for kind in KINDS:
-        for name in FIGURES:
+        for name in (row.name for row in figures_of(PAIRS, JUDGED)):
             found = scored.figures[figure_name(kind, name)]
             assert vars(found) == pytest.approx(expected[kind][name], abs=1e-9), (kind, name)
     values = {kind: scored.figures[figure_name(kind, "accuracy")].value for kind in KINDS}

@@ -133,7 +133,7 @@ def test_every_metric_that_is_logged_stands_in_the_metrics_page():
     page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
     source = "".join(
         (ROOT / name).read_text(encoding="utf-8")
-        for name in ("server/rounds.py", "server/record.py", "server/scores.py", "simulation/baselines.py")
+        for name in ("server/rounds.py", "server/record.py", "server/history.py", "simulation/baselines.py")
     )
     spelt = set(re.findall(r'"((?:round|wait|exchange|aggregate|checkpoint|epoch|train|evaluate)_[a-z]+)"', source))
     spelt |= {"bytes_down", "bytes_up", "refused_replies", "best_round", "best_val_auc", "gradient_norm"}

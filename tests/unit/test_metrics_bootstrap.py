@@ -9,12 +9,13 @@ from common.metrics.bootstrap import (
     MAX_UNITS,
     _units,
     bootstrap_histograms,
-    bootstrap_scores,
     coarse_bins,
     interval,
     person_weights,
+    replicates,
 )
-from common.metrics.verification import NUM_BINS
+from common.metrics.figures import PAIRS
+from common.metrics.sums import NUM_BINS
 
 EVEN = np.arange(NUM_BINS) * COARSE_BINS // NUM_BINS
 
@@ -75,7 +76,7 @@ def test_a_replicate_of_one_person_has_no_score_and_is_left_out() -> None:
     person = np.repeat([0, 1, 2], 4)
     embeddings = random.normal(size=(12, 8)).astype(np.float32)
     weights = np.array([[3, 0, 0], [2, 1, 0], [1, 1, 1]])
-    scores = bootstrap_scores(bootstrap_histograms(embeddings, person, weights, EVEN))
+    scores = replicates({PAIRS: bootstrap_histograms(embeddings, person, weights, EVEN)})
     for values in scores.values():
         assert np.isnan(values).tolist() == [True, False, False]
         low, high = interval(values)
@@ -85,7 +86,7 @@ def test_a_replicate_of_one_person_has_no_score_and_is_left_out() -> None:
 def test_a_replicate_without_genuine_pairs_has_no_score() -> None:
     histograms = np.zeros((1, 2, COARSE_BINS))
     histograms[0, 1, 5] = 10
-    assert all(np.isnan(values).all() for values in bootstrap_scores(histograms).values())
+    assert all(np.isnan(values).all() for values in replicates({PAIRS: histograms}).values())
 
 
 def test_no_replicate_with_a_score_is_an_error() -> None:
@@ -103,7 +104,7 @@ def test_perfect_and_inverted_replicates() -> None:
     histograms = np.zeros((2, 2, COARSE_BINS))
     histograms[0, 0, 400] = histograms[1, 0, 10] = 5
     histograms[0, 1, 10] = histograms[1, 1, 400] = 7
-    scores = bootstrap_scores(histograms)
+    scores = replicates({PAIRS: histograms})
     assert scores["roc_auc"].tolist() == [1.0, 0.0]
     assert scores["eer"].tolist() == [0.0, 1.0]
     assert scores["tar_at_far_1e-3"].tolist() == [1.0, 0.0]
@@ -114,7 +115,7 @@ def test_a_far_that_is_exactly_reached_counts() -> None:
     histograms = np.zeros((1, 2, COARSE_BINS))
     histograms[0, 0, [400, 200, 10]] = [2, 1, 1]
     histograms[0, 1, [300, 100]] = [1, 9]
-    scores = {name: float(values[0]) for name, values in bootstrap_scores(histograms).items()}
+    scores = {name: float(values[0]) for name, values in replicates({PAIRS: histograms}).items()}
     assert scores == {
         "roc_auc": pytest.approx(0.1 * 0.5 + 0.9 * 0.75),
         "eer": pytest.approx(0.25),

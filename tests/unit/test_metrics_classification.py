@@ -5,7 +5,8 @@ import pytest
 from sklearn.metrics import confusion_matrix
 
 from common.errors import DataError
-from common.metrics.classification import ClosedSetSums, closed_set_sums, grouped_confusion
+from common.metrics.figures import closed_scores
+from common.metrics.sums import ClosedSetSums, closed_set_sums, grouped_confusion
 
 
 def test_by_hand() -> None:
@@ -17,7 +18,7 @@ def test_by_hand() -> None:
     assert sums.precision_sum == pytest.approx(0.5 + 0.5)
     assert sums.recall_sum == pytest.approx(0.5 + 1.0)
     assert sums.f1_sum == pytest.approx(0.5 + 2 / 3)
-    assert sums.scores() == {
+    assert closed_scores(sums) == {
         "accuracy": pytest.approx(0.4),
         "loss": pytest.approx(0.5),
         "precision": pytest.approx(0.25),
@@ -45,9 +46,9 @@ def test_fields_are_plain_numbers() -> None:
 def test_no_pictures_are_an_error_and_not_zero() -> None:
     empty = closed_set_sums(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 0.0)
     with pytest.raises(DataError, match="no pictures"):
-        empty.scores()
+        closed_scores(empty)
     one = closed_set_sums(np.array([1]), np.array([1]), 0.5)
-    assert (one + empty).scores() == one.scores()
+    assert closed_scores(one + empty) == closed_scores(one)
 
 
 def test_lengths_must_agree() -> None:

@@ -1,5 +1,6 @@
 """A model's figures on twins and the gap of two models, against pairs scored and families drawn one by one."""
 
+import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -8,12 +9,14 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from common.errors import DataError
-from common.metrics.twin_report import FIGURES, Gap, mean_paired_gap, pair_counts, paired_gap, twin_figures
-from common.metrics.twins import KINDS
+from common.metrics.bootstrap import Drawn, Estimate, paired_gap, twin_figures
+from common.metrics.figures import JUDGED, KINDS, PAIRS, figures_of
+from common.metrics.pairs import pair_counts
 
 THRESHOLD = 0.5
 NUM_REPLICATES = 200
 SEED = 11
+FIGURES = tuple(figure.name for figure in figures_of(PAIRS, JUDGED))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +81,7 @@ def drawings(seed: int) -> list[dict[int, int]]:
 def test_figures_and_intervals_are_those_of_pairs_taken_one_by_one(kind: str) -> None:
     embeddings = model(0.8)
     person, family = people()
-    every = twin_figures(embeddings, person, family, threshold=THRESHOLD, num_replicates=NUM_REPLICATES, seed=SEED)
+    every = twin_figures(Drawn.by_seed(embeddings, person, family, num_replicates=NUM_REPLICATES, seed=SEED), THRESHOLD)
     assert tuple(every) == KINDS
     figures = every[kind]
     expected = naive(embeddings, kind, dict.fromkeys(np.unique(family).tolist(), 1), THRESHOLD)
@@ -103,7 +106,7 @@ def test_pairs_are_counted_by_kind() -> None:
         "twins": (24 * 6, siblings),
         "strangers": (genuine, total - genuine - siblings),
     }
-    every = twin_figures(model(0.8), person, family, threshold=0.5, num_replicates=3, seed=1)
+    every = twin_figures(Drawn.by_seed(model(0.8), person, family, num_replicates=3, seed=1), 0.5)
     assert every["twins"]["num_genuine_pairs"] == {"value": 24 * 6}
     assert every["twins"]["num_impostor_pairs"] == {"value": siblings}
 
@@ -111,35 +114,37 @@ def test_pairs_are_counted_by_kind() -> None:
 def test_a_gap_is_paired_over_families() -> None:
     one, other = model(0.8), model(0.9)
     person, family = people()
-    found = paired_gap(one, other, person, family, "twins", "roc_auc", num_replicates=NUM_REPLICATES, seed=SEED)
+    found = paired_gap([one], [other], person, family, "twins", "roc_auc", num_replicates=NUM_REPLICATES, seed=SEED)
     once = dict.fromkeys(np.unique(family).tolist(), 1)
     gaps = [
         naive(one, "twins", times, THRESHOLD)["roc_auc"] - naive(other, "twins", times, THRESHOLD)["roc_auc"]
         for times in (once, *drawings(SEED))
     ]
-    assert found.gap == pytest.approx(gaps[0], abs=1e-3)
-    assert found.gap > 0.005
+    assert found.value == pytest.approx(gaps[0], abs=1e-3)
+    assert found.value > 0.005
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps[1:], [0.025, 0.975])), abs=4e-3)
-    swapped = paired_gap(other, one, person, family, "twins", "roc_auc", num_replicates=NUM_REPLICATES, seed=SEED)
-    assert swapped == pytest.approx((-found.gap, -found.high, -found.low))
-    assert paired_gap(one, one, person, family, "all", "eer", num_replicates=20, seed=SEED) == Gap(0.0, 0.0, 0.0)
+    swapped = paired_gap([other], [one], person, family, "twins", "roc_auc", num_replicates=NUM_REPLICATES, seed=SEED)
+    assert dataclasses.astuple(swapped) == pytest.approx((-found.value, -found.high, -found.low))
+    assert paired_gap([one], [one], person, family, "all", "eer", num_replicates=20, seed=SEED) == Estimate(
+        value=0.0, low=0.0, high=0.0
+    )
 
 
 def test_the_mean_over_seeds_is_taken_within_each_replicate() -> None:
     person, family = people()
     ones, others = [model(0.8, seed) for seed in (1, 2, 3)], [model(0.9, seed) for seed in (4, 5, 6)]
-    found = mean_paired_gap(ones, others, person, family, "twins", "eer", num_replicates=NUM_REPLICATES, seed=SEED)
+    found = paired_gap(ones, others, person, family, "twins", "eer", num_replicates=NUM_REPLICATES, seed=SEED)
     rows = []
     for times in (dict.fromkeys(np.unique(family).tolist(), 1), *drawings(SEED)):
         better, worse = ([naive(m, "twins", times, THRESHOLD)["eer"] for m in models] for models in (ones, others))
         rows.append(np.mean(better) - np.mean(worse))
-    assert found.gap == pytest.approx(rows[0], abs=2e-3)
+    assert found.value == pytest.approx(rows[0], abs=2e-3)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(rows[1:], [0.025, 0.975])), abs=8e-3)
     singles = [
-        paired_gap(a, b, person, family, "twins", "eer", num_replicates=NUM_REPLICATES, seed=SEED)
+        paired_gap([a], [b], person, family, "twins", "eer", num_replicates=NUM_REPLICATES, seed=SEED)
         for a, b in zip(ones, others, strict=True)
     ]
-    assert found.gap == pytest.approx(np.mean([single.gap for single in singles]), abs=1e-12)
+    assert found.value == pytest.approx(np.mean([single.value for single in singles]), abs=1e-12)
     assert found.high - found.low < np.mean([single.high - single.low for single in singles])
 
 
@@ -149,12 +154,12 @@ def test_accuracy_is_judged_by_each_model_s_own_threshold() -> None:
     once = dict.fromkeys(np.unique(family).tolist(), 1)
     expected = naive(one, "twins", once, 0.8)["accuracy"] - naive(other, "twins", once, 0.3)["accuracy"]
     found = paired_gap(
-        one, other, person, family, "twins", "accuracy", num_replicates=50, seed=SEED, thresholds=(0.8, 0.3)
+        [one], [other], person, family, "twins", "accuracy", num_replicates=50, seed=SEED, thresholds=[(0.8, 0.3)]
     )
-    assert found.gap == pytest.approx(expected, abs=1e-9)
-    assert found.low < found.gap < found.high
+    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert found.low < found.value < found.high
     with pytest.raises(ValueError, match="needs the thresholds"):
-        paired_gap(one, other, person, family, "twins", "accuracy", num_replicates=5, seed=SEED)
+        paired_gap([one], [other], person, family, "twins", "accuracy", num_replicates=5, seed=SEED)
 
 
 def test_a_kind_without_pairs_is_an_error_that_names_it() -> None:
@@ -167,20 +172,20 @@ def test_a_kind_without_pairs_is_an_error_that_names_it() -> None:
     }
     for kind, (who, kin) in cases.items():
         with pytest.raises(DataError, match=rf"^{kind}: \d+ genuine and \d+ impostor pairs") as caught:
-            twin_figures(embeddings, who, kin, threshold=0.5, num_replicates=3, seed=1)
+            twin_figures(Drawn.by_seed(embeddings, who, kin, num_replicates=3, seed=1), 0.5)
         assert "\n" not in str(caught.value)
         with pytest.raises(DataError, match=f"^{kind}: "):
-            paired_gap(embeddings, embeddings, who, kin, kind, "eer", num_replicates=3, seed=1)
+            paired_gap([embeddings], [embeddings], who, kin, kind, "eer", num_replicates=3, seed=1)
 
 
 def test_mistakes_of_the_caller_are_told() -> None:
     person, family = people()
     one = model(0.8)
     with pytest.raises(ValueError, match="0 models against 0"):
-        mean_paired_gap([], [], person, family, "twins", "eer", num_replicates=3, seed=1)
+        paired_gap([], [], person, family, "twins", "eer", num_replicates=3, seed=1)
     with pytest.raises(ValueError, match="2 models against 1"):
-        mean_paired_gap([one, one], [one], person, family, "twins", "eer", num_replicates=3, seed=1)
+        paired_gap([one, one], [one], person, family, "twins", "eer", num_replicates=3, seed=1)
     with pytest.raises(ValueError, match="kind = 'siblings'"):
-        paired_gap(one, one, person, family, "siblings", "eer", num_replicates=3, seed=1)
+        paired_gap([one], [one], person, family, "siblings", "eer", num_replicates=3, seed=1)
     with pytest.raises(ValueError, match="figure = 'auc'"):
-        paired_gap(one, one, person, family, "twins", "auc", num_replicates=3, seed=1)
+        paired_gap([one], [one], person, family, "twins", "auc", num_replicates=3, seed=1)

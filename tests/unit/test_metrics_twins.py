@@ -8,28 +8,20 @@ from numpy.typing import NDArray
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from common.errors import DataError, TrainingFailed
-from common.metrics import twins as module
+from common.metrics import pairs as module
 from common.metrics.bootstrap import (
     COARSE_BINS,
+    Drawn,
     accuracy_bins,
-    bootstrap_accuracy,
     bootstrap_histograms,
     coarse_bins,
     interval,
     person_weights,
+    replicates,
 )
-from common.metrics.twin_intervals import kind_replicates
-from common.metrics.twins import (
-    KINDS,
-    accuracy_at,
-    histogram_of,
-    kind_scores,
-    no_twins,
-    pair_histograms,
-    threshold_at_best_accuracy,
-    twin_histogram,
-)
-from common.metrics.verification import NUM_BINS, pair_histogram
+from common.metrics.figures import JUDGED, KINDS, accuracy_at, kind_scores, threshold_at_best_accuracy
+from common.metrics.pairs import pair_histogram, pair_histograms
+from common.metrics.sums import NUM_BINS, histogram_of, no_twins
 
 Sample = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
 
@@ -84,15 +76,15 @@ def test_all_pairs_are_those_of_verification_and_twins_are_among_them() -> None:
     pairs, twins = pair_histograms(embeddings, person, person // 2)
     np.testing.assert_array_equal(pairs, pair_histogram(embeddings, person))
     assert (twins <= pairs).all()
-    np.testing.assert_array_equal(twin_histogram(embeddings, person, person // 2), twins)
+    np.testing.assert_array_equal(pair_histograms(embeddings, person, person // 2)[1], twins)
     assert twins[0].sum() == pairs[0].sum()
-    assert not twin_histogram(embeddings, person, person).any(), "nobody has a twin"
+    assert not pair_histograms(embeddings, person, person)[1].any(), "nobody has a twin"
 
 
 def test_a_twin_whose_sibling_has_no_picture_is_a_stranger() -> None:
     embeddings, person, family = signs(6, 2), np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 5, 5, 7, 7])
-    assert not twin_histogram(embeddings, person, family).any()
-    assert twin_histogram(embeddings, person, np.array([0, 0, 5, 5, 5, 5])).sum(axis=1).tolist() == [2, 4]
+    assert not pair_histograms(embeddings, person, family)[1].any()
+    assert pair_histograms(embeddings, person, np.array([0, 0, 5, 5, 5, 5]))[1].sum(axis=1).tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,8 +222,8 @@ def test_accuracy_of_replicates_is_exact_at_the_threshold() -> None:
         ones = np.ones((1, 5), dtype=np.int64)
         counts = bootstrap_histograms(embeddings, person, ones, accuracy_bins(0.125), family=family, kind=kind)
         expected = accuracy_at(histogram_of(kind, *pair_histograms(*sampled)), 0.125)
-        assert bootstrap_accuracy(counts)[0] == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(bootstrap_accuracy(np.zeros((1, 2, COARSE_BINS)))).all()
+        assert replicates({JUDGED: counts})["accuracy"][0] == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(replicates({JUDGED: np.zeros((1, 2, COARSE_BINS))})["accuracy"]).all()
 
 
 def faces(noise: float, seed: int) -> Sample:
@@ -246,17 +238,22 @@ def faces(noise: float, seed: int) -> Sample:
 def test_the_interval_of_the_twins_gap_is_paired_over_families() -> None:
     """Drawing pairs or people instead would make twins' intervals too narrow; pairing makes the gap's narrower."""
     one, other = faces(0.6, 1), faces(0.62, 1)
-    replicates = [kind_replicates(*sampled, threshold=0.8, num_replicates=200, seed=3) for sampled in (one, other)]
-    apart = kind_replicates(*other, threshold=0.8, num_replicates=200, seed=4)
+
+    def drawn_of(sampled: Sample, seed: int) -> dict[str, dict[str, NDArray[np.float64]]]:
+        drawn, histograms = Drawn.by_seed(*sampled, num_replicates=200, seed=seed), pair_histograms(*sampled)
+        return {kind: replicates(drawn.counts(kind, histogram_of(kind, *histograms), 0.8)) for kind in KINDS}
+
+    drawn = [drawn_of(sampled, 3) for sampled in (one, other)]
+    apart = drawn_of(other, 4)
     for kind in KINDS:
         expected = kind_scores(histogram_of(kind, *pair_histograms(*one)), kind, threshold=0.8)
-        assert replicates[0][kind].keys() == expected.keys()
-        for name, values in replicates[0][kind].items():
+        assert drawn[0][kind].keys() == expected.keys()
+        for name, values in drawn[0][kind].items():
             low, high = interval(values)
             assert low - 0.01 <= expected[name] <= high + 0.01
     widths = []
-    for theirs in (replicates[1], apart):
-        low, high = interval(replicates[0]["twins"]["roc_auc"] - theirs["twins"]["roc_auc"])
+    for theirs in (drawn[1], apart):
+        low, high = interval(drawn[0]["twins"]["roc_auc"] - theirs["twins"]["roc_auc"])
         widths.append(high - low)
     assert widths[0] < 0.6 * widths[1]
-    assert np.mean(replicates[0]["twins"]["roc_auc"]) < np.mean(replicates[0]["strangers"]["roc_auc"]) - 0.02
+    assert np.mean(drawn[0]["twins"]["roc_auc"]) < np.mean(drawn[0]["strangers"]["roc_auc"]) - 0.02

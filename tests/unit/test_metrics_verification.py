@@ -6,16 +6,9 @@ import torch
 from numpy.typing import NDArray
 
 from common.errors import DataError, TrainingFailed
-from common.metrics.verification import (
-    NUM_BINS,
-    eer,
-    open_set_scores,
-    pair_histogram,
-    roc_auc,
-    roc_curve,
-    score_histogram,
-    tar_at_far,
-)
+from common.metrics.figures import eer, open_set_scores, roc_auc, roc_curve, tar_at_far
+from common.metrics.pairs import pair_histogram, score_histogram
+from common.metrics.sums import NUM_BINS
 
 Histogram = NDArray[np.int64]
 

@@ -29,8 +29,7 @@ from common.tracking.exported import CONFIG, NotPlain, read_exported
 from common.tracking.spool import read_entries
 from common.tracking.wandb_file import read_records
 from server.checkpointing import RunCheckpoints
-from server.history import RoundRecord
-from server.kept_history import read_scores
+from server.history import RoundRecord, read_scores
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "clients", "server", "simulation", "configs")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.metrics.classification import grouped_confusion
+from common.metrics.sums import grouped_confusion
 from common.plots.people import confusion, confusion_of_predictions
 from tests.unit.pictures import assert_nothing_overlaps
 

@@ -12,8 +12,8 @@ from tiny_federation import MANIFEST, reply_to, site_named, sums_with
 from common import wire
 from common.codec import Coded, encode
 from common.errors import ReplyRefused
-from common.metrics.verification import NUM_BINS
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Task, read_reply
+from common.metrics.sums import CLOSED_FIELDS, NUM_BINS
+from common.wire import TRAIN_FIELDS, Task, read_reply
 from server.guard import check_evaluation_reply, check_train_reply, read_site
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -122,7 +122,7 @@ def test_a_reply_of_another_round_or_model_or_with_impossible_training_sums_is_r
 )
 def test_impossible_evaluation_sums_are_refused(name, value, said):
     sums = sums_with(0.5)
-    bad = dataclasses.replace(sums, closed={**sums.closed, name: value})
+    bad = dataclasses.replace(sums, closed=dataclasses.replace(sums.closed, **{name: value}))
     for reply in (good(evaluations={"val": bad, "test": sums}), good(evaluations={"test": sums, "val": bad})):
         with pytest.raises(ReplyRefused, match=said):
             check(reply)
@@ -133,7 +133,7 @@ def test_impossible_evaluation_sums_are_refused(name, value, said):
 
 def test_pictures_of_no_class_are_refused_since_their_scores_would_end_the_run():
     sums = sums_with(0.5)
-    closed = {**sums.closed, "num_classes": 0, "precision_sum": 0, "recall_sum": 0, "f1_sum": 0}
+    closed = dataclasses.replace(sums.closed, num_classes=0, precision_sum=0, recall_sum=0, f1_sum=0)
     with pytest.raises(ReplyRefused, match="val-num_classes is 0 for 4 pictures"):
         check(good(evaluations={"val": dataclasses.replace(sums, closed=closed)}))
 

@@ -23,7 +23,7 @@ import simulation.cli
 from common.errors import ConfigError, DataError, InterruptedRun
 from common.faces.batches import to_float
 from common.metrics.folds import ten_fold_accuracy_of_scores
-from common.metrics.verification import NUM_BINS
+from common.metrics.sums import NUM_BINS
 from common.parameters import flatten
 from common.settings import Settings
 from server.app import initial_model

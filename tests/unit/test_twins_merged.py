@@ -10,17 +10,17 @@ from sklearn.metrics import roc_auc_score
 from tiny_federation import MANIFEST, reply_to, site_named, sums_with
 from torch.nn import functional as F
 
-from clients.local_update import split_sums
 from common import wire
 from common.errors import DataError, ReplyRefused
-from common.evaluation import embed, evaluate, people_digest, pooled
+from common.evaluation import embed, evaluate, people_digest
 from common.faces.splits import Split
+from common.metrics.figures import twin_scores
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
-from common.metrics.twins import twin_histogram
-from common.metrics.verification import NUM_BINS
-from common.wire import SplitSums, Task, read_reply
+from common.metrics.pairs import pair_histograms
+from common.metrics.sums import NUM_BINS, EvaluationSums, pooled
+from common.wire import Task, read_reply
 from server.guard import check_train_reply
-from server.scores import client_metrics, evaluation_sums, round_metrics
+from server.history import client_metrics, round_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
 TASK = Task(kind="train", run_id="run", server_round=3, settings="{}", manifest=MANIFEST.digest, splits="val test")
@@ -45,18 +45,18 @@ def test_the_client_counts_the_twins_among_its_pairs(pack, recogniser):
     indices = pack.indices(Split.TEST_PEOPLE)
     person = pack.person[indices]
     unit = F.normalize(embed(recogniser, pack, indices, CPU)).numpy()
-    np.testing.assert_array_equal(sums.twins, twin_histogram(unit, person, pack.families[person]))
+    np.testing.assert_array_equal(sums.twins, pair_histograms(unit, person, pack.families[person])[1])
     assert sums.twins.sum(axis=1).tolist() == [3 + 3, 3 * 3]
     plain = evaluate(recogniser, dataclasses.replace(pack, family=None), "test", CPU)
     np.testing.assert_array_equal(plain.pairs, sums.pairs)
     assert not plain.twins.any()
     with pytest.raises(DataError, match="twins: scores of 0"):
-        plain.twin_scores()
+        twin_scores(plain)
 
     first, second = np.triu_indices(len(person), 1)
     bins = np.floor((np.clip((unit[first] * unit[second]).sum(1), -1, 0.9999) + 1) * NUM_BINS / 2)
     genuine, of_twins = person[first] == person[second], (person[first] >= 6) & (person[second] >= 6)
-    scores = sums.twin_scores()
+    scores = twin_scores(sums)
     expected = {
         "twins_roc_auc": roc_auc_score(genuine[of_twins], bins[of_twins]),
         "strangers_roc_auc": roc_auc_score(genuine[genuine | ~of_twins], bins[genuine | ~of_twins]),
@@ -73,7 +73,7 @@ def test_the_digest_of_the_pairs_tells_families_apart_and_is_as_before_without(p
     assert people_digest(memory_pack(people=4), "test") == "0182e72c007945d2"  # made before packs had families
 
 
-def with_twins(auc: float = 0.6, twins_auc: float = 0.5) -> SplitSums:
+def with_twins(auc: float = 0.6, twins_auc: float = 0.5) -> EvaluationSums:
     """`sums_with(auc)` and 20 genuine and 20 impostor pairs of twins among them, of that AUC."""
     sums, twins = sums_with(auc), np.zeros((2, NUM_BINS), dtype=np.int64)
     twins[1, 4000] = 20
@@ -81,7 +81,7 @@ def with_twins(auc: float = 0.6, twins_auc: float = 0.5) -> SplitSums:
     return dataclasses.replace(sums, twins=twins)
 
 
-def received(sums: SplitSums):
+def received(sums: EvaluationSums):
     """The sums after their way over the wire."""
     reply = dataclasses.replace(reply_to(TASK), evaluations={"val": sums, "test": sums_with(0.5)})
     return read_reply(Message(wire.reply_content(reply), 7, "train"), "val test")
@@ -137,7 +137,7 @@ def test_more_pairs_of_twins_than_pairs_are_refused(row):
 def test_the_server_scores_merged_twins_and_not_the_mean_of_clients():
     """10 of 20 and 20 of 20 genuine pairs lie above the twins: together 30 of 40.  Strangers: all 300 genuine pairs."""
     one, other, none = with_twins(twins_auc=0.5), with_twins(0.8, 1.0), sums_with(0.9)
-    by_client = {name: evaluation_sums(sums) for name, sums in (("a", one), ("b", other), ("c", none))}
+    by_client = {"a": one, "b": other, "c": none}
     total = pooled(by_client)
     metrics = round_metrics("test", total)
     assert metrics["round_test_twins_auc"] == pytest.approx(0.75)
@@ -150,11 +150,11 @@ def test_the_server_scores_merged_twins_and_not_the_mean_of_clients():
 
 
 def test_one_family_alone_has_no_strangers():
-    sums = evaluation_sums(sums_with(0.6))
+    sums = sums_with(0.6)
     one_family = dataclasses.replace(sums, twins=sums.pairs)
-    assert set(one_family.twin_scores()) == {"twins_roc_auc", "twins_eer"}
+    assert set(twin_scores(one_family)) == {"twins_roc_auc", "twins_eer"}
 
 
 def test_the_clients_own_sums_are_what_it_sends(pack, recogniser):
     sums = evaluate(recogniser, pack, "test", CPU)
-    np.testing.assert_array_equal(split_sums(sums).twins, sums.twins)
+    np.testing.assert_array_equal(received(sums).evaluations["val"].twins, sums.twins)

@@ -14,8 +14,8 @@ from common.codec import decode, encode, num_bytes
 from common.errors import ReplyRefused
 from common.ledger import parts_of
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
-from common.metrics.verification import NUM_BINS
-from common.wire import CLOSED_FIELDS, TRAIN_FIELDS, Reply, Site, SplitSums, Task
+from common.metrics.sums import CLOSED_FIELDS, NUM_BINS, ClosedSetSums, EvaluationSums
+from common.wire import TRAIN_FIELDS, Reply, Site, Task
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 SHARED = np.linspace(-1, 1, 7, dtype=np.float32)
@@ -52,8 +52,8 @@ def reply() -> Reply:
         num_examples=50,
         train={name: float(number) for number, name in enumerate(TRAIN_FIELDS)},
         evaluations={
-            split: SplitSums(
-                closed={name: n + 1 for n, name in enumerate(CLOSED_FIELDS)},
+            split: EvaluationSums(
+                closed=ClosedSetSums(**{name: n + 1 for n, name in enumerate(CLOSED_FIELDS)}),
                 pairs=PAIRS + shift,
                 folds=FOLDS + shift,
                 confusion=CONFUSION + shift,
