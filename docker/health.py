@@ -32,7 +32,7 @@ def tracking(marker: Path = Path("/tmp/written")) -> None:  # noqa: S108 - the c
         from common.runtime import go_silent
 
         go_silent()
-        from common.tracking.doctor_write import write_and_remove
+        from common.tracking.doctor import write_and_remove
 
         write_and_remove(f"http://{MLFLOW[0]}:{MLFLOW[1]}")
         marker.touch()

@@ -289,7 +289,7 @@ def _import_wandb(arguments: argparse.Namespace) -> int:
     settings, address = read_run(arguments)
     set_up_logging(settings.run.log_level)
     from common.tracking.address import resolve_uri
-    from common.tracking.wandb_folders import import_folders
+    from common.tracking.wandb_import import import_folders
 
     return import_folders(
         arguments.folders, resolve_uri(address, Path.cwd()), arguments.experiment, sys.stdout, sys.stderr

@@ -17,7 +17,7 @@ from common.files import read_json
 from common.models.table import ATTENTIONS, BACKBONES
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from common.tracking.models import Registered, find_registered, read_registered
+from common.tracking.registry import Registered, find_registered, read_registered
 
 FEDERATED: Final = (*STRATEGIES, "fedbn")
 TWINS: Final = "twins"  # one holder's, trained on batches of twins

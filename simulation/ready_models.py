@@ -20,7 +20,7 @@ from common.faces.pack import FacePack
 from common.models.backbone import Backbone
 from common.models.dcal import VitBackbone
 from common.models.recogniser import Recogniser, build_recogniser, for_people, private_names, shared_names
-from common.tracking.models import load_state
+from common.tracking.registry import load_state
 from simulation.found_models import FoundModel
 
 _HEAD, _BACKBONE = "head.", "backbone."

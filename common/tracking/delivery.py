@@ -1,7 +1,8 @@
 """Turns entries of a spool into calls of MLflow, so that sending any of them twice changes nothing.
 
-The one place (with `registry`) that knows MLflow's API.  `Delivery.send` raises whatever MLflow raises when the server
-cannot take an entry now; an entry that no server would ever take is skipped with a warning and stays in the spool.
+What knows MLflow's API is here, in `registry` and in `wandb_import`.  `Delivery.send` raises whatever MLflow raises
+when the server cannot take an entry now; an entry that no server would ever take is skipped with a warning and stays in
+the spool.
 """
 
 import contextlib
@@ -15,14 +16,106 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
-from common.redact import shown_uri
-from common.tracking.experiments import experiment_id
-from common.tracking.model_delivery import deliver_model
+from common.errors import TrackingError
+from common.processes import can_connect
+from common.redact import shown_uri, without_password
+from common.tracking.address import SERVERS, sqlite_path
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
-from common.tracking.stores import open_client
+
+DATABASE_PORTS: Final[Mapping[str, int]] = {"postgresql": 5432, "mysql": 3306}
+
+
+def check_database(uri: str) -> str:
+    """Log into a PostgreSQL or MySQL database and return its address.  Raises TrackingError."""
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    host, port = parts.hostname, parts.port or DATABASE_PORTS[kind]
+    if host and not can_connect(host, port, 5.0):
+        raise TrackingError(
+            f"{shown_uri(uri)}: nothing answers at {host}:{port}; start the database, or correct the address."
+        )
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+
+    make_engine: Callable[[str], Any] = create_sqlalchemy_engine  # untyped
+    try:
+        engine = make_engine(uri)
+        with engine.connect():
+            pass
+        engine.dispose()
+    except Exception as error:  # each driver has errors of its own
+        reason = without_password(short_reason(error), uri)
+        raise TrackingError(
+            f"{shown_uri(uri)} cannot be opened ({reason}); make the database, or correct user, password and name."
+        ) from None
+    return uri
+
+
+def open_client(uri: str) -> Any:  # noqa: ANN401 - MlflowClient
+    """MLflow's client of an address from `resolve_uri`, tracking and registry; a sqlite database's folder is made.
+
+    Asks a PostgreSQL or MySQL database first: MLflow would try one that refuses again for 100 s, and hold up every
+    other database of this process meanwhile.  Raises TrackingError.
+    """
+    from mlflow import MlflowClient
+
+    database = sqlite_path(uri)
+    if database:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    elif not uri.startswith(SERVERS):
+        check_database(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+
+ARTIFACTS = "mlruns"  # MLflow's own name for it
+_BEHIND_A_SERVER = "mlflow-artifacts:"
+
+
+def experiment_id(client: Any, uri: str, name: str, place: Path) -> str:  # noqa: ANN401 - MlflowClient
+    """MLflow's id of the active experiment `name` at `uri` (from `resolve_uri`); safe beside others that make it.
+
+    A server says itself where artifacts go.  A database does not, and MLflow would take whatever folder the program
+    was started from.  So an experiment made here has them in `mlruns/NAME`, beside a sqlite file, and for PostgreSQL
+    and MySQL below `place`, a folder of this machine.  The database keeps that absolute path: an `mlflow server` over
+    it shows them while it runs on this machine and may read the folder; other machines have the numbers only.
+    Raises TrackingError for a deleted experiment and, without a server, for one whose artifacts only a server reaches.
+    """
+    found = client.get_experiment_by_name(name) or make_experiment(client, uri, name, place)
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} of {shown_uri(uri)} was deleted; bring it back with"
+            f" `mlflow experiments restore -x {found.experiment_id}`, then `facefed tracking sync` sends what is kept."
+        )
+    if not uri.startswith(SERVERS) and str(found.artifact_location).startswith(_BEHIND_A_SERVER):
+        raise TrackingError(
+            f"experiment {name!r} of {shown_uri(uri)} keeps its artifacts behind an MLflow server; give that server's"
+            " address as --tracking-uri, or name another experiment."
+        )
+    return str(found.experiment_id)
+
+
+def make_experiment(client: Any, uri: str, name: str, place: Path) -> Any:  # noqa: ANN401 - MLflow's own types
+    """Make the experiment, or find the one that another process made meanwhile; see `experiment_id`."""
+    from mlflow.exceptions import MlflowException
+
+    database = sqlite_path(uri)
+    folder = (database.parent if database else place.resolve()) / ARTIFACTS / name
+    try:
+        client.create_experiment(name, artifact_location=None if uri.startswith(SERVERS) else folder.as_uri())
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may make it at the same moment
+            raise
+    return client.get_experiment_by_name(name)
+
+
+# -- entries -----------------------------------------------------------------------------------------------------------
+
 
 METRICS_PER_CALL = 1000  # MLflow's own limits
 NAMES_PER_CALL = 100
@@ -300,3 +393,89 @@ def _named(path: Path, name: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(shutil.copyfile(path, Path(folder) / name))
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+CHAMPION = "champion"
+AUC_TAG = "val_roc_auc"
+PEOPLE_TAG = "val_people"
+MODEL_KEY_TAG = "facefed.model_key"
+
+
+def deliver_model(client: Any, run_id: str, folder: Path, entry: Mapping[str, Any]) -> str:  # noqa: ANN401 - MlflowClient
+    """Upload the exported model, register it, link its metrics, move the champion; returns the version.
+
+    folder: what `mlflow.pytorch.save_model` wrote.  entry: the spool's event "model".  Raises what MLflow raises.
+    """
+    experiment = client.get_run(run_id).info.experiment_id
+    mine = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    model = next((found for found in mine if found.tags.get(MODEL_KEY_TAG) == entry["model_key"]), None)
+    if model is None:
+        tags = {**entry["tags"], MODEL_KEY_TAG: entry["model_key"]}
+        model = client.create_logged_model(experiment, "model", run_id, tags=tags)
+    if str(model.status) != "READY":
+        _upload(client, run_id, model, folder, entry["step"])
+    _link_metrics(client, run_id, model.model_id, entry)
+    version = _register(client, run_id, model.model_id, entry)
+    if entry["people"]:
+        _crown(client, entry["name"], version, float(entry["tags"][AUC_TAG]), entry["people"])
+    return version
+
+
+def _upload(client: Any, run_id: str, model: Any, folder: Path, step: int) -> None:  # noqa: ANN401 - MlflowClient
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+        client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, step=step)])  # twice is an error
+    about = Model.load(str(folder))
+    about.run_id, about.model_id, about.model_uuid = run_id, model.model_id, model.model_id
+    about.artifact_path = model.artifact_location
+    about.save(str(folder / "MLmodel"))
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, status="READY")
+
+
+def _link_metrics(client: Any, run_id: str, model_id: str, entry: Mapping[str, Any]) -> None:  # noqa: ANN401 - MlflowClient
+    from mlflow.entities import Metric
+
+    linked = [
+        Metric(key, float(value), time_ms, entry["step"], model_id=model_id, run_id=run_id)
+        for key, value, time_ms in entry["metrics"]
+        if math.isfinite(float(value))
+    ]
+    if linked:
+        client.log_batch(run_id, metrics=linked, synchronous=True)
+
+
+def _register(client: Any, run_id: str, model_id: str, entry: Mapping[str, Any]) -> str:  # noqa: ANN401 - MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(entry["name"])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{model_id}"
+    made = client.search_model_versions(f"name = '{entry['name']}'")
+    version = next((found for found in made if found.source == source), None)
+    if version is None:
+        version = client.create_model_version(
+            entry["name"], source, run_id=run_id, tags=dict(entry["tags"]), model_id=model_id
+        )
+    return str(version.version)
+
+
+def _crown(client: Any, name: str, version: str, val_auc: float, val_people: str) -> None:  # noqa: ANN401 - MlflowClient
+    """Move the alias when this version's AUC is higher than the champion's on the same validation people."""
+    if not math.isfinite(val_auc):
+        return
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    if champion is not None:
+        tags = client.get_model_version(name, champion).tags
+        if tags.get(PEOPLE_TAG) != val_people or not val_auc > float(tags.get(AUC_TAG, "-inf")):
+            return
+    client.set_registered_model_alias(name, CHAMPION, version)

@@ -1,22 +1,33 @@
-"""Models in MLflow's registry: exported as a graph, loadable without a line of ours, with a guarded champion.
+"""Models in MLflow's registry: exported as a graph, loadable without a line of ours, with a guarded champion; and read
+back, as the settings that they were trained with and as plain tensors.
 
 Input float32 [B, 3, H, W] in [-1, 1], any B; output float32 [B, D].
 """
 
+import json
 import logging
+import math
 import shutil
+import tempfile
+import tomllib
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from common.tracking.delivery import quieten
-from common.tracking.model_delivery import AUC_TAG, PEOPLE_TAG
+from common.errors import CheckpointError, TrackingError
+from common.files import read_json
+from common.redact import shown_uri
+from common.tracking.address import sqlite_path
+from common.tracking.delivery import AUC_TAG, CHAMPION, PEOPLE_TAG, open_client, quieten
 from common.tracking.run import TrackedRun
 from common.tracking.sender import short_reason
 from common.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 MODELS = "models"  # below the run's folder
 FLUSH_TIMEOUT_S = 120.0
@@ -112,3 +123,180 @@ def _requirements() -> list[str]:
 
     public = torch.__version__.partition("+")[0]  # "+cpu" and the like are not on the package index
     return [f"torch=={public}", f"numpy=={np.__version__}", f"mlflow=={mlflow.__version__}"]
+
+
+# -- which version, and what it is -------------------------------------------------------------------------------------
+
+
+PREFIX = "models:/"
+EXPORTED = "data/model.pt2"  # in what `mlflow.pytorch.save_model` writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """One version of a registered model, and what its run wrote down."""
+
+    uri: str  # models:/NAME/VERSION
+    address: str  # of the registry, resolved; the run may have been recorded under another one
+    step: int  # the epoch or round it stands for
+    settings: Mapping[str, Any]  # the run's config.toml
+    metrics: Mapping[str, Any]  # the run's metrics.json; empty where it has none
+
+
+def find_registered(address: str, name: str) -> Registered | None:
+    """The champion of a model, else its newest version with the role "best"; None when there is none.
+
+    address: of the tracking, resolved.  A registry that cannot be asked has none, with a warning.
+    """
+    if _has_no_database(address):
+        return None
+    try:
+        version = _champion_or_best(address, name)
+        return None if version is None else _read(address, version)
+    except (CheckpointError, TrackingError):
+        raise
+    except Exception as error:  # MLflow raises what its database or network library raises
+        _log.warning("Tracking: %s cannot be asked for %s (%s).", shown_uri(address), name, short_reason(error))
+        return None
+
+
+def read_registered(address: str, uri: str) -> Registered:
+    """The version that models:/NAME/VERSION or models:/NAME@ALIAS means.  Raises TrackingError.
+
+    address: of the tracking, resolved; "": it is off.
+    """
+    text = uri.removeprefix(PREFIX)
+    name, at, alias = text.partition("@")
+    if not at:
+        name, _, alias = text.rpartition("/")
+    if not uri.startswith(PREFIX) or not (name and alias):
+        raise TrackingError(f"{uri}: write models:/NAME/VERSION or models:/NAME@{CHAMPION}.")
+    if not address:
+        raise TrackingError(f"{uri}: tracking is off, so the registry is not asked; leave --no-mlflow out.")
+    if _has_no_database(address):
+        raise TrackingError(f"{uri}: there is no registry at {shown_uri(address)}; give its --tracking-uri.")
+    try:
+        client = _client(address)
+        found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, alias)
+        return _read(address, found)
+    except (CheckpointError, TrackingError):
+        raise
+    except Exception as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{uri}: not found at {shown_uri(address)} ({reason}); name one that is.") from None
+
+
+def load_state(registered: Registered) -> "dict[str, Tensor]":
+    """The tensors of a registered model under its backbone's names, "backbone.linear.weight".
+
+    Raises TrackingError, also for a model that is more than tensors: `mlflow.pytorch.load_model` would unpickle it, and
+    import the modules that it brings.
+    """
+    quieten()
+    import mlflow.artifacts
+
+    # download_artifacts takes its server from here.
+    mlflow.set_tracking_uri(registered.address)
+    mlflow.set_registry_uri(registered.address)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(mlflow.artifacts.download_artifacts(artifact_uri=registered.uri, dst_path=folder))
+            return read_exported(model / EXPORTED)
+    except Exception as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); name its run's folder instead.") from None
+
+
+def _has_no_database(address: str) -> bool:
+    """Whether asking would only make an empty database."""
+    database = sqlite_path(address)
+    return database is not None and not database.exists()
+
+
+def _champion_or_best(address: str, name: str) -> Any:  # noqa: ANN401 - MLflow's own type
+    client = _client(address)
+    versions = client.search_model_versions(f"name = '{name}'")
+    best = [version for version in versions if version.tags.get("role") == "best"]
+    if not best:
+        return None
+    champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    by_number = {int(version.version): version for version in best}
+    return by_number.get(int(champion) if champion is not None else -1, by_number[max(by_number)])
+
+
+def _read(address: str, version: Any) -> Registered:  # noqa: ANN401 - MLflow's own type
+    uri = f"{PREFIX}{version.name}/{version.version}"
+    client = _client(address)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = Path(client.download_artifacts(version.run_id, "config.toml", folder))
+            settings = tomllib.loads(config.read_text(encoding="utf-8"))
+        except Exception as error:
+            reason = short_reason(error)
+            raise TrackingError(
+                f"{uri}: its run has no readable config.toml ({reason}), so nobody knows how to build it; name a"
+                " run's folder instead."
+            ) from None
+        metrics: dict[str, Any] = {}
+        if any(file.path == "metrics.json" for file in client.list_artifacts(version.run_id)):
+            metrics = read_json(Path(client.download_artifacts(version.run_id, "metrics.json", folder)))
+    step = int(version.tags.get("step", 0))
+    return Registered(uri=uri, address=address, step=step, settings=settings, metrics=metrics)
+
+
+def _client(address: str) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
+    quieten()
+    return open_client(address)
+
+
+# -- the tensors of an exported model ----------------------------------------------------------------------------------
+
+
+CONFIG: Final = "data/weights/model_weights_config.json"
+_DTYPES: Final = {5: "int64", 7: "float32"}  # by their numbers in torch._export.serde.schema.ScalarType
+
+
+class NotPlain(ValueError):
+    """The archive is none of ours, or is no plain one."""
+
+
+def read_exported(path: Path) -> "dict[str, Tensor]":
+    """Name -> tensor of a model.pt2 that `torch.export` saved.
+
+    `torch.export.load` unpickles what an archive tells it to and evaluates the formulas of its graph, so whoever can
+    write to a registry could run code here.  The archive is a zip of uncompressed files: CONFIG names each tensor, its
+    file beside it holds the bytes.  Raises NotPlain when it is damaged or holds anything but plain tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = _config_of(archive)
+            folder = config.removesuffix(CONFIG.rpartition("/")[2])
+            tensors = json.loads(archive.read(config))["config"]
+            return {name: _tensor(archive, folder, about) for name, about in tensors.items()}
+    except NotPlain:
+        raise
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise NotPlain(f"it is damaged: {type(error).__name__}: {error}") from None
+
+
+def _config_of(archive: zipfile.ZipFile) -> str:
+    if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+        raise NotPlain("it is compressed, which nothing of ours is")
+    for name in archive.namelist():
+        if name.partition("/")[2] == CONFIG:
+            return name
+    raise NotPlain(f"it has no {CONFIG}")
+
+
+def _tensor(archive: zipfile.ZipFile, folder: str, about: Any) -> "Tensor":  # noqa: ANN401 - whatever the file holds
+    import torch
+
+    meta = about["tensor_meta"]
+    dtype = _DTYPES.get(meta["dtype"])
+    if about["use_pickle"] or dtype is None:
+        raise NotPlain(f"the tensor in {about['path_name']!r} is no plain float32 or int64")
+    sizes, strides = (tuple(int(one["as_int"]) for one in meta[key]) for key in ("sizes", "strides"))
+    flat = torch.frombuffer(bytearray(archive.read(f"{folder}{about['path_name']}")), dtype=getattr(torch, dtype))
+    if len(sizes) != len(strides) or min((*sizes, *strides), default=0) < 0 or math.prod(sizes) > len(flat):
+        raise NotPlain(f"the tensor in {about['path_name']!r} is larger than its file")
+    return flat.as_strided(sizes, strides, int(meta["storage_offset"]["as_int"])).clone()

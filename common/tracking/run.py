@@ -9,13 +9,16 @@ With `tracking.enabled = false` the record in the folder is the same and MLflow 
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from common.errors import InterruptedRun
+from common.redact import shown_uri
 from common.settings import TrackingSettings
-from common.tracking.connect import make_sender
+from common.tracking.delivery import Delivery, quieten
 from common.tracking.record import TrackedRun
-from common.tracking.spool import SavesFigure, Spool
+from common.tracking.sender import Sender
+from common.tracking.spool import SavesFigure, Spool, load_sent, save_sent
 from common.tracking.tensorboard import OFF, Board
 
 __all__ = ["SavesFigure", "TrackedRun", "finishing", "open_run"]
@@ -71,3 +74,17 @@ def open_run(
     if sender:
         sender.start()
     return run
+
+
+def make_sender(spool: Spool, uri: str, folder: Path, resume_run_id: str) -> Sender:
+    """The thread, not started, that sends the spool of `folder`; imports MLflow, so that no other thread has to.
+
+    resume_run_id: MLflow's id to go on with; empty for a new run, or for what the folder itself knows.
+    """
+    quieten()
+    sent = load_sent(folder, shown_uri(uri))
+    if resume_run_id and sent.run_ids.get("") != resume_run_id:
+        sent.forget()
+        sent.run_ids[""] = resume_run_id
+    save_sent(folder, sent)  # its key finds the run again, should we be killed right after its creation
+    return Sender(spool, sent, partial(Delivery, uri, folder, sent), uri)

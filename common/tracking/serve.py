@@ -20,10 +20,11 @@ import psutil
 
 from common.errors import FaceFedError, TrackingError
 from common.processes import is_healthy, is_loopback, require_free_port, start, stop
-from common.redact import shown_uri, without_password
+from common.redact import DATABASES, shown_uri, without_password
 from common.runtime import SILENCE
-from common.tracking.address import SERVERS, sqlite_path
-from common.tracking.stores import check_artifacts, check_backend, require_folder
+from common.tracking.address import SERVERS, resolve_uri, sqlite_path
+from common.tracking.delivery import check_database
+from common.tracking.sender import short_reason
 
 HEALTHY_WITHIN_S: Final = 300.0  # a new database on a busy machine takes most of a minute
 LOOK_EVERY_S: Final = 0.2
@@ -236,3 +237,81 @@ def _require_alive(process: "subprocess.Popen[bytes]", plan: ServerPlan, begin: 
     reason = telling[-1][:300] if telling else f"exit code {process.returncode}"
     reason = without_password(reason, plan.environment["MLFLOW_BACKEND_STORE_URI"])
     raise FaceFedError(f"the MLflow server ended by itself: {reason} (see {plan.log}).")
+
+
+# -- where it keeps its data -------------------------------------------------------------------------------------------
+
+
+DEFAULT_DATABASE: Final = "sqlite:///mlflow.db"
+
+
+def check_backend(text: str, base: Path, option: str = "--backend") -> str:
+    """A database's address, or "sqlite", as MLflow can use it now; `option` named it.  Raises TrackingError.
+
+    Makes a sqlite database's folder, not the database; a PostgreSQL or MySQL database is logged into.
+    """
+    if text in DATABASES:
+        raise TrackingError(f"{option} {text} names no database; write {text}://USER:PASSWORD@HOST/DATABASE.")
+    uri = resolve_uri(DEFAULT_DATABASE if text == "sqlite" else text, base)
+    if uri.startswith(SERVERS):
+        raise TrackingError(f"{option} {shown_uri(uri)} is a server already; give its database, or use it as it is.")
+    database = sqlite_path(uri)
+    if database is None:
+        return check_database(uri)
+    require_folder(database.parent, option)
+    _require_sqlite(database, option)
+    return uri
+
+
+def _require_sqlite(database: Path, option: str) -> None:
+    """An empty file is a database too."""
+    try:
+        with database.open("r+b") as file:
+            head = file.read(16)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TrackingError(
+            f"{option}: {database} cannot be written ({error.strerror}); change its rights, or name another file."
+        ) from None
+    if head not in (b"", b"SQLite format 3\x00"):
+        raise TrackingError(f"{option}: {database} is no sqlite database; name another file.")
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """Make a folder and write in it.  Raises TrackingError."""
+    probe = folder / f".facefed-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise TrackingError(
+            f"{option}: {folder} cannot be written ({error.strerror}); name another folder, or change its rights."
+        ) from None
+
+
+def check_artifacts(text: str, base: Path) -> str:
+    """`--artifacts` as MLflow takes it: a folder, which is made, or s3://BUCKET/PREFIX, which is asked for.
+
+    Raises TrackingError.
+    """
+    scheme, colon, _ = text.partition("://")
+    if not colon:
+        folder = (base.resolve() / Path(text).expanduser()).resolve()
+        require_folder(folder, "--artifacts")
+        return str(folder)
+    if scheme != "s3":
+        raise TrackingError(f"--artifacts {shown_uri(text)} is of the unknown kind {scheme!r}; use a folder or s3://.")
+    if not importlib.util.find_spec("boto3"):
+        raise TrackingError(f"--artifacts {text} needs the package boto3: pip install boto3.")
+    from mlflow.artifacts import list_artifacts
+
+    try:
+        list_artifacts(artifact_uri=text)
+    except Exception as error:  # boto's own
+        raise TrackingError(
+            f"--artifacts {text} cannot be listed ({short_reason(error)}); check the bucket, AWS_ACCESS_KEY_ID,"
+            " AWS_SECRET_ACCESS_KEY and MLFLOW_S3_ENDPOINT_URL."
+        ) from None
+    return text

@@ -15,10 +15,8 @@ from typing import TextIO
 from common.errors import EXIT_DONE, FaceFedError, TrackingError
 from common.redact import shown_uri
 from common.tracking.address import resolve_uri
-from common.tracking.connect import open_delivery
 from common.tracking.delivery import Delivery, quieten
-from common.tracking.forward import Forwarder, backlog
-from common.tracking.sender import LINES_PER_BATCH, StartOver, short_reason
+from common.tracking.sender import LINES_PER_BATCH, Forwarder, StartOver, backlog, short_reason
 from common.tracking.spool import SENT_NAME, SPOOL_NAME, Sent, entries_of, hold, load_sent, read_entries, save_sent
 
 _HIDDEN = "***@"  # what `shown_uri` puts for a user name and password
@@ -175,7 +173,7 @@ def _reason(error: Exception, uri: str) -> str:
 
 def _connect(uri: str, folder: Path, sent: Sent) -> Delivery:
     try:
-        delivery = open_delivery(uri, folder, sent)
+        delivery = Delivery(uri, folder, sent)
         delivery.check()
     except Exception as error:
         raise ServerUnusable(

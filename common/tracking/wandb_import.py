@@ -1,5 +1,10 @@
 """Brings offline runs of Weights & Biases into MLflow, without the wandb package and without its cloud.
 
+config -> params (nested names joined by dots); numbers of the history -> metrics; numbers of the summary that the
+history does not end with -> metrics at the last step; all else that was logged -> lines of JSON kept as an artifact.
+Who trained it is not carried (the log keeps it): neither wandb's entity nor what it noted by itself about the account,
+the person and the folders of the machine.
+
 A run is found again by its tag RUN_TAG, and a tag for each log says how far it was read: importing again adds nothing,
 and a log that has grown adds what is new.  An import that is cut off is simply repeated: MLflow keeps equal points
 once.
@@ -10,38 +15,218 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
+import posixpath
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TextIO
 
-from common.errors import TrackingError
+from common.errors import EXIT_DONE, TrackingError
 from common.redact import shown_uri
-from common.tracking.address import sqlite_path
-from common.tracking.delivery import METRICS_PER_CALL, NAMES_PER_CALL, NONFINITE_TAG, quieten
-from common.tracking.experiments import experiment_id
-from common.tracking.sender import short_reason
-from common.tracking.stores import open_client
-from common.tracking.wandb_file import Damage
-from common.tracking.wandb_mapping import (
-    FILES_ABOUT_PEOPLE,
-    METADATA_FILE,
-    Apart,
-    Names,
-    Point,
-    apart_line,
-    final_points,
-    is_infinite,
-    nearest_name,
-    of_the_machine,
-    params_of,
-    plain,
-    run_name,
-    split_row,
-    tags_of,
+from common.tracking.delivery import (
+    METRICS_PER_CALL,
+    NAMES_PER_CALL,
+    NONFINITE_TAG,
+    experiment_id,
+    open_client,
+    quieten,
 )
-from common.tracking.wandb_records import RunFacts, is_number, read_history
+from common.tracking.sender import short_reason
+from common.tracking.wandb_log import (
+    CUT_SHORT,
+    Damage,
+    Row,
+    RunFacts,
+    Tree,
+    is_number,
+    leaves,
+    read_facts,
+    read_history,
+)
+
+# -- what becomes what -------------------------------------------------------------------------------------------------
+
+
+MAX_NAME: Final = 250  # MLflow's limits, in characters
+MAX_PARAM: Final = 6000
+MAX_TAG: Final = 5000
+SUMMARY_PREFIX: Final = "summary."
+_OF_WANDB: Final = ("_step", "_runtime", "_timestamp")  # not logged by the user
+METADATA_FILE: Final = "wandb-metadata.json"
+FILES_ABOUT_PEOPLE: Final = (METADATA_FILE, "config.yaml", "conda-environment.yaml")  # wandb's own, not the user's
+_OF_THE_MACHINE: Final = (
+    "os", "python", "heartbeatAt", "startedAt", "state", "memory", "cpu_count", "cpu_count_logical", "cpu_freq", "gpu",
+    "gpu_count", "gpu_nvidia", "gpu_amd", "gpu_apple", "gpudevices", "apple", "tpu", "cuda", "cudaVersion",
+)  # fmt: skip
+_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+
+
+class Point(NamedTuple):
+    """One metric value; `value` may be NaN, never infinite."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Apart(NamedTuple):
+    """A logged value that is no metric: a text, a list, a picture's description, an infinity."""
+
+    key: str
+    value: Any
+    step: int
+    time_ms: int
+
+
+class Names:
+    """MLflow's name for each of wandb's; names that would fall together are kept apart in the order they come."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        """The same name where MLflow takes it, else the nearest that it takes."""
+        if name not in self._given:
+            self._given[name] = self._free(nearest_name(name))
+            self._taken.add(self._given[name])
+        return self._given[name]
+
+    def _free(self, wanted: str) -> str:
+        free, count = wanted, 1
+        while free in self._taken:
+            count += 1
+            free = f"{wanted[: MAX_NAME - 8]}_{count}"
+        return free
+
+    def changed(self) -> dict[str, str]:
+        """MLflow's names by wandb's, where they differ."""
+        return {name: given for name, given in self._given.items() if name != given}
+
+
+def nearest_name(name: str) -> str:
+    """A name that MLflow takes for metrics, params and tags: its characters, a clean relative path, not too long."""
+    nearest = _NOT_ALLOWED.sub("_", name)
+    if nearest != posixpath.normpath(nearest) or nearest.startswith(("/", "..")) or nearest == ".":
+        nearest = nearest.replace("/", "_").replace("..", "__") or "_"
+        nearest = "_" if nearest == "." else nearest
+    if len(nearest) > MAX_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        nearest = f"{nearest[: MAX_NAME - 9]}_{digest}"
+    return nearest
+
+
+def run_name(entity: str, project: str, run_id: str) -> str:
+    """What a run is found again by: runs of two entities stay two runs, and no entity can be read from it."""
+    apart = hashlib.sha256(entity.encode()).hexdigest()[:8] if entity else ""
+    return nearest_name("/".join(part for part in (apart, project, run_id) if part))
+
+
+def of_the_machine(metadata: object) -> Tree:
+    """What wandb noted of the machine and the commit, without account, host, folders, command line and remote."""
+    if not isinstance(metadata, dict):
+        return {}
+    kept = {key: metadata[key] for key in _OF_THE_MACHINE if key in metadata}
+    git = metadata.get("git")
+    return {**kept, "git": {"commit": git["commit"]}} if isinstance(git, dict) and "commit" in git else kept
+
+
+def split_row(row: Row, names: Names) -> Iterator[Point | Apart]:
+    """The metrics of a row, truth values as 1 and 0, and what is none."""
+    for key, value in leaves(row.values):
+        number = as_metric(value)
+        if number is None:
+            yield Apart(key, value, row.step, row.time_ms)
+        else:
+            yield Point(names(key), number, row.step, row.time_ms)
+
+
+def as_metric(value: object) -> float | None:
+    """The value as MLflow takes it: a finite number or NaN; None for all else."""
+    if isinstance(value, bool) or is_number(value):
+        return float(value)
+    return math.nan if isinstance(value, float) and math.isnan(value) else None
+
+
+def apart_line(apart: Apart) -> str:
+    """A line of JSON."""
+    line = {"step": apart.step, "time_ms": apart.time_ms, "key": apart.key, "value": plain(apart.value)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def plain(value: object) -> object:
+    """The value as JSON has it: "nan", "inf" and "-inf" are texts, as in a spool."""
+    if isinstance(value, dict):
+        return {key: plain(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [plain(below) for below in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_infinite(value: object) -> bool:
+    """Whether it is an infinity, which MLflow would turn into 1.8e308."""
+    return isinstance(value, float) and math.isinf(value)
+
+
+def params_of(facts: RunFacts, names: Names) -> dict[str, str]:
+    """The config as params; long values are cut (all of it is kept as an artifact)."""
+    return {names(key): _shown(value)[:MAX_PARAM] for key, value in leaves(facts.config)}
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def tags_of(facts: RunFacts) -> dict[str, str]:
+    """What describes the run, and the texts of its summary."""
+    described = {
+        "mlflow.note.content": facts.notes,
+        "wandb.tags": ", ".join(facts.tags),
+        "wandb.project": facts.project,
+        "wandb.group": facts.group,
+        "wandb.job_type": facts.job_type,
+        "wandb.sweep_id": facts.sweep_id,
+        "wandb.exit_code": "" if facts.exit_code is None else str(facts.exit_code),
+    }
+    tags = {key: value[:MAX_TAG] for key, value in described.items() if value}
+    names = Names()
+    for key, value in leaves(facts.summary):
+        if isinstance(value, str):
+            tags[names(f"wandb.summary.{key}")] = value[:MAX_TAG]
+    return tags
+
+
+def final_points(
+    summary: Tree, last: Mapping[str, Point], names: Names, step: int, time_ms: int, *, whole: bool
+) -> list[Point]:
+    """Numbers of the summary that are not simply what the history ends with.
+
+    last: the last point of each metric.  A best value under the name of a metric becomes "summary.<name>", if the log
+    is `whole`; in another one the summary may just be a row ahead of the history.
+    """
+    points = []
+    for key, value in leaves({key: value for key, value in summary.items() if key not in _OF_WANDB}):
+        number = as_metric(value)
+        if number is None:
+            continue
+        before = last.get(names(key))
+        if before is None:
+            points.append(Point(names(key), number, step, time_ms))
+        elif whole and not _same(before.value, number):
+            points.append(Point(names(SUMMARY_PREFIX + key), number, step, time_ms))
+    return points
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
 
 RUN_TAG: Final = "facefed.wandb_run"  # `run_name` of it
 READ_TAG: Final = (
@@ -75,9 +260,6 @@ class Importer:
         quieten()
         self._uri = uri
         self._experiment = experiment
-        database = sqlite_path(uri)
-        if database:
-            database.parent.mkdir(parents=True, exist_ok=True)
         with self._one_line():
             self._client = open_client(uri)
 
@@ -277,3 +459,70 @@ def _keep_metadata(path: Path, source: Path) -> None:
 
 def _keep(path: Path, content: object) -> None:
     path.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- all runs below folders --------------------------------------------------------------------------------------------
+
+
+def import_folders(folders: Sequence[str], uri: str, experiment: str, out: TextIO, err: TextIO) -> int:
+    """Import every offline run of `folders` and say so, a line each; returns the exit code.
+
+    uri: from `resolve_uri`.  experiment: empty for each run's own wandb project.  A file that is none does not keep the
+    others back.  Raises TrackingError: nothing found, MLflow does not take them, or at the end how many were refused.
+    """
+    logs = find_logs(Path(folder) for folder in folders)
+    found, refused = dict[Path, RunFacts](), list[str]()
+    for log in logs:
+        try:
+            found[log] = read_facts(log)
+        except TrackingError as error:
+            refused.append(str(error))
+    if len(logs) == 1 and refused:
+        raise TrackingError(refused[0])
+    importer = Importer(uri, experiment)
+    for log, facts in found.items():
+        out.writelines(f"{line}\n" for line in _report(importer.send(log, facts)))
+        out.flush()
+    if refused:
+        err.writelines(f"{line}\n" for line in refused)
+        raise TrackingError(f"{len(refused)} of {len(logs)} files could not be read; the others are imported.")
+    return EXIT_DONE
+
+
+def find_logs(paths: Iterable[Path]) -> list[Path]:
+    """The .wandb files that `paths` mean: such files, run folders, folders of run folders, or what holds `wandb/`.
+
+    Raises TrackingError when one of them has none.
+    """
+    logs: dict[Path, None] = {}
+    for path in paths:
+        found = [path] if path.is_file() else _logs_below(path)
+        if not found:
+            what = "holds no .wandb file" if path.is_dir() else "does not exist"
+            raise TrackingError(f"{path} {what}; name wandb's folder, or an offline-run-* folder in it.")
+        logs.update(dict.fromkeys(log.resolve() for log in found))  # wandb/latest-run is a link to one of the others
+    return list(logs)
+
+
+def _logs_below(folder: Path) -> list[Path]:
+    for pattern in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _report(done: Imported) -> Iterator[str]:
+    place = f"{done.name} -> experiment {done.experiment}, run {done.mlflow_run_id}"
+    if done.num_points or done.num_params or done.num_files:
+        yield f"{place}: {done.num_points:,} points, {done.num_params:,} params, {done.num_files:,} files"
+    else:
+        yield f"{place}: nothing new"
+    if done.num_apart:
+        yield f"  {done.num_apart:,} logged values are no metrics: no_metrics.jsonl among its artifacts has them"
+    if done.not_carried:
+        left = ", ".join(f"{count:,} records of {what}" for what, count in done.not_carried.items())
+        yield f"  not imported: {left} (they stay in the log)"
+    for damage in done.damages:
+        kept = "what came before it is imported" if damage.what == CUT_SHORT else "the whole records are imported"
+        yield f"  {done.log}: damaged at byte {damage.offset:,}: {damage.what}; {kept}"

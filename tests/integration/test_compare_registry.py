@@ -9,8 +9,7 @@ from common.models.recogniser import EmbeddingModel
 from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
 from common.tracking.address import resolve_uri
-from common.tracking.models import find_registered, read_registered
-from common.tracking.registry import register_model
+from common.tracking.registry import find_registered, read_registered, register_model
 from common.tracking.run import open_run
 from simulation.found_models import Search, Wanted, find_models
 from simulation.scoring import score

@@ -5,7 +5,7 @@ import torch
 
 from common.errors import FaceFedError
 from common.settings import TrackingSettings
-from common.tracking import connect
+from common.tracking import sync
 from common.tracking.address import resolve_uri
 from common.tracking.delivery import Delivery
 from common.tracking.registry import register_model
@@ -112,7 +112,7 @@ def test_a_model_whose_sending_is_cut_off_after_every_call_is_there_once(uri, cl
                 super().__init__(*args)
                 self._client = Cut(self._client, name)
 
-        monkeypatch.setattr(connect, "Delivery", CutDelivery)
+        monkeypatch.setattr(sync, "Delivery", CutDelivery)
 
     for name in (
         "create_run", "log_batch", "create_logged_model", "log_outputs", "log_model_artifacts",

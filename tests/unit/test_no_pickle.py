@@ -25,9 +25,9 @@ from common.faces.index import read_index
 from common.faces.pack import load_pack
 from common.files import read_json
 from common.models.pretrained import load_pretrained
-from common.tracking.exported import CONFIG, NotPlain, read_exported
+from common.tracking.registry import CONFIG, NotPlain, read_exported
 from common.tracking.spool import read_entries
-from common.tracking.wandb_file import read_records
+from common.tracking.wandb_log import read_records
 from server.checkpointing import RunCheckpoints
 from server.history import RoundRecord, read_scores
 
@@ -101,7 +101,7 @@ def faults_of(path, text):
 
 def test_no_source_of_ours_reads_a_format_that_can_run_code():
     files = sources()
-    assert len(files) > 200
+    assert len(files) > 100
     found = [fault for path in files for fault in faults_of(path.relative_to(ROOT).as_posix(), path.read_text())]
     assert not found, "use safetensors, JSON or NumPy without pickle, or say in ALLOWED why this is harmless"
 

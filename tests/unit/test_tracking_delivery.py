@@ -10,9 +10,7 @@ from mlflow.protos.databricks_pb2 import ErrorCode
 
 from common.errors import TrackingError
 from common.tracking import delivery as delivery_module
-from common.tracking import stores
-from common.tracking.delivery import Delivery
-from common.tracking.experiments import experiment_id
+from common.tracking.delivery import Delivery, experiment_id
 from common.tracking.spool import Sent
 
 POSTGRESQL = "postgresql+psycopg2://me:secret@host/runs"
@@ -116,8 +114,8 @@ def test_a_database_is_asked_before_mlflow_is(monkeypatch, tmp_path):
     def refuse(uri):
         raise TrackingError(uri)
 
-    monkeypatch.setattr(stores, "check_database", refuse)
+    monkeypatch.setattr(delivery_module, "check_database", refuse)
     for uri in ("http://host", f"sqlite:///{tmp_path}/x.db"):
-        stores.open_client(uri)
+        delivery_module.open_client(uri)
     with pytest.raises(TrackingError, match="runs"):
-        stores.open_client(POSTGRESQL)
+        delivery_module.open_client(POSTGRESQL)

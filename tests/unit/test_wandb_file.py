@@ -8,8 +8,18 @@ from hypothesis import strategies as st
 
 from bench.wandb_log import BLOCK, HEAD, field, framed, varint
 from common.errors import TrackingError
-from common.tracking.wandb_file import CUT_SHORT, Damage, Malformed, Record, fields, read_records, signed
-from common.tracking.wandb_records import leaves, read_facts, read_history
+from common.tracking.wandb_log import (
+    CUT_SHORT,
+    Damage,
+    Malformed,
+    Record,
+    fields,
+    leaves,
+    read_facts,
+    read_history,
+    read_records,
+    signed,
+)
 from tests.unit.wandb_logs import (
     NEW,
     OLD,

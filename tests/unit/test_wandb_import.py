@@ -11,10 +11,8 @@ import pytest
 from bench.wandb_log import framed
 from common.errors import TrackingError
 from common.tracking import wandb_import
-from common.tracking.wandb_folders import find_logs, import_folders
-from common.tracking.wandb_import import RUN_TAG, Importer
-from common.tracking.wandb_mapping import MAX_NAME, Names, nearest_name
-from common.tracking.wandb_records import read_facts
+from common.tracking.wandb_import import MAX_NAME, RUN_TAG, Importer, Names, find_logs, import_folders, nearest_name
+from common.tracking.wandb_log import read_facts
 from tests.unit.wandb_logs import (
     NEW,
     OLD,
