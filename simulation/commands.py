@@ -11,6 +11,7 @@ from common import config
 from common.console import Follower, RunView, summary_lines, tracking_line
 from common.errors import CheckpointError, UserError
 from common.events import OUTCOME_FILE, RUN_FILE, EventReader
+from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
@@ -245,7 +246,7 @@ def _options(mode: str, machine: Machine) -> list[ClientOption]:
     """Whose data a mode trains on.  Raises UserError."""
     if mode == "centralized":
         return several_options(machine)
-    named = machine.clients or (["twins"] if mode == "twins" else [])
+    named = machine.clients or (OF_FAMILIES if mode == "twins" else [])
     options = data_options(named, machine.data_dirs)
     if len(options) != 1:
         raise UserError(f"train {mode} trains one holder, {len(options)} were named; give one --client NAME.")

@@ -72,8 +72,3 @@ def _window_maps(left: Float64, top: Float64, side: Float64, image_size: int) ->
     across = np.stack([scale, zero, scale * (0.5 - left) - 0.5], axis=-1)
     down = np.stack([zero, scale, scale * (0.5 - top) - 0.5], axis=-1)
     return np.stack([across, down], axis=-2)
-
-
-def apply_map(affine: NDArray[np.floating], points: NDArray[np.floating]) -> Float64:
-    """Points [K, 2] px through one map [2, 3]."""
-    return np.asarray(np.asarray(points, dtype=np.float64) @ affine[:, :2].T + affine[:, 2])

@@ -74,6 +74,14 @@ def _hand_over(
     return False
 
 
+class Batch(NamedTuple):
+    """One optimiser step's pictures."""
+
+    pictures: Tensor  # [B, 3, S, S] float32 in [-1, 1]
+    labels: Tensor  # [B] int64
+    twins: Tensor | None  # [B] int64, the place in the batch of a picture of each one's twin, or NO_TWIN
+
+
 READ_AHEAD = 3  # batches
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601 weights of R, G, B
 
@@ -233,13 +241,12 @@ def twin_batches(
     twins: TwinSettings,
     stream: torch.Generator,
     device: str,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[Batch]:
     """One epoch, as `training_batches` makes it, but of pairs, and with partners.
 
     pictures: [N, S, S, 3] uint8.  labels, person, family: [N] int64, of each picture.  chosen: [M] int64 in [0, N).
     stream: of this epoch alone, so that epochs differ and runs repeat.
-    Yields ([B, 3, S, S] float32 in [-1, 1], [B] int64 labels, [B] int64 partners) on `device`; partner i is the place
-    in the batch of a picture of i's twin, drawn anew each time, or NO_TWIN where the batch has none.
+    Yields batches on `device`; the picture of a twin is drawn anew each time.
     """
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
     pairs = pair_up(chosen, person, family, twins, random)
@@ -248,7 +255,7 @@ def twin_batches(
     in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
     read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
     for batch, targets, partners in on_device(read, device):
-        yield augment(to_float(batch), augmentation, stream), targets, partners
+        yield Batch(augment(to_float(batch), augmentation, stream), targets, partners)
 
 
 def partners_in(person: NDArray[np.int64], family: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -371,14 +378,6 @@ def _beside_twins(pairs: list[Rows], person: NDArray[np.int64], family: NDArray[
     return groups + [[pair] for others in waiting.values() for pair in others]
 
 
-class Batch(NamedTuple):
-    """One optimiser step's pictures."""
-
-    pictures: Tensor  # [B, 3, S, S] float32 in [-1, 1]
-    labels: Tensor  # [B] int64
-    twins: Tensor | None  # [B] int64, the place in the batch of a picture of each one's twin, or NO_TWIN
-
-
 def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int) -> Generator[Batch]:
     """The training batches of one epoch; the same (seed, stream_name, epoch) gives the same batches anywhere.
 
@@ -397,7 +396,7 @@ def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_nam
         ):
             yield Batch(pictures, labels, None)
         return
-    for pictures, labels, twins in twin_batches(
+    yield from twin_batches(
         pack.pictures,
         pack.training_labels,
         person=pack.person,
@@ -408,5 +407,4 @@ def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_nam
         twins=settings.twins,
         stream=stream,
         device=device,
-    ):
-        yield Batch(pictures, labels, twins)
+    )

@@ -4,6 +4,7 @@ First what reads the text files of official layouts: whole files at a time, a fa
 Last the layout of a data set of one's own: one folder a person, without landmarks, boxes or an official split.
 """
 
+import dataclasses
 import itertools
 import os
 import pkgutil
@@ -226,17 +227,13 @@ def read_index(dataset: str, root: Path) -> FaceIndex:
 
 def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
     """The index of some pictures only; people keep their numbers.  rows: [M] int64, ascending."""
-    return FaceIndex(
-        dataset=index.dataset,
-        root=index.root,
+    return dataclasses.replace(
+        index,
         paths=tuple(index.paths[i] for i in rows.tolist()),
         person=index.person[rows],
-        people=index.people,
         official_split=index.official_split[rows],
         landmarks=None if index.landmarks is None else index.landmarks[rows],
         boxes=None if index.boxes is None else index.boxes[rows],
-        names=index.names,
-        family=index.family,
     )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError, unknown_name
+from common.faces import celeba, vggface2
 from common.faces.datasets import DATASETS, DRAWN, OF_FAMILIES
 from common.faces.synth_camera import (
     FOUND_PICTURES,
@@ -164,13 +165,13 @@ def write_celeba_lists(root: Path, members: Sequence[Member], records: Mapping[s
     names = sorted(owners)
     short = {path: Path(path).name for path in names}
     crlf = "\r\n"
-    _write(root / "identity_CelebA.txt", [f"{short[p]} {owners[p].number}" for p in names], crlf)
-    _write(root / "list_eval_partition.txt", [f"{short[p]} {owners[p].partition}" for p in names], crlf)
+    _write(root / celeba.IDENTITY, [f"{short[p]} {owners[p].number}" for p in names], crlf)
+    _write(root / celeba.PARTITION, [f"{short[p]} {owners[p].partition}" for p in names], crlf)
     points = (
         "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x leftmouth_y rightmouth_x rightmouth_y "
     )
     rows = [short[p] + "".join(f" {round(v):4d}" for point in records[p].landmarks for v in point) for p in names]
-    _write(root / "list_landmarks_align_celeba.txt", [str(len(names)), points, *rows])
+    _write(root / celeba.LANDMARKS, [str(len(names)), points, *rows])
     rows = [short[p] + "  " + "".join(f" {v:3d}" for v in records[p].box) for p in names]
     _write(root / "list_bbox_celeba.txt", [str(len(names)), "image_id x_1 y_1 width height ", *rows])
     rows = [
@@ -187,7 +188,7 @@ def write_vggface2_lists(root: Path, members: Sequence[Member], records: Mapping
         flag, gender = int(member.partition != _TEST), "m" if records[member.paths[0]].masculine else "f"
         name = f"Made_Up_Person_{member.number}"
         people.append(f'n{member.number:06d}, "{name}", {len(member.paths)}, {flag}, {gender}')
-    _write(root / "identity_meta.csv", people)
+    _write(root / vggface2.META, people)
     for split in ("train", "test"):
         paths = sorted(path for path in records if path.startswith(f"{split}/"))
         short = {path: path.removeprefix(f"{split}/") for path in paths}

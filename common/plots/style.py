@@ -59,7 +59,6 @@ METHOD_STYLES: Final[Mapping[str, LineStyle]] = {
     "fedadam": LineStyle(PURPLE, "-.", "D"),
     "fedyogi": LineStyle(PURPLE, ":", "^"),
 }
-METHOD_COLOURS: Final[Mapping[str, str]] = {name: style.colour for name, style in METHOD_STYLES.items()}
 LOCAL: Final = "local "  # "local NAME": the model that NAME trained alone, in the colour of "local"
 _LOCAL_LINES: Final[Mapping[str, tuple[str, str]]] = {
     "celeba": ("--", "s"),

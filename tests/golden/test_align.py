@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from common.faces.align import (
     TEMPLATE_112_PX,
-    apply_map,
     box_maps,
     centre_map,
     landmark_maps,
@@ -16,6 +15,11 @@ from common.faces.align import (
     template,
 )
 from common.faces.index import read_index
+
+
+def apply_map(affine: NDArray[np.floating], points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Points [K, 2] px through one map [2, 3]."""
+    return np.asarray(np.asarray(points, dtype=np.float64) @ affine[:, :2].T + affine[:, 2])
 
 
 def umeyama_1991(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:

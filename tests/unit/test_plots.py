@@ -57,7 +57,7 @@ def _figures():
     for count, rounds in ((1, 1), (2, 2), (12, 50), (16, 10)):
         yield f"{count} clients, {rounds} rounds", client_curves(_clients(count, rounds))
     yield "training", training_curves([{"step": s, "train_loss": 1.0 / s, "learning_rate": 0.1} for s in range(1, 9)])
-    yield "roc", roc(dict.fromkeys(style.METHOD_COLOURS, (far, far**0.5, 2 / 3)))
+    yield "roc", roc(dict.fromkeys(style.METHOD_STYLES, (far, far**0.5, 2 / 3)))
     curves = {f"local hospital-of-the-far-north-{i}": (far, far**0.5, 2 / 3) for i in range(8)}
     yield "roc of long names", roc(curves, intervals=dict.fromkeys(curves, (0.6, 0.7)))
     yield "det", det(curves, intervals=dict.fromkeys(curves, (0.3, 0.4)))
@@ -122,10 +122,10 @@ def test_sixteen_clients_look_different_and_known_ones_keep_their_colour():
 
 
 def test_a_method_has_one_colour_everywhere():
-    assert {"local", "centralized", "fedavg", "fedprox", "untrained"} <= set(style.METHOD_COLOURS)
+    assert {"local", "centralized", "fedavg", "fedprox", "untrained"} <= set(style.METHOD_STYLES)
     styles = style.method_styles(["fedprox", "mine", "fedavg", "other"])
-    assert styles["fedavg"].colour == style.METHOD_COLOURS["fedavg"]
-    assert styles["fedprox"].colour == style.METHOD_COLOURS["fedprox"]
+    assert styles["fedavg"].colour == style.METHOD_STYLES["fedavg"].colour
+    assert styles["fedprox"].colour == style.METHOD_STYLES["fedprox"].colour
     assert len({s.colour for s in styles.values()}) == 4
 
 
@@ -156,7 +156,7 @@ def test_colours_differ_to_colour_blind_readers(matrix, confused, table):
 def test_methods_differ_to_colour_blind_readers_by_colour_or_else_by_line_and_marker(matrix):
     locals_alone = [f"local {name}" for name in ("celeba", "vggface2", "twins", "site-1", "site-2", "site-10")]
     styles = style.method_styles([*style.METHOD_STYLES, *locals_alone])
-    assert {styles[name].colour for name in locals_alone} == {style.METHOD_COLOURS["local"]}
+    assert {styles[name].colour for name in locals_alone} == {style.METHOD_STYLES["local"].colour}
     seen = {name: _seen_by(look.colour, matrix) for name, look in styles.items()}
     for one, other in itertools.combinations(styles, 2):
         if np.linalg.norm(seen[one] - seen[other]) <= 0.16:
@@ -181,7 +181,7 @@ def test_roc_shows_each_curve_on_both_axes_best_first():
     for axes in figure.axes:
         line = _lines(axes)["fedavg, AUC 0.700"]
         assert list(line.get_ydata()) == [0.0, 0.9, 1.0]
-        assert line.get_color() == style.METHOD_COLOURS["fedavg"]
+        assert line.get_color() == style.METHOD_STYLES["fedavg"].colour
 
 
 def test_roc_says_the_intervals_that_are_known():
@@ -211,7 +211,7 @@ def test_det_is_straight_for_normal_scores_and_dots_the_equal_error_rates_lowest
         x, y = lines[label].get_data()
         assert len(x) > 500
         np.testing.assert_allclose(y, -x - shift, atol=1e-6)
-    assert lines[labels[1]].get_color() == style.METHOD_COLOURS["local"]
+    assert lines[labels[1]].get_color() == style.METHOD_STYLES["local"].colour
     assert lines[labels[1]].get_linestyle() == "--"
     dots = [(line.get_color(), float(line.get_xdata()[0])) for line in axes.get_lines() if len(line.get_xdata()) == 1]
     assert dots == [(style.BLUE, pytest.approx(-1.0, abs=1e-3)), (style.ORANGE, pytest.approx(-0.5, abs=1e-3))]
