@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.compiled import compiled, eager, give_up
-from common.compute import Compute
+from common.compute import Compute, compiled, eager, give_up
 from common.errors import CheckpointError, UserError
 from common.faces.batches import num_batches
 from common.files import read_json, write_json

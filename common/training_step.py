@@ -1,27 +1,26 @@
 """One optimiser step: gradient of a batch (in parts where memory is short), clipping, the step; and what it tells."""
 
-import contextlib
 import itertools
 import logging
 import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from common.compiled import compiled, eager, give_up, is_given_up
-from common.compute import Compute
+from common.compute import Compute, compiled, eager, give_up, is_given_up
 from common.errors import TrainingFailed
 from common.faces.batches import NO_TWIN, Batch
 from common.models.heads import batch_hard_triplet, spreadout
 from common.models.recogniser import Recogniser
-from common.models.recompute import recomputing
 from common.optimiser import flat, settle
 from common.settings import TrainingSettings
 from common.strategies import Penalty
@@ -29,6 +28,7 @@ from common.strategies import Penalty
 ChoosePartners = Callable[[Batch], Tensor]  # of each picture PWCA's other one, [B] int64
 FIRST_LOSS_SCALE = 4096.0  # torch's own, 65,536, overflows in the first steps of our heads, which are lost then
 logger = logging.getLogger("facefed.training")
+_NORMALISATION = (nn.BatchNorm1d, nn.BatchNorm2d)
 THIRDS = ("early", "middle", "late")
 _NUMBERED = re.compile(r"backbone\.trunk\.(encoder\.layers\.encoder_layer_|blocks\.|features\.)(\d+)\.")
 _BY_PREFIX = (
@@ -301,11 +301,50 @@ class Stepper:
         return torch.stack(figures).sum(0)
 
 
-@contextlib.contextmanager
+@contextmanager
 def thrift(recogniser: Recogniser, training: TrainingSettings) -> Iterator[None]:
-    """In here the model's passes keep as few activations as the settings ask for."""
-    if training.activation_checkpointing:
-        with recomputing(recogniser):
-            yield
-    else:
+    """In here the model's passes keep as few activations as the settings ask for.
+
+    Activation checkpointing (arXiv:1604.06174) keeps only what goes into each of the backbone's `units` and works the
+    rest out again when a gradient is due, for about one more forward pass. Names and values of the model's state stay
+    as they are.
+    """
+    parts = recogniser.backbone.units if training.activation_checkpointing else []
+    for part in parts:
+        vars(part)["forward"] = partial(_forward, part)  # stands before the class's own
+    try:
         yield
+    finally:
+        for part in parts:
+            del vars(part)["forward"]
+
+
+def _forward(part: nn.Module, *inputs: Tensor) -> Tensor:
+    own = partial(type(part).forward, part)
+    if not (torch.is_grad_enabled() and part.training):
+        plain: Tensor = own(*inputs)
+        return plain
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(part)
+
+    output: Tensor = checkpoint(own, *inputs, use_reentrant=False, context_fn=contexts)
+    return output
+
+
+@contextmanager
+def _statistics_kept(part: nn.Module) -> Iterator[None]:
+    """In here batch normalisation writes into copies of its statistics: it has already seen this batch."""
+    kept = [(module, dict(module.named_buffers())) for module in part.modules() if isinstance(module, _NORMALISATION)]
+    for module, buffers in kept:
+        _set_buffers(module, {name: buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            _set_buffers(module, buffers)
+
+
+def _set_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer)

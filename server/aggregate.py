@@ -95,31 +95,27 @@ class Stored:
         return Coded(codec=self.codec, size=self.size, data=memoryview(data))  # type: ignore[arg-type]
 
 
-class StoredChanges:
-    """What clients sent, in a folder of its own until it is closed; in the order of `put`."""
+class KeptChanges:
+    """All changes of a round on disk, in the order of `add`, read twice: for those that stand out, and for the rule."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        """folder: is made, and what an earlier round left there is removed.  size: number of elements of a change."""
+    def __init__(self, folder: Path, federation: FederationSettings, size: int) -> None:
+        """folder: is made, and what an earlier round left there is removed.  size: elements of the flat model."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self.size = folder, size
+        self._folder, self._federation, self.size = folder, federation, size
         self.changes: list[Stored] = []
 
     def __len__(self) -> int:
         """Number of clients."""
         return len(self.changes)
 
-    def put(self, name: str, change: Coded, num_examples: int) -> None:
+    def add(self, change: Coded, num_examples: int, name: str = "") -> None:
         """Write one client's change; its bytes may be forgotten afterwards."""
         path = self._folder / f"{len(self.changes):06d}.bin"
         path.write_bytes(change.data)
         self.changes.append(
             Stored(name=name, num_examples=num_examples, codec=change.codec, size=change.size, path=path)
         )
-
-    def leave_out(self, names: set[str]) -> None:
-        """Forget these clients' changes."""
-        self.changes = [change for change in self.changes if change.name not in names]
 
     def pieces(self, chosen: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
         """All or the chosen changes side by side, piece by piece: (where, [clients, piece] float32)."""
@@ -128,6 +124,34 @@ class StoredChanges:
         for start in range(0, self.size, PIECE):
             where = slice(start, min(start + PIECE, self.size))
             yield where, torch.stack([next(reader) for reader in readers])
+
+    def outliers(self) -> Mapping[str, str]:
+        """Those whose norm is more than `federation.norm_factor` times the median's, from four clients on."""
+        factor = self._federation.norm_factor
+        if isinstance(factor, str) or len(self) < 4:
+            return {}
+        lengths = norms(self)
+        usual = float(np.median(lengths))
+        found = {
+            change.name: f"its change has the norm {length:.4g}, more than {factor:g} times the clients' median"
+            f" {usual:.4g}"
+            for change, length in zip(self.changes, lengths, strict=True)
+            if length > factor * usual
+        }
+        self.changes = [change for change in self.changes if change.name not in found]
+        return found
+
+    def mean(self) -> Buffer:
+        """The strategy's aggregate.  Raises NotEnoughClients when too few changes are left for its rule."""
+        rule = STRATEGIES[self._federation.strategy].rule
+        if rule is not None and len(self) < fewest_clients(self._federation):
+            raise NotEnoughClients(f"{needs(self._federation)} usable replies, and {len(self)} are here.")
+        if rule is not None:
+            return rule(self, self._federation).numpy()
+        total = WeightedChange(self.size)  # the same bits as if they had been added as they came
+        for change in self.changes:
+            total.add(change.coded(), change.num_examples)
+        return total.mean()
 
     def close(self) -> None:
         """Remove the files."""
@@ -147,60 +171,6 @@ def norms(changes: Changes) -> list[float]:
     for _, values in changes.pieces():
         squares += values.double().square().sum(dim=1)
     return squares.sqrt().tolist()
-
-
-def norm_outliers(store: StoredChanges, factor: float) -> dict[str, str]:
-    """The clients whose change is longer than `factor` times the median's, with a reason; none of fewer than four."""
-    if len(store) < 4:
-        return {}
-    lengths = norms(store)
-    usual = float(np.median(lengths))
-    return {
-        change.name: f"its change has the norm {length:.4g}, more than {factor:g} times the clients' median {usual:.4g}"
-        for change, length in zip(store.changes, lengths, strict=True)
-        if length > factor * usual
-    }
-
-
-class KeptChanges:
-    """All changes of a round on disk, read twice: for those that stand out, and for the rule."""
-
-    def __init__(self, folder: Path, federation: FederationSettings, size: int) -> None:
-        """folder: for the files, which `close` removes.  size: number of elements of the flat model."""
-        self._store, self._federation = StoredChanges(folder, size), federation
-
-    def add(self, change: Coded, num_examples: int, name: str = "") -> None:
-        """Write one client's change."""
-        self._store.put(name, change, num_examples)
-
-    def outliers(self) -> Mapping[str, str]:
-        """Those whose norm is more than `federation.norm_factor` times the median's, from four clients on."""
-        factor = self._federation.norm_factor
-        if isinstance(factor, str):
-            return {}
-        found = norm_outliers(self._store, factor)
-        self._store.leave_out(set(found))
-        return found
-
-    def mean(self) -> Buffer:
-        """The strategy's aggregate.  Raises NotEnoughClients when too few changes are left for its rule."""
-        rule = STRATEGIES[self._federation.strategy].rule
-        if rule is None:
-            return self._weighted()
-        if len(self._store) < fewest_clients(self._federation):
-            raise NotEnoughClients(f"{needs(self._federation)} usable replies, and {len(self._store)} are here.")
-        return rule(self._store, self._federation).numpy()
-
-    def close(self) -> None:
-        """Remove the files."""
-        self._store.close()
-
-    def _weighted(self) -> Buffer:
-        """As `WeightedChange`, to the same bits."""
-        total = WeightedChange(self._store.size)
-        for change in self._store.changes:
-            total.add(change.coded(), change.num_examples)
-        return total.mean()
 
 
 def aggregate_for(federation: FederationSettings, size: int, folder: Path) -> Aggregate:

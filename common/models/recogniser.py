@@ -1,7 +1,6 @@
 """The model of one client, backbone and head, and the one place that decides what of it is shared and what private."""
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -224,7 +223,7 @@ def shared_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     nor count as private: nothing is computed from them, since the layers average with a fixed momentum, and a mean of
     counts would mean nothing.
     """
-    return _Split.of(model, normalisation).shared
+    return _split(model, normalisation)[0]
 
 
 def trainable_names(model: nn.Module) -> frozenset[str]:
@@ -235,22 +234,17 @@ def trainable_names(model: nn.Module) -> frozenset[str]:
 
 def private_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     """Names, in state_dict order, of the floating-point parameters and buffers that never leave the client."""
-    return _Split.of(model, normalisation).private
+    return _split(model, normalisation)[1]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
-    shared: tuple[str, ...]
-    private: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module, normalisation: str) -> "_Split":
-        if normalisation not in ("shared", "private"):
-            raise ValueError(unknown_name("normalisation", normalisation, ("shared", "private")))
-        kept = _normalisation_names(model) if normalisation == "private" else frozenset()
-        names = [name for name, tensor in named_state(model).items() if tensor.is_floating_point()]
-        shared = tuple(name for name in names if name.startswith(_SHARED_PREFIX) and name not in kept)
-        return cls(shared=shared, private=tuple(name for name in names if name not in set(shared)))
+def _split(model: nn.Module, normalisation: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that are shared, and those that are private."""
+    if normalisation not in ("shared", "private"):
+        raise ValueError(unknown_name("normalisation", normalisation, ("shared", "private")))
+    kept = _normalisation_names(model) if normalisation == "private" else frozenset()
+    names = [name for name, tensor in named_state(model).items() if tensor.is_floating_point()]
+    shared = tuple(name for name in names if name.startswith(_SHARED_PREFIX) and name not in kept)
+    return shared, tuple(name for name in names if name not in set(shared))
 
 
 def _normalisation_names(model: nn.Module) -> frozenset[str]:

@@ -26,7 +26,6 @@ from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.faces.synthetic import SynthSettings, write_dataset
 from common.files import read_json
-from common.models import recompute
 from common.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from server.aggregate import aggregate_for
@@ -360,8 +359,10 @@ def test_compiling_and_checkpointing_reach_the_training(faces, tmp_path, monkeyp
     calls = []
     kept = training_step.eager
     monkeypatch.setattr(training_step, "compiled", lambda: lambda *args: calls.append("compiled") or kept(*args))
-    real = recompute.checkpoint
-    monkeypatch.setattr(recompute, "checkpoint", lambda *args, **how: calls.append("recomputed") or real(*args, **how))
+    real = training_step.checkpoint
+    monkeypatch.setattr(
+        training_step, "checkpoint", lambda *args, **how: calls.append("recomputed") or real(*args, **how)
+    )
     for number, values in enumerate(({}, {"training__compile": "on"}, {"training__activation_checkpointing": True})):
         settings = changed(BASE, federation__rounds=1, **values)
         two_rounds(settings, site_at(tmp_path / str(number), "folder", faces))

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from common import compiled, config, precision
+from common import compute as computing
+from common import config, precision
 from common.compute import Compute
 from common.errors import UserError
 from common.precision import resolve_compute, threads_for
@@ -209,7 +210,7 @@ def test_the_trial_of_the_compiler_is_made_once(tmp_path, compiling):
 
 
 def test_a_machine_without_a_compiler_is_known_not_to_have_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "_gave_up", False)
+    monkeypatch.setattr(computing, "_gave_up", False)
 
     def network(*_):
         raise RuntimeError("no compiler")
@@ -219,7 +220,7 @@ def test_a_machine_without_a_compiler_is_known_not_to_have_one(monkeypatch, tmp_
         with_training(precision="float32", memory_format="contiguous"), device="cpu", threads=1, cache_dir=tmp_path
     )
     assert precision.measure_compiling(BASE, compute) == {"compile": math.inf, "compiled": math.inf}
-    assert compiled.is_given_up()
+    assert computing.is_given_up()
 
 
 # ---- CUDA, by what is asked of it

@@ -5,9 +5,10 @@ import pytest
 
 from common import codec
 from common.codec import decode, encode
+from common.settings import FederationSettings
 from common.strategies import krum_order, mean_of, median, trimmed_mean
 from server import aggregate
-from server.aggregate import StoredChanges, norm_outliers, norms
+from server.aggregate import KeptChanges, norms
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +22,10 @@ def changes_of(num_clients, size=3 * codec.BLOCK + 5, seed=0):
     return np.random.default_rng(seed).normal(size=(num_clients, size)).astype(np.float32)
 
 
-def stored(folder, changes, name="float32"):
-    store = StoredChanges(folder / "replies", changes.shape[1])
+def stored(folder, changes, name="float32", **values):
+    store = KeptChanges(folder / "replies", FederationSettings(**values), changes.shape[1])
     for number, change in enumerate(changes):
-        store.put(f"c{number}", encode(change, name), 10 + number)
+        store.add(encode(change, name), 10 + number, f"c{number}")
     return store
 
 
@@ -82,11 +83,11 @@ def test_one_liar_moves_no_robust_rule_and_every_mean(tmp_path):
 def test_a_change_much_longer_than_the_others_is_named_from_four_clients_on(tmp_path):
     changes = changes_of(5)
     changes[2] *= 20
-    told = norm_outliers(stored(tmp_path, changes), 5.0)
+    told = stored(tmp_path, changes, norm_factor=5.0).outliers()
     assert list(told) == ["c2"]
     assert "more than 5 times the clients' median" in told["c2"]
-    assert norm_outliers(stored(tmp_path, changes_of(5)), 5.0) == {}
-    assert norm_outliers(stored(tmp_path, changes[1:4]), 5.0) == {}
+    assert stored(tmp_path, changes_of(5), norm_factor=5.0).outliers() == {}
+    assert stored(tmp_path, changes[1:4], norm_factor=5.0).outliers() == {}
 
 
 def test_norms_are_numpys(tmp_path):
@@ -96,9 +97,10 @@ def test_norms_are_numpys(tmp_path):
 
 
 def test_what_is_left_out_and_closed_is_gone(tmp_path):
-    store = stored(tmp_path, changes_of(3))
-    assert [(change.name, change.num_examples) for change in store.changes] == [("c0", 10), ("c1", 11), ("c2", 12)]
-    store.leave_out({"c1"})
-    assert [change.name for change in store.changes] == ["c0", "c2"]
+    store = stored(tmp_path, changes_of(4) * np.float32([[1], [20], [1], [1]]), norm_factor=5.0)
+    kept = [(change.name, change.num_examples) for change in store.changes]
+    assert kept == [("c0", 10), ("c1", 11), ("c2", 12), ("c3", 13)]
+    assert list(store.outliers()) == ["c1"]
+    assert [change.name for change in store.changes] == ["c0", "c2", "c3"]
     store.close()
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,8 @@ import pytest
 import torch
 from packs_in_memory import CPU, MODEL, SIDE, memory_pack, same_bits
 
-from common import compiled, config, training, training_step
+from common import compute as computing
+from common import config, training, training_step
 from common.errors import TrainingFailed
 from common.faces.batches import NO_TWIN, Batch
 from common.models.recogniser import build_recogniser
@@ -215,7 +216,7 @@ def test_a_batch_too_small_to_halve_is_an_error_at_once(monkeypatch):
 
 @pytest.fixture
 def _compiler(monkeypatch):
-    monkeypatch.setattr(compiled, "_gave_up", False)
+    monkeypatch.setattr(computing, "_gave_up", False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -224,12 +225,12 @@ def _compiler(monkeypatch):
 @pytest.mark.usefixtures("_compiler")
 def test_compiling_leaves_names_and_copies_of_the_model_alone(monkeypatch):
     """By dynamo and autograd's own graph, without the C++ compiler, which takes a minute."""
-    network = torch.compile(compiled.eager, backend="aot_eager")
+    network = torch.compile(computing.eager, backend="aot_eager")
     monkeypatch.setattr(training_step, "compiled", lambda: network)
     recogniser, plain = fresh(), fresh()
     names = list(recogniser.state_dict())
     train(recogniser, compute=dataclasses.replace(CPU, compiled=True))
-    assert not compiled.is_given_up()
+    assert not computing.is_given_up()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     train(plain)
     assert list(recogniser.state_dict()) == names
@@ -246,7 +247,7 @@ def test_without_a_compiler_it_goes_on_eagerly_with_one_warning(monkeypatch, cap
 
     def network(recogniser, pictures, partners):
         calls.append(1)
-        compiled.eager(recogniser, pictures, partners)
+        computing.eager(recogniser, pictures, partners)
         raise RuntimeError("CppCompileError: no C++ compiler\nlong story")
 
     monkeypatch.setattr(training_step, "compiled", lambda: network)
