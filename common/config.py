@@ -168,22 +168,20 @@ def _ablation_problems(settings: Settings) -> list[str]:
     values = [value_of(over, text) for text in texts]
     if len(values) < 2 or any(value in values[:place] for place, value in enumerate(values)):
         return [f'ablation.values = "{settings.ablation.values}" must be two or more different values of {over}.']
-    section, _, key = over.partition(".")
     own = _conflicts(settings)
-    of_values = [line for value in values for line in _changed(settings, section, key, value)[1] if line not in own]
+    of_values = [line for value in values for line in _changed(settings, {over: value})[1] if line not in own]
     return [f"ablation.values: {line}" for line in dict.fromkeys(of_values)]
 
 
-def _changed(settings: Settings, section: str, key: str, value: object) -> tuple[Settings, list[str]]:
-    """The settings with one value changed, and what is wrong with it, alone and beside the others."""
-    problem = value_problem(f"{section}.{key}", value)
-    if problem:
-        return settings, [problem]
-    if takes_fractions(f"{section}.{key}") and isinstance(value, int):
-        value = float(value)
-    table = dataclasses.replace(getattr(settings, section), **{key: value})
-    settings = dataclasses.replace(settings, **{section: table})
-    return settings, _conflicts(settings)
+def _changed(settings: Settings, values: Mapping[str, object]) -> tuple[Settings, list[str]]:
+    """The settings with values changed, by "section.key", and what is wrong with these, alone and beside the others."""
+    problems = [problem for name, value in values.items() if (problem := value_problem(name, value))]
+    for name, value in () if problems else values.items():
+        section, _, key = name.partition(".")
+        number = float(value) if isinstance(value, int) and takes_fractions(name) else value
+        table = dataclasses.replace(getattr(settings, section), **{key: number})
+        settings = dataclasses.replace(settings, **{section: table})
+    return settings, problems or _conflicts(settings)
 
 
 def _unknown_section(name: str, sections: Mapping[str, type]) -> str:
@@ -289,16 +287,21 @@ def to_toml(settings: Settings, address: str = "") -> str:
     return "\n".join(lines)
 
 
-def with_value(settings: Settings, section: str, key: str, value: object) -> Settings:
-    """A copy of the settings with one value changed; that value alone is checked, and whether it goes with the others.
+def with_values(settings: Settings, values: Mapping[str, object], source: str = "settings") -> Settings:
+    """A copy of the settings with values changed, by "section.key".
 
-    Raises ConfigError.
+    They alone are checked, and whether they go with the others.  Raises ConfigError, each line prefixed by `source`.
     """
-    changed, problems = _changed(settings, section, key, value)
+    changed, problems = _changed(settings, values)
     problems = problems or _ablation_problems(changed)
     if problems:
-        raise ConfigError([f"settings: {problem}" for problem in problems])
+        raise ConfigError([f"{source}: {problem}" for problem in problems])
     return changed
+
+
+def with_value(settings: Settings, section: str, key: str, value: object) -> Settings:
+    """The same with one value."""
+    return with_values(settings, {f"{section}.{key}": value})
 
 
 def takes_number(section: str, key: str) -> bool:

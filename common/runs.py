@@ -12,6 +12,7 @@ from common import config
 from common.errors import EXIT_DONE, ConfigError, InterruptedRun, UserError
 from common.events import OUTCOME_FILE, RUN_FILE, STOP_FILE
 from common.files import read_json, write_bytes, write_json
+from common.redact import shown_uri
 from common.settings import Settings
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import TrackedRun, finishing, open_run
@@ -24,9 +25,10 @@ _SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where
 _MAY_DIFFER = ("run.out", "run.log_level")
 
 
-def new_run_folder(settings: Settings) -> Path:
+def new_run_folder(settings: Settings, address: str = "") -> Path:
     """Make the folder of a new run, absolute; the id sorts by time and is unique.
 
+    address: of the tracking, which a run that trains finds with its password in RUN/config.toml, and nowhere else.
     Raises UserError when it cannot be made.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -35,6 +37,8 @@ def new_run_folder(settings: Settings) -> Path:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--out {settings.run.out}: no folder can be made there: {error.strerror}.") from None
+    if address:
+        write_config_file(folder, settings, address)
     return folder
 
 
@@ -114,15 +118,22 @@ def write_config_file(folder: Path, settings: Settings, address: str = "") -> Pa
     return shown
 
 
+def _own_address(folder: Path, settings: Settings) -> str:
+    """The tracking address with its password, where the folder's config.toml has it of the same one."""
+    own = config.load_with_address(folder / CONFIG_FILE)[1] if (folder / CONFIG_FILE).exists() else ""
+    return own if shown_uri(own) == settings.tracking.uri else settings.tracking.uri
+
+
 def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind, address: str = "") -> TrackedRun:
     """Begin a run's record, or go on with it, under its kind's name, tags and parameters, and write RUN/run.json.
 
     One that trains has its settings as parameters too, and as the artifact config.toml; how busy this machine is
     becomes part of it, every `tracking.system_metrics_s`, until the run finishes.
-    address: of the tracking, with its password; "": the settings' own is whole.
+    address: of the tracking; "": what the folder's config.toml has, else the settings.
     Raises TrackingError, and writes nothing, when another process uses the folder.
     """
     shown: list[Path] = []
+    address = address or _own_address(folder, settings)
 
     def prepare() -> None:
         write_run_file(folder, settings, kind, kind.clients)
@@ -132,7 +143,7 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind,
     gpu = {"gpu_type": gpu_type(kind.tags["device"])} if "device" in kind.tags else {}  # a federation's is known later
     tracked = open_run(
         settings.tracking,
-        uri=address or settings.tracking.uri,
+        uri=address,
         folder=folder,
         experiment=f"{settings.tracking.experiment_prefix}_{kind.experiment}" if kind.prefixed else kind.experiment,
         run_name=f"{kind.label}_{folder.name}",
@@ -156,7 +167,7 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind,
 
 @contextlib.contextmanager
 def recorded(
-    settings: Settings, folder: Path, kind: RunKind, address: str, *, command: str = "", commit: str = ""
+    settings: Settings, folder: Path, kind: RunKind, *, address: str = "", command: str = "", commit: str = ""
 ) -> Iterator[TrackedRun]:
     """A run's record from `begin_tracking` until it finishes with the block, as `finishing` says.
 

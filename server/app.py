@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +50,6 @@ class Surroundings:
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
     git_commit: str
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
-    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
 
 def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
@@ -109,9 +108,8 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     folder = surroundings.run_folder
     events = EventLog(folder)
     exit_code, line = EXIT_FAILED, ""
-    record = recorded(settings, folder, federated_kind(settings), surroundings.address, commit=surroundings.git_commit)
     try:
-        with record as tracked:
+        with recorded(settings, folder, federated_kind(settings), commit=surroundings.git_commit) as tracked:
             with closing(ReceiptMailbox(mailbox, folder, folder.name)) as kept:
                 summary = _federate(settings, kept, surroundings, tracked, events)
             events.emit("finished", **summary)
@@ -180,11 +178,11 @@ def main(grid: Grid, context: Context) -> None:
     ask_soon()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
     text = str(context.run_config.get("settings", ""))
-    settings, address = config.from_json(text) if text else Settings(), ""
+    settings = config.from_json(text) if text else Settings()
     given = str(context.run_config.get("run-folder", ""))
     folder = Path(given) if given else new_run_folder(settings)
     if given:  # Flower hands the run config to every client, so it has no secrets
-        settings, address = config.load_with_address(folder / CONFIG_FILE)
+        settings = config.load(folder / CONFIG_FILE)
     federate(
         settings,
         GridMailbox(grid),
@@ -193,6 +191,5 @@ def main(grid: Grid, context: Context) -> None:
             stopped=(folder / STOP_FILE).exists,
             all_nodes_are_here=lambda: False,
             git_commit=str(context.run_config.get("git-commit", "")) or "unknown",
-            address=address,
         ),
     )

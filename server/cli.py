@@ -121,7 +121,7 @@ def _check_public_set(settings: Settings) -> None:
 
 
 def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, Path | None]:
-    """The run's settings and tracking address, and with --resume the folder of the run that goes on."""
+    """The run's settings and tracking address, or with --resume those of the run that goes on, and its folder."""
     if not arguments.resume:
         return *read_run(arguments, default_config=DEFAULT_CONFIG), None
     from common.runs import unfinished_federation
@@ -168,20 +168,20 @@ def _serve(arguments: argparse.Namespace) -> int:
 
             initial_model(settings)
         _check_public_set(settings)
-        run_folder = resumed or new_run_folder(settings)
+        run_folder = resumed or new_run_folder(settings, address)
         if resumed:
             forget_its_end(resumed)
         else:
             held.enter_context(run_held(run_folder))
         options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
-        return _run(settings, options, run_folder, address)
+        return _run(settings, options, run_folder)
 
 
-def _run(settings: Settings, options: "ServerOptions", run_folder: Path, address: str) -> int:
+def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     """The run from its beginning to the lines that tell its end; returns the exit code."""
     from server.flower.launch import Launch
 
-    launch = Launch(settings, options, run_folder, address)
+    launch = Launch(settings, options, run_folder)
     _say_where(options, settings.federation.min_clients)
     with (
         stopping_on_signals(launch.request_stop),

@@ -49,8 +49,8 @@ def with_absolute_public_set(settings: Settings, base: Path) -> Settings:
     root = (base / Path(verification.public_dir).expanduser()).resolve()
     named = Path(verification.public_pairs).expanduser()
     pairs = root / named if (root / named).is_file() else (base / named).resolve()
-    settings = config.with_value(settings, "verification", "public_dir", str(root))
-    return config.with_value(settings, "verification", "public_pairs", str(pairs))
+    named_so = {"verification.public_dir": str(root), "verification.public_pairs": str(pairs)}
+    return config.with_values(settings, named_so)
 
 
 def open_public_set(settings: Settings) -> PublicSet | None:

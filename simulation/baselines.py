@@ -86,18 +86,13 @@ def kind_of(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> R
     )
 
 
-def run_local(
-    settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO, address: str = ""
-) -> BaselineSummary:
+def run_local(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
     """Train one holder alone into the run's folder, or go on there; score the best epoch on test, register it.
 
-    address: of the tracking, with its password; "": the settings' own is whole.
     Raises TrainingFailed, CheckpointError.
     """
     trainee = local_trainee(settings, site, pack)
-    return _run(
-        "local", trainee, {site.name: site}, f"{site.name}_{settings.model.backbone}_local", folder, out, address
-    )
+    return _run("local", trainee, {site.name: site}, f"{site.name}_{settings.model.backbone}_local", folder, out)
 
 
 def check_twins(site: SiteSettings, pack: FacePack) -> None:
@@ -109,45 +104,32 @@ def check_twins(site: SiteSettings, pack: FacePack) -> None:
         raise DataError(f"{site.data_dir}: {lacking}; each needs two families, and siblings with two pictures each.")
 
 
-def run_twins(
-    settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO, address: str = ""
-) -> BaselineSummary:
+def run_twins(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
     """Train on a data set of twins, otherwise as `run_local`.
 
     Raises also DataError when the data set has no families, or test or validation lack a kind of pairs.
     """
     check_twins(site, pack)
     trainee = local_trainee(settings, site, pack)
-    return _run("twins", trainee, {site.name: site}, f"{settings.model.backbone}_twins", folder, out, address)
+    return _run("twins", trainee, {site.name: site}, f"{settings.model.backbone}_twins", folder, out)
 
 
 def run_centralized(
-    settings: Settings,
-    sites: Mapping[str, SiteSettings],
-    packs: Mapping[str, FacePack],
-    folder: Path,
-    out: TextIO,
-    address: str = "",
+    settings: Settings, sites: Mapping[str, SiteSettings], packs: Mapping[str, FacePack], folder: Path, out: TextIO
 ) -> BaselineSummary:
     """Train on all holders' pictures in one place, what a federation is measured against; otherwise as `run_local`.
 
     sites, packs: by client, in order of their names.
     """
     trainee = centralized_trainee(settings, sites, packs)
-    return _run("centralized", trainee, sites, f"{settings.model.backbone}_centralized", folder, out, address)
+    return _run("centralized", trainee, sites, f"{settings.model.backbone}_centralized", folder, out)
 
 
 def _run(
-    mode: str,
-    trainee: Trainee,
-    sites: Mapping[str, SiteSettings],
-    model_name: str,
-    folder: Path,
-    out: TextIO,
-    address: str,
+    mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
 ) -> BaselineSummary:
-    kind, command = kind_of(mode, trainee, sites), f"facefed train {mode}"
-    with recorded(trainee.settings, folder, kind, address, command=command) as tracked:
+    command = f"facefed train {mode}"
+    with recorded(trainee.settings, folder, kind_of(mode, trainee, sites), command=command) as tracked:
         return train_and_test(mode, trainee, tracked, model_name, out)
 
 

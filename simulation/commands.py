@@ -67,18 +67,11 @@ def federate_here(
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
     check_pretrained(settings)
-    run_folder = new_run_folder(settings)
+    run_folder = new_run_folder(settings, address)
     from simulation.engine.run import simulate
 
     with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
-        exit_code = simulate(
-            settings,
-            sites,
-            run_folder,
-            ray_address=engine.ray_address,
-            num_actors=engine.num_actors,
-            address=address,
-        )
+        exit_code = simulate(settings, sites, run_folder, ray_address=engine.ray_address, num_actors=engine.num_actors)
     if exit_code == 0:
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         out.write("\n".join(lines) + "\n")
@@ -154,7 +147,6 @@ class _Resumed:
 
     folder: Path
     settings: Settings
-    address: str = field(repr=False)  # of the tracking, with its password
     clients: Sequence[str]
     data: Mapping[str, str]  # client -> key of the pack it was trained on
 
@@ -172,8 +164,7 @@ def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
         clients, data = list(about["clients"]), dict(about["data"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{folder / RUN_FILE} is not a file of ours.") from None
-    settings, address = config.load_with_address(folder / CONFIG_FILE)
-    return _Resumed(folder=folder, settings=settings, address=address, clients=clients, data=data)
+    return _Resumed(folder=folder, settings=config.load(folder / CONFIG_FILE), clients=clients, data=data)
 
 
 def _door(
@@ -212,7 +203,6 @@ class _Job:
     """A run that can begin, or go on."""
 
     settings: Settings
-    address: str = field(repr=False)  # of the tracking, with its password
     sites: Mapping[str, SiteSettings]
     packs: Mapping[str, FacePack]
     folder: Path
@@ -230,16 +220,17 @@ def _settled(mode: str, settings: Settings, machine: Machine, resume: str, out: 
     if resumed and not machine.clients:
         machine = dataclasses.replace(machine, clients=resumed.clients)
     options = _options(mode, machine)
+    address = machine.address or settings.tracking.uri
     if resumed:
-        settings, address = resumed.settings, resumed.address
+        settings = resumed.settings
     else:
-        settings, address = with_absolute_tracking(settings, machine.address or settings.tracking.uri, Path.cwd())
+        settings, address = with_absolute_tracking(settings, address, Path.cwd())
     sites, packs = _door(options, settings, machine, out)
     if resumed:
         _check_same_data(resumed, packs)
     check_pretrained(settings)
-    folder = resumed.folder if resumed else new_run_folder(settings)
-    return _Job(settings=settings, address=address, sites=sites, packs=packs, folder=folder)
+    folder = resumed.folder if resumed else new_run_folder(settings, address)
+    return _Job(settings=settings, sites=sites, packs=packs, folder=folder)
 
 
 def _options(mode: str, machine: Machine) -> list[ClientOption]:
@@ -256,7 +247,7 @@ def _options(mode: str, machine: Machine) -> list[ClientOption]:
 def train_local(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
     """`facefed train local`: one holder alone.  resume: a run's id or folder, or ""."""
     job = _settled("local", settings, machine, resume, out)
-    return _show(run_local(job.settings, *job.alone, job.folder, out, job.address), "local", job.settings, out)
+    return _show(run_local(job.settings, *job.alone, job.folder, out), "local", job.settings, out)
 
 
 def train_twins(
@@ -274,14 +265,14 @@ def train_twins(
         if plan:
             from simulation.sweep import run_sweep, sweep_lines  # Optuna only where it is needed
 
-            out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out, job.address)))
+            out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out)))
         else:
             from simulation.studies import ablation_lines, run_ablation
 
-            out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out, job.address)))
+            out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out)))
         out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")
         return 0
-    summary = run_twins(settings, site, pack, folder, out, job.address)
+    summary = run_twins(settings, site, pack, folder, out)
     out.writelines(twin_lines(summary.twins))
     return _show(summary, "trained", settings, out)
 
@@ -289,8 +280,7 @@ def train_twins(
 def train_centralized(settings: Settings, machine: Machine, resume: str, out: TextIO) -> int:
     """`facefed train centralized`: all holders' pictures in one place.  resume: a run's id or folder, or ""."""
     job = _settled("centralized", settings, machine, resume, out)
-    summary = run_centralized(job.settings, job.sites, job.packs, job.folder, out, job.address)
-    return _show(summary, "centralised", job.settings, out)
+    return _show(run_centralized(job.settings, job.sites, job.packs, job.folder, out), "centralised", job.settings, out)
 
 
 def train_federated(settings: Settings, machine: Machine, out: TextIO, err: TextIO) -> int:

@@ -174,7 +174,7 @@ def _record(compared: Comparison, settings: Settings, device: str, address: str)
             **{f"{model.name}_run": model.source for model in compared.models},
         },
     )
-    with recorded(settings, folder, kind, address) as tracked:
+    with recorded(settings, folder, kind, address=address) as tracked:
         _write(compared, settings, tracked)
     return folder
 

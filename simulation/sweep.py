@@ -34,7 +34,7 @@ from common.tracking.run import TrackedRun
 from simulation.baselines import check_twins, record_datasets, record_results, register_trained
 from simulation.epochs import PROGRESS_FILE, Epochs, Progress
 from simulation.studies import COMMAND, checkpoints_of, csv_text, nested_run, study_kind
-from simulation.sweep_plan import PLAN_FILE, Scalar, Span, SweepPlan, with_params
+from simulation.sweep_plan import PLAN_FILE, Scalar, Span, SweepPlan
 from simulation.trainee import local_trainee
 from simulation.twin_results import twin_lines
 
@@ -95,25 +95,18 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def run_sweep(
-    settings: Settings,
-    plan: SweepPlan,
-    site: SiteSettings,
-    pack: FacePack,
-    folder: Path,
-    out: TextIO,
-    address: str = "",
+    settings: Settings, plan: SweepPlan, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO
 ) -> SweepSummary:
     """Try all trials into the run's folder, or go on there, and score the best one's model on test, once.
 
-    settings: the base; the plan was checked against it.  address: of the tracking, with its password; "": the settings'
-    own is whole.
+    settings: the base; the plan was checked against it.
     Raises DataError as `run_twins` does, TrainingFailed when no trial was trained to its end, CheckpointError.
     """
     check_twins(site, pack)
     write_bytes(folder / PLAN_FILE, plan.text.encode())
     trainee = local_trainee(settings, site, pack)
     kind = study_kind("sweep", EXPERIMENT, trainee, site)
-    with recorded(settings, folder, kind, address, command=COMMAND) as parent:
+    with recorded(settings, folder, kind, command=COMMAND) as parent:
         parent.log_file(folder / PLAN_FILE, PLAN_FILE)
         record_datasets(parent, trainee)
         del trainee  # of no use any more
@@ -201,7 +194,7 @@ def _run_trial(sweep: _Sweep, trial: Trial, out: TextIO) -> None:
     shown = ", ".join(f"{name} = {shown_value(value)}" for name, value in params.items())
     out.write(f"\n{trial_name(trial.number)} ({trial.number + 1} of {sweep.plan.trials}): {shown}\n")
     try:
-        trainee = local_trainee(with_params(sweep.settings, params), sweep.site, sweep.pack)
+        trainee = local_trainee(config.with_values(sweep.settings, params), sweep.site, sweep.pack)
     except ConfigError as error:  # a combination beyond those checked before the first trial
         _tell(sweep, trial, "failed", math.nan, {"error": str(error)}, out)
         return
@@ -279,7 +272,7 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
         raise TrainingFailed(
             f"none of {sweep.plan.trials} trials was trained to its end; {parent.folder / CSV_FILE} says why."
         )
-    settings = with_params(sweep.settings, best.params)
+    settings = config.with_values(sweep.settings, best.params)
     record_best(parent, sweep.plan, settings, sweep.finished(), best)
     trainee = local_trainee(settings, sweep.site, sweep.pack)
     epochs = Epochs(trainee=trainee, tracked=parent, folder=sweep.checkpoints(best.number))

@@ -239,15 +239,6 @@ def plan_of_run(folder: Path, given: SweepPlan | None) -> SweepPlan | None:
     return own
 
 
-def with_params(settings: Settings, params: Mapping[str, Scalar], source: str = "settings") -> Settings:
-    """The settings of one trial.  Raises ConfigError when they do not go together."""
-    raw = config.to_mapping(settings)
-    for name, value in params.items():
-        section, _, key = name.partition(".")
-        raw[section][key] = value
-    return config.from_mapping(raw, source)
-
-
 def check_together(plan: SweepPlan, settings: Settings) -> None:
     """Refuse a space with combinations that do not go together, or a base with an ablation in it.
 
@@ -259,7 +250,7 @@ def check_together(plan: SweepPlan, settings: Settings) -> None:
         raise ConfigError([f"{plan.path}: {line}"])
     for params in itertools.islice(_combinations(plan.space), _MOST_TRIED):
         shown = ", ".join(f"{name} = {value!r}" for name, value in params.items())
-        with_params(settings, params, f"{plan.path}: sweep.space with {shown}")
+        config.with_values(settings, params, f"{plan.path}: sweep.space with {shown}")
 
 
 def _combinations(space: Mapping[str, Span]) -> Iterator[dict[str, Scalar]]:

@@ -20,7 +20,6 @@ from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, Interrupt
 from common.events import OUTCOME_FILE, STOP_FILE
 from common.files import read_json, write_bytes
 from common.processes import child_environment, free_port, require_free_port, start, stop
-from common.runs import write_config_file
 from common.settings import Settings
 from common.version import facefed_version, git_commit
 from server.flower.front_door import Door, FrontDoor
@@ -71,13 +70,9 @@ class ServerOptions:
 class Launch:
     """One run on a SuperLink of its own."""
 
-    def __init__(self, settings: Settings, options: ServerOptions, run_folder: Path, address: str = "") -> None:
-        """run_folder: where logs, the bundle and Flower's own files of this run are kept.
-
-        address: of the tracking, with its password, which the ServerApp reads in the run's folder.
-        """
+    def __init__(self, settings: Settings, options: ServerOptions, run_folder: Path) -> None:
+        """run_folder: where logs, the bundle and Flower's own files of this run are kept."""
         self._settings, self._options, self._folder = settings, options, run_folder
-        self._address = address
         self._stop = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._superlink = Superlink(
@@ -164,7 +159,6 @@ class Launch:
         }
         config_file = link.home / "run-config.toml"
         config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()), encoding="utf-8")
-        write_config_file(self._folder, self._settings, self._address)
         bundle = write_bundle(link.home / "facefed", facefed_version())
         answer = link.flwr("run", str(bundle), CONNECTION, "--run-config", str(config_file), "--format", "json")
         if not answer.get("success"):

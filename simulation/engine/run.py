@@ -45,7 +45,6 @@ def _server_app(
     cluster: Cluster,
     stop: threading.Event,
     processes: list[psutil.Process],
-    address: str,
 ) -> ServerApp:
     """processes: filled with Ray's when the run is over, where it is our own."""
     server_app = ServerApp()
@@ -62,7 +61,6 @@ def _server_app(
                 all_nodes_are_here=lambda: len(mailbox.node_ids()) >= len(sites),
                 git_commit=git_commit(),
                 clients_keep_the_model=sites[0].share is None,
-                address=address,
             ),
         )
         if cluster.is_ours:
@@ -104,13 +102,11 @@ def simulate(
     *,
     ray_address: str = "",
     num_actors: int | None = None,
-    address: str = "",
 ) -> int:
     """Run the whole federation; returns the exit code. RUN/outcome.json holds the line to show when it is not 0.
 
     ray_address: HOST:PORT of a running cluster; empty: a Ray of our own.  num_actors: the most of these; None: as many
-    as cores.  address: of the tracking, with its password; "": the settings' own is whole.
-    Raises UserError when the cluster cannot be joined.
+    as cores.  Raises UserError when the cluster cannot be joined.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it would repeat every client's error with a traceback
     wants_gpus = any(site.device != "cpu" for site in sites)
@@ -125,8 +121,7 @@ def simulate(
     try:
         with opened as cluster, stopping_on_signals(stop.set):
             settings = _with_threads(settings, cluster)
-            server_app = _server_app(settings, run_folder, sites, cluster, stop, processes, address)
-            _run_engine(server_app, sites, cluster.resources)
+            _run_engine(_server_app(settings, run_folder, sites, cluster, stop, processes), sites, cluster.resources)
     finally:
         for process in processes:  # idle workers outlive their Ray by seconds
             with contextlib.suppress(psutil.Error):

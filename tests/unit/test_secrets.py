@@ -7,7 +7,7 @@ import pytest
 from tiny_federation import ScriptedMailbox, client, enter_run, federation_over, settings_with
 
 from common import config
-from common.runs import all_params, begin_tracking, federated_kind
+from common.runs import all_params, begin_tracking, federated_kind, new_run_folder, write_config_file
 from server.app import Surroundings, federate
 from server.flower.launch import Launch, ServerOptions
 from server.flower.superlink import Superlink
@@ -46,7 +46,6 @@ def test_nor_does_the_task_to_join(tmp_path, monkeypatch, settings):
         stopped=lambda: False,
         all_nodes_are_here=lambda: True,
         git_commit="none",
-        address=ADDRESS,
     )
     federate(settings, mailbox, here)
     assert [task.kind for _, task in mailbox.tasks][:2] == ["join", "join"]
@@ -55,7 +54,8 @@ def test_nor_does_the_task_to_join(tmp_path, monkeypatch, settings):
 
 
 def test_the_record_of_a_run_is_without_it_and_its_own_configuration_is_this_users(tmp_path, settings):
-    tracked = begin_tracking(settings, tmp_path, "none", federated_kind(settings), ADDRESS)
+    write_config_file(tmp_path, settings, ADDRESS)
+    tracked = begin_tracking(settings, tmp_path, "none", federated_kind(settings))
     tracked.finish("FINISHED")
     spool = (tmp_path / "spool.jsonl").read_text()
     assert_silent(spool)
@@ -70,16 +70,18 @@ def test_the_record_of_a_run_is_without_it_and_its_own_configuration_is_this_use
 
 def test_without_a_password_there_is_one_configuration(tmp_path):
     settings = settings_with(tracking__uri="http://127.0.0.1:9")
-    begin_tracking(settings, tmp_path, "none", federated_kind(settings), settings.tracking.uri).finish("FINISHED")
+    begin_tracking(settings, tmp_path, "none", federated_kind(settings)).finish("FINISHED")
     assert [path.name for path in tmp_path.glob("config*")] == ["config.toml"]
     assert config.load_with_address(tmp_path / "config.toml") == (settings, "http://127.0.0.1:9")
 
 
-def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatch, settings):
-    launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), tmp_path, ADDRESS)
+def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatch):
+    settings = settings_with(tracking__uri=ADDRESS, run__out=str(tmp_path))
+    run = new_run_folder(settings, ADDRESS)
+    launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), run)
     monkeypatch.setattr(Superlink, "flwr", lambda *_: {"success": True, "run-id": 7})
     assert launch._submit() == 7
-    told = (tmp_path / "flwr" / "run-config.toml").read_text()
+    told = (run / "flwr" / "run-config.toml").read_text()
     assert "127.0.0.1:9" in told
     assert_silent(told)
-    assert config.load_with_address(tmp_path / "config.toml") == (settings, ADDRESS)
+    assert config.load_with_address(run / "config.toml") == (settings, ADDRESS)

@@ -7,7 +7,7 @@ import pytest
 from common import config
 from common.errors import ConfigError
 from common.settings import Settings
-from simulation.sweep_plan import Span, base_config, check_together, load_plan, plan_of_run, with_params
+from simulation.sweep_plan import Span, base_config, check_together, load_plan, plan_of_run
 
 GOOD = """
 [sweep]
@@ -154,7 +154,7 @@ def test_a_base_with_an_ablation_is_refused(tmp_path):
 
 def test_a_trial_has_its_own_values_and_the_bases_others():
     base = config.from_mapping({"training": {"lr": 0.5, "momentum": 0.1}})
-    settings = with_params(base, {"training.lr": 0.25, "model.head": "softmax"})
+    settings = config.with_values(base, {"training.lr": 0.25, "model.head": "softmax"})
     assert (settings.training.lr, settings.training.momentum, settings.model.head) == (0.25, 0.1, "softmax")
 
 
