@@ -30,6 +30,13 @@ STUDIED_SECTIONS = ("augmentation", "model", "training", "twins")
 # What would give the variants of an ablation different budgets, or no training of their own.
 NOT_ABLATED = ("training.epochs", "training.batch_size", "training.patience", "training.device")
 
+# Settings that went (docs/adr/0021-settings-that-went.md), and the value that now always holds.
+GONE: Mapping[str, object] = {
+    "augmentation.erase": 0.0,
+    "training.triplet_margin": 0.3,
+    "twins.hard_negatives": True,
+}
+
 
 def _section_types() -> dict[str, type]:
     hints = typing.get_type_hints(Settings)
@@ -235,20 +242,39 @@ def load_with_address(
 
     overrides: (section, key) -> value.  Raises ConfigError with all problems at once.
     """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-        except (ValueError, RecursionError) as error:  # also no UTF-8, numbers of thousands of digits, deep nesting
-            raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
+    raw = _read_toml(path) if path else {}
     for (section, key), value in (overrides or {}).items():
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table[key] = value
     settings = from_mapping(raw, source=str(path) if path else "settings")
     return settings, raw.get("tracking", {}).get("uri", settings.tracking.uri)
+
+
+def load_of_run(path: Path) -> tuple[Settings, str]:
+    """The same from the configuration that a run wrote down, perhaps before some settings went."""
+    raw = _read_toml(path)
+    settings = from_mapping(without_gone(raw), source=str(path))
+    return settings, raw.get("tracking", {}).get("uri", settings.tracking.uri)
+
+
+def without_gone(raw: Mapping[str, object]) -> dict[str, object]:
+    """A run's configuration without the settings that went and stood at what now always holds; else it is refused."""
+    return {
+        section: {key: value for key, value in table.items() if GONE.get(f"{section}.{key}") != value}
+        if isinstance(table, Mapping)
+        else table
+        for section, table in raw.items()
+    }
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except (ValueError, RecursionError) as error:  # also no UTF-8, numbers of thousands of digits, deep nesting
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
 
 
 def to_mapping(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -120,7 +120,7 @@ def write_config_file(folder: Path, settings: Settings, address: str = "") -> Pa
 
 def _own_address(folder: Path, settings: Settings) -> str:
     """The tracking address with its password, where the folder's config.toml has it of the same one."""
-    own = config.load_with_address(folder / CONFIG_FILE)[1] if (folder / CONFIG_FILE).exists() else ""
+    own = config.load_of_run(folder / CONFIG_FILE)[1] if (folder / CONFIG_FILE).exists() else ""
     return own if shown_uri(own) == settings.tracking.uri else settings.tracking.uri
 
 
@@ -229,7 +229,7 @@ def unfinished_federation(run: str, out: str, given: tuple[Settings, str] | None
     folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=has_ended_well)
     if not has_checkpoint(folder):
         raise UserError(f"--resume {run}: that run was stopped before its first checkpoint; start a new one.")
-    own = config.load_with_address(folder / CONFIG_FILE)
+    own = config.load_of_run(folder / CONFIG_FILE)
     if given is not None:
         _refuse_other_settings(own, given)
     return folder, *own

@@ -66,7 +66,6 @@ class AugmentationSettings:
     crop: float = setting(0.1, low=0.0, high=0.5)  # largest shift and zoom, as a fraction of the side
     rotation_rad: float = setting(0.0, low=0.0, high=0.8)  # largest turn
     colour: float = setting(0.2, low=0.0, high=1.0)  # largest relative change of brightness, contrast, saturation
-    erase: float = setting(0.0, low=0.0, high=1.0)  # probability of blanking one random rectangle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,6 @@ class TrainingSettings:
     spreadout: float = setting(0.0, low=0.0)  # weight of the regulariser that keeps identity vectors apart
     spreadout_margin: float = setting(0.7, above=0.0, high=2.0)  # distance of unit identity vectors that is enough
     triplet: float = setting(0.0, low=0.0)  # weight of the batch-hard triplet loss
-    triplet_margin: float = setting(0.3, above=0.0, high=2.0)  # distance of unit embeddings
     device: str = setting("auto", choices=("auto", "cpu", "cuda", "mps"))  # local training; sites choose their own
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
     memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
@@ -128,7 +126,6 @@ class TwinSettings:
     genuine: float = setting(0.5, above=0.0, high=1.0)  # of one person
     stranger: float = setting(0.25, low=0.0, high=1.0)  # of two families
     twin: float = setting(0.25, low=0.0, high=1.0)  # of two siblings
-    hard_negatives: bool = setting(default=True)  # genuine pairs of two siblings in one batch
     partner: str = setting("random", choices=("random", "twin"))  # PWCA's other picture; twin where the batch has one
 
 

@@ -26,6 +26,7 @@ from common.settings import TrainingSettings
 from common.strategies import Penalty
 
 ChoosePartners = Callable[[Batch], Tensor]  # of each picture PWCA's other one, [B] int64
+TRIPLET_MARGIN = 0.3  # distance of unit embeddings
 FIRST_LOSS_SCALE = 4096.0  # torch's own, 65,536, overflows in the first steps of our heads, which are lost then
 logger = logging.getLogger("facefed.training")
 _NORMALISATION = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -100,7 +101,7 @@ def _branch_losses(
         logits = recogniser.branch_logits(name, embedding.float(), labels)
         told[name] = minimised[name] = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
         if training.triplet > 0.0:
-            triplet = batch_hard_triplet(embedding.float(), labels, training.triplet_margin)
+            triplet = batch_hard_triplet(embedding.float(), labels, TRIPLET_MARGIN)
             minimised[name] = told[name] + training.triplet * triplet
     return told, minimised
 

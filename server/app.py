@@ -182,7 +182,7 @@ def main(grid: Grid, context: Context) -> None:
     given = str(context.run_config.get("run-folder", ""))
     folder = Path(given) if given else new_run_folder(settings)
     if given:  # Flower hands the run config to every client, so it has no secrets
-        settings = config.load(folder / CONFIG_FILE)
+        settings, _ = config.load_of_run(folder / CONFIG_FILE)
     federate(
         settings,
         GridMailbox(grid),

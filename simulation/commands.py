@@ -164,7 +164,8 @@ def _run_to_resume(run: str, out: str, mode: str) -> _Resumed:
         clients, data = list(about["clients"]), dict(about["data"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{folder / RUN_FILE} is not a file of ours.") from None
-    return _Resumed(folder=folder, settings=config.load(folder / CONFIG_FILE), clients=clients, data=data)
+    settings, _ = config.load_of_run(folder / CONFIG_FILE)
+    return _Resumed(folder=folder, settings=settings, clients=clients, data=data)
 
 
 def _door(

@@ -286,7 +286,7 @@ def _from_folder(want: Wanted, folder: Path) -> FoundModel | None:
     return FoundModel(
         wanted=want,
         source=folder.name,
-        settings=config.load(folder / "config.toml"),
+        settings=config.load_of_run(folder / "config.toml")[0],
         clients=tuple(about.get("clients", ())),
         step=_best_step(want, metrics, str(folder / "metrics.json")),
         test_pairs=dict(metrics.get("test_pairs", {})),
@@ -298,7 +298,7 @@ def _from_registry(want: Wanted, registered: Registered) -> FoundModel:
     return FoundModel(
         wanted=want,
         source=registered.uri,
-        settings=config.from_mapping(registered.settings, source=f"{registered.uri}: config.toml"),
+        settings=config.from_mapping(config.without_gone(registered.settings), f"{registered.uri}: config.toml"),
         clients=(),
         step=registered.step,
         test_pairs=dict(registered.metrics.get("test_pairs", {})),

@@ -140,21 +140,6 @@ def random_colour(pictures: Tensor, strength: float, stream: torch.Generator) ->
     return torch.baddbmm(offset, contrast * matrix, flat).clamp_(-1.0, 1.0).view_as(pictures)
 
 
-def random_erase(pictures: Tensor, probability: float, stream: torch.Generator) -> Tensor:
-    """Blank one random rectangle (a fifth to a half of the side) with that probability per picture.
-
-    pictures: [B, 3, S, S] in [-1, 1].  Returns the same shape; blank is 0, the middle grey.
-    """
-    count, side = len(pictures), pictures.shape[-1]
-    chosen = torch.rand(count, generator=stream) < probability
-    extent = _uniform(2 * count, 0.2, 0.5, stream).view(count, 2)
-    start = torch.rand(count, 2, generator=stream) * (1.0 - extent)
-    position = (torch.arange(side) + 0.5) / side
-    inside = (position >= start[..., None]) & (position < (start + extent)[..., None])
-    mask = inside[:, 0, :, None] & inside[:, 1, None, :] & chosen[:, None, None]
-    return pictures.masked_fill(mask[:, None].to(pictures.device), 0.0)
-
-
 def augment(pictures: Tensor, augmentation: AugmentationSettings, stream: torch.Generator) -> Tensor:
     """All random changes of a training batch.
 
@@ -165,8 +150,6 @@ def augment(pictures: Tensor, augmentation: AugmentationSettings, stream: torch.
     pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     if augmentation.colour > 0.0:
         pictures = random_colour(pictures, augmentation.colour, stream)
-    if augmentation.erase > 0.0:
-        pictures = random_erase(pictures, augmentation.erase, stream)
     return pictures
 
 
@@ -250,7 +233,7 @@ def twin_batches(
     """
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
     pairs = pair_up(chosen, person, family, twins, random)
-    parts = into_batches(pairs, person, family, twins, num_batches(len(chosen), batch_size), random)
+    parts = into_batches(pairs, person, family, num_batches(len(chosen), batch_size), random)
     # in file order, so that reading the memory map moves forward
     in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
     read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
@@ -330,18 +313,17 @@ def into_batches(
     pairs: list[Rows],
     person: NDArray[np.int64],
     family: NDArray[np.int64],
-    twins: TwinSettings,
     number: int,
     random: np.random.Generator,
 ) -> list[Rows]:
     """The pairs in random order in so many batches of nearly equal numbers of pairs; one alone joins a small one.
 
     No batch is larger than the batch size asked for, but by one picture where that is odd, and as in `num_batches`.
-    With twins.hard_negatives a genuine pair stands in one batch with a genuine pair of the twin, where there is one.
+    A genuine pair stands in one batch with a genuine pair of the twin, where there is one: hard negatives.
     """
     alone = [pair for pair in pairs if len(pair) == 1]
     pairs = [pair for pair in pairs if len(pair) == 2]
-    groups = _beside_twins(pairs, person, family) if twins.hard_negatives else [[pair] for pair in pairs]
+    groups = _beside_twins(pairs, person, family)
     queue = [groups[k] for k in random.permutation(len(groups)).tolist()]
     batches: list[Rows] = []
     for size in (len(part) for part in np.array_split(np.arange(len(pairs)), number)):

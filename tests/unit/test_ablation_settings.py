@@ -42,7 +42,7 @@ def test_every_value_is_a_variant_and_nothing_else_changes():
     [
         ("model.glca_fraction", "0.1, 1", [0.1, 1.0]),
         ("model.depth", "2, 4", [2, 4]),
-        ("twins.hard_negatives", "true, false", [True, False]),
+        ("training.activation_checkpointing", "true, false", [True, False]),
         ("training.threads", "auto, 2", ["auto", 2]),
         ("model.head", "softmax, cosface", ["softmax", "cosface"]),
     ],

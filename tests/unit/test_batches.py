@@ -17,15 +17,14 @@ from common.faces.batches import (
     prefetched,
     random_affine,
     random_colour,
-    random_erase,
     sampling_grid,
     to_float,
     training_batches,
 )
 from common.settings import AugmentationSettings
 
-OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
-STRONG = AugmentationSettings(flip=0.5, crop=0.5, rotation_rad=0.8, colour=1.0, erase=1.0)
+OFF = AugmentationSettings(flip=0.0, crop=0.0, rotation_rad=0.0, colour=0.0)
+STRONG = AugmentationSettings(flip=0.5, crop=0.5, rotation_rad=0.8, colour=1.0)
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -185,7 +184,7 @@ def numpy_warp(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def test_the_warp_agrees_with_an_independent_one():
-    settings_ = AugmentationSettings(flip=0.5, crop=0.3, rotation_rad=0.6, colour=0.0, erase=0.0)
+    settings_ = AugmentationSettings(flip=0.5, crop=0.3, rotation_rad=0.6, colour=0.0)
     images = to_float(torch.from_numpy(pictures(6, 12)))
     affine = random_affine(6, settings_, stream(3)).numpy().astype(np.float64)
     warped = augment(images, settings_, stream(3)).numpy()
@@ -197,7 +196,7 @@ def test_the_warp_agrees_with_an_independent_one():
 
 def test_a_flip_alone_mirrors_the_picture():
     images = to_float(torch.from_numpy(pictures(4)))
-    always = AugmentationSettings(flip=1.0, crop=0.0, rotation_rad=0.0, colour=0.0, erase=0.0)
+    always = AugmentationSettings(flip=1.0, crop=0.0, rotation_rad=0.0, colour=0.0)
     torch.testing.assert_close(augment(images, always, stream()), images.flip(-1), atol=1e-4, rtol=0)
 
 
@@ -229,23 +228,6 @@ def test_colour_factors_are_brightness_saturation_contrast():
         image = grey + (image - grey) * saturation[number]
         image = image.mean() + (image - image.mean()) * contrast[number]
         np.testing.assert_allclose(changed[number], np.clip(image, -1, 1), atol=1e-4)
-
-
-def test_erasing_blanks_one_rectangle_within_its_size():
-    images = torch.full((400, 3, 40, 40), 0.5)
-    erased = random_erase(images, 0.6, stream(2))
-    blank = erased[:, 0] == 0.0
-    assert torch.equal(erased[:, 0], erased[:, 2])
-    hit = blank.flatten(1).any(1)
-    # 400 draws of probability 0.6: the share has a deviation of 0.0245
-    assert abs(float(hit.double().mean()) - 0.6) < 0.1
-    heights, widths = blank.any(2).sum(1)[hit], blank.any(1).sum(1)[hit]
-    assert torch.equal(blank.flatten(1).sum(1)[hit], heights * widths), "a rectangle, not two"
-    for extent in (heights, widths):
-        assert int(extent.min()) >= 8 - 1
-        assert int(extent.max()) <= 20 + 1
-        assert int(extent.max()) - int(extent.min()) > 8, "sizes vary"
-    assert torch.equal(random_erase(images, 0.0, stream()), images)
 
 
 def test_nothing_touches_the_global_random_state():

