@@ -128,19 +128,16 @@ def experiment_of(settings: Settings) -> str:
     return f"twin-verification-ablation-{'glca' if key in ('attention', 'glca_fraction') else key}"
 
 
-def run_ablation(
-    settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO, address: str = ""
-) -> AblationSummary:
+def run_ablation(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> AblationSummary:
     """Train all variants into the run's folder, or go on there, and compare them on the test people.
 
-    address: of the tracking, with its password; "": the settings' own is whole.
     Raises DataError as `run_twins` does, TrainingFailed, CheckpointError.
     """
     check_twins(site, pack)
     variants = variants_of(settings)
     first = local_trainee(variants[0].settings, site, pack)
     kind = study_kind("ablation", experiment_of(settings), first, site)
-    with recorded(settings, folder, kind, address, command=COMMAND) as parent:
+    with recorded(settings, folder, kind, command=COMMAND) as parent:
         del first  # of no use any more
         for variant in variants:
             _train(variant, site, pack, parent, out)
