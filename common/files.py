@@ -65,6 +65,13 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o6
             file.write(part)
 
 
+def write_new(path: Path, content: bytes, mode: int = 0o600) -> Path:
+    """Write a file that must not be there yet; it never was readable by more people than `mode` says."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    return path
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

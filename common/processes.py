@@ -48,13 +48,6 @@ def be_killed_with_parent() -> None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def write_new(path: Path, content: bytes, mode: int = 0o600) -> Path:
-    """Write a file that must not be there yet; it never was readable by more people than `mode` says."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-    return path
-
-
 def start(
     command: Sequence[str], *, environment: Mapping[str, str], output: IO[bytes] | int
 ) -> subprocess.Popen[bytes]:

@@ -6,12 +6,12 @@ So a restart after a fault resumes, and `docker-compose up` after a finished run
 on has its own settings; those given count for a new one only.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
 from common.events import RUN_FILE
+from common.files import read_json
 from common.runs import has_checkpoint, has_ended_well
 
 RUNS = Path("runs")
@@ -23,7 +23,7 @@ def unfinished(runs: Path) -> str:
     if not found:
         return ""
     newest = found[-1]
-    about = json.loads((newest / RUN_FILE).read_text(encoding="utf-8"))
+    about = read_json(newest / RUN_FILE)
     goes_on = has_checkpoint(newest) and not has_ended_well(newest)
     return newest.name if goes_on and about.get("mode") == "federated" else ""
 

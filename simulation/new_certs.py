@@ -28,7 +28,7 @@ from common.certs import (
     read_certificate,
     read_private_key,
 )
-from common.processes import write_new
+from common.files import write_new
 from common.settings import CLIENT_NAME
 
 CA_DAYS, SERVER_DAYS = 3650, 397

@@ -34,7 +34,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from clients.egress import LEDGER, refusal
 from clients.site import SiteSettings
 from common.events import SHOWN
-from common.processes import child_environment, start, stop, write_new
+from common.files import write_new
+from common.processes import child_environment, start, stop
 from common.runtime import go_silent
 
 CLIENT_FAILED = 500  # as in common.wire, which would bring torch along

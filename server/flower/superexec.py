@@ -29,7 +29,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from common.certs import CertificateError, read_public_key
 from common.console import set_up_logging
-from common.processes import child_environment, start, write_new
+from common.files import write_new
+from common.processes import child_environment, start
 from common.runtime import go_silent
 from server.flower.superlink import ADMITTED, APP_ENDED, NODES_FILE, RUN_ID, SECRET, TOKEN, write_nodes
 

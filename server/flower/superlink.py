@@ -11,8 +11,8 @@ from typing import Any
 
 from common.certs import ServerFiles
 from common.errors import FaceFedError
-from common.files import read_json, write_json
-from common.processes import child_environment, is_healthy, write_new
+from common.files import read_json, write_json, write_new
+from common.processes import child_environment, is_healthy
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
