@@ -38,7 +38,8 @@ class Figure:
     name: str
     of: str  # CLOSED, PAIRS, FOLDS or JUDGED
     # PAIRS: of histograms [..., 2, bins], row 0 genuine and row 1 impostor; JUDGED: of `judged` ones, [..., 2, 2];
-    # [...] float64 then, with NaN where one has no genuine or no impostor pair.  CLOSED, FOLDS: of that field, a float.
+    # [...] float64 then, with NaN where one has no genuine or no impostor pair.  Only the order of bins counts: a
+    # bootstrap has fewer, and of unequal width.  CLOSED, FOLDS: of that field, a float.
     values: Callable[[Any], Any]
     is_best: str = "highest"  # or "lowest"
     title: str = ""  # above a panel of a picture; "": its name
