@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Test files run side by side, in processes of one thread each.
+# Test files run side by side: unit tests in processes of one thread each, whole programs in one more than two cores, as
+# they wait for each other a third of the time.
 UNIT_WORKERS ?= auto
-E2E_WORKERS  ?= 2
+E2E_WORKERS  ?= 3
 # Of `make chaos`: SEED says which faults, FIRST and RUNS which of its runs; each has five.
 SEED  ?= 0
 FIRST ?= 0
@@ -50,7 +51,7 @@ unit: $(STAMP) ## unit, golden and integration tests
 
 e2e: $(STAMP) ## whole programs, as a user runs them
 	@tests/system-packages
-	$(BIN)/python -m pytest -q -n $(E2E_WORKERS) --dist loadfile tests/e2e
+	$(BIN)/python -m pytest -q -n $(E2E_WORKERS) --dist loadfile --no-loadscope-reorder tests/e2e
 
 docker-test: ## whole federations in containers, killed, cut off and taken down (by hand; needs a Docker engine)
 	$(PYTHON) -m tests.docker.run

@@ -1,12 +1,27 @@
 """Two small synthetic data sets, a small configuration, and one simulated federation that many tests look at."""
 
+import contextlib
+import fcntl
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from programs import Ended, Program, Programs
+from programs import Ended, Programs
+
+# Threads that wait for others of their program sleep: while they spin, the programs of the other tests wait for a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The files that take longest, longest first: none of them shall be begun when the others are done.
+LONGEST = (
+    "test_privacy.py", "test_tracking_guide.py", "test_deployment.py", "test_tracking_servers.py", "test_evaluate.py",
+    "test_baselines.py", "test_chaos.py", "test_signals.py", "test_twins.py", "test_hosts.py", "test_resume.py",
+    "test_simulation.py", "test_bad_input.py", "test_strangers.py", "test_tracking_faults.py", "test_ray_cluster.py",
+    "test_local.py",
+)  # fmt: skip
 
 SMALL = """\
 [data]
@@ -27,9 +42,18 @@ local_epochs = 1
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Whole programs last, the longest files of theirs first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)) if item.path.parent.name == "e2e" else -1)
+
+
 @dataclass(frozen=True)
 class Faces:
-    """The data sets, the configuration and a cache of packs for tests that are not about packing."""
+    """The data sets, the configuration and a cache of packs for tests that are not about packing.
+
+    The pictures are drawn once for all workers; each has packs of its own, as nobody waits for another's then.
+    """
 
     folder: Path
     synth: tuple[Ended, ...]  # how the programs that drew them ended
@@ -63,17 +87,40 @@ def _own_environment():
 
 
 @pytest.fixture(scope="session")
-def faces(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Makes a folder by programs: the first worker that wants it does, and the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, run: Callable[[Programs], list[Ended]]) -> tuple[Path, tuple[Ended, ...]]:
+        """The folder, and how its programs ended."""
+        folder = common / name
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = common / f"{name}.json"
+            if not kept.exists():
+                folder.mkdir(exist_ok=True)
+                with contextlib.closing(Programs(folder)) as programs:
+                    kept.write_text(json.dumps([asdict(ended) for ended in run(programs)]))
+        return folder, tuple(Ended(**ended) for ended in json.loads(kept.read_text()))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def faces(made_once, tmp_path_factory):
+    def draw(programs: Programs) -> list[Ended]:
+        return [
+            programs.run("facefed", "data", "synth", "--layout", name, "--people", 12, "--pictures", 8, "--out", out)
+            for name, out in (("celeba", "data/celeba"), ("vggface2", "data/vggface2"))
+        ]
+
+    drawn, synth = made_once("drawn", draw)
+    assert [ended.code for ended in synth] == [0, 0], synth
     folder = tmp_path_factory.mktemp("faces")
     (folder / "small.toml").write_text(SMALL)
-    programs = Programs(folder)
-    drawn = [
-        programs.run("facefed", "data", "synth", "--layout", name, "--people", 12, "--pictures", 8, "--out", out)
-        for name, out in (("celeba", "data/celeba"), ("vggface2", "data/vggface2"))
-    ]
-    assert [ended.code for ended in drawn] == [0, 0], drawn
-    yield Faces(folder, tuple(drawn))
-    programs.close()
+    (folder / "data").symlink_to(drawn / "data")
+    return Faces(folder, synth)
 
 
 @pytest.fixture
@@ -88,14 +135,19 @@ class Simulated:
     """A simulated federation that has ended."""
 
     cwd: Path
-    program: Program
     ended: Ended
+    left: tuple[str, ...]  # the processes that it left behind
 
 
 @pytest.fixture(scope="session")
-def simulated(faces, tmp_path_factory):
+def simulated(faces, made_once):
     """FedAvg over both data sets in float32, two rounds, tracked; packs anew."""
-    programs = Programs(tmp_path_factory.mktemp("simulated"))
-    program = programs.start("flower-simulation", *faces.clients, *faces.small)
-    yield Simulated(programs.cwd, program, program.ended())
-    programs.close()
+
+    def simulate(programs: Programs) -> list[Ended]:
+        program = programs.start("flower-simulation", *faces.clients, *faces.small)
+        ended = program.ended()
+        (programs.cwd / "left.json").write_text(json.dumps(program.left()))
+        return [ended]
+
+    cwd, [ended] = made_once("simulated", simulate)
+    return Simulated(cwd, ended, tuple(json.loads((cwd / "left.json").read_text())))

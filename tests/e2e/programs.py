@@ -127,12 +127,16 @@ class Program:
                 continue
         return found
 
-    def assert_nothing_left(self, within_s: float = 3.0) -> None:
-        """No process that it started lives on."""
+    def left(self, within_s: float = 3.0) -> list[str]:
+        """The processes that it started and that do not end within this time."""
         deadline = time.monotonic() + within_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not left, [(process.pid, process.name()) for process in left]
+        return [str(process) for process in left]
+
+    def assert_nothing_left(self, within_s: float = 3.0) -> None:
+        """No process that it started lives on."""
+        assert not self.left(within_s)
 
     def kill(self) -> None:
         """End all of it, whatever state it is in."""

@@ -89,7 +89,7 @@ def test_it_says_what_was_learned_and_where_to_look(simulated, run):
 
 
 def test_nothing_of_ray_is_left_over(simulated):
-    simulated.program.assert_nothing_left()
+    assert not simulated.left
 
 
 def test_tensorboard_has_the_same_curves_and_the_machine_is_watched(simulated, run, client, tracked):
