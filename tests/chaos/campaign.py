@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.chaos.checks import Undisturbed, Verdict, judge
+from tests.chaos.deployment import CLIENTS, Deployment
+from tests.chaos.fault_points import Watch
 from tests.chaos.faults import Bringer, NothingThere, wait_until_over
-from tests.chaos.house import CLIENTS, House
-from tests.chaos.moments import Watch
 from tests.chaos.plan import LOSING_KINDS, Fault
 from tests.e2e.programs import Programs
 
@@ -111,18 +111,20 @@ def play(ground: Ground, number: int, faults: Sequence[Fault], *, disks: bool) -
     shutil.rmtree(folder, ignore_errors=True)
     rows: list[dict] = []
     verdict = Verdict()
-    with House(folder, ground.faces, ground.config(number), ground.migrated, disks=disks) as house:
+    with Deployment(folder, ground.faces, ground.config(number), ground.migrated, disks=disks) as deployment:
         try:
-            _bring_all(house, faults, ground.rounds, rows)
-            _finish(house)
+            _bring_all(deployment, faults, ground.rounds, rows)
+            _finish(deployment)
             differs = any(row["came"] and row["kind"] in LOSING_KINDS for row in rows)
-            verdict = judge(house.run, house.mlflow, rounds=ground.rounds, undisturbed=undisturbed, may_differ=differs)
+            verdict = judge(
+                deployment.run, deployment.mlflow, rounds=ground.rounds, undisturbed=undisturbed, may_differ=differs
+            )
         except (AssertionError, OSError) as error:
             verdict.wrong.append(repr(error)[:400])
-        verdict.demand(not house.seen.orphans, f"orphans: {house.seen.orphans}")
-        if verdict.wrong and house.run:
-            shutil.copytree(house.run, folder / "kept", dirs_exist_ok=True)
-        ends = {"server_exits": house.seen.server_exits, "client_exits": house.seen.client_exits}
+        verdict.demand(not deployment.seen.orphans, f"orphans: {deployment.seen.orphans}")
+        if verdict.wrong and deployment.run:
+            shutil.copytree(deployment.run, folder / "kept", dirs_exist_ok=True)
+        ends = {"server_exits": deployment.seen.server_exits, "client_exits": deployment.seen.client_exits}
     for row in rows:
         row |= {"run_ok": not verdict.wrong, "ok": not verdict.wrong and row["came"]}
     if rows:
@@ -132,15 +134,15 @@ def play(ground: Ground, number: int, faults: Sequence[Fault], *, disks: bool) -
     return verdict, rows
 
 
-def _bring_all(house: House, faults: Sequence[Fault], rounds: int, rows: list[dict]) -> None:
-    watch = Watch(house)
+def _bring_all(deployment: Deployment, faults: Sequence[Fault], rounds: int, rows: list[dict]) -> None:
+    watch = Watch(deployment)
     for fault in faults:
         row = {**dataclasses.asdict(fault), "came": False}
         rows.append(row)
-        bringer = Bringer(house, fault)
+        bringer = Bringer(deployment, fault)
         if not watch.wait_for(fault, rounds, DONE_WITHIN_S):
             continue
-        exits = len(house.seen.server_exits)
+        exits = len(deployment.seen.server_exits)
         where = watch.where()
         began = time.monotonic()
         try:
@@ -149,21 +151,21 @@ def _bring_all(house: House, faults: Sequence[Fault], rounds: int, rows: list[di
             continue
         row |= {"came": True, "client": bringer.client if fault.kind.endswith("state") else "", **where}
         row["detail"] = bringer.detail
-        wait_until_over(house, watch)
+        wait_until_over(deployment, watch)
         row["recovered_s"] = round(time.monotonic() - began, 1)
-        row["resumes"] = len(house.seen.server_exits) - exits
+        row["resumes"] = len(deployment.seen.server_exits) - exits
 
 
-def _finish(house: House) -> None:
+def _finish(deployment: Deployment) -> None:
     """Wait for the end; stop everything; send what MLflow has not got yet."""
     deadline = time.monotonic() + DONE_WITHIN_S
-    while house.tend() != 0:
+    while deployment.tend() != 0:
         assert time.monotonic() < deadline, f"the run is not over within {DONE_WITHIN_S:g} s"
         time.sleep(0.2)
-    house.stop()
+    deployment.stop()
     with suppress(RuntimeError):
-        house.mlflow.wait()
-    house.sync()
+        deployment.mlflow.wait()
+    deployment.sync()
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.mlflow_server import MlflowServer
-from tests.chaos.house import CLIENTS
+from tests.chaos.deployment import CLIENTS
 
 # What a repeated round measures anew, while the record keeps what it was told first.
 MEASURED = ("_seconds", "images_per_second")

@@ -1,4 +1,4 @@
-"""Brings one fault upon the processes of a house, and ends it where it is of those that last."""
+"""Brings one fault upon the processes of a deployment, and ends it where it is of those that last."""
 
 import signal
 import time
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.house import CLIENTS, SERVERAPP, SUPERLINK, SUPERNODE, TRAINER, House, kill, send
-from tests.chaos.moments import Watch
+from tests.chaos.deployment import CLIENTS, SERVERAPP, SUPERLINK, SUPERNODE, TRAINER, Deployment, kill, send
+from tests.chaos.fault_points import Watch
 from tests.chaos.plan import Fault
 
 TEND_EVERY_S = 0.2
@@ -40,25 +40,25 @@ class NothingThere(Exception):
 class Bringer:
     """One fault, ready to come at once: finding processes takes longer than some phases."""
 
-    def __init__(self, house: House, fault: Fault) -> None:
-        self._house, self._fault = house, fault
+    def __init__(self, deployment: Deployment, fault: Fault) -> None:
+        self._deployment, self._fault = deployment, fault
         self.client = CLIENTS[int(10 * fault.choice) % len(CLIENTS)]
         self.detail = ""
         self._targets = self._find()
-        self._exits = len(house.seen.server_exits) + len(house.seen.client_exits)
+        self._exits = len(deployment.seen.server_exits) + len(deployment.seen.client_exits)
 
     def _find(self) -> list[psutil.Process]:
         if self._fault.kind not in _KILLS:
             return []
         side, part = _KILLS[self._fault.kind]
         if part is not None:
-            return self._house.processes(part, self.client if side == "client" else "")
-        program = self._house.clients[self.client] if side == "client" else self._house.server
+            return self._deployment.processes(part, self.client if side == "client" else "")
+        program = self._deployment.clients[self.client] if side == "client" else self._deployment.server
         return [psutil.Process(program.process.pid)]
 
     def bring(self) -> None:
         """Now; returns when it has come, or for one that lasts when it is over."""
-        exits = len(self._house.seen.server_exits) + len(self._house.seen.client_exits)
+        exits = len(self._deployment.seen.server_exits) + len(self._deployment.seen.client_exits)
         if exits != self._exits or not self._targets or not all(map(_lives, self._targets)):
             self._targets = self._find()  # some were started since
         if self._fault.kind in _KILLS and not self._targets:
@@ -76,18 +76,18 @@ class Bringer:
             until = time.monotonic() + self._fault.seconds
             while time.monotonic() < until:
                 time.sleep(TEND_EVERY_S)
-                self._house.tend()
+                self._deployment.tend()
         finally:
             end()
 
     def _kill(self) -> None:
         if self._fault.kind == "kill MLflow":
-            self._last(self._house.mlflow.kill, self._house.mlflow.start)
+            self._last(self._deployment.mlflow.kill, self._deployment.mlflow.start)
         else:
             kill(self._targets)
 
     def _freeze(self) -> None:
-        mlflow = self._house.mlflow
+        mlflow = self._deployment.mlflow
         if self._fault.kind == "freeze MLflow":
             self._last(mlflow.freeze, mlflow.thaw)
             return
@@ -96,11 +96,11 @@ class Bringer:
         self._last(lambda: send(self._targets, signal.SIGSTOP), lambda: send(self._targets, ends_by))
 
     def _fill(self) -> None:
-        disk = self._house.disks[self._fault.kind.rpartition(" ")[2]]
+        disk = self._deployment.disks[self._fault.kind.rpartition(" ")[2]]
         self._last(disk.fill, disk.empty)
 
     def _cut(self) -> None:
-        relay, how = self._house.relay, self._fault.kind.rpartition(" ")[2]
+        relay, how = self._deployment.relay, self._fault.kind.rpartition(" ")[2]
         self._last(lambda: relay.cut(how), relay.heal)
 
     def _corrupt(self) -> None:
@@ -112,9 +112,9 @@ class Bringer:
     def _damage(self) -> str:
         what = self._fault.kind
         if what == "corrupt private state":
-            folder = self._house.state_dir(self.client) / "private" / self._house.run.name
+            folder = self._deployment.state_dir(self.client) / "private" / self._deployment.run.name
             return damage(newest(folder, "*.safetensors"), self._fault.choice)
-        kept = self._house.run / "checkpoints"
+        kept = self._deployment.run / "checkpoints"
         return damage(newest(kept, "state.json" if what == "corrupt state" else "*.safetensors"), self._fault.choice)
 
 
@@ -146,12 +146,12 @@ def damage(path: Path | None, choice: float) -> str:
     return f"{path.name} cut from {len(content)} to {int(part * len(content))} bytes"
 
 
-def wait_until_over(house: House, watch: Watch) -> None:
+def wait_until_over(deployment: Deployment, watch: Watch) -> None:
     """Until a round that began after the fault is whole, or the run is done.  Raises AssertionError for a hang."""
     watch.look()
     since, deadline = time.time(), time.monotonic() + OVER_WITHIN_S
     wanted = watch.last_round + 1
-    while house.tend() != 0:
+    while deployment.tend() != 0:
         watch.look()
         if any(e["kind"] == "round" and e["time"] > since and e["round"] >= wanted for e in watch.events):
             return

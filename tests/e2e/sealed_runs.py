@@ -93,28 +93,30 @@ def simulate(sealed: Sealed, seen: Programs, what: tuple, island: Island, enviro
     recorded.assert_nothing_left(60)  # the recorder ends last
 
 
-def live_in(house: Sealed, faces, people: Path, island: Island, environment: dict[str, str]) -> None:
+def deploy(deployment: Sealed, faces, people: Path, island: Island, environment: dict[str, str]) -> None:
     """A tracking server, a federation of separate processes and the other programs that track there, each recorded."""
     port, own = free_port(), free_port()
     uri = f"http://127.0.0.1:{port}"
     tracked, address = ("--tracking-uri", uri), f"127.0.0.1:{own}"
-    (house.cwd / "vit.toml").write_text(VIT)
+    (deployment.cwd / "vit.toml").write_text(VIT)
     running: dict[str, Program] = {}
 
     def start(name: str, program: str, *arguments: object) -> Program:
-        wrapper = [*island.wrapper, *recorder(house.cwd / f"{name}-{LOG}")]
-        running[name] = house.programs.start(program, *arguments, wrapper=wrapper, environment=environment)
+        wrapper = [*island.wrapper, *recorder(deployment.cwd / f"{name}-{LOG}")]
+        running[name] = deployment.programs.start(program, *arguments, wrapper=wrapper, environment=environment)
         return running[name]
 
     def end(*names: str) -> None:
-        house.ended.update({name: running[name].ended() for name in names})
+        deployment.ended.update({name: running[name].ended() for name in names})
 
     serve = start("serve", "facefed", "tracking", "serve", "--port", port)
     _start_clients(start, faces, people, address, tracked)
     start("synth", "facefed", "data", "synth", "--layout", "celeba", "--people", 6, "--pictures", 2, "--out", "drawn")
     serve.wait_for("healthy")
     server = start("server", "flower-server", "--address", address, *faces.small, *tracked)
-    house.below += below_until_the_end(server, *(running[name] for name in ("serve", "server", "celeba", "people")))
+    deployment.below += below_until_the_end(
+        server, *(running[name] for name in ("serve", "server", "celeba", "people"))
+    )
     end("server", "celeba", "people", "synth")
     mine = ("--client", f"people:folder={people}", "--config", "vit.toml", *faces.cache)
     start("local", "facefed", "train", "local", *mine, "--epochs", 2, *tracked)
@@ -123,7 +125,7 @@ def live_in(house: Sealed, faces, people: Path, island: Island, environment: dic
     start("astray", "facefed", "tracking", "doctor", "--tracking-uri", f"http://{OUTSIDE}:5000")
     ask = [*island.wrapper, sys.executable, "-c", _ASK_UI, uri]
     told = subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    house.ended["ui"] = Ended(told.returncode, told.stdout, told.stderr)
+    deployment.ended["ui"] = Ended(told.returncode, told.stdout, told.stderr)
     end("local", "wandb", "doctor", "astray")
     serve.signal(signal.SIGINT)
     end("serve")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from isolation import OUTSIDE, Island, asked, bare_environment, families, outside, recorder, require
 from programs import Programs, mlflow_status
-from sealed_runs import LOG, PERSON, Sealed, live_in, name_people, simulate
+from sealed_runs import LOG, PERSON, Sealed, deploy, name_people, simulate
 from stored import holding, stored
 
 from common.runtime import SILENCE
@@ -86,10 +86,10 @@ def simulations(faces, people, island, environment, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def house(faces, people, island, environment, tmp_path_factory):
-    made = Sealed(programs=Programs(tmp_path_factory.mktemp("house")), artifacts="mlartifacts")
+def deployment(faces, people, island, environment, tmp_path_factory):
+    made = Sealed(programs=Programs(tmp_path_factory.mktemp("deployment")), artifacts="mlartifacts")
     with contextlib.closing(made.programs):
-        live_in(made, faces, people, island, environment)
+        deploy(made, faces, people, island, environment)
         yield made
 
 
@@ -122,25 +122,27 @@ def test_a_simulation_succeeds_whole_without_an_outside(simulations):
     ]  # fmt: skip
 
 
-def test_separate_processes_and_a_tracking_server_succeed_without_an_outside(house):
-    codes = {name: ended.code for name, ended in house.ended.items()}
+def test_separate_processes_and_a_tracking_server_succeed_without_an_outside(deployment):
+    codes = {name: ended.code for name, ended in deployment.ended.items()}
     stopped, refused = codes.pop("serve"), codes.pop("astray")
-    assert set(codes.values()) == {0}, house.ended
+    assert set(codes.values()) == {0}, deployment.ended
     assert (stopped, refused) == (130, 1)
-    assert query(house, "select distinct status from runs where lifecycle_stage = 'active'") == [("FINISHED",)]
-    assert_every_point_is_stored(house, "facial_recognition_federated_fedavg")
-    assert query(house, "select name, version from model_versions order by name, version") == [
+    assert query(deployment, "select distinct status from runs where lifecycle_stage = 'active'") == [("FINISHED",)]
+    assert_every_point_is_stored(deployment, "facial_recognition_federated_fedavg")
+    assert query(deployment, "select name, version from model_versions order by name, version") == [
         (name, version) for name in ("cnn_federated_fedavg", "people_vit_tiny_local") for version in (1, 2)
     ]  # fmt: skip
 
 
-def test_the_island_has_no_outside(island, house):
+def test_the_island_has_no_outside(island, deployment):
     """The control: a stranger's program and one of ours do not get out of it."""
     code = f"import socket; socket.create_connection(('{OUTSIDE}', 80))"
-    ended = house.programs.start("python", "-c", code, wrapper=island.wrapper).ended()
+    ended = deployment.programs.start("python", "-c", code, wrapper=island.wrapper).ended()
     assert ended.code != 0
     assert "Network is unreachable" in ended.err
-    assert f"http://{OUTSIDE}:5000 is not healthy ([Errno 101] Network is unreachable)" in house.ended["astray"].out
+    assert (
+        f"http://{OUTSIDE}:5000 is not healthy ([Errno 101] Network is unreachable)" in deployment.ended["astray"].out
+    )
 
 
 def test_no_process_of_a_simulation_asks_for_another_machine(simulations):
@@ -154,23 +156,23 @@ def test_no_process_of_a_simulation_asks_for_another_machine(simulations):
 
 
 @pytest.mark.parametrize("name", ["serve", "server", "celeba", "people", "local", "wandb", "doctor"])
-def test_no_other_program_asks_for_another_machine(house, name):
-    log = house.cwd / f"{name}-{LOG}"
+def test_no_other_program_asks_for_another_machine(deployment, name):
+    log = deployment.cwd / f"{name}-{LOG}"
     found = asked(log)
     assert not outside(found)
     assert found
     assert families(log) <= {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_UNSPEC"}
 
 
-def test_drawing_people_asks_nobody(house):
-    assert not asked(house.cwd / f"synth-{LOG}")
+def test_drawing_people_asks_nobody(deployment):
+    assert not asked(deployment.cwd / f"synth-{LOG}")
 
 
-def test_the_record_shows_who_asks_for_another_machine(house, island, tmp_path):
+def test_the_record_shows_who_asks_for_another_machine(deployment, island, tmp_path):
     """The control of the record: each call, each kind of address, a resolver on loopback, our doctor gone astray."""
-    assert any(OUTSIDE in line for line in outside(asked(house.cwd / f"astray-{LOG}")))
+    assert any(OUTSIDE in line for line in outside(asked(deployment.cwd / f"astray-{LOG}")))
     log = tmp_path / LOG
-    program = house.programs.start("python", "-c", ASKS, wrapper=[*island.wrapper, *recorder(log)])
+    program = deployment.programs.start("python", "-c", ASKS, wrapper=[*island.wrapper, *recorder(log)])
     assert program.ended().code == 0
     program.assert_nothing_left(60)
     found = outside(asked(log))
@@ -199,24 +201,24 @@ def test_telemetry_would_be_seen_and_our_silence_stops_it(simulations, island, e
     assert not seen["silent"]
 
 
-def test_telemetry_is_off_in_every_child_process(simulations, house):
+def test_telemetry_is_off_in_every_child_process(simulations, deployment):
     """Seen while they ran; Ray's two agents write their titles over their environment, which is the raylet's."""
     sealed, _ = simulations
     unreadable = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-    for name, command, variables in (*sealed.below, *house.below):
+    for name, command, variables in (*sealed.below, *deployment.below):
         if command.strip() not in unreadable:
             assert {key: variables.get(key) for key in SILENCE} == dict(SILENCE), (name, command)
-    commands = "\n".join(command for _, command, _ in (*sealed.below, *house.below))
+    commands = "\n".join(command for _, command, _ in (*sealed.below, *deployment.below))
     for part in (
         "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "-m server.flower.redelivery",
         "-m server.flower.superexec", "flwr-serverapp", "-m clients.flower.supernode", "-m clients.flower.trainer",
     ):  # fmt: skip
         assert part in commands, commands
-    assert '"disable_ui_telemetry":true' in house.ended["ui"].out.replace(" ", "").replace("\\n", "")
+    assert '"disable_ui_telemetry":true' in deployment.ended["ui"].out.replace(" ", "").replace("\\n", "")
 
 
-def test_no_person_and_no_picture_is_named_in_mlflow(simulations, house, simulated, faces):
-    for run in (simulations[0], house):
+def test_no_person_and_no_picture_is_named_in_mlflow(simulations, deployment, simulated, faces):
+    for run in (simulations[0], deployment):
         everything = stored(run.cwd / "mlflow.db", run.cwd / run.artifacts)
         assert not holding([PERSON, USER], everything)
         assert holding(["facial_recognition_federated_fedavg", "round_val_auc"], everything)
@@ -240,10 +242,10 @@ def pixels(faces):
                 yield (row[:, 0].astype(np.float32) / 127.5 - 1).tobytes()
 
 
-def test_no_picture_and_no_embedding_is_in_mlflow(simulations, house, faces):
+def test_no_picture_and_no_embedding_is_in_mlflow(simulations, deployment, faces):
     pieces = list(pixels(faces))
     assert len(pieces) > 192 + 3 * 8
-    for run in (simulations[0], house):
+    for run in (simulations[0], deployment):
         everything = stored(run.cwd / "mlflow.db", run.cwd / run.artifacts)
         assert not holding(pieces, everything)
         files = [path for path in (run.cwd / run.artifacts).rglob("*") if path.is_file() and "/wandb/" not in str(path)]
@@ -257,7 +259,7 @@ def test_no_picture_and_no_embedding_is_in_mlflow(simulations, house, faces):
                 assert _longest_list(json.loads(path.read_text())) < 32  # an embedding has 32 numbers
             elif path.name == "input_example.json":
                 assert abs(_likeness_of_neighbours(np.array(json.loads(path.read_text())))) < 0.2
-    attention = list(house.cwd.glob("runs/*/plots/attention.png"))
+    attention = list(deployment.cwd.glob("runs/*/plots/attention.png"))
     assert attention  # shows faces, was drawn, and stayed
     assert not holding([attention[0].read_bytes()[100:400]], everything)
 

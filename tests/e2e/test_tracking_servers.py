@@ -21,7 +21,7 @@ import torch
 import tracked_record as record
 from databases import PASSWORD, USER
 from programs import BIN, assert_one_line, free_port
-from tracking_house import DIRECT, Server, open_house, quiet
+from tracking_deployment import DIRECT, Server, deployed, quiet
 
 from common.errors import TrackingError
 from common.tracking.address import resolve_uri
@@ -37,8 +37,8 @@ SERVED = "facial_recognition_served"
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    with quiet(), open_house(tmp_path_factory.mktemp("house")) as opened:
+def deployment(tmp_path_factory):
+    with quiet(), deployed(tmp_path_factory.mktemp("deployment")) as opened:
         yield opened
 
 
@@ -53,19 +53,19 @@ def client_of(uri: str):
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"])
-def test_a_record_goes_into_a_database_without_a_server(house, database):
+def test_a_record_goes_into_a_database_without_a_server(deployment, database):
     """A password stands in PGPASSWORD or an option file, and artifacts lie beside the run's folder."""
-    uri = resolve_uri(house.own_address[database], house.folder)
+    uri = resolve_uri(deployment.own_address[database], deployment.folder)
     run_id = record.assert_whole(client_of(uri), DIRECT, f"from_{database}")
-    [kept] = (house.folder / "runs" / "mlruns" / DIRECT / run_id).rglob("roc.png")
+    [kept] = (deployment.folder / "runs" / "mlruns" / DIRECT / run_id).rglob("roc.png")
     assert kept.read_bytes() == record.PICTURE
-    assert [path.name for path in (house.folder / f"from_{database}_cwd").iterdir()] == ["output"]
+    assert [path.name for path in (deployment.folder / f"from_{database}_cwd").iterdir()] == ["output"]
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"])
-def test_a_server_over_it_afterwards_shows_all_of_it(house, database):
+def test_a_server_over_it_afterwards_shows_all_of_it(deployment, database):
     """Numbers and files, on the machine where the files are."""
-    server = {"postgresql": house.over_postgresql, "mariadb": house.over_mariadb}[database]
+    server = {"postgresql": deployment.over_postgresql, "mariadb": deployment.over_mariadb}[database]
     run_id = record.assert_whole(client_of(server.uri), DIRECT, f"from_{database}")
     page = f"{server.uri}/get-artifact?path=plots/roc.png&run_uuid={run_id}"  # what the user interface asks for
     with urllib.request.urlopen(page, timeout=60) as answer:  # noqa: S310
@@ -75,28 +75,28 @@ def test_a_server_over_it_afterwards_shows_all_of_it(house, database):
 # -- through a server --------------------------------------------------------------------------------------------------
 
 
-def test_a_record_through_a_server_over_postgresql_with_artifacts_in_s3(house, tmp_path):
+def test_a_record_through_a_server_over_postgresql_with_artifacts_in_s3(deployment, tmp_path):
     """Everything; the files and the model go through the server, which alone knows the store's key."""
-    run = record.write(house.over_postgresql.uri, tmp_path / "in_s3", SERVED)
-    client = client_of(house.over_postgresql.uri)
+    run = record.write(deployment.over_postgresql.uri, tmp_path / "in_s3", SERVED)
+    client = client_of(deployment.over_postgresql.uri)
     assert record.assert_whole(client, SERVED, "in_s3") == run.mlflow_run_id
     assert client.get_run(run.mlflow_run_id).info.artifact_uri.startswith("mlflow-artifacts:/")
-    objects = house.store.objects()
+    objects = deployment.store.objects()
     assert all(key.startswith("facefed/") for key in objects)
     [picture] = [
         content for key, content in objects.items() if key.endswith(f"{run.mlflow_run_id}/artifacts/plots/roc.png")
     ]
     assert picture == record.PICTURE
     assert {Path(key).name for key in objects if "/models/" in key} >= {"MLmodel", "model.pt2"}
-    _assert_loads(house.over_postgresql, "in_s3_local")
+    _assert_loads(deployment.over_postgresql, "in_s3_local")
 
 
-def test_a_record_through_a_server_over_mariadb(house, tmp_path):
-    run = record.write(house.over_mariadb.uri, tmp_path / "in_mariadb", SERVED)
-    record.assert_whole(client_of(house.over_mariadb.uri), SERVED, "in_mariadb")
-    [kept] = (house.over_mariadb.program.cwd / "mlartifacts").rglob(f"{run.mlflow_run_id}/artifacts/plots/roc.png")
+def test_a_record_through_a_server_over_mariadb(deployment, tmp_path):
+    run = record.write(deployment.over_mariadb.uri, tmp_path / "in_mariadb", SERVED)
+    record.assert_whole(client_of(deployment.over_mariadb.uri), SERVED, "in_mariadb")
+    [kept] = (deployment.over_mariadb.program.cwd / "mlartifacts").rglob(f"{run.mlflow_run_id}/artifacts/plots/roc.png")
     assert kept.read_bytes() == record.PICTURE
-    _assert_loads(house.over_mariadb, "in_mariadb_local")
+    _assert_loads(deployment.over_mariadb, "in_mariadb_local")
 
 
 def _assert_loads(server: Server, name: str) -> None:
@@ -116,15 +116,15 @@ def _assert_loads(server: Server, name: str) -> None:
     torch.testing.assert_close(loaded(pictures), record.model()(pictures))
 
 
-def test_a_whole_training_through_a_server(house, faces, programs):
+def test_a_whole_training_through_a_server(deployment, faces, programs):
     """The program itself, in a process and a folder of its own."""
     ended = programs.run(
         "facefed", "train", "local", "--client", "celeba", "--data-dir", faces.celeba, "--epochs", 2, *faces.small,
-        *faces.cache, "--tracking-uri", house.over_mariadb.uri,
+        *faces.cache, "--tracking-uri", deployment.over_mariadb.uri,
     )  # fmt: skip
     assert ended.code == 0, ended
     assert ended.err == ""
-    client = client_of(house.over_mariadb.uri)
+    client = client_of(deployment.over_mariadb.uri)
     [run] = client.search_runs([client.get_experiment_by_name("facial_recognition_local_celeba").experiment_id])
     assert run.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
@@ -137,9 +137,9 @@ def test_a_whole_training_through_a_server(house, faces, programs):
 
 
 @pytest.fixture
-def login(house, monkeypatch):
+def login(deployment, monkeypatch):
     """Puts the administrator's name and a password, of the server's own making, where MLflow's clients look."""
-    made = json.loads((house.with_password.program.cwd / "mlflow-auth" / "secrets.json").read_text())
+    made = json.loads((deployment.with_password.program.cwd / "mlflow-auth" / "secrets.json").read_text())
 
     def put(password: str = made["MLFLOW_AUTH_ADMIN_PASSWORD"]) -> str:
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
@@ -149,21 +149,21 @@ def login(house, monkeypatch):
     return put
 
 
-def test_a_record_through_a_server_that_asks_for_a_password(house, login, tmp_path):
+def test_a_record_through_a_server_that_asks_for_a_password(deployment, login, tmp_path):
     login()
-    record.write(house.with_password.uri, tmp_path / "known", SERVED)
-    record.assert_whole(client_of(house.with_password.uri), SERVED, "known")
-    _assert_loads(house.with_password, "known_local")
+    record.write(deployment.with_password.uri, tmp_path / "known", SERVED)
+    record.assert_whole(client_of(deployment.with_password.uri), SERVED, "known")
+    _assert_loads(deployment.with_password, "known_local")
 
 
-def test_without_the_password_training_goes_on_and_sync_brings_everything(house, login, tmp_path, caplog):
+def test_without_the_password_training_goes_on_and_sync_brings_everything(deployment, login, tmp_path, caplog):
     runs = {}
     for name, password in (("stranger", ""), ("mistaken", "not the password")):
         if password:
             login(password)
         with caplog.at_level(logging.WARNING, logger="facefed.tracking"):
             caplog.clear()
-            run = runs[name] = record.begin(house.with_password.uri, tmp_path / name, SERVED)
+            run = runs[name] = record.begin(deployment.with_password.uri, tmp_path / name, SERVED)
             record.log_steps(run, range(record.STEPS))
             record.log_rest(run, registers=False)
             run.finish("FINISHED")
@@ -178,13 +178,13 @@ def test_without_the_password_training_goes_on_and_sync_brings_everything(house,
     assert (synced.returncode, synced.stderr) == (0, "")
     assert right not in synced.stdout
     for name in runs:
-        record.assert_whole(client_of(house.with_password.uri), SERVED, name, registers=False)
+        record.assert_whole(client_of(deployment.with_password.uri), SERVED, name, registers=False)
 
 
 # -- whom it answers ---------------------------------------------------------------------------------------------------
 
 
-def test_a_client_is_answered_under_the_servers_names_only(house, login, monkeypatch):
+def test_a_client_is_answered_under_the_servers_names_only(deployment, login, monkeypatch):
     """MLflow's own client, for which every name leads to this machine."""
     from mlflow.exceptions import MlflowException
 
@@ -192,26 +192,26 @@ def test_a_client_is_answered_under_the_servers_names_only(house, login, monkeyp
     ask = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda _name, *rest, **more: ask("127.0.0.1", *rest, **more))
     for name in ("localhost", "127.0.0.1", socket.gethostname(), "mlflow"):
-        found = client_of(f"http://{name}:{house.with_password.port}").search_experiments(max_results=1)
+        found = client_of(f"http://{name}:{deployment.with_password.port}").search_experiments(max_results=1)
         assert len(found) == 1, name
     for name in ("evil.example", "mlflow.evil.example"):
         with pytest.raises(MlflowException, match="403"):
-            client_of(f"http://{name}:{house.with_password.port}").search_experiments(max_results=1)
+            client_of(f"http://{name}:{deployment.with_password.port}").search_experiments(max_results=1)
 
 
 # -- a database that dies ----------------------------------------------------------------------------------------------
 
 
-def test_a_database_that_dies_under_its_server_costs_nothing(house, tmp_path, caplog):
+def test_a_database_that_dies_under_its_server_costs_nothing(deployment, tmp_path, caplog):
     """One run goes through the server, which lives on and answers with errors; another is the database's own client."""
-    server, direct = house.over_postgresql.uri, house.own_address["postgresql"]
+    server, direct = deployment.over_postgresql.uri, deployment.own_address["postgresql"]
     with caplog.at_level(logging.WARNING, logger="facefed.tracking"):
         through = record.begin(server, tmp_path / "through_server", SERVED)
         alone = record.begin(direct, tmp_path / "alone", DIRECT)
         for run in (through, alone):
             record.log_steps(run, range(50))
             _wait_until_sent(run)
-        house.postgresql.stop(signal.SIGQUIT)  # without goodbye
+        deployment.postgresql.stop(signal.SIGQUIT)  # without goodbye
         assert _status(f"{server}/health") == 200
         assert _status(f"{server}/api/2.0/mlflow/experiments/get?experiment_id=0") in (500, 503)
         began = time.monotonic()
@@ -221,7 +221,7 @@ def test_a_database_that_dies_under_its_server_costs_nothing(house, tmp_path, ca
         for run in (through, alone):
             assert not run.flush(120.0)
             record.log_rest(run, registers=False)
-        house.postgresql.start()
+        deployment.postgresql.start()
         for run in (through, alone):
             _wait_until_sent(run)
             run.finish("FINISHED")
@@ -252,22 +252,22 @@ def _status(url: str) -> int:
 # -- what is wrong or secret -------------------------------------------------------------------------------------------
 
 
-def test_no_password_is_shown_in_any_output_log_or_command_line(house):
+def test_no_password_is_shown_in_any_output_log_or_command_line(deployment):
     """Of all three servers; only the line that was typed here holds MariaDB's."""
-    made = json.loads((house.with_password.program.cwd / "mlflow-auth" / "secrets.json").read_text()).values()
-    for server in (house.over_postgresql, house.over_mariadb, house.with_password):
+    made = json.loads((deployment.with_password.program.cwd / "mlflow-auth" / "secrets.json").read_text()).values()
+    for server in (deployment.over_postgresql, deployment.over_mariadb, deployment.with_password):
         processes = [one for one in server.program.processes() if one.pid != server.program.process.pid]
         assert len(processes) >= 2
         told = "\n".join([server.shown, *(" ".join(one.cmdline()) for one in processes)])
-        for secret in (PASSWORD, *made, *house.store.variables.values()):
-            assert secret not in told or secret == house.store.variables["AWS_DEFAULT_REGION"], server
-        assert "***@" in server.shown or server is house.with_password
+        for secret in (PASSWORD, *made, *deployment.store.variables.values()):
+            assert secret not in told or secret == deployment.store.variables["AWS_DEFAULT_REGION"], server
+        assert "***@" in server.shown or server is deployment.with_password
 
 
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"])
-def test_a_database_that_refuses_is_one_line_without_the_password(house, database, tmp_path, monkeypatch):
+def test_a_database_that_refuses_is_one_line_without_the_password(deployment, database, tmp_path, monkeypatch):
     monkeypatch.delenv("PGPASSWORD")
-    real = getattr(house, database)
+    real = getattr(deployment, database)
     for uri, fragment in (
         (real.uri(database="none"), "none"),
         (real.uri(user=f"{USER}:wrong-{PASSWORD}"), "password"),
@@ -282,18 +282,18 @@ def test_a_database_that_refuses_is_one_line_without_the_password(house, databas
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_program_refuses_with_exit_code_2(house, programs):
+def test_the_program_refuses_with_exit_code_2(deployment, programs):
     serve = "facefed", "tracking", "serve", "--port"
-    wrong = programs.run(*serve, free_port(), "--backend", house.mariadb.uri(database="none"))
+    wrong = programs.run(*serve, free_port(), "--backend", deployment.mariadb.uri(database="none"))
     assert_one_line(wrong, "facefed", "mysql+pymysql://***@127.0.0.1", "'none'")
-    taken = programs.run(*serve, house.over_mariadb.port)
+    taken = programs.run(*serve, deployment.over_mariadb.port)
     assert_one_line(taken, "facefed", "Address already in use")
 
 
-def test_a_run_goes_on_beside_a_database_that_refuses_it(house, tmp_path, caplog, monkeypatch):
+def test_a_run_goes_on_beside_a_database_that_refuses_it(deployment, tmp_path, caplog, monkeypatch):
     monkeypatch.delenv("PGPASSWORD")
     with caplog.at_level(logging.WARNING, logger="facefed.tracking"):
-        run = record.begin(house.postgresql.uri(user=f"{USER}:wrong-{PASSWORD}"), tmp_path / "refused", DIRECT)
+        run = record.begin(deployment.postgresql.uri(user=f"{USER}:wrong-{PASSWORD}"), tmp_path / "refused", DIRECT)
         record.log_steps(run, range(5))
         run.finish("FINISHED")
     assert ["cannot be used now" in line for line in caplog.messages] == [True, False]
@@ -302,12 +302,12 @@ def test_a_run_goes_on_beside_a_database_that_refuses_it(house, tmp_path, caplog
     assert PASSWORD not in "".join([caplog.text, *kept])
 
 
-def test_an_experiment_of_a_server_is_not_filled_past_it(house, tmp_path, caplog):
+def test_an_experiment_of_a_server_is_not_filled_past_it(deployment, tmp_path, caplog):
     """Its artifacts can be reached through the server only; `sync` there brings everything, once."""
-    client = client_of(house.over_mariadb.uri)
+    client = client_of(deployment.over_mariadb.uri)
     client.create_experiment("behind a server")
     with caplog.at_level(logging.WARNING, logger="facefed.tracking"):
-        run = record.begin(house.mariadb.uri(), tmp_path / "past", "behind a server")
+        run = record.begin(deployment.mariadb.uri(), tmp_path / "past", "behind a server")
         record.log_steps(run, range(record.STEPS))
         record.log_rest(run, registers=False)
         run.finish("FINISHED")
@@ -315,5 +315,5 @@ def test_an_experiment_of_a_server_is_not_filled_past_it(house, tmp_path, caplog
     assert PASSWORD not in caplog.text
     from common.tracking.sync import sync_run
 
-    sync_run(run.folder, house.over_mariadb.uri)
+    sync_run(run.folder, deployment.over_mariadb.uri)
     record.assert_whole(client, "behind a server", "past", registers=False)

@@ -36,7 +36,7 @@ class Seen:
     orphans: list[str] = field(default_factory=list)
 
 
-class House:
+class Deployment:
     """Starts it all, tends it, and ends it."""
 
     def __init__(self, folder: Path, faces: Path, config: Path, migrated: Path, *, disks: bool) -> None:

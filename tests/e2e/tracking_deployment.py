@@ -43,7 +43,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class House:
+class Deployment:
     """All that runs while this file's tests do."""
 
     folder: Path
@@ -69,7 +69,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_house(folder: Path) -> Iterator[House]:
+def deployed(folder: Path) -> Iterator[Deployment]:
     """Start everything, as much of it at once as can be."""
     with contextlib.ExitStack() as stack:
         postgresql, mariadb, store = (
@@ -94,7 +94,7 @@ def open_house(folder: Path) -> Iterator[House]:
         over_mariadb = _serve(stack, folder / "mariadb", "--backend", mariadb.uri())
         for server in (with_password, over_postgresql, over_mariadb):
             server.program.wait_for("healthy:", timeout_s=280)
-        yield House(
+        yield Deployment(
             folder=folder,
             postgresql=postgresql,
             mariadb=mariadb,

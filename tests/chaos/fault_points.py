@@ -1,6 +1,6 @@
-"""Tells when a run is in a phase of a round, from what its programs write anyway.
+"""Fault points: tells when a run is in a phase of a round, from what its programs write anyway.
 
-Server phases last milliseconds here, so a moment is a line that opens the phase, and a part of how long it lasts:
+Server phases last milliseconds here, so a fault point is a line that opens the phase, and a part of how long it lasts:
 
     line in the run's folder                              what the server does next
     ----------------------------------------------------  -----------------------------------------------------------
@@ -17,7 +17,7 @@ import json
 import time
 from pathlib import Path
 
-from tests.chaos.house import House
+from tests.chaos.deployment import Deployment
 from tests.chaos.plan import Fault
 
 LOOK_EVERY_S = 0.003
@@ -50,8 +50,8 @@ class Tail:
 class Watch:
     """Follows one run."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
         self._tails: dict[Path, Tail] = {}
         self.events: list[dict] = []
         self._recorded = 0  # the last round in the spool
@@ -65,7 +65,7 @@ class Watch:
 
     def look(self) -> None:
         """Take in what is new."""
-        run = self._house.run
+        run = self._deployment.run
         if run is None:
             return
         for line in self._new(run / "events.jsonl"):
@@ -79,8 +79,8 @@ class Watch:
         self._look_at_clients(run)
 
     def _look_at_clients(self, run: Path) -> None:
-        for name, client in self._house.clients.items():
-            for line in self._new(self._house.state_dir(name) / "egress" / f"{run.name}.jsonl"):
+        for name, client in self._deployment.clients.items():
+            for line in self._new(self._deployment.state_dir(name) / "egress" / f"{run.name}.jsonl"):
                 if '"answer_to": "train"' in line:
                     self._left = json.loads(line)["round"]
             for line in self._new(client.log.with_suffix(".out")):
@@ -111,7 +111,7 @@ class Watch:
         return begun[phase]()
 
     def wait_for(self, fault: Fault, rounds: int, timeout_s: float) -> bool:
-        """Until the fault's moment, tending the house meanwhile; False when the run is over before."""
+        """Until the run is at the fault's point, tending it meanwhile; False when it is over before."""
         deadline = time.monotonic() + timeout_s
         tend_at = 0.0
         self.look()
@@ -120,15 +120,15 @@ class Watch:
         while fault.phase != "finish" and step < rounds and self.has_begun(fault.phase, step, rounds):
             step += 1
         while not self.has_begun(fault.phase, step, rounds):
-            assert time.monotonic() < deadline, f"{fault}: its moment does not come within {timeout_s:g} s"
+            assert time.monotonic() < deadline, f"{fault}: its point does not come within {timeout_s:g} s"
             if time.monotonic() > tend_at:
-                if self._house.tend() == 0:
+                if self._deployment.tend() == 0:
                     return False
                 tend_at = time.monotonic() + 0.2
             time.sleep(LOOK_EVERY_S)
             self.look()
         time.sleep(fault.fraction * LASTS_S[fault.phase])
-        return self._house.tend() != 0
+        return self._deployment.tend() != 0
 
     def where(self) -> dict[str, object]:
         """The last thing that the run told, and how long ago: where a fault really came."""
