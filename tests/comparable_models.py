@@ -1,6 +1,7 @@
 """Trained-looking runs of tiny models in a folder, as the training programs leave them, for tests of the comparison."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from common.faces.pack import FacePack
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
 from common.settings import Settings
 from common.training import Compute, make_optimiser
+from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
+from simulation.found_models import FoundModel
+from simulation.scoring import score
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 
 CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
@@ -94,3 +98,19 @@ def one_person_test(pack: FacePack) -> FacePack:
     keep = np.ones(len(pack), dtype=bool)
     keep[testers[pack.person[testers] != first]] = False
     return replace(pack, pictures=pack.pictures[keep], person=pack.person[keep], split=pack.split[keep])
+
+
+def compare(models: list[FoundModel], packs: Mapping[str, FacePack]) -> Comparison:
+    """The models scored on the packs' people never seen, as `facefed evaluate --mode all` does."""
+    test_sets = with_pooled({name: describe(name, pack) for name, pack in packs.items()})
+    scored = {model.name: score(model, packs, tuple(packs), CPU, 1) for model in models}
+    return Comparison(
+        mode="all",
+        backbone="cnn",
+        seed=1,
+        models=models,
+        test_sets=test_sets,
+        scored=scored,
+        gaps=gaps_of(models, list(test_sets), scored),
+        notes=notes_of(models, scored),
+    )

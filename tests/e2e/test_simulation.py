@@ -11,6 +11,7 @@ from programs import BIN, run_folder, state_of
 
 from common import config
 from common.settings import Settings
+from tests.without_facefed import BLOCKER
 
 pytestmark = [
     pytest.mark.e2e,
@@ -22,18 +23,6 @@ TAGS = ("model_type", "dataset", "dataset_size", "device", "gpu_type", "mode", "
 
 # Runs with `python -I` in an empty folder, where FaceFed cannot be imported.
 STRANGER = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("common", "server", "clients", "simulation"):
-            raise ModuleNotFoundError(f"no {name} here")
-sys.meta_path.insert(0, Blocker())
-try:
-    import common
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("the blocker does not block")
 import mlflow, torch
 mlflow.set_tracking_uri(sys.argv[1])
 torch.manual_seed(0)
@@ -173,7 +162,7 @@ def test_the_registered_model_works_without_facefed(simulated, client, tmp_path)
     champion = client.get_model_version_by_alias(NAME, "champion")
     assert champion.tags["role"] == "best"
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, f"sqlite:///{simulated.cwd}/mlflow.db",
+        [sys.executable, "-I", "-c", BLOCKER + STRANGER, f"sqlite:///{simulated.cwd}/mlflow.db",
          f"models:/{NAME}/1", f"models:/{NAME}@champion"],
         cwd=tmp_path, capture_output=True, text=True, timeout=400,
     )  # fmt: skip

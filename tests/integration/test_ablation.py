@@ -9,7 +9,7 @@ import pytest
 import tiny_twins
 import torch
 from tiny_federation import site_settings
-from tiny_twins import assert_same_bits, points, spool, write_twins
+from tiny_twins import assert_same_bits, killed_at, points, spool, write_twins
 
 from common import config
 from common.checkpoints import read_tensors
@@ -132,10 +132,6 @@ def test_no_embedding_is_written_anywhere(whole):
     assert not [name for name in names if not name.startswith(("backbone.", "head.", "optimiser", "glca", "loss"))]
 
 
-class Killed(Exception):
-    """Stands for kill -9: nothing of ours runs after it."""
-
-
 @pytest.mark.parametrize(
     ("holder", "name", "number"),
     [
@@ -145,22 +141,10 @@ class Killed(Exception):
         ("ablation", "paired_gap", 1),  # all are trained
     ],
 )
-def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(
-    whole, twins, tmp_path, monkeypatch, holder, name, number
-):
+def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(whole, twins, tmp_path, holder, name, number):
     module = {"epochs": epochs_module, "ablation": __import__("simulation.studies", fromlist=["x"])}[holder]
-    real, calls = getattr(module, name), []
-
-    def dying(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == number:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(module, name, dying)
-    with pytest.raises(Killed):
+    with killed_at(module, name, number):
         ablation(tmp_path / "killed", twins)
-    monkeypatch.undo()
     assert not (tmp_path / "killed" / "metrics.json").exists(), "it is not finished"
     summary, said = ablation(tmp_path / "killed", twins)
     assert ("attention-sa: finished before" in said) == ((holder, name) != ("ablation", "write_json"))

@@ -15,6 +15,7 @@ from common.settings import ModelSettings, TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
+from tests.without_facefed import BLOCKER
 
 NAME = "cnn_federated_fedavg"
 SIZE = 16
@@ -26,18 +27,6 @@ pytestmark = [
 
 # Runs with `python -I` in an empty folder.  It compares nothing itself: it has no model of ours to compare with.
 STRANGER = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("common", "server", "clients", "simulation"):
-            raise ModuleNotFoundError(f"no {name} here")
-sys.meta_path.insert(0, Blocker())
-try:
-    import common
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("the blocker does not block")
 import mlflow, numpy, torch
 uri, pictures, out, *model_uris = sys.argv[1:]
 mlflow.set_tracking_uri(uri)
@@ -120,7 +109,7 @@ def _stranger(uri, model_uris, folder, pictures):
     np.save(folder / "pictures.npy", pictures)
     (folder / "empty").mkdir()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, uri, folder / "pictures.npy", folder / "out.npz", *model_uris],
+        [sys.executable, "-I", "-c", BLOCKER + STRANGER, uri, folder / "pictures.npy", folder / "out.npz", *model_uris],
         cwd=folder / "empty",
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tiny_federation import site_settings
-from tiny_twins import SETTINGS, assert_same_bits, points, spool, write_twins
+from tiny_twins import SETTINGS, assert_same_bits, killed_at, points, spool, write_twins
 
 from common import config
 from common.errors import TrainingFailed
@@ -111,10 +111,6 @@ def test_optuna_says_nothing_of_its_own(twins, tmp_path, capfd):
     assert (said.out, said.err) == ("", "")
 
 
-class Killed(Exception):
-    """Stands for kill -9: nothing of ours runs after it."""
-
-
 @pytest.mark.parametrize(
     ("holder", "name", "number"),
     [
@@ -127,19 +123,9 @@ class Killed(Exception):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_search_that_was_killed_tries_and_finds_the_same(whole, twins, tmp_path, monkeypatch, holder, name, number):
-    real, calls = getattr(holder, name), []
-
-    def dying(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == number:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(holder, name, dying)
-    with pytest.raises(Killed):
+def test_a_search_that_was_killed_tries_and_finds_the_same(whole, twins, tmp_path, holder, name, number):
+    with killed_at(holder, name, number):
         sweep(tmp_path / "killed", twins)
-    monkeypatch.undo()
     _, said = sweep(tmp_path / "killed", twins)
     assert table(tmp_path / "killed") == table(whole[0])
     first = re.findall(r"^(trial-\d+) \(", said, re.MULTILINE)[:1]

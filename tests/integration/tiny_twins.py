@@ -1,10 +1,12 @@
 """Twins and settings small enough for a study in a test: 12 families of random faces of 32 px, a ViT of one block."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from common.checkpoints import read_tensors
 from common.faces.pack import FacePack, open_pack
@@ -56,3 +58,24 @@ def assert_same_bits(one: Path, other: Path, names: Sequence[str]) -> None:
         for role in ("best", "last"):
             models = [read_tensors(run / "checkpoints" / name / f"{role}.safetensors")[0] for run in (one, other)]
             assert all(np.array_equal(models[0][key], models[1][key]) for key in models[0]), (name, role)
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing of ours runs after it."""
+
+
+@contextlib.contextmanager
+def killed_at(holder: object, name: str, number: int) -> Iterator[None]:
+    """What is done here dies when it calls holder.name for the n-th time."""
+    real, calls = getattr(holder, name), []
+
+    def dying(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holder, name, dying)
+        with pytest.raises(Killed):
+            yield

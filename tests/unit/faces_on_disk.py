@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.faces.pack import FacePack, open_pack
+from common.settings import DataSettings
+
 POINTS = "70 112 108 111 88 131 72 153 106 154"  # a face in CelebA's aligned place
+SMALL = DataSettings(image_size=32)
 
 
 def picture(seed: int, width: int = 178, height: int = 218) -> Image.Image:
@@ -45,3 +49,18 @@ def make_folder(root: Path, people: dict[str, int], *, suffix: str = ".jpg", siz
 def write(file: Path, lines: list[str], ending: str = "\n") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes("".join(line + ending for line in lines).encode())
+
+
+def people_in(root: Path) -> Path:
+    """A folder of twelve people with six pictures each."""
+    return make_folder(root / "faces", {f"p{i:02d}": 6 for i in range(12)})
+
+
+def opened(folder: Path, data: DataSettings = SMALL, *, workers: int = 1) -> FacePack:
+    """The pack of a data set of folders, in the cache beside it."""
+    return open_pack("folder", folder, data, folder.parent / "cache", workers=workers)
+
+
+def in_cache(folder: Path) -> set[str]:
+    """What lies in that cache, locks aside."""
+    return {path.name for path in (folder.parent / "cache").iterdir() if not path.name.endswith(".lock")}

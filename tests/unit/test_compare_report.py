@@ -9,11 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
 from simulation.found_models import Search, Wanted, find_models
 from simulation.report import csv_text, json_content, metrics, page, terminal_lines
-from simulation.scoring import score
-from tests.comparable_models import CLIENTS, CPU, PACKS, write_run
+from tests.comparable_models import CLIENTS, PACKS, compare, write_run
 from tests.tiny_federation import settings_with
 
 WANTED = (*(Wanted(kind="local", client=name) for name in CLIENTS), Wanted(kind="centralized"), Wanted(kind="fedavg"))
@@ -27,19 +25,7 @@ def compared(tmp_path_factory):
     write_run(out, "all", mode="centralized", clients=CLIENTS, seed=5)
     write_run(out, "<b>&fed", mode="federated", clients=CLIENTS, strategy="fedavg", seed=7)
     search = Search(settings=settings_with(run__out=str(out)), clients=CLIENTS)
-    models = find_models(search, WANTED, {})
-    test_sets = with_pooled({name: describe(name, PACKS[name]) for name in CLIENTS})
-    scored = {model.name: score(model, PACKS, CLIENTS, CPU, 1) for model in models}
-    return Comparison(
-        mode="all",
-        backbone="cnn",
-        seed=1,
-        models=models,
-        test_sets=test_sets,
-        scored=scored,
-        gaps=gaps_of(models, list(test_sets), scored),
-        notes=notes_of(models, scored),
-    )
+    return compare(find_models(search, WANTED, {}), PACKS)
 
 
 def test_the_terminal_shows_each_figure_with_what_is_behind_it(compared):

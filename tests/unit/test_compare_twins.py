@@ -19,12 +19,12 @@ from common.metrics.bootstrap import Drawn, twin_figures
 from common.metrics.figures import JUDGED, KINDS, PAIRS, figure_name, figures_of, roc_auc, threshold_at_best_accuracy
 from common.metrics.pairs import pair_histogram, pair_histograms
 from common.runtime import stream_seed
-from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
+from simulation.compare import describe, with_pooled
 from simulation.evaluate import Request, evaluate_models
 from simulation.found_models import Search, Wanted, find_models, registered_name
 from simulation.report import csv_text, json_content, kinds_table, metrics, page, terminal_lines
 from simulation.scoring import NUM_REPLICATES, POOLED, score
-from tests.comparable_models import CPU, PACKS, model_of, write_run
+from tests.comparable_models import CPU, PACKS, compare, model_of, write_run
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 
 TWINS = Wanted(kind="twins")
@@ -137,19 +137,7 @@ def compared(tmp_path_factory):
     write_run(out, "l", clients=("twins",), seed=2)
     write_run(out, "f", mode="federated", clients=NAMES, strategy="fedavg", seed=7)
     wanted = (Wanted(kind="local", client="twins"), TWINS, Wanted(kind="fedavg"))
-    models = find(out, *wanted, clients=NAMES)
-    test_sets = with_pooled({name: describe(name, pack) for name, pack in BOTH.items()})
-    scored = {model.name: score(model, BOTH, NAMES, CPU, 1) for model in models}
-    return Comparison(
-        mode="all",
-        backbone="cnn",
-        seed=1,
-        models=models,
-        test_sets=test_sets,
-        scored=scored,
-        gaps=gaps_of(models, list(test_sets), scored),
-        notes=notes_of(models, scored),
-    )
+    return compare(find(out, *wanted, clients=NAMES), BOTH)
 
 
 def test_the_terminal_shows_the_kinds_where_there_are_twins(compared):

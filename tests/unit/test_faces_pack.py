@@ -7,29 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faces_on_disk import make_celeba, make_folder, picture
+from faces_on_disk import SMALL, in_cache, make_celeba, make_folder, opened, people_in, picture
 
 from common.errors import DataError
 from common.faces import pack
-from common.faces.pack import FacePack, open_pack
+from common.faces.pack import open_pack
 from common.faces.splits import Split
 from common.settings import DataSettings
 
 REPO = Path(__file__).resolve().parent.parent.parent
-SMALL = DataSettings(image_size=32)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path / "faces", {f"p{i:02d}": 6 for i in range(12)})
-
-
-def opened(folder: Path, data: DataSettings = SMALL, *, workers: int = 1) -> FacePack:
-    return open_pack("folder", folder, data, folder.parent / "cache", workers=workers)
-
-
-def in_cache(folder: Path) -> set[str]:
-    return {path.name for path in (folder.parent / "cache").iterdir() if not path.name.endswith(".lock")}
+    return people_in(tmp_path)
 
 
 def test_a_pack_holds_the_aligned_pictures_of_their_people(folder: Path) -> None:

@@ -12,29 +12,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from faces_on_disk import make_folder
+from faces_on_disk import SMALL, in_cache, make_folder, opened, people_in
 
 from common import files
 from common.errors import CheckpointError, DataError
 from common.faces import pack, pack_store
-from common.faces.pack import FacePack, load_pack, open_pack
-from common.settings import DataSettings
+from common.faces.pack import load_pack, open_pack
 
 REPO = Path(__file__).resolve().parent.parent.parent
-SMALL = DataSettings(image_size=32)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path / "faces", {f"p{i:02d}": 6 for i in range(12)})
-
-
-def opened(folder: Path, data: DataSettings = SMALL, *, workers: int = 1) -> FacePack:
-    return open_pack("folder", folder, data, folder.parent / "cache", workers=workers)
-
-
-def in_cache(folder: Path) -> set[str]:
-    return {path.name for path in (folder.parent / "cache").iterdir() if not path.name.endswith(".lock")}
+    return people_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pictures.npy", "person.npy", "split.npy", "manifest.json"])
