@@ -21,8 +21,8 @@ NUM_REPLIES, PASSES = 32, 3
 
 
 def _training_task():
+    from common.protocol.wire import Task
     from common.settings import Settings
-    from common.wire import Task
     from server.app import initial_model
 
     _, manifest = initial_model(Settings())
@@ -33,7 +33,7 @@ def _training_task():
 def _messages(codec: str) -> tuple[list, object]:
     """32 replies as Flower hands them over, and the model's manifest."""
     from bench.replies import answer, enter_run, reply
-    from common import wire
+    from common.protocol import wire
 
     enter_run()
     task, manifest = _training_task()
@@ -45,9 +45,9 @@ def _messages(codec: str) -> tuple[list, object]:
 def ours(codec: str = "float32") -> Figures:
     """Seconds for all 32: everything, and the addition alone."""
     from bench.replies import site
-    from common import wire
+    from common.protocol import wire
     from server.aggregate import WeightedChange
-    from server.guard import check_train_reply
+    from server.exchange.guard import check_train_reply
 
     messages, manifest = _messages(codec)
     whole, adding = [], []

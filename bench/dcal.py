@@ -40,8 +40,8 @@ def stepper(attention: str, arguments: argparse.Namespace):
     from common.faces.batches import Batch
     from common.models.dcal import random_partners
     from common.settings import TrainingSettings
-    from common.training import Compute, make_optimiser
-    from common.training_step import Stepper
+    from common.training.loop import Compute, make_optimiser
+    from common.training.step import Stepper
 
     compute = Compute(
         device="cpu", precision=arguments.precision, memory_format="channels_last", threads=arguments.threads

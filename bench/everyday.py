@@ -18,8 +18,8 @@ from pathlib import Path
 
 from common.faces.index import read_index
 from common.faces.pack import open_pack
-from common.faces.synthetic import SynthSettings, write_dataset
 from common.settings import DataSettings
+from simulation.data.synthetic import SynthSettings, write_dataset
 
 PROGRAMS = Path(sys.executable).parent
 REPEATS = 5

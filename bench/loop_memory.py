@@ -20,7 +20,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from bench.replies import answer, enter_run, reply, site
 from bench.watch import run_side
-from common import config, wire
+from common import config
+from common.protocol import wire
 from common.settings import Settings
 from server.app import Surroundings, federate, initial_model
 

@@ -10,8 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from common.processes import free_port, is_healthy, start
-from common.tracking.serve import ServeOptions, plan_server
+from common.system.processes import free_port, is_healthy, start
+from simulation.admin.tracking_server import ServeOptions, plan_server
 
 HEALTHY_WITHIN_S = 300.0
 Point = tuple[str, int, float, int]  # name, step, value, milliseconds

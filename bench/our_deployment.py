@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.our_run import figures, newest_run
 from bench.workload import CLIENTS, PROGRAMS, Workload, settings_arguments
-from common.processes import free_port
+from common.system.processes import free_port
 
 ENDED_WITHIN_S = 800.0
 

@@ -75,8 +75,8 @@ def share(workload: Workload) -> Figures:
     from common.faces.batches import epoch_batches
     from common.faces.pack import open_pack
     from common.models.recogniser import build_recogniser
-    from common.precision import resolve_compute
-    from common.training import make_optimiser, train_epochs
+    from common.training.autotune import resolve_compute
+    from common.training.loop import make_optimiser, train_epochs
 
     chosen = settings()
     compute = resolve_compute(chosen, device="cpu", threads=1, cache_dir=workload.cache)

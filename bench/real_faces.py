@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from clients.local_update import open_workplace
+from clients.local_update import open_client_state
 from clients.site import SiteSettings
 from common import config
-from common.checkpoints import read_tensors
-from common.evaluation import evaluate
 from common.metrics.figures import open_set_scores
-from common.runtime import num_cores, use_threads
 from common.settings import Settings
-from common.training import Compute
+from common.system.checkpoints import read_tensors
+from common.system.runtime import num_cores, use_threads
+from common.training.evaluation import evaluate
+from common.training.loop import Compute
 
 CONFIGS = {"fedavg": "celeba_vggface2_fedavg", "fedprox": "celeba_vggface2_fedprox"}
 # Fixed, not left to the trial, so that all runs compute alike.
@@ -66,12 +66,11 @@ def pooled_auc_of_local(settings: Settings, sites: dict[str, SiteSettings], run_
     total = np.zeros((2, 8192), dtype=np.int64)
     figures = {}
     for name, site in sites.items():
-        workplace = open_workplace(site, settings)
-        state = workplace.recogniser.state_dict()
-        shared = {key: tensors[key] for key in state if key.startswith("backbone.")}
-        workplace.recogniser.load_state_dict(shared, strict=False)
+        state = open_client_state(site, settings)
+        shared = {key: tensors[key] for key in state.recogniser.state_dict() if key.startswith("backbone.")}
+        state.recogniser.load_state_dict(shared, strict=False)
         compute = Compute(device="cpu", precision="bfloat16", memory_format="channels_last", threads=num_cores())
-        pairs = evaluate(workplace.recogniser, workplace.pack, "test", compute).pairs
+        pairs = evaluate(state.recogniser, state.pack, "test", compute).pairs
         figures[name] = open_set_scores(pairs)["roc_auc"]
         total += pairs
     return {"pooled": open_set_scores(total)["roc_auc"], **figures}

@@ -4,11 +4,11 @@ import numpy as np
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from common import wire
-from common.codec import encode
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.sums import CLOSED_FIELDS, MOST_GROUPS, NUM_BINS, ClosedSetSums, EvaluationSums
-from common.wire import TRAIN_FIELDS, Reply, Site
+from common.protocol import wire
+from common.protocol.codec import encode
+from common.protocol.wire import TRAIN_FIELDS, Reply, Site
 
 NUM_PICTURES = 100
 

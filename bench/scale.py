@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from common.events import EventReader
+from common.system.events import EventReader
 
 PROGRAM = Path(sys.executable).parent / "flower-simulation"
 PEOPLE_EACH, PICTURES_EACH = 4, 8

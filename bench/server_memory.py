@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from common.processes import free_port
+from common.system.processes import free_port
 
 PROGRAMS = Path(sys.executable).parent
 MIB = 2**20

@@ -39,8 +39,8 @@ def main() -> None:
 
     from common.faces.pack import open_pack
     from common.models.recogniser import build_recogniser
-    from common.precision import resolve_compute
-    from common.training import make_optimiser, train_epochs
+    from common.training.autotune import resolve_compute
+    from common.training.loop import make_optimiser, train_epochs
 
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     workload, chosen = prepare(arguments.scratch), settings()

@@ -105,7 +105,7 @@ class Trainer:
 
 
 def _main(folder: Path, uri: str, num_steps: int) -> None:
-    from common.runtime import go_silent
+    from common.system.runtime import go_silent
 
     go_silent()
     steps = [entry["step"] for entry in spool_entries(folder) if "key" in entry] if folder.exists() else []

@@ -22,7 +22,7 @@ from bench.mlflow_server import MlflowServer
 from bench.tracked_points import NUM_VALUES, Call
 from bench.tracking_faults import Faults, survive_server, survive_trainer
 from bench.wandb_log import write_run
-from common.runtime import go_silent
+from common.system.runtime import go_silent
 
 PROGRAMS = Path(sys.executable).parent
 NUM_KILLS = 5

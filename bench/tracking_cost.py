@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.mlflow_server import MlflowServer
-from common.runtime import go_silent
+from common.system.runtime import go_silent
 
 PROGRAMS = Path(sys.executable).parent
 ORDER = ("off", "http", "off again", "sqlite")

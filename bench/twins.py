@@ -21,16 +21,16 @@ import torch
 
 from bench.real_faces import newest_run, run
 from common import config
-from common.checkpoints import read_tensors
-from common.evaluation import embed
 from common.faces.pack import FacePack, open_pack
-from common.faces.synthetic import SynthSettings, write_dataset
 from common.metrics.bootstrap import Drawn, paired_gap, twin_figures
 from common.metrics.figures import KINDS
 from common.models.recogniser import build_recogniser
-from common.runtime import num_cores
 from common.settings import Settings
-from common.training import Compute
+from common.system.checkpoints import read_tensors
+from common.system.runtime import num_cores
+from common.training.evaluation import embed
+from common.training.loop import Compute
+from simulation.data.synthetic import SynthSettings, write_dataset
 
 PROGRAMS = Path(sys.executable).parent
 PLAIN = ("--set", "model.attention=sa", "--set", "model.inference=sa")

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.console import counts, run_program, set_up_logging, stopping_on_signals
 from common.errors import UserError
 from common.faces.datasets import DATASETS
-from common.processes import is_loopback, parse_address
-from common.runtime import go_silent, num_cores
 from common.settings import CLIENT_NAME, LOG_LEVELS
+from common.system.console import counts, run_program, set_up_logging, stopping_on_signals
+from common.system.processes import is_loopback, parse_address
+from common.system.runtime import go_silent, num_cores
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,9 +83,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(arguments.log_level)
     from clients.flower.launch import ClientOptions, Launch
     from clients.site import SiteSettings
-    from common.certs import read_client_folder
     from common.faces.index import read_index
-    from common.runtime import resolve_device
+    from common.system.certs import read_client_folder
+    from common.system.runtime import resolve_device
     from common.tracking.address import resolve_uri
 
     tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import append_line
-from common.ledger import RECEIPT, parts_of, receipt_line, reply_line
+from common.protocol.ledger import RECEIPT, parts_of, receipt_line, reply_line
+from common.system.files import append_line
 
 if TYPE_CHECKING:
-    from common.wire import Task
+    from common.protocol.wire import Task
 
 LEDGER = "egress"  # the folder, in a site's state folder
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # it names files here

@@ -20,24 +20,24 @@ from clients.packs import open_site_pack
 from clients.private_state import load_private, load_residue, prune, save_private
 from clients.site import SiteSettings
 from common import config
-from common.codec import Coded, encode, is_lossy, residue_of
 from common.errors import ReplyRefused
-from common.evaluation import evaluate, people_digest
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.sums import EvaluationSums
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names, with_new_heads
-from common.parameters import Manifest, flatten, load_shared, manifest_of
-from common.precision import resolve_compute, threads_for
-from common.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.protocol.codec import Coded, encode, is_lossy, residue_of
+from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
+from common.protocol.wire import Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
-from common.training import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
-from common.wire import Reply, Site, Task
+from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.training.autotune import resolve_compute, threads_for
+from common.training.evaluation import evaluate, people_digest
+from common.training.loop import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workplace:
+class ClientState:
     """A site's pack and model for one run, ready to work."""
 
     site: SiteSettings
@@ -53,10 +53,10 @@ class Workplace:
         return self.site.state_dir / "private" / run_id
 
 
-def open_workplace(site: SiteSettings, settings: Settings, former: Workplace | None = None) -> Workplace:
+def open_client_state(site: SiteSettings, settings: Settings, former: ClientState | None = None) -> ClientState:
     """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit.
 
-    former: another client's workplace of equal settings, which is not used any more: its backbone serves this one too,
+    former: another client's state of equal settings, which is not used any more: its backbone serves this one too,
     so that a process with many virtual clients holds one model.
     """
     pack = open_site_pack(site, settings.data)
@@ -78,7 +78,7 @@ def open_workplace(site: SiteSettings, settings: Settings, former: Workplace | N
     fresh = {name: state[name].clone() for name in private}
     if former is not None:  # its training has changed what of the backbone is private
         fresh |= {name: tensor for name, tensor in former.fresh.items() if name.startswith("backbone.")}
-    return Workplace(
+    return ClientState(
         site=site,
         settings=settings,
         pack=pack,
@@ -126,17 +126,15 @@ def join(site: SiteSettings, settings: Settings) -> Site:
     )
 
 
-def _receive(
-    workplace: Workplace, task: Task, shared: NDArray[np.float32] | None
-) -> tuple[Compute, NDArray[np.float32]]:
-    if shared is None or task.manifest != workplace.manifest.digest:
+def _receive(state: ClientState, task: Task, shared: NDArray[np.float32] | None) -> tuple[Compute, NDArray[np.float32]]:
+    if shared is None or task.manifest != state.manifest.digest:
         raise ReplyRefused(
             f"the server's model (manifest {task.manifest[:12]}) is not this client's"
-            f" ({workplace.manifest.digest[:12]}); use equal versions and model settings."
+            f" ({state.manifest.digest[:12]}); use equal versions and model settings."
         )
-    load_shared(workplace.recogniser, shared, workplace.manifest)
+    load_shared(state.recogniser, shared, state.manifest)
     compute = Compute(
-        device=resolve_device(workplace.site.device),
+        device=resolve_device(state.site.device),
         precision=task.precision,
         memory_format=task.memory_format,
         threads=task.threads,
@@ -146,24 +144,24 @@ def _receive(
 
 
 def _restore_private(
-    workplace: Workplace, run_id: str, server_round: int, optimiser: torch.optim.Optimizer | None
+    state: ClientState, run_id: str, server_round: int, optimiser: torch.optim.Optimizer | None
 ) -> int:
     """The private state after `server_round`, or the fresh one if none is here; returns its round or -1.
 
     The recogniser may hold what an earlier message left in it, and must not: which process answers is Flower's choice.
     """
-    folder = workplace.state_folder(run_id)
-    found = load_private(folder, server_round, workplace.recogniser, optimiser, workplace.private)
+    folder = state.state_folder(run_id)
+    found = load_private(folder, server_round, state.recogniser, optimiser, state.private)
     if found < 0:
-        state = workplace.recogniser.state_dict()
+        tensors = state.recogniser.state_dict()
         with torch.no_grad():
-            for name, tensor in workplace.fresh.items():
-                state[name].copy_(tensor)
+            for name, tensor in state.fresh.items():
+                tensors[name].copy_(tensor)
     return found
 
 
-def _evaluate(workplace: Workplace, task: Task, compute: Compute) -> dict[str, EvaluationSums]:
-    return {split: evaluate(workplace.recogniser, workplace.pack, split, compute) for split in task.splits.split()}
+def _evaluate(state: ClientState, task: Task, compute: Compute) -> dict[str, EvaluationSums]:
+    return {split: evaluate(state.recogniser, state.pack, split, compute) for split in task.splits.split()}
 
 
 def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -180,58 +178,56 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
     }
 
 
-def _penalty(workplace: Workplace) -> Penalty | None:
+def _penalty(state: ClientState) -> Penalty | None:
     """What the strategy adds to the loss, from the shared parameters as they are now; None where it adds nothing."""
-    federation = workplace.settings.federation
+    federation = state.settings.federation
     term = STRATEGIES[federation.strategy].client_term
     if term is None:
         return None
-    named = dict(workplace.recogniser.named_parameters())
-    return term([named[entry.name] for entry in workplace.manifest.entries if entry.name in named], federation)
+    named = dict(state.recogniser.named_parameters())
+    return term([named[entry.name] for entry in state.manifest.entries if entry.name in named], federation)
 
 
-def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
+def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
     """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
 
     began: when the message came, by time.perf_counter(); what lies between is told as part of receiving.
     Raises TrainingFailed, ReplyRefused or CheckpointError.
     """
     began = time.perf_counter() if began is None else began
-    settings, recogniser = workplace.settings, workplace.recogniser
+    settings, recogniser = state.settings, state.recogniser
     federation = settings.federation
-    compute, received = _receive(workplace, task, shared)
+    compute, received = _receive(state, task, shared)
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
-    folder = workplace.state_folder(task.run_id)
-    found = _restore_private(workplace, task.run_id, task.server_round - 1, optimiser)
+    folder = state.state_folder(task.run_id)
+    found = _restore_private(state, task.run_id, task.server_round - 1, optimiser)
     if found < 0:
-        save_private(folder, 0, recogniser, optimiser, workplace.private)  # so that a repeated round starts here too
+        save_private(folder, 0, recogniser, optimiser, state.private)  # so that a repeated round starts here too
 
     started = time.perf_counter()
-    evaluations = _evaluate(workplace, task, compute)
+    evaluations = _evaluate(state, task, compute)
     evaluated = time.perf_counter()
     warmup = TrainSums()
     if found <= 0:  # round 0's private state is the fresh one
-        warmup = warm_up_head(
-            recogniser, workplace.pack, settings=settings, compute=compute, stream_name=workplace.site.name
-        )
+        warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
     warmed_up = time.perf_counter()
     first = (task.server_round - 1) * federation.local_epochs
     sums = train_epochs(
         recogniser,
         optimiser,
-        workplace.pack,
+        state.pack,
         settings=settings,
         compute=compute,
         epochs=range(first, first + federation.local_epochs),
         total_epochs=settings.total_epochs,
-        stream_name=workplace.site.name,
-        penalty=_penalty(workplace),
+        stream_name=state.site.name,
+        penalty=_penalty(state),
     )
     trained = time.perf_counter()
 
-    change, residue = _coded_change(workplace, folder, found, received)
-    save_private(folder, task.server_round, recogniser, optimiser, workplace.private, residue)
+    change, residue = _coded_change(state, folder, found, received)
+    save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
     # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
     # repeat both.
     prune(folder, {0, task.best_round, *range(task.server_round - 2, task.server_round + 1)})
@@ -244,44 +240,44 @@ def train(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None, 
     }
     return Reply(
         server_round=task.server_round,
-        manifest=workplace.manifest.digest,
-        num_examples=len(workplace.pack.indices(Split.TRAIN)),
+        manifest=state.manifest.digest,
+        num_examples=len(state.pack.indices(Split.TRAIN)),
         train=_train_fields(sums, warmup, seconds=seconds),
         evaluations=evaluations,
         change=change,
     )
 
 
-def evaluate_global(workplace: Workplace, task: Task, shared: NDArray[np.float32] | None) -> Reply:
+def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] | None) -> Reply:
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
-    compute, _ = _receive(workplace, task, shared)
-    _restore_private(workplace, task.run_id, task.server_round, None)
-    if task.last and workplace.site.share is None:  # the best model, for good; a virtual client keeps nothing
-        export_own_model(workplace.site, task, workplace.settings, workplace.recogniser)
-        keep_own_record(workplace.site, task, workplace.settings, workplace.recogniser, workplace.pack, compute)
+    compute, _ = _receive(state, task, shared)
+    _restore_private(state, task.run_id, task.server_round, None)
+    if task.last and state.site.share is None:  # the best model, for good; a virtual client keeps nothing
+        export_own_model(state.site, task, state.settings, state.recogniser)
+        keep_own_record(state.site, task, state.settings, state.recogniser, state.pack, compute)
     return Reply(
         server_round=task.server_round,
-        manifest=workplace.manifest.digest,
-        num_examples=len(workplace.pack.indices(Split.TRAIN)),
+        manifest=state.manifest.digest,
+        num_examples=len(state.pack.indices(Split.TRAIN)),
         train={},
-        evaluations=_evaluate(workplace, task, compute),
+        evaluations=_evaluate(state, task, compute),
         change=None,
     )
 
 
 def _coded_change(
-    workplace: Workplace, folder: Path, found: int, received: NDArray[np.float32]
+    state: ClientState, folder: Path, found: int, received: NDArray[np.float32]
 ) -> tuple[Coded, NDArray[np.float32] | None]:
     """What training changed, as it travels, and what that leaves for the next time (None: nothing is ever left).
 
     found: the round of the private state that training began with.
     """
-    codec = workplace.settings.federation.upload_codec
-    change = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    codec = state.settings.federation.upload_codec
+    change = flatten(state.recogniser.state_dict(), state.manifest)
     change -= received
     if not is_lossy(codec):
         return encode(change, codec), None
-    change += load_residue(folder, found, workplace.manifest.size)
+    change += load_residue(folder, found, state.manifest.size)
     coded = encode(change, codec)
     return coded, residue_of(change, coded)
 

@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from clients.site import SiteSettings
-from common.checkpoints import write_tensors
-from common.codec import num_bytes
 from common.errors import FaceFedError
-from common.evaluation import evaluate
 from common.faces.pack import FacePack
-from common.gallery import private_pictures
 from common.metrics.figures import scores, train_metrics
 from common.models.recogniser import Recogniser
-from common.runtime import resolve_device
+from common.private_figures import private_pictures
+from common.protocol.codec import num_bytes
+from common.protocol.wire import Reply, Task, counts_nbytes
 from common.settings import Settings, TrackingSettings
+from common.system.checkpoints import write_tensors
+from common.system.runtime import facefed_version, git_commit, resolve_device
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import SavesFigure, TrackedRun, finishing, open_run
-from common.training import Compute
-from common.version import facefed_version, git_commit
-from common.wire import Reply, Task, counts_nbytes
+from common.training.evaluation import evaluate
+from common.training.loop import Compute
 
 log = logging.getLogger("facefed.client")
 

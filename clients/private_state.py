@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.checkpoints import read_sealed, write_sealed
 from common.errors import CheckpointError
-from common.events import SHOWN
+from common.system.checkpoints import read_sealed, write_sealed
+from common.system.events import SHOWN
 
 log = logging.getLogger("facefed.client")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from common import config
 from common.errors import ConfigError
 from common.models.table import BACKBONES, HEADS
-from common.runtime import tracking_uri_of_environment
 from common.settings import Settings
 from common.strategies import STRATEGIES
+from common.system.runtime import tracking_uri_of_environment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 from common import config
 from common.errors import EXIT_DONE, ConfigError, InterruptedRun, UserError
-from common.events import OUTCOME_FILE, RUN_FILE, STOP_FILE
-from common.files import read_json, write_bytes, write_json
 from common.redact import shown_uri
 from common.settings import Settings
+from common.system.events import OUTCOME_FILE, RUN_FILE, STOP_FILE
+from common.system.files import read_json, write_bytes, write_json
+from common.system.runtime import facefed_version, git_commit
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.run import TrackedRun, finishing, open_run
-from common.version import facefed_version, git_commit
 
 CHECKPOINTS = "checkpoints"  # in the run's folder
 STATE_FILE = "state.json"  # in that one, written last

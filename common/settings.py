@@ -149,7 +149,7 @@ class FederationSettings:
     server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
     server_beta2: float = setting(0.99, low=0.0, high=0.9999)  # fedadam, fedyogi
     server_adaptivity: float = setting(1e-3, low=1e-9)  # fedadam, fedyogi: tau, added to the root of the moment
-    upload_codec: str = setting("float32", choices=CODECS)  # of the clients' changes, see common/codec.py
+    upload_codec: str = setting("float32", choices=CODECS)  # of the clients' changes, see common/protocol/codec.py
     download_codec: str = setting("float32", choices=CODECS)  # of the global model
     trim_fraction: float = setting(0.2, low=0.0, high=0.49)  # fedtrimmedavg: cut at each end of each element
     num_malicious: int = setting(1, low=0)  # krum, multikrum: f, with at least 2 f + 3 clients

@@ -29,10 +29,10 @@ class Unhealthy(Exception):
 def tracking(marker: Path = Path("/tmp/written")) -> None:  # noqa: S108 - the container's own, gone with it
     """MLflow.  Raises Unhealthy and what MLflow raises."""
     if not marker.exists() or time.time() - marker.stat().st_mtime > WRITE_EVERY_S:
-        from common.runtime import go_silent
+        from common.system.runtime import go_silent
 
         go_silent()
-        from common.tracking.doctor import write_and_remove
+        from simulation.admin.doctor import write_and_remove
 
         write_and_remove(f"http://{MLFLOW[0]}:{MLFLOW[1]}")
         marker.touch()
@@ -50,7 +50,7 @@ def proxy() -> None:
 
     Between runs there is none, and all is well where the door is shut: sites take it for the end of their server.
     """
-    from common.processes import can_connect
+    from common.system.processes import can_connect
 
     if not can_connect(*SUPERLINK):
         if can_connect(*DOOR):
@@ -65,7 +65,7 @@ def site(state: Path = Path(".facefed/clients")) -> None:
     """A SuperNode.  Raises Unhealthy."""
     import psutil
 
-    from common.processes import can_connect
+    from common.system.processes import can_connect
 
     for process in psutil.process_iter(["cmdline", "create_time"]):
         words = process.info["cmdline"] or []
@@ -90,7 +90,7 @@ def expect(
     ca: Path | None = CERTIFICATES / "ca.crt",
 ) -> None:
     """Ask once; only the federation's authority is trusted.  Raises Unhealthy for another status, httpx's errors."""
-    from common.processes import status_of
+    from common.system.processes import status_of
 
     status = status_of(*where, path, method=method, ca=ca, headers=headers, timeout_s=ANSWER_WITHIN_S)
     if status not in allowed:

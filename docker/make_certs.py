@@ -14,9 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from common.certs import CA, CLIENTS, SERVER, SERVER_KEY, read_certificate
-from common.files import replacing
-from simulation.new_certs import make_folder, renew_server
+from common.system.certs import CA, CLIENTS, SERVER, SERVER_KEY, read_certificate
+from common.system.files import replacing
+from simulation.admin.certs import make_folder, renew_server
 
 AUTHORITY, OF_SERVER = "authority", "server"
 NAMES = ("proxy", "superlink")  # under which sites reach the front door, and the front door the SuperLink

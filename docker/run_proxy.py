@@ -12,10 +12,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-from common.certs import ServerFiles, read_server_folder
-from common.console import run_program, set_up_logging, stopping_on_signals
 from common.errors import EXIT_INTERRUPTED, FaceFedError
-from common.processes import can_connect, is_healthy
+from common.system.certs import ServerFiles, read_server_folder
+from common.system.console import run_program, set_up_logging, stopping_on_signals
+from common.system.processes import can_connect, is_healthy
 from server.flower.front_door import Door, FrontDoor
 
 LOOK_EVERY_S = 0.5

@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from common.events import RUN_FILE
-from common.files import read_json
 from common.runs import has_checkpoint, has_ended_well
+from common.system.events import RUN_FILE
+from common.system.files import read_json
 
 RUNS = Path("runs")
 

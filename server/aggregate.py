@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.codec import PIECE, Coded, add_to, pieces
 from common.errors import NotEnoughClients
+from common.protocol.codec import PIECE, Coded, add_to, pieces
 from common.settings import FederationSettings
 from common.strategies import STRATEGIES, Changes, fewest_clients, needs
 

@@ -14,28 +14,27 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import config
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError
-from common.events import OUTCOME_FILE, STOP_FILE, EventLog
-from common.files import write_json
 from common.models.recogniser import Recogniser, build_recogniser, shared_names, trainable_names
-from common.parameters import Manifest, flatten, load_shared, manifest_of
+from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
+from common.protocol.wire import Task
 from common.results import Trained, register_models
 from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder, recorded
-from common.runtime import stream_seed
 from common.settings import Settings
+from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
+from common.system.files import write_json
+from common.system.runtime import stream_seed
 from common.tracking.run import TrackedRun
-from common.wire import Task
-from server.checkpointing import RunCheckpoints
+from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.receipts import ReceiptMailbox
+from server.exchange.roster import MOST_TOLD_APART, Roster
 from server.flower.grid import GridMailbox, ask_soon
 from server.flower.superlink import NODES_FILE, read_nodes
-from server.global_model import GlobalModel
-from server.history import MOST_TOLD_APART, History
-from server.mailbox import Mailbox, Patience
-from server.optimiser import ServerOptimiser
+from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import public_scorer
-from server.receipts import ReceiptMailbox
-from server.record import Record
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import History
+from server.record.tell import Record
 from server.resume import resume
-from server.roster import Roster
 from server.rounds import Federation, Outcome
 
 log = logging.getLogger("facefed.server")
@@ -132,7 +131,7 @@ def _federate(
     if isinstance(mailbox, GridMailbox):
         mailbox.expect(manifest.num_bytes)
     limit = settings.federation.run_timeout_s
-    patience = Patience(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
+    waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
     federation = Federation(
         settings=settings,
@@ -146,11 +145,11 @@ def _federate(
             settings.federation,
             task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(settings)),
             events=events,
-            patience=patience,
+            waiter=waiter,
             all_nodes_are_here=surroundings.all_nodes_are_here,
             keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
         ),
-        patience=patience,
+        waiter=waiter,
         checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),
         record=Record(tracked, events, settings),
         public=public_scorer(settings, recogniser, manifest),

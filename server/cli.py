@@ -7,7 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.console import (
+from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from common.flags import add_run_settings, read_run, refuse_ablation, refuse_run_settings
+from common.settings import RunSettings, Settings
+from common.system.console import (
     Follower,
     RunView,
     run_program,
@@ -16,12 +19,9 @@ from common.console import (
     summary_lines,
     tracking_line,
 )
-from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
-from common.events import EventReader
-from common.flags import add_run_settings, read_run, refuse_ablation, refuse_run_settings
-from common.processes import is_loopback, parse_address, require_free_port
-from common.runtime import go_silent
-from common.settings import RunSettings, Settings
+from common.system.events import EventReader
+from common.system.processes import is_loopback, parse_address, require_free_port
+from common.system.runtime import go_silent
 
 if TYPE_CHECKING:
     from server.flower.launch import ServerOptions
@@ -82,7 +82,7 @@ def _check_exposure(arguments: argparse.Namespace, host: str, port: int) -> None
 def _say_where(options: "ServerOptions", wanted: int) -> None:
     where = f"server at {options.host}:{options.port}"
     if options.tls:
-        from common.certs import CA_KEY, accepted_keys
+        from common.system.certs import CA_KEY, accepted_keys
 
         names = list(accepted_keys(options.tls.clients))
         where += f" with TLS, for {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
@@ -145,11 +145,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)
-    from common.certs import read_server_folder
     from common.runs import forget_its_end, new_run_folder
+    from common.system.certs import read_server_folder
     from server.flower.front_door import find_nginx
     from server.flower.launch import ServerOptions
-    from server.holding import database_held, run_held
+    from server.locks import database_held, run_held
 
     settings, address = _absolute(settings, address)
     tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None

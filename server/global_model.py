@@ -3,18 +3,94 @@
 With a lossy `federation.download_codec` they differ.  What coding lost stays in the exact one and is in the next
 download (error feedback), so the losses do not add up.  The model of a round is the received one: it is what the
 clients' scores are of, what is checkpointed and what is registered.
+
+The server's step leads from one to the next: the strategy's rule, and what it remembers between rounds.  The rule
+applies to trainable parameters only.  What else is shared (the running mean and variance of normalisation layers) is
+averaged plainly: a step with momentum or an adaptive rate could make a variance negative.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from common.codec import Coded, decode, encode, is_lossy
 from common.errors import CheckpointError
-from server.optimiser import ServerOptimiser
+from common.protocol.codec import Coded, decode, encode, is_lossy
+from common.protocol.parameters import Manifest
+from common.settings import FederationSettings
+from common.strategies import STRATEGIES, Rates, Strategy
 
 Buffer = NDArray[np.float32]
+Span = tuple[slice, bool]  # elements of the flat model, and whether they are trainable
+
+
+def trainable_spans(manifest: Manifest, trainable: Collection[str]) -> tuple[Span, ...]:
+    """The flat model as the longest runs of elements that are all trainable or all not.
+
+    trainable: names, as of `common.models.recogniser.trainable_names`.
+    """
+    spans: list[Span] = []
+    for entry in manifest.entries:
+        is_trainable, end = entry.name in trainable, entry.offset + entry.size
+        if spans and spans[-1][1] == is_trainable:
+            spans[-1] = (slice(spans[-1][0].start, end), is_trainable)
+        else:
+            spans.append((slice(entry.offset, end), is_trainable))
+    return tuple(spans)
+
+
+class ServerOptimiser:
+    """Applies a strategy's step and keeps its moments: flat float32 buffers in the model's layout.
+
+    A moment's elements where the model has no trainable parameter are never touched.
+    """
+
+    def __init__(self, strategy: Strategy, rates: Rates, spans: tuple[Span, ...]) -> None:
+        """spans: of `trainable_spans`."""
+        self._strategy, self._rates, self._spans = strategy, rates, spans
+        size = spans[-1][0].stop if spans else 0
+        self.moments: dict[str, Buffer] = {
+            name: np.full(size, value, dtype=np.float32) for name, value in strategy.first_moments(rates).items()
+        }
+
+    @classmethod
+    def of(cls, federation: FederationSettings, manifest: Manifest, trainable: Collection[str]) -> Self:
+        """The optimiser that the settings name, at the start of a run."""
+        strategy = STRATEGIES[federation.strategy]
+        rates = Rates(
+            lr=strategy.default_lr if isinstance(federation.server_lr, str) else federation.server_lr,
+            momentum=federation.server_momentum,
+            beta2=federation.server_beta2,
+            adaptivity=federation.server_adaptivity,
+        )
+        return cls(strategy, rates, trainable_spans(manifest, trainable))
+
+    def apply(self, model: Buffer, mean_change: Buffer) -> None:
+        """Make the next global model of this one and the clients' mean change, in place; both [size] float32."""
+        weights, change = torch.from_numpy(model), torch.from_numpy(mean_change)
+        moments = {name: torch.from_numpy(buffer) for name, buffer in self.moments.items()}
+        for span, is_trainable in self._spans:  # one after the other, so that scratch space is a layer's, not a model's
+            if is_trainable:
+                here = {name: moment[span] for name, moment in moments.items()}
+                self._strategy.step(weights[span], change[span], here, self._rates)
+            else:
+                weights[span].add_(change[span])
+
+    def restore(self, moments: Mapping[str, Buffer]) -> None:
+        """Go on from moments that a checkpoint kept.  Raises CheckpointError when they are another strategy's."""
+        wanted = {name: buffer.shape for name, buffer in self.moments.items()}
+        seen = {name: buffer.shape for name, buffer in moments.items()}
+        if seen != wanted:
+            raise CheckpointError(
+                f"the checkpoint holds the server state {seen or 'of no moments'}, {self._strategy.name} needs"
+                f" {wanted or 'none'}; resume with the settings that the run began with."
+            )
+        for name, buffer in moments.items():
+            np.copyto(self.moments[name], buffer, casting="no")
+
+
 EXACT = "exact-model"
 
 

@@ -22,9 +22,9 @@ from common.metrics.figures import eer, roc_auc
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
 from common.metrics.pairs import score_histogram
 from common.models.recogniser import Recogniser
-from common.parameters import Manifest, load_shared
-from common.runtime import resolve_device
+from common.protocol.parameters import Manifest, load_shared
 from common.settings import Settings
+from common.system.runtime import resolve_device
 
 BATCH = 128
 

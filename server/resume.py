@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import CheckpointError
-from common.parameters import buffer_sha256
+from common.protocol.parameters import buffer_sha256
 from server.global_model import GlobalModel
-from server.history import History
+from server.record.history import History
 from server.rounds import Federation
 
 log = logging.getLogger("facefed.server")

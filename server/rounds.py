@@ -6,26 +6,25 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
-from common import config, wire
-from common.codec import Coded, decode, encode, num_bytes
+from common import config
 from common.errors import NotEnoughClients
-from common.parameters import Manifest
-from common.precision import threads_for
+from common.protocol import wire
+from common.protocol.codec import Coded, decode, encode, num_bytes
+from common.protocol.parameters import Manifest
+from common.protocol.wire import Reply, Task
 from common.settings import Settings
 from common.strategies import check_number, fewest_clients
-from common.wire import Reply, Task
+from common.training.autotune import threads_for
 from server.aggregate import Aggregate, aggregate_for
-from server.checkpointing import RunCheckpoints
-from server.exchange import Download, Exchange
-from server.global_model import GlobalModel
-from server.history import History, Tally
-from server.mailbox import Mailbox, Patience
-from server.optimiser import ServerOptimiser
+from server.exchange.clock import RoundClock
+from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.messages import Download, Exchange
+from server.exchange.roster import Member, Roster, is_sampled, replies_needed, sample, waves
+from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import PublicScorer
-from server.record import Record
-from server.roster import Member, Roster
-from server.round_clock import RoundClock
-from server.sampling import is_sampled, replies_needed, sample, waves
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import History, Tally
+from server.record.tell import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class Federation:
     optimiser: ServerOptimiser
     mailbox: Mailbox
     roster: Roster
-    patience: Patience
+    waiter: Waiter
     checkpoints: RunCheckpoints
     record: Record
     public: PublicScorer | None = None
@@ -77,7 +76,7 @@ class Federation:
                 self.record.stopped_early(last_round, self.history)
             self._evaluate_at_end(last_round)
         finally:
-            self.patience.do_work()
+            self.waiter.do_work()
         # With the scores that came last.
         self.checkpoints.write_state(last_round, self.sha256, self.history, self.record.counts())
         return Outcome(history=self.history, last_round=last_round, sha256=self.sha256)
@@ -105,7 +104,7 @@ class Federation:
             replies, num_asked = self._attempt(server_round, is_last=attempts == 0)
             num_tasks += num_asked
         clients = {name: self._costs(name, reply) for name, reply in replies.items()}
-        self.patience.leave_work(partial(self._round_is_whole, server_round, replies, clients, num_tasks, clock))
+        self.waiter.leave_work(partial(self._round_is_whole, server_round, replies, clients, num_tasks, clock))
 
     def _attempts(self) -> int:
         return self.settings.federation.round_attempts if self.roster.others_may_come() else 1
@@ -190,12 +189,12 @@ class Federation:
             federation=self.settings.federation,
             manifest=self.manifest,
             mailbox=self.mailbox,
-            patience=self.patience,
+            waiter=self.waiter,
             clock=self.clock,
             refused=self.record.refused,
         )
         exchange.send(tasks, members, model)
-        self.patience.do_work()
+        self.waiter.do_work()
         self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
         return exchange.replies(change)
@@ -207,7 +206,7 @@ class Federation:
         step = task.server_round - 1 if task.kind == "train" else task.server_round
         if "round_public_auc" in self.history.at(step).metrics:  # the round is tried again
             return
-        self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.patience.check))
+        self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.waiter.check))
 
     def _require_enough(self, replies: Collection[str], members: Collection[str], step: int, *, kept: int) -> None:
         """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""

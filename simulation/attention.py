@@ -16,16 +16,16 @@ from torch import Tensor
 from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
-from common.files import read_json, write_bytes
 from common.models.dcal import AttentionMaps, VitBackbone, attention_of, joined
 from common.models.recogniser import EmbeddingModel
 from common.models.table import BACKBONES, VITS
 from common.plots.attention import MOST_PICTURES, attention_maps
 from common.plots.style import shorten
 from common.settings import Settings
+from common.system.files import read_json, write_bytes
 from common.tracking.address import with_absolute_tracking
-from simulation.found_models import FoundModel, find_model
-from simulation.ready_models import ModelFiles
+from simulation.compare.model_loading import ModelFiles
+from simulation.compare.model_lookup import FoundModel, find_model
 
 FORMATS: Final = ("png", "pdf", "svg", "jpg", "jpeg", "tif", "tiff", "webp")  # by suffix; matplotlib writes them all
 

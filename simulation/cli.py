@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import find_config
-from common.console import run_program, set_up_logging
 from common.errors import ConfigError
 from common.faces.datasets import DATASETS, DRAWN
 from common.flags import add_run_settings, read_run, read_run_settings, refuse_ablation, refuse_run_settings
-from common.runtime import go_silent
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from simulation.admin_cli import (
+from common.system.console import run_program, set_up_logging
+from common.system.runtime import go_silent
+from simulation.admin.cli import (
     CERTS_ACTIONS,
     TRACKING_ACTIONS,
     add_certs_parser,
@@ -27,7 +27,7 @@ from simulation.admin_cli import (
 )
 
 if TYPE_CHECKING:
-    from simulation.sweep_plan import SweepPlan
+    from simulation.alone.sweep_plan import SweepPlan
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 TWINS_CONFIG = "twins_dcal"
@@ -245,7 +245,7 @@ def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 def _evaluate(arguments: argparse.Namespace) -> int:
     settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
-    from simulation.evaluate import Request, evaluate_models
+    from simulation.compare.evaluate import Request, evaluate_models
 
     request = Request(
         mode=arguments.mode,
@@ -310,7 +310,7 @@ def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
         return None
     if arguments.config:
         raise ConfigError(["--sweep names its base in its own file; leave --config out."])
-    from simulation.sweep_plan import load_plan
+    from simulation.alone.sweep_plan import load_plan
 
     return load_plan(find_config(arguments.sweep, "--sweep"))
 
@@ -322,7 +322,7 @@ def _train_settings(arguments: argparse.Namespace, name: str, plan: "SweepPlan |
         refuse_run_settings(arguments, "--resume", but=("run.out", "run.log_level"))
     default = TWINS_CONFIG if name == "twins" else DEFAULT_CONFIG
     if plan and not resume:
-        from simulation.sweep_plan import base_config, check_together
+        from simulation.alone.sweep_plan import base_config, check_together
 
         settings, address = read_run(arguments, default_config=base_config(plan))
         check_together(plan, settings)

@@ -8,24 +8,24 @@ from typing import TextIO
 
 from clients.site import SiteSettings
 from common import config
-from common.console import Follower, RunView, summary_lines, tracking_line
 from common.errors import CheckpointError, UserError
-from common.events import OUTCOME_FILE, RUN_FILE, EventReader
 from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
-from common.files import read_json
 from common.runs import CONFIG_FILE, new_run_folder, unfinished_run
 from common.settings import Settings
+from common.system.console import Follower, RunView, summary_lines, tracking_line
+from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
+from common.system.files import read_json
 from common.tracking.address import with_absolute_tracking
 from server.public_set import open_public_set, with_absolute_public_set
-from simulation.baselines import BaselineSummary, run_centralized, run_local, run_twins
+from simulation.alone.baselines import BaselineSummary, run_centralized, run_local, run_twins
+from simulation.alone.studies import MODES
+from simulation.alone.sweep_plan import SweepPlan, plan_of_run
+from simulation.alone.twin_results import twin_lines
 from simulation.engine.virtual import IDENTITY, VirtualSites, divide, parse_partition
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, parse_clients, site_of
-from simulation.studies import MODES
-from simulation.sweep_plan import SweepPlan, plan_of_run
-from simulation.twin_results import twin_lines
 
 _GOES_ON = {"twins": MODES}  # command -> the modes of the runs that it resumes, where they are not its own name
 
@@ -264,11 +264,11 @@ def train_twins(
         plan = plan_of_run(folder, plan)
     if plan or settings.ablation.over != "none":
         if plan:
-            from simulation.sweep import run_sweep, sweep_lines  # Optuna only where it is needed
+            from simulation.alone.sweep import run_sweep, sweep_lines  # Optuna only where it is needed
 
             out.writelines(sweep_lines(run_sweep(settings, plan, site, pack, folder, out)))
         else:
-            from simulation.studies import ablation_lines, run_ablation
+            from simulation.alone.studies import ablation_lines, run_ablation
 
             out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out)))
         out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")

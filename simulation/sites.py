@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TextIO
 
 from clients.site import SiteSettings
-from common.console import PackProgress, counts
 from common.errors import UserError, escaped, unknown_name
-from common.faces.audit import audit, audit_overlap
 from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
 from common.faces.pack import FacePack, open_pack
-from common.faces.synthetic import SynthSettings, write_dataset
-from common.runtime import num_cores, resolve_device
 from common.settings import CLIENT_NAME, Settings
+from common.system.console import PackProgress, counts
+from common.system.runtime import num_cores, resolve_device
+from simulation.data.audit import audit, audit_overlap
+from simulation.data.synthetic import SynthSettings, write_dataset
 
 # Where several may be meant and none is named; twins are trained for by themselves.
 USUAL_CLIENTS = tuple(name for name in DEFAULT_CLIENTS if name not in OF_FAMILIES)

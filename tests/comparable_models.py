@@ -9,14 +9,14 @@ import torch
 
 from clients.private_state import save_private
 from common import config
-from common.checkpoints import write_tensors
 from common.faces.pack import FacePack
 from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names
 from common.settings import Settings
-from common.training import Compute, make_optimiser
-from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
-from simulation.found_models import FoundModel
-from simulation.scoring import score
+from common.system.checkpoints import write_tensors
+from common.training.loop import Compute, make_optimiser
+from simulation.compare.comparison import Comparison, describe, gaps_of, notes_of, with_pooled
+from simulation.compare.model_lookup import FoundModel
+from simulation.compare.scoring import score
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 
 CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)

@@ -33,7 +33,7 @@ def shared_faces() -> Path:
 @pytest.fixture(scope="module")
 def silent_mlflow():
     """The environment that our programs give MLflow: silent outside, and soon done with a server that is away."""
-    from common.runtime import PATIENCE, SILENCE
+    from common.system.runtime import PATIENCE, SILENCE
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SILENCE, **PATIENCE}.items():

@@ -16,27 +16,27 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from clients.answer import handle
-from clients.local_update import Workplace
+from clients.local_update import ClientState
+from clients.message_handler import handle
 from clients.site import SiteSettings
-from common import config, wire
-from common.codec import encode
-from common.events import EventLog
+from common import config
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.sums import CLOSED_FIELDS, NUM_BINS, ClosedSetSums, EvaluationSums
 from common.models.recogniser import build_recogniser, private_names, shared_names
-from common.parameters import Manifest, manifest_of
+from common.protocol import wire
+from common.protocol.codec import encode
+from common.protocol.parameters import Manifest, manifest_of
+from common.protocol.wire import TRAIN_FIELDS, Reply, Site, Task
 from common.runs import begin_tracking, federated_kind
 from common.settings import Settings
-from common.wire import TRAIN_FIELDS, Reply, Site, Task
-from server.checkpointing import RunCheckpoints
-from server.global_model import GlobalModel
-from server.mailbox import Patience
-from server.optimiser import ServerOptimiser
-from server.record import Record
-from server.roster import Roster
+from common.system.events import EventLog
+from server.exchange.mailbox import Waiter
+from server.exchange.roster import Roster
+from server.global_model import GlobalModel, ServerOptimiser
+from server.record.checkpoint import RunCheckpoints
+from server.record.tell import Record
 from server.rounds import Federation
 from tests.tiny_settings import TINY, changed
 
@@ -183,7 +183,7 @@ def roster_over(
     folder: Path,
     *,
     all_here: bool = False,
-    patience: Patience | None = None,
+    waiter: Waiter | None = None,
 ) -> Roster:
     """A Roster as the server app makes it."""
     return Roster(
@@ -191,14 +191,14 @@ def roster_over(
         settings.federation,
         task=Task(kind="join", run_id=folder.name, server_round=0, settings=config.to_json(settings)),
         events=EventLog(folder),
-        patience=patience or Patience(lambda: False),
+        waiter=waiter or Waiter(lambda: False),
         all_nodes_are_here=lambda: all_here,
     )
 
 
 def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) -> Federation:
     """A Federation of the model of seven numbers, all zero, recorded in `folder`."""
-    patience = Patience(lambda: False)
+    waiter = Waiter(lambda: False)
     return Federation(
         settings=settings,
         run_id=folder.name,
@@ -206,8 +206,8 @@ def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) 
         model=GlobalModel(np.zeros(MANIFEST.size, dtype=np.float32), settings.federation.download_codec),
         optimiser=ServerOptimiser.of(settings.federation, MANIFEST, {entry.name for entry in MANIFEST.entries}),
         mailbox=mailbox,
-        roster=roster_over(mailbox, settings, folder, patience=patience),
-        patience=patience,
+        roster=roster_over(mailbox, settings, folder, waiter=waiter),
+        waiter=waiter,
         checkpoints=RunCheckpoints(folder / "checkpoints", MANIFEST),
         record=Record(begin_tracking(settings, folder, "none", federated_kind(settings)), EventLog(folder), settings),
     )
@@ -248,15 +248,15 @@ def site_settings(name: str, folder: Path) -> SiteSettings:
     )
 
 
-def tiny_workplace(settings: Settings, folder: Path, name: str = "alpha") -> Workplace:
-    """A Workplace over a tiny pack, made by hand."""
+def tiny_workplace(settings: Settings, folder: Path, name: str = "alpha") -> ClientState:
+    """A ClientState over a tiny pack, made by hand."""
     pack = tiny_pack(name)
     recogniser = build_recogniser(
         settings.model, num_people=pack.num_classes, image_size=SIDE, backbone_seed=1, head_seed=2
     )
     state = recogniser.state_dict()
     private = private_names(recogniser, settings.model.normalisation)
-    return Workplace(
+    return ClientState(
         site=site_settings(name, folder),
         settings=settings,
         pack=pack,
@@ -286,7 +286,7 @@ Tamper = Callable[[str, Task, Message], Message]
 
 
 class InProcessMailbox:
-    """A Mailbox whose nodes are clients in this process, answered by `clients.answer.handle` itself."""
+    """A Mailbox whose nodes are clients in this process, answered by `clients.message_handler.handle` itself."""
 
     def __init__(self, names: Iterable[str], folder: Path, tamper: Tamper = lambda _name, _task, reply: reply) -> None:
         """tamper: may change a reply on its way to the server."""

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.processes import free_port
+from common.system.processes import free_port
 
 APP = Path(__file__).parent / "flower_app"
 NUM_CLIENTS = 2

@@ -3,9 +3,9 @@
 import socket
 import ssl
 
-from common.certs import ClientFiles
 from common.errors import UserError
-from common.processes import is_healthy
+from common.system.certs import ClientFiles
+from common.system.processes import is_healthy
 
 WITHIN_S = 10.0
 # X.509 verification results, from openssl/x509_vfy.h.

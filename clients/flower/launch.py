@@ -14,11 +14,11 @@ from typing import IO
 from clients.flower.handshake import examine
 from clients.flower.trainer import Trainer, follow
 from clients.site import SiteSettings
-from common.certs import ClientFiles
 from common.errors import FaceFedError, InterruptedRun, UserError
-from common.events import LAST_TASK_FILE, RUN_FILE, SHOWN
-from common.files import InUse, lock
-from common.processes import can_connect, child_environment, free_port, start, stop
+from common.system.certs import ClientFiles
+from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
+from common.system.files import InUse, lock
+from common.system.processes import can_connect, child_environment, free_port, start, stop
 
 log = logging.getLogger("facefed.client")
 

@@ -43,7 +43,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from clients.egress import LEDGER, refusal
 from clients.flower.patches import Pace, hold_on, quicken
 from clients.flower.trainer import CLIENT_FAILED, KEY, TrainerGone, hand_over
-from common.runtime import go_silent
+from common.system.runtime import go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered

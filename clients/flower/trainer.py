@@ -33,12 +33,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from clients.egress import LEDGER, refusal
 from clients.site import SiteSettings
-from common.events import SHOWN
-from common.files import write_new
-from common.processes import child_environment, start, stop
-from common.runtime import go_silent
+from common.system.events import SHOWN
+from common.system.files import write_new
+from common.system.processes import child_environment, start, stop
+from common.system.runtime import go_silent
 
-CLIENT_FAILED = 500  # as in common.wire, which would bring torch along
+CLIENT_FAILED = 500  # as in common.protocol.wire, which would bring torch along
 SOCKET, KEY, SITE = "socket", "key", "site.json"
 THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 KNOCK_EVERY_S = 0.05
@@ -197,7 +197,7 @@ def main(folder: Path, parent: int) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.INFO)
     go_silent()
     site = site_from_json((folder / SITE).read_text(encoding="utf-8"))
-    from clients.answer import answer  # torch and all: seconds, while nobody waits yet
+    from clients.message_handler import answer  # torch and all: seconds, while nobody waits yet
 
     serve(folder, site, answer)
 

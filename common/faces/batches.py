@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from common.faces.pack import FacePack, Pictures
 from common.faces.splits import Split
-from common.runtime import random_stream
 from common.settings import AugmentationSettings, Settings, TwinSettings
+from common.system.runtime import random_stream
 
 Item = TypeVar("Item")
 POLL_S = 0.1  # how soon the thread notices that nobody takes any more

@@ -35,7 +35,7 @@ DATASETS: dict[str, DataSet] = {
         needs="CelebA needs the folder that holds identity_CelebA.txt and img_align_celeba/",
         points={"landmarks": "list_landmarks_align_celeba.txt"},
         by_default=True,
-        drawing="common.faces.synthetic:CELEBA",
+        drawing="simulation.data.synthetic:CELEBA",
     ),
     "vggface2": DataSet(
         reader="common.faces.vggface2:read_vggface2",
@@ -45,14 +45,14 @@ DATASETS: dict[str, DataSet] = {
             "box": "bb_landmark/loose_bb_{train,test}.csv",
         },
         by_default=True,
-        drawing="common.faces.synthetic:VGGFACE2",
+        drawing="simulation.data.synthetic:VGGFACE2",
     ),
     "twins": DataSet(
         reader="common.faces.twins:read_twins",
         needs="twins need the folder that holds train_dataset_infor.json and one folder a person",
         has_families=True,
         by_default=True,
-        drawing="common.faces.synthetic:TWINS",
+        drawing="simulation.data.synthetic:TWINS",
     ),
     "folder": DataSet(
         reader="common.faces.index:read_folder",

@@ -29,8 +29,8 @@ from common.errors import DataError, FaceFedError
 from common.faces.align import box_maps, centre_map, landmark_maps
 from common.faces.datasets import DATASETS
 from common.faces.index import FaceIndex
-from common.runtime import num_cores
 from common.settings import DataSettings
+from common.system.runtime import num_cores
 
 MAX_FILE_BYTES = 128 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file that claims more is a mistake or an attack

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CheckpointError, DataError
-from common.files import InUse, bring_to_disk, lock, write_bytes
+from common.system.files import InUse, bring_to_disk, lock, write_bytes
 
 FORMAT = 2  # 2: families of people
 MANIFEST, PICTURES, PERSON, SPLIT = "manifest.json", "pictures.npy", "person.npy", "split.npy"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from common.faces.pack import FacePack, Pictures
 from common.faces.splits import Split
-from common.runtime import stream_seed
+from common.system.runtime import stream_seed
 
 MIN_TRAINING_PEOPLE = 2  # of a client: one alone is no choice
 MIN_TRAINING_PICTURES = 4  # of a client, by Dirichlet

@@ -1,7 +1,7 @@
 """What one evaluation adds up: the one value that clients send, the server merges and keeps, and figures are made of.
 
 A new sum is a field here, with its shape in COUNTS or its name among the numbers, and what counts it in
-`common/evaluation.py`: the wire and the checkpoint carry whatever `EvaluationSums.numbers` and `arrays` hold.
+`common/training/evaluation.py`: the wire and the checkpoint carry whatever `EvaluationSums.numbers` and `arrays` hold.
 """
 
 import functools

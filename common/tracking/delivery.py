@@ -20,8 +20,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from common.errors import TrackingError
-from common.processes import can_connect
 from common.redact import shown_uri, without_password
+from common.system.processes import can_connect
 from common.tracking.address import SERVERS, sqlite_path
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import TrackingError
-from common.runtime import go_silent, tracking_uri_of_environment
 from common.settings import TrackingSettings
+from common.system.runtime import go_silent, tracking_uri_of_environment
 from common.tracking.address import resolve_uri
 from common.tracking.run import TrackedRun, finishing, open_run
 from common.tracking.tensorboard import OFF

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import bring_to_disk
 from common.redact import shown_uri
+from common.system.files import bring_to_disk
 from common.tracking.sender import Sender
 from common.tracking.spool import KeptFiles, SavesFigure, Spool, event_line, metric_line, now_ms
 from common.tracking.tensorboard import Board

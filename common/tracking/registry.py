@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from common.errors import CheckpointError, TrackingError
-from common.files import read_json
 from common.redact import shown_uri
+from common.system.files import read_json
 from common.tracking.address import sqlite_path
 from common.tracking.delivery import AUC_TAG, CHAMPION, PEOPLE_TAG, open_client, quieten
 from common.tracking.run import TrackedRun

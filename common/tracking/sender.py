@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from common.files import Line
 from common.redact import shown_uri
+from common.system.files import Line
 from common.tracking.spool import Sent, Spool, read_whole_lines, save_sent
 
 _UPLOADS = ("artifact", "model")

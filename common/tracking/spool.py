@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from common.errors import TrackingError
-from common.files import InUse, Line, bring_to_disk, lock, read_lines, replacing
+from common.system.files import InUse, Line, bring_to_disk, lock, read_lines, replacing
 
 SPOOL_NAME = "spool.jsonl"
 SENT_NAME = "spool.sent.json"

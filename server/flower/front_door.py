@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from common.certs import ServerFiles
 from common.errors import UserError
-from common.processes import can_connect, child_environment, start, stop
+from common.system.certs import ServerFiles
+from common.system.processes import can_connect, child_environment, start, stop
 
 ELSEWHERE = "/usr/sbin:/usr/local/sbin:/opt/homebrew/bin"  # where nginx is when it is not on PATH
 # Flower cuts what it sends into objects of at most 5 MiB; the list of a message's objects is far smaller.

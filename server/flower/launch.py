@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import config
-from common.certs import ServerFiles
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, FaceFedError, InterruptedRun
-from common.events import OUTCOME_FILE, STOP_FILE
-from common.files import read_json, write_bytes
-from common.processes import child_environment, free_port, require_free_port, start, stop
 from common.settings import Settings
-from common.version import facefed_version, git_commit
+from common.system.certs import ServerFiles
+from common.system.events import OUTCOME_FILE, STOP_FILE
+from common.system.files import read_json, write_bytes
+from common.system.processes import child_environment, free_port, require_free_port, start, stop
+from common.system.runtime import facefed_version, git_commit
 from server.flower.front_door import Door, FrontDoor
 from server.flower.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
 

@@ -25,7 +25,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 
-from common.runtime import go_silent
+from common.system.runtime import go_silent
 
 MOST_TIMES = 20  # one that a node cannot take for another reason must not keep the next from it
 

@@ -27,11 +27,11 @@ from flwr.supercore.protobuf.client import ProtobufClient, ProtobufClientInterce
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from common.certs import CertificateError, read_public_key
-from common.console import set_up_logging
-from common.files import write_new
-from common.processes import child_environment, start
-from common.runtime import go_silent
+from common.system.certs import CertificateError, read_public_key
+from common.system.console import set_up_logging
+from common.system.files import write_new
+from common.system.processes import child_environment, start
+from common.system.runtime import go_silent
 from server.flower.superlink import ADMITTED, APP_ENDED, NODES_FILE, RUN_ID, SECRET, TOKEN, write_nodes
 
 LOOK_EVERY_S = 0.2

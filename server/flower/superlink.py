@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.certs import ServerFiles
 from common.errors import FaceFedError
-from common.files import read_json, write_json, write_new
-from common.processes import child_environment, is_healthy
+from common.system.certs import ServerFiles
+from common.system.files import read_json, write_json, write_new
+from common.system.processes import child_environment, is_healthy
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0

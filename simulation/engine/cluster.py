@@ -17,7 +17,7 @@ from ray._private.worker import global_worker
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from common.errors import UserError
-from common.runtime import num_cores
+from common.system.runtime import num_cores
 
 ANSWERS_WITHIN_S = 5.0
 

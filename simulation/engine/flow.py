@@ -17,8 +17,8 @@ from flwr.app import Array, Message
 from flwr.common import now
 from flwr.server.superlink.fleet.vce import vce_api
 
-from common import wire
-from server.mailbox import Mailbox
+from common.protocol import wire
+from server.exchange.mailbox import Mailbox
 
 LOOK_EVERY_S: Final = 0.01
 BUFFERS_PROTOCOL: Final = 5  # of pickle, the first that can leave buffers where they are

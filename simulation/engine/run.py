@@ -17,16 +17,16 @@ from flwr.common import EventType
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation.run_simulation import _run_simulation
 
-from clients.answer import build_client_app
+from clients.message_handler import build_client_app
 from clients.site import SiteSettings
 from common import config
-from common.console import stopping_on_signals
 from common.errors import EXIT_FAILED, CheckpointError
-from common.events import OUTCOME_FILE
-from common.files import read_json
-from common.processes import be_killed_with_parent
 from common.settings import Settings
-from common.version import git_commit
+from common.system.console import stopping_on_signals
+from common.system.events import OUTCOME_FILE
+from common.system.files import read_json
+from common.system.processes import be_killed_with_parent
+from common.system.runtime import git_commit
 from server.app import Surroundings, federate
 from server.flower.grid import GridMailbox
 from simulation.engine.cluster import Cluster, Resources, end_actors, joined_ray, own_ray

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from programs import BIN, free_port
 
-from common.processes import be_killed_with_parent
+from common.system.processes import be_killed_with_parent
 from tests.conftest import skip_or_fail
 
 READY_WITHIN_S = 120.0

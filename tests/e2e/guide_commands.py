@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 from programs import BIN, DONE_WITHIN_S, MARK
 
-from common.processes import be_killed_with_parent
+from common.system.processes import be_killed_with_parent
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CTRL_C = "# in the server's terminal: Ctrl-C"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.runtime import PATIENCE, SILENCE
+from common.system.runtime import PATIENCE, SILENCE
 from tests.conftest import skip_or_fail
 
 OUTSIDE = "198.51.100.1"  # TEST-NET-2, RFC 5737: nobody's

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from common import config
-from common.checkpoints import read_tensors
-from common.parameters import buffer_sha256, flatten
+from common.protocol.parameters import buffer_sha256, flatten
+from common.system.checkpoints import read_tensors
 
 BIN = Path(sys.executable).parent
 MARK = "FACEFED_E2E_MARK"  # inherited by every child, whatever its session: so orphans are found

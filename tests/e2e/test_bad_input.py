@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from programs import BIN, assert_one_line, run_folder
 
-from simulation.new_certs import make_folder
+from simulation.admin.certs import make_folder
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 from programs import assert_one_line, run_folder
 
-from common.checkpoints import read_tensors
+from common.system.checkpoints import read_tensors
 
 pytestmark = [
     pytest.mark.e2e,

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from common.errors import UserError
-from common.processes import free_port
+from common.system.processes import free_port
 from server.flower.front_door import LARGEST_BODY_MIB, Door, FrontDoor, find_nginx
 from tests.conftest import skip_or_fail
 

@@ -6,7 +6,7 @@ import pytest
 from programs import run_folder
 
 from common import config
-from common.checkpoints import read_tensors
+from common.system.checkpoints import read_tensors
 
 pytestmark = [
     pytest.mark.e2e,

@@ -17,7 +17,7 @@ from programs import Programs, mlflow_status
 from sealed_runs import LOG, PERSON, Sealed, deploy, name_people, simulate
 from stored import holding, stored
 
-from common.runtime import SILENCE
+from common.system.runtime import SILENCE
 
 pytestmark = pytest.mark.e2e
 USER = "privacyprobe"  # the account that trains
@@ -189,7 +189,7 @@ def test_telemetry_would_be_seen_and_our_silence_stops_it(simulations, island, e
     """MLflow alone asks for its makers' server at the first experiment; after `go_silent` it does not."""
     seen = {}
     shutil.copy(simulations[0].cwd / "mlflow.db", tmp_path / "copy.db")
-    for name, first in (("loud", ""), ("silent", "from common.runtime import go_silent; go_silent()")):
+    for name, first in (("loud", ""), ("silent", "from common.system.runtime import go_silent; go_silent()")):
         log = tmp_path / f"{name}.log"
         wrapper = [*island.wrapper, *recorder(log)]
         code = REPORTS.format(first=first).replace("anything", name)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port
 
-from common.runtime import SILENCE
+from common.system.runtime import SILENCE
 from simulation.engine.cluster import check_address
 
 pytestmark = pytest.mark.e2e

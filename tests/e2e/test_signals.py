@@ -7,7 +7,7 @@ import time
 import pytest
 from programs import STOPPED, free_port, mlflow_status, port_is_free, run_folder, state_of
 
-from common.checkpoints import read_tensors
+from common.system.checkpoints import read_tensors
 
 pytestmark = pytest.mark.e2e
 ENDS_WITHIN_S = 20.0  # about 7 s on an idle machine of 2 cores, most of it MLflow's database

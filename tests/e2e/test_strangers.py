@@ -32,8 +32,8 @@ from programs import BIN, Programs, assert_one_line, free_port, port_is_free, ru
 from strangers import NEVER_READ, SLOW_BODY, SLOW_HEADER, Pest, hung_up_on, idle, many_files
 
 from clients.flower.handshake import examine
-from common.certs import read_client_folder
 from common.errors import UserError
+from common.system.certs import read_client_folder
 from server.flower.front_door import find_nginx
 from server.flower.superlink import NODES_FILE, read_nodes
 from tests.conftest import skip_or_fail

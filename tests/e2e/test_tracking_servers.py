@@ -25,8 +25,8 @@ from tracking_deployment import DIRECT, Server, deployed, quiet
 
 from common.errors import TrackingError
 from common.tracking.address import resolve_uri
-from common.tracking.serve import ServeOptions, plan_server
 from common.tracking.spool import SENT_NAME
+from simulation.admin.tracking_server import ServeOptions, plan_server
 
 pytestmark = [
     pytest.mark.e2e,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.runtime import go_silent
 from common.settings import TrackingSettings
+from common.system.runtime import go_silent
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import TrackedRun, open_run

@@ -13,7 +13,7 @@ import tracked_record as record
 from databases import DATABASE, PASSWORD, USER, MariaDB, ObjectStore, PostgreSQL
 from programs import Program, Programs, free_port
 
-from common.runtime import PATIENCE, SILENCE
+from common.system.runtime import PATIENCE, SILENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 DIRECT = "facial_recognition_direct"  # the experiment of what went into a database without a server

@@ -16,8 +16,8 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from tiny_federation import enter_run
 
-from common import codec
-from common.codec import encode
+from common.protocol import codec
+from common.protocol.codec import encode
 from common.settings import FederationSettings
 from server import aggregate as server_aggregate
 from server.aggregate import aggregate_for

@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from tiny_federation import enter_run
 
-from common.parameters import Entry, Manifest
+from common.protocol.parameters import Entry, Manifest
 from common.settings import FederationSettings
-from server.optimiser import ServerOptimiser
+from server.global_model import ServerOptimiser
 
 ROUNDS, SIZE = 12, 400
 MANIFEST = Manifest((Entry(name="backbone.a", shape=(SIZE,), offset=0),))

@@ -11,21 +11,20 @@ with warnings.catch_warnings():
     import typer  # noqa: F401
 from flwr.app import Message
 
-from clients.answer import handle
-from clients.local_update import Workplace, join, open_workplace, train
+from clients.local_update import ClientState, join, open_client_state, train
+from clients.message_handler import handle
 from clients.site import SiteSettings
 from common import config
-from common.codec import decode
 from common.models.recogniser import trainable_names
-from common.parameters import flatten
-from common.precision import threads_for
-from common.runtime import num_cores
+from common.protocol.codec import decode
+from common.protocol.parameters import flatten
+from common.protocol.wire import Reply, Task
 from common.settings import Settings
-from common.wire import Reply, Task
+from common.system.runtime import num_cores
+from common.training.autotune import threads_for
 from server.app import Surroundings, federate, initial_model
-from server.global_model import GlobalModel
-from server.mailbox import Mailbox
-from server.optimiser import ServerOptimiser
+from server.exchange.mailbox import Mailbox
+from server.global_model import GlobalModel, ServerOptimiser
 
 
 def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> SiteSettings:
@@ -35,15 +34,15 @@ def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> 
     )
 
 
-def task_for(workplace: Workplace, settings: Settings, server_round: int) -> Task:
+def task_for(state: ClientState, settings: Settings, server_round: int) -> Task:
     """The train task of a round, with what `auto` was resolved to when the client joined, as the server makes it."""
-    joined = join(workplace.site, settings)
+    joined = join(state.site, settings)
     return Task(
         kind="train",
         run_id="r",
         server_round=server_round,
         settings=config.to_json(settings),
-        manifest=workplace.manifest.digest,
+        manifest=state.manifest.digest,
         splits="val",
         precision=joined.precision,
         memory_format=joined.memory_format,
@@ -54,13 +53,13 @@ def task_for(workplace: Workplace, settings: Settings, server_round: int) -> Tas
 
 def two_rounds(settings: Settings, site: SiteSettings) -> tuple[np.ndarray, list[Reply]]:
     """The global model after the settings' rounds with this one client, and its replies."""
-    workplace = open_workplace(site, settings)
+    state = open_client_state(site, settings)
     recogniser, manifest = initial_model(settings)
     model = GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec)
     optimiser = ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser))
     replies = []
     for server_round in range(1, settings.federation.rounds + 1):
-        reply = train(workplace, task_for(workplace, settings, server_round), model.received)
+        reply = train(state, task_for(state, settings, server_round), model.received)
         model.step(optimiser, decode(reply.change))
         replies.append(reply)
     return model.received, replies

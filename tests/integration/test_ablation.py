@@ -12,18 +12,18 @@ from tiny_federation import site_settings
 from tiny_twins import assert_same_bits, killed_at, points, spool, write_twins
 
 from common import config
-from common.checkpoints import read_tensors
 from common.errors import InterruptedRun, UserError
-from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.files import read_json
 from common.metrics.bootstrap import paired_gap
-from common.runtime import stream_seed
-from simulation import epochs as epochs_module
+from common.system.checkpoints import read_tensors
+from common.system.files import read_json
+from common.system.runtime import stream_seed
+from common.training.evaluation import embed
+from simulation.alone import epochs as epochs_module
+from simulation.alone.studies import ablation_lines, run_ablation, variants_of
+from simulation.alone.trainee import local_trainee
 from simulation.commands import Machine, train_local, train_twins
-from simulation.studies import ablation_lines, run_ablation, variants_of
-from simulation.trainee import local_trainee
 from tests.tiny_settings import changed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,7 +142,7 @@ def test_no_embedding_is_written_anywhere(whole):
     ],
 )
 def test_an_ablation_that_was_killed_goes_on_to_the_same_bits(whole, twins, tmp_path, holder, name, number):
-    module = {"epochs": epochs_module, "ablation": __import__("simulation.studies", fromlist=["x"])}[holder]
+    module = {"epochs": epochs_module, "ablation": __import__("simulation.alone.studies", fromlist=["x"])}[holder]
     with killed_at(module, name, number):
         ablation(tmp_path / "killed", twins)
     assert not (tmp_path / "killed" / "metrics.json").exists(), "it is not finished"

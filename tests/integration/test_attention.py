@@ -15,8 +15,8 @@ from common import config
 from common.faces.batches import to_float
 from common.models.dcal import VitBackbone, attention_of
 from common.models.recogniser import EmbeddingModel, Recogniser
-from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
+from common.system.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
@@ -74,7 +74,7 @@ def drawn(monkeypatch):
 
 def shaken(model: Recogniser, checkpoint: Path | None = None) -> Recogniser:
     """Uneven attention; saved where a checkpoint is named."""
-    from common.checkpoints import write_tensors
+    from common.system.checkpoints import write_tensors
 
     stream = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_what_it_refuses_leaves_nothing(place, capsys):
 
 
 def test_numbers_that_are_not_finite(place, capsys):
-    from common.checkpoints import write_tensors
+    from common.system.checkpoints import write_tensors
 
     model = a_run(place)
     with torch.no_grad():

@@ -9,11 +9,11 @@ import pytest
 from tiny_federation import settings_with, site_settings, tiny_pack
 
 from common import config
-from common.checkpoints import read_tensors
 from common.errors import CheckpointError
-from simulation import epochs as epochs_module
-from simulation.baselines import run_centralized, run_local
-from simulation.trainee import centralized_trainee
+from common.system.checkpoints import read_tensors
+from simulation.alone import epochs as epochs_module
+from simulation.alone.baselines import run_centralized, run_local
+from simulation.alone.trainee import centralized_trainee
 
 SETTINGS = settings_with(training__epochs=3, training__optimiser="adamw", training__lr=0.002, model__dropout=0.2)
 

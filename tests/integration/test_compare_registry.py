@@ -4,15 +4,15 @@ import pytest
 
 from common import config
 from common.errors import TrackingError
-from common.evaluation import evaluate
 from common.models.recogniser import EmbeddingModel
-from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
+from common.system.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import find_registered, read_registered, register_model
 from common.tracking.run import open_run
-from simulation.found_models import Search, Wanted, find_models
-from simulation.scoring import score
+from common.training.evaluation import evaluate
+from simulation.compare.model_lookup import Search, Wanted, find_models
+from simulation.compare.scoring import score
 from tests.comparable_models import CPU, PACKS, write_run
 from tests.tiny_federation import settings_with
 

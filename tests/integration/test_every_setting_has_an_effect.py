@@ -18,20 +18,21 @@ from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
 from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
-from common import config, training_step
-from common.checkpoints import write_tensors
-from common.codec import encode
+from common import config
 from common.errors import DataError, NotEnoughClients, UserError
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
-from common.faces.synthetic import SynthSettings, write_dataset
-from common.files import read_json
-from common.parameters import buffer_sha256, flatten
+from common.protocol.codec import encode
+from common.protocol.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
+from common.system.checkpoints import write_tensors
+from common.system.files import read_json
+from common.training import step as training_step
 from server.aggregate import aggregate_for
 from server.app import initial_model
+from simulation.alone.studies import run_ablation
 from simulation.commands import Machine, train_local
-from simulation.studies import run_ablation
+from simulation.data.synthetic import SynthSettings, write_dataset
 from tests.tiny_settings import TINY, changed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
@@ -271,7 +272,7 @@ def test_pretrained_weights_are_the_first_global_model_and_the_first_local_one(f
 
     seen = []
     monkeypatch.setattr(
-        "simulation.baselines.train_and_test",
+        "simulation.alone.baselines.train_and_test",
         lambda _mode, trainee, tracked, *_: (
             seen.append(flatten(trainee.recogniser.state_dict(), manifest)) or _no_summary(tracked)
         ),
@@ -281,7 +282,7 @@ def test_pretrained_weights_are_the_first_global_model_and_the_first_local_one(f
 
 
 def _no_summary(tracked):
-    from simulation.baselines import BaselineSummary
+    from simulation.alone.baselines import BaselineSummary
 
     return BaselineSummary(
         folder=tracked.folder,
@@ -320,7 +321,7 @@ def test_local_training_runs_its_epochs_into_its_folder(faces, tmp_path):
 def test_local_training_takes_the_device_of_the_settings_unless_one_is_given(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(
-        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.alone.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     with pytest.raises(UserError, match="mps is not on this machine"):
         local(changed(BASE, training__device="mps"), faces, tmp_path)
@@ -380,7 +381,7 @@ def test_threads_are_torchs_threads(faces, tmp_path):
 def test_the_learning_rate_travels_over_all_rounds_and_not_from_anew(faces, tmp_path, monkeypatch):
     """Two rounds of one epoch see the rates of two epochs in one round, and the same batches."""
     seen: list[float] = []
-    from common import training
+    from common.training import loop as training
 
     real = training.learning_rate
     monkeypatch.setattr(training, "learning_rate", lambda *args: seen.append(real(*args)) or seen[-1])
@@ -436,12 +437,12 @@ def test_pwcas_partner_is_anybody_or_the_twin(tmp_path):
 @proves("ablation.over", "ablation.values")
 def test_an_ablation_trains_the_values_of_its_setting(faces, tmp_path, monkeypatch):
     """Which settings the variants are trained with; how, is shown in tests/integration/test_ablation.py."""
-    monkeypatch.setattr("simulation.studies._train", lambda variant, *_: trained.append(variant.settings))
-    monkeypatch.setattr("simulation.studies.check_twins", lambda *_: None)
-    monkeypatch.setattr("simulation.studies._test_embeddings", lambda *_: None)
-    monkeypatch.setattr("simulation.studies._figures", lambda *_: {"variant": ""})
+    monkeypatch.setattr("simulation.alone.studies._train", lambda variant, *_: trained.append(variant.settings))
+    monkeypatch.setattr("simulation.alone.studies.check_twins", lambda *_: None)
+    monkeypatch.setattr("simulation.alone.studies._test_embeddings", lambda *_: None)
+    monkeypatch.setattr("simulation.alone.studies._figures", lambda *_: {"variant": ""})
     for name in ("_add_gaps", "_record"):
-        monkeypatch.setattr(f"simulation.studies.{name}", lambda *_, **__: None)
+        monkeypatch.setattr(f"simulation.alone.studies.{name}", lambda *_, **__: None)
     for over, values, expected in (
         ("model.head", "softmax, arcface", [("softmax", 0.05), ("arcface", 0.05)]),
         ("model.head", "arcface, cosface", [("arcface", 0.05), ("cosface", 0.05)]),
@@ -590,7 +591,7 @@ def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr("common.tracking.run.make_sender", lambda _spool, uri, *_: asked.append(uri))
     monkeypatch.setattr(
-        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.alone.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     monkeypatch.chdir(tmp_path)
     local(BASE, faces, tmp_path)
@@ -603,7 +604,7 @@ def test_tracking_goes_to_its_address_or_nowhere(faces, tmp_path, monkeypatch):
 @proves("tracking.experiment_prefix")
 def test_the_prefix_begins_every_experiments_name(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "simulation.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
+        "simulation.alone.baselines.train_and_test", lambda _mode, _trainee, tracked, *_: _no_summary(tracked)
     )
     settings = changed(BASE, tracking__experiment_prefix="mine")
     local(settings, faces, tmp_path)
@@ -620,7 +621,7 @@ def test_the_prefix_begins_every_experiments_name(faces, tmp_path, monkeypatch):
 def test_plots_are_drawn_each_round_at_the_end_or_never(faces, tmp_path, monkeypatch):
     """Curves are drawn in a part of the run's time only: here, where a round takes less than a picture, always."""
     drawn: list[str] = []
-    monkeypatch.setattr("server.record.Thrift.affords", lambda _: True)
+    monkeypatch.setattr("server.record.tell.TimeBudget.affords", lambda _: True)
     monkeypatch.setattr(
         "common.tracking.run.TrackedRun.log_figure", lambda _run, _figure, name: drawn.append(name) or Path(name)
     )

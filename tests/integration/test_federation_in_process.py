@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
 
-import clients.answer
 import clients.local_update
+import clients.message_handler
 from common.errors import ConfigError
 from common.flags import add_run_settings, read_run_settings
 from common.models.recogniser import build_recogniser
@@ -21,7 +21,7 @@ from server.app import Surroundings, federate
 @pytest.fixture(autouse=True)
 def tiny_packs(monkeypatch):
     enter_run(monkeypatch)
-    monkeypatch.setattr(clients.answer, "_workplaces", {})
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
     packs = {}
 
     def open_pack(_dataset, data_dir, *_args, **_named):
@@ -33,7 +33,7 @@ def tiny_packs(monkeypatch):
 
 def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, reply: reply, **values):
     """Run it; returns (outcome, summary) as the run's folder tells them; no summary when it failed."""
-    clients.answer._workplaces.clear()
+    clients.message_handler._workplaces.clear()
     settings = settings_with(**({"federation__rounds": 3, "federation__join_timeout_s": 20.0} | values))
     mailbox = InProcessMailbox(names, folder / "sites", tamper)
     run = folder / "run-1"

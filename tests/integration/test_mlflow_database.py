@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.runtime import PATIENCE, SILENCE
 from common.settings import TrackingSettings
+from common.system.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.run import open_run
 
@@ -186,7 +186,7 @@ import sys
 from pathlib import Path
 import torch
 from common.settings import TrackingSettings
-from common.runtime import PATIENCE, SILENCE
+from common.system.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
 from common.tracking.registry import register_model
 from common.tracking.run import open_run

@@ -13,7 +13,7 @@ from clients import cli as client_cli
 from common import config
 from common.faces.datasets import DATASETS, DataSet
 from common.faces.index import FaceIndex, build_index
-from common.files import read_json
+from common.system.files import read_json
 from simulation.cli import main
 
 TINY = {

@@ -9,21 +9,21 @@ from tiny_federation import settings_with, task_for, tiny_workplace
 from clients import own_record
 from clients.local_update import train
 from clients.own_record import export_own_model, keep_own_record, keep_round, own_folder
-from common.checkpoints import read_tensors
 from common.errors import DataError
-from common.parameters import flatten
+from common.protocol.parameters import flatten
+from common.system.checkpoints import read_tensors
 from common.tracking import spool
-from common.training import Compute
+from common.training.loop import Compute
 
 CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
 
 
 def keep(tmp_path, tracking_uri="", **values):
     settings = settings_with(**({"tracking__plots": "final"} | values))
-    workplace = tiny_workplace(settings, tmp_path)
-    site = dataclasses.replace(workplace.site, tracking_uri=tracking_uri)
-    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=2, last=True)
-    keep_own_record(site, task, settings, workplace.recogniser, workplace.pack, CPU)
+    state = tiny_workplace(settings, tmp_path)
+    site = dataclasses.replace(state.site, tracking_uri=tracking_uri)
+    task = task_for(state.manifest, settings, kind="evaluate", server_round=2, last=True)
+    keep_own_record(site, task, settings, state.recogniser, state.pack, CPU)
     return own_folder(site, task.run_id)
 
 
@@ -79,14 +79,14 @@ def test_a_folder_in_use_costs_a_warning_and_not_the_answer(tmp_path, monkeypatc
 @pytest.mark.parametrize(("normalisation", "kept"), [("shared", False), ("private", True)])
 def test_a_site_keeps_its_own_model_only_where_there_is_no_common_one(tmp_path, normalisation, kept):
     settings = settings_with(model__normalisation=normalisation)
-    workplace = tiny_workplace(settings, tmp_path)
-    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=2)
-    export_own_model(workplace.site, task, settings, workplace.recogniser)
+    state = tiny_workplace(settings, tmp_path)
+    task = task_for(state.manifest, settings, kind="evaluate", server_round=2)
+    export_own_model(state.site, task, settings, state.recogniser)
     path = tmp_path / "alpha" / "export" / "run-1.safetensors"
     assert path.exists() == kept
     if kept:
         tensors, notes = read_tensors(path)
-        assert set(tensors) == {f"backbone.{name}" for name in workplace.recogniser.backbone.state_dict()}
+        assert set(tensors) == {f"backbone.{name}" for name in state.recogniser.backbone.state_dict()}
         assert notes["round"] == "2"
 
 
@@ -96,14 +96,14 @@ def test_a_site_keeps_its_own_model_only_where_there_is_no_common_one(tmp_path, 
 def trained_rounds(folder, rounds, uri="", **values):
     """The tiny client alpha answers `rounds` training tasks, through `clients.app.handle`'s own way."""
     settings = settings_with(**({"tracking__system_metrics_s": 0.05, "tracking__plots": "none"} | values))
-    workplace = tiny_workplace(settings, folder)
-    site = dataclasses.replace(workplace.site, tracking_uri=uri)
-    shared = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    state = tiny_workplace(settings, folder)
+    site = dataclasses.replace(state.site, tracking_uri=uri)
+    shared = flatten(state.recogniser.state_dict(), state.manifest)
     for server_round in range(1, rounds + 1):
-        task = task_for(workplace.manifest, settings, server_round=server_round, splits="val")
-        with keep_round(site, task, settings, num_pictures=len(workplace.pack)) as kept:
-            kept(train(workplace, task, shared))
-    return workplace, site, settings
+        task = task_for(state.manifest, settings, server_round=server_round, splits="val")
+        with keep_round(site, task, settings, num_pictures=len(state.pack)) as kept:
+            kept(train(state, task, shared))
+    return state, site, settings
 
 
 def spooled(folder):
@@ -111,7 +111,7 @@ def spooled(folder):
 
 
 def test_each_round_leaves_its_figures_and_the_machines_use_in_the_sites_own_folder(tmp_path):
-    workplace, site, _ = trained_rounds(tmp_path, 2)
+    state, site, _ = trained_rounds(tmp_path, 2)
     rows = [row for row in spooled(own_folder(site, "run-1")) if "key" in row]
     for name in (
         "train_loss",
@@ -122,11 +122,11 @@ def test_each_round_leaves_its_figures_and_the_machines_use_in_the_sites_own_fol
         "send_seconds",
     ):
         assert [row["step"] for row in rows if row["key"] == name] == [1, 2], name
-    assert {row["value"] for row in rows if row["key"] == "bytes_down"} == {workplace.manifest.num_bytes}
+    assert {row["value"] for row in rows if row["key"] == "bytes_down"} == {state.manifest.num_bytes}
     counts = (
         2 * 8192 * 2 + 10 * 2 * 1024 + 6 * 6
     )  # pairs, twins, folds, six people's confusion, of one split: a byte each
-    assert {row["value"] for row in rows if row["key"] == "bytes_up"} == {workplace.manifest.num_bytes + counts}
+    assert {row["value"] for row in rows if row["key"] == "bytes_up"} == {state.manifest.num_bytes + counts}
     used = [row["step"] for row in rows if row["key"] == "system/cpu_utilization_percentage"]
     assert used == list(range(len(used)))
     assert len(used) >= 2
@@ -134,11 +134,11 @@ def test_each_round_leaves_its_figures_and_the_machines_use_in_the_sites_own_fol
 
 def test_a_sites_own_mlflow_gets_all_rounds_at_the_end_as_one_run(tmp_path):
     uri = f"sqlite:///{tmp_path}/own.db"
-    workplace, site, settings = trained_rounds(tmp_path, 3, uri)
+    state, site, settings = trained_rounds(tmp_path, 3, uri)
     assert not (tmp_path / "own.db").exists()  # rounds wait for nothing and nobody
     first = spooled(own_folder(site, "run-1"))[0]["time_ms"]
-    task = task_for(workplace.manifest, settings, kind="evaluate", server_round=3, last=True)
-    keep_own_record(site, task, settings, workplace.recogniser, workplace.pack, CPU)
+    task = task_for(state.manifest, settings, kind="evaluate", server_round=3, last=True)
+    keep_own_record(site, task, settings, state.recogniser, state.pack, CPU)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -160,11 +160,11 @@ def test_a_folder_in_use_costs_the_rounds_figures_and_not_the_round(tmp_path, mo
 
 def test_a_round_that_fails_leaves_the_folder_free(tmp_path):
     settings = settings_with()
-    workplace = tiny_workplace(settings, tmp_path)
-    task = task_for(workplace.manifest, settings)
+    state = tiny_workplace(settings, tmp_path)
+    task = task_for(state.manifest, settings)
     with (
         pytest.raises(DataError, match="broken"),
-        keep_round(workplace.site, task, settings, num_pictures=1),
+        keep_round(state.site, task, settings, num_pictures=1),
     ):
         raise DataError("broken")
-    spool.Spool(own_folder(workplace.site, task.run_id)).close()
+    spool.Spool(own_folder(state.site, task.run_id)).close()

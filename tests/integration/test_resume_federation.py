@@ -11,8 +11,8 @@ from in_process import LocalMailbox, federate_in, site_at
 from PIL import Image
 from tiny_federation import enter_run
 
-from common import checkpoints
-from common.files import read_json
+from common.system import checkpoints
+from common.system.files import read_json
 from common.tracking.record import TrackedRun
 from server.app import Surroundings, federate
 from tests.tiny_settings import TINY, changed

@@ -6,12 +6,12 @@ import pytest
 from tiny_federation import site_settings
 from tiny_twins import SETTINGS
 
-from common.files import read_json
-from common.runtime import PATIENCE, SILENCE
+from common.system.files import read_json
+from common.system.runtime import PATIENCE, SILENCE
 from common.tracking.address import resolve_uri
-from simulation.studies import run_ablation
-from simulation.sweep import run_sweep
-from simulation.sweep_plan import load_plan
+from simulation.alone.studies import run_ablation
+from simulation.alone.sweep import run_sweep
+from simulation.alone.sweep_plan import load_plan
 from tests.tiny_settings import changed
 
 PLAN = """
@@ -37,7 +37,7 @@ def studies(twins, tmp_path_factory):
         for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         # How a model is registered has tests of its own, and takes longer than all of this.
-        patch.setattr("simulation.sweep.register_models", lambda *_: [])
+        patch.setattr("simulation.alone.sweep.register_models", lambda *_: [])
         uri = resolve_uri("sqlite:///data/mlflow.db", root)
         settings = changed(SETTINGS, tracking__enabled=True, tracking__uri=uri, training__epochs=1)
         site = site_settings("twins", root)

@@ -16,13 +16,13 @@ from tiny_twins import SETTINGS, assert_same_bits, killed_at, points, spool, wri
 from common import config
 from common.errors import TrainingFailed
 from common.faces.pack import FacePack
-from common.files import read_json
-from common.runtime import SILENCE
 from common.settings import TrackingSettings
-from simulation import epochs as epochs_module
-from simulation import sweep as sweep_module
-from simulation.sweep import run_sweep
-from simulation.sweep_plan import load_plan
+from common.system.files import read_json
+from common.system.runtime import SILENCE
+from simulation.alone import epochs as epochs_module
+from simulation.alone import sweep as sweep_module
+from simulation.alone.sweep import run_sweep
+from simulation.alone.sweep_plan import load_plan
 from tests.tiny_settings import changed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

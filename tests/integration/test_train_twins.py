@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_federation import site_settings
 
 from common import config
-from common.checkpoints import read_tensors
 from common.errors import DataError
-from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from simulation.baselines import run_twins
-from simulation.trainee import local_trainee
+from common.system.checkpoints import read_tensors
+from common.training.evaluation import embed
+from simulation.alone.baselines import run_twins
+from simulation.alone.trainee import local_trainee
 from tests.tiny_settings import changed
 
 SETTINGS = changed(

@@ -7,10 +7,10 @@ import pytest
 from in_process import LocalMailbox, federate_in, site_at
 from PIL import Image
 
-from common.checkpoints import read_tensors
-from common.faces.synthetic import SynthSettings, write_dataset
-from common.files import read_json
+from common.system.checkpoints import read_tensors
+from common.system.files import read_json
 from server.app import initial_model
+from simulation.data.synthetic import SynthSettings, write_dataset
 from tests.tiny_settings import TINY, changed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.checkpoints import read_tensors
 from common.faces.pack import FacePack, open_pack
-from common.faces.synthetic import SynthSettings, write_dataset
+from common.system.checkpoints import read_tensors
+from simulation.data.synthetic import SynthSettings, write_dataset
 from tests.tiny_settings import TINY, changed
 
 SETTINGS = changed(

@@ -9,11 +9,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import strategies as st
 from tiny_federation import MANIFEST, site_named
 
-from common import wire
-from common.codec import encode, num_bytes
-from common.metrics.sums import CLOSED_FIELDS
-from common.wire import TRAIN_FIELDS
-from server.guard import LARGEST_CHANGE
+from common.metrics.folds import FOLD_BINS, NUM_FOLDS
+from common.metrics.sums import CLOSED_FIELDS, NUM_BINS
+from common.protocol import wire
+from common.protocol.codec import encode, num_bytes
+from common.protocol.wire import TRAIN_FIELDS
+from server.exchange.guard import LARGEST_CHANGE
 
 SITE = site_named("any")
 SIZE = MANIFEST.size
@@ -212,8 +213,8 @@ def headers(draw, codec):
 
 # ---- counts
 
-counts_size = 2 * (2 * wire.NUM_BINS) + wire.NUM_FOLDS * 2 * wire.FOLD_BINS
-PARTS = {"pairs": (0, 4950), "folds": (2 * wire.NUM_BINS, 4950), "confusion": (counts_size, 100)}
+counts_size = 2 * (2 * NUM_BINS) + NUM_FOLDS * 2 * FOLD_BINS
+PARTS = {"pairs": (0, 4950), "folds": (2 * NUM_BINS, 4950), "confusion": (counts_size, 100)}
 
 
 def _counts(name: str, counts: np.ndarray, what: str, *, is_valid: bool) -> Fault:
@@ -231,7 +232,7 @@ def histograms(draw, *, only_valid=False):
     if how == "valid":
         groups = draw(st.integers(0, 6))
         counts = np.zeros(counts_size + groups**2, dtype=draw(st.sampled_from(["uint8", "uint16", "uint32", "int64"])))
-        counts[draw(st.integers(0, 2 * wire.NUM_BINS - 1))] = draw(st.integers(0, 200))
+        counts[draw(st.integers(0, 2 * NUM_BINS - 1))] = draw(st.integers(0, 200))
         return _counts(name, counts, "other counts", is_valid=True)
     if how == "size":
         sizes = [0, 1, counts_size - 1, counts_size + 2, counts_size + 5, counts_size + 65**2, 2 * counts_size]
@@ -242,7 +243,7 @@ def histograms(draw, *, only_valid=False):
         begin, most = PARTS[draw(st.sampled_from(sorted(PARTS)))]
         counts[begin] = draw(st.one_of(st.integers(most + 1, most + 3), st.integers(2**40, 2**63 - 1)))
     elif how == "twins":
-        counts[2 * wire.NUM_BINS + 20 * wire.FOLD_BINS] = draw(st.integers(1, 9))  # of pairs of which there are none
+        counts[2 * NUM_BINS + 20 * FOLD_BINS] = draw(st.integers(1, 9))  # of pairs of which there are none
     elif how == "dtype":
         return _counts(name, counts.astype(draw(st.sampled_from(["f8", "f4", "i4", "u8", "?"]))), how, is_valid=False)
     else:

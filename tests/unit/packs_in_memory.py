@@ -7,7 +7,7 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.models.recogniser import Recogniser, build_recogniser
 from common.settings import ModelSettings
-from common.training import Compute
+from common.training.loop import Compute
 
 SIDE = 32
 CPU = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)

@@ -6,9 +6,9 @@ from common import config
 from common.errors import ConfigError
 from common.settings import AblationSettings, Settings
 from server.cli import main as server_main
+from simulation.alone.studies import experiment_of, variants_of
 from simulation.cli import main as facefed_main
 from simulation.cli import main_simulation
-from simulation.studies import experiment_of, variants_of
 
 VIT = {"backbone": "vit_tiny", "patch_size": 16}
 

@@ -13,12 +13,12 @@ from malformed import damaged_bytes
 from object_grid import ObjectMailbox
 from tiny_federation import MANIFEST, client, federation_over, reply_to, settings_with, site_named
 
-from common import wire
 from common.errors import NotEnoughClients, ReplyRefused
-from common.events import EventReader
+from common.protocol import wire
 from common.settings import PRECISIONS
+from common.system.events import EventReader
+from server.exchange.guard import MOST_COUNTED, check_sender, read_site
 from server.flower.grid import COUNTS_BYTES
-from server.guard import MOST_COUNTED, check_sender, read_site
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

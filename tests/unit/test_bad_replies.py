@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from object_grid import ObjectMailbox
 from tiny_federation import MANIFEST, client, federation_over, reply_to, settings_with
 
-from common import wire
-from common.codec import encode
-from common.events import EventReader
+from common.protocol import wire
+from common.protocol.codec import encode
+from common.system.events import EventReader
 from server.aggregate import aggregate_for
 
 pytestmark = pytest.mark.usefixtures("in_a_run", "no_syncing")

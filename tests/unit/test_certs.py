@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 import simulation.cli
-from common import certs
-from common.certs import CertificateError, accepted_keys, read_client_folder, read_server_folder
-from simulation import new_certs
+from common.system import certs
+from common.system.certs import CertificateError, accepted_keys, read_client_folder, read_server_folder
+from simulation.admin import certs as new_certs
 
 NAME = "fl.example.org"
 SECRET_FILES = ("ca.key", "server.key", "celeba/client.key", "vggface2/client.key")

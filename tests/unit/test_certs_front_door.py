@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.certs import ServerFiles
 from common.errors import UserError
+from common.system.certs import ServerFiles
 from server.flower.front_door import Door, door_config
 
 

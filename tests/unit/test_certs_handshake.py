@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from clients.flower.handshake import examine
-from common.certs import read_client_folder
 from common.errors import UserError
-from common.processes import free_port
-from simulation import new_certs
+from common.system.certs import read_client_folder
+from common.system.processes import free_port
+from simulation.admin import certs as new_certs
 
 OURS, OTHER = "127.0.0.1", "fl.example.org"
 

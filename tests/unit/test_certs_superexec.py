@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from common.certs import read_public_key
+from common.system.certs import read_public_key
 from server.flower import superexec as superexec_module
 from server.flower.superexec import Register, Superexec
 from server.flower.superlink import APP_ENDED, RUN_ID, read_nodes, write_nodes, write_secret
-from simulation import new_certs
+from simulation.admin import certs as new_certs
 
 TOKEN = "ab" * 128
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoints, files
-from common.checkpoints import read_flat, read_tensors, write_tensors
 from common.errors import CheckpointError
+from common.system import checkpoints, files
+from common.system.checkpoints import read_flat, read_tensors, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3, dtype=torch.float16), "n": torch.tensor(5)}
@@ -38,7 +38,7 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
     path = tmp_path / "state.json"
     files.write_json(path, {"round": 1})
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom common import files\n"
+        "import os, sys\nfrom pathlib import Path\nfrom common.system import files\n"
         "Path.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "files.write_json(Path(sys.argv[1]), {'round': 2, 'long': 'x' * 100000})"
     )

@@ -10,15 +10,15 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from tiny_federation import settings_with, site_settings, task_for, tiny_pack, tiny_workplace
 
-import clients.answer
+import clients.message_handler
 import clients.packs
-from clients.answer import handle
 from clients.egress import record_egress
-from common import wire
-from common.codec import encode
-from common.files import append_line, read_lines
-from common.ledger import digest_of, parts_of
-from common.parameters import flatten
+from clients.message_handler import handle
+from common.protocol import wire
+from common.protocol.codec import encode
+from common.protocol.ledger import digest_of, parts_of
+from common.protocol.parameters import flatten
+from common.system.files import append_line, read_lines
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("in_a_run")
 @pytest.fixture
 def at_a_site(tmp_path, monkeypatch):
     """(send, ledger, model): hand a task to the client, read its ledger, the shared parameters of a fresh model."""
-    monkeypatch.setattr(clients.answer, "_workplaces", {})
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
     monkeypatch.setattr(clients.packs, "open_pack", lambda *_args, **_named: tiny_pack("alpha"))
-    workplace = tiny_workplace(settings_with(), tmp_path)
-    shared = flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    state = tiny_workplace(settings_with(), tmp_path)
+    shared = flatten(state.recogniser.state_dict(), state.manifest)
     site = site_settings("alpha", tmp_path)
 
     def send(model=shared, **values):
-        task = task_for(workplace.manifest, settings_with(), **values)
+        task = task_for(state.manifest, settings_with(), **values)
         return handle(site, wire.task_message(task, wire.pack_shared(encode(model, "float32")), node_id=7, ttl_s=60.0))
 
     def ledger(run_id="run-1"):
@@ -84,7 +84,7 @@ def test_nothing_is_answered_that_could_not_be_written_down(at_a_site, monkeypat
     def full(*_arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(clients.answer, "record_egress", full)
+    monkeypatch.setattr(clients.message_handler, "record_egress", full)
     with pytest.raises(OSError, match="no space"):
         send()
 

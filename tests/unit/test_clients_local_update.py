@@ -9,12 +9,12 @@ from flwr.common.serde import recorddict_to_proto
 from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny_workplace
 
 from clients.local_update import evaluate_global, join, train
-from common import wire
-from common.codec import decode
 from common.errors import CheckpointError, ReplyRefused, TrainingFailed
-from common.parameters import flatten
-from common.training import TrainSums
-from common.wire import TRAIN_FIELDS
+from common.protocol import wire
+from common.protocol.codec import decode
+from common.protocol.parameters import flatten
+from common.protocol.wire import TRAIN_FIELDS
+from common.training.loop import TrainSums
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -24,12 +24,12 @@ NORMALISATIONS = pytest.mark.parametrize("normalisation", ["shared", "private"])
 
 
 def workplace_in(folder, **values):
-    workplace = tiny_workplace(settings_with(**values), folder)
-    return workplace, flatten(workplace.recogniser.state_dict(), workplace.manifest)
+    state = tiny_workplace(settings_with(**values), folder)
+    return state, flatten(state.recogniser.state_dict(), state.manifest)
 
 
-def task_of(workplace, **values):
-    return task_for(workplace.manifest, workplace.settings, **values)
+def task_of(state, **values):
+    return task_for(state.manifest, state.settings, **values)
 
 
 def on_the_wire(reply):
@@ -58,16 +58,16 @@ def timeless(reply):
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_path, normalisation, kind):
     """Weights and biases that are private are frozen here, so the marker stays in them while the rest is trained."""
-    workplace, shared = workplace_in(tmp_path, model__normalisation=normalisation)
-    state = workplace.recogniser.state_dict()
-    for name, parameter in workplace.recogniser.named_parameters():
-        parameter.requires_grad_(name not in workplace.private)
-    for name in workplace.private:
-        for tensor in (state[name], workplace.fresh[name]):
+    state, shared = workplace_in(tmp_path, model__normalisation=normalisation)
+    tensors = state.recogniser.state_dict()
+    for name, parameter in state.recogniser.named_parameters():
+        parameter.requires_grad_(name not in state.private)
+    for name in state.private:
+        for tensor in (tensors[name], state.fresh[name]):
             tensor.copy_(torch.from_numpy(np.resize(MARKER, tensor.shape)))
-    reply = (train if kind == "train" else evaluate_global)(workplace, task_of(workplace, kind=kind), shared)
+    reply = (train if kind == "train" else evaluate_global)(state, task_of(state, kind=kind), shared)
     sent = on_the_wire(reply)
-    assert MARKER.tobytes() == first_bytes(state["head.weight"])  # it was there to the end
+    assert MARKER.tobytes() == first_bytes(tensors["head.weight"])  # it was there to the end
     if kind == "train":
         assert np.any(decode(reply.change))
         kept = next((tmp_path / "alpha" / "private" / "run-1").glob("round-000001*")).read_bytes()
@@ -79,26 +79,26 @@ def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_p
 @NORMALISATIONS
 def test_the_change_is_exactly_as_long_as_the_shared_parameters(tmp_path, normalisation):
     """float32 of the shared names; nothing fits beside them."""
-    workplace, shared = workplace_in(tmp_path, model__normalisation=normalisation)
-    state = workplace.recogniser.state_dict()
-    before = {name: state[name].clone() for name in workplace.private}
-    reply = train(workplace, task_of(workplace), shared)
-    num_shared = sum(t.numel() for name, t in state.items() if t.is_floating_point() and name not in workplace.private)
+    state, shared = workplace_in(tmp_path, model__normalisation=normalisation)
+    tensors = state.recogniser.state_dict()
+    before = {name: tensors[name].clone() for name in state.private}
+    reply = train(state, task_of(state), shared)
+    num_shared = sum(t.numel() for name, t in tensors.items() if t.is_floating_point() and name not in state.private)
     content = wire.reply_content(reply)
-    assert reply.change.nbytes == workplace.manifest.num_bytes == 4 * num_shared
+    assert reply.change.nbytes == state.manifest.num_bytes == 4 * num_shared
     assert len(content["arrays"]["change"].data) == 4 * num_shared
     assert set(content["arrays"]) == {"change", "val-counts", "test-counts"}
     sent = on_the_wire(reply)
     assert first_bytes(torch.from_numpy(decode(reply.change))) in sent
-    for name in workplace.private:
-        assert first_bytes(state[name]) not in sent, name
-        assert first_bytes(state[name] - before[name]) not in sent, name
+    for name in state.private:
+        assert first_bytes(tensors[name]) not in sent, name
+        assert first_bytes(tensors[name] - before[name]) not in sent, name
 
 
 def test_the_reply_counts_what_was_done(tmp_path):
     """24 pictures in batches of 8 are 3 steps an epoch."""
-    workplace, shared = workplace_in(tmp_path, federation__local_epochs=2)
-    reply = train(workplace, task_of(workplace), shared)
+    state, shared = workplace_in(tmp_path, federation__local_epochs=2)
+    reply = train(state, task_of(state), shared)
     assert reply.num_examples == NUM_TRAINING_PICTURES
     assert set(reply.train) == set(TRAIN_FIELDS)
     assert (reply.train["num_pictures"], reply.train["num_steps"]) == (2 * NUM_TRAINING_PICTURES, 6)
@@ -107,9 +107,9 @@ def test_the_reply_counts_what_was_done(tmp_path):
 
 
 def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
-    workplace, _ = workplace_in(tmp_path)
-    monkeypatch.setattr("clients.packs.open_pack", lambda *_, **__: workplace.pack)
-    told = vars(join(workplace.site, workplace.settings))
+    state, _ = workplace_in(tmp_path)
+    monkeypatch.setattr("clients.packs.open_pack", lambda *_, **__: state.pack)
+    told = vars(join(state.site, state.settings))
     assert (told["num_people"], told["num_pictures"], told["num_training_people"]) == (12, 54, 6)
     assert told["num_training_pictures"] == NUM_TRAINING_PICTURES
     assert not [value for value in told.values() if str(tmp_path) in str(value) or "alpha-" in str(value)]
@@ -123,22 +123,22 @@ def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
 def test_a_repeated_round_gives_the_same_bytes(tmp_path, normalisation, optimiser):
     """The same process repeats round 1, then 2; another process repeats 2 from the disk."""
     values = {"model__normalisation": normalisation, "training__optimiser": optimiser, "model__dropout": 0.2}
-    workplace, shared = workplace_in(tmp_path, **values)
-    one, two = task_of(workplace), task_of(workplace, server_round=2)
-    first = timeless(train(workplace, one, shared))
-    assert timeless(train(workplace, one, shared)) == first
-    second = timeless(train(workplace, two, shared))
+    state, shared = workplace_in(tmp_path, **values)
+    one, two = task_of(state), task_of(state, server_round=2)
+    first = timeless(train(state, one, shared))
+    assert timeless(train(state, one, shared)) == first
+    second = timeless(train(state, two, shared))
     assert second != first
-    assert timeless(train(workplace, two, shared)) == second
+    assert timeless(train(state, two, shared)) == second
     other, _ = workplace_in(tmp_path, **values)
     assert timeless(train(other, two, shared)) == second
 
 
 def test_a_failed_round_leaves_nothing_behind(tmp_path):
-    workplace, shared = workplace_in(tmp_path)
+    state, shared = workplace_in(tmp_path)
     with pytest.raises(TrainingFailed, match="the loss is nan"):
-        train(workplace, task_of(workplace), np.full_like(shared, 1e30))
-    again = timeless(train(workplace, task_of(workplace), shared))
+        train(state, task_of(state), np.full_like(shared, 1e30))
+    again = timeless(train(state, task_of(state), shared))
     other, _ = workplace_in(tmp_path / "elsewhere")
     assert again == timeless(train(other, task_of(other), shared))
 
@@ -160,29 +160,29 @@ def test_a_client_whose_state_was_lost_goes_on_with_a_fresh_head(tmp_path):
 
 def test_the_kept_states_are_the_first_the_best_and_the_last_three(tmp_path):
     """Three: the server may have died before it wrote the round's checkpoint, and repeats the round before, too."""
-    workplace, shared = workplace_in(tmp_path, federation__rounds=6)
+    state, shared = workplace_in(tmp_path, federation__rounds=6)
     for number in range(1, 7):
-        train(workplace, task_of(workplace, server_round=number, best_round=2 if number > 3 else 0), shared)
-    kept = sorted(int(path.stem[-6:]) for path in workplace.state_folder("run-1").iterdir())
+        train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
+    kept = sorted(int(path.stem[-6:]) for path in state.state_folder("run-1").iterdir())
     assert kept == [0, 2, 4, 5, 6]
 
 
 def test_a_state_of_another_run_is_not_touched(tmp_path):
-    workplace, shared = workplace_in(tmp_path)
-    train(workplace, task_of(workplace), shared)
-    kept = {path: path.read_bytes() for path in workplace.state_folder("run-1").iterdir()}
-    train(workplace, task_of(workplace, run_id="run-2"), shared)
-    assert {path: path.read_bytes() for path in workplace.state_folder("run-1").iterdir()} == kept
+    state, shared = workplace_in(tmp_path)
+    train(state, task_of(state), shared)
+    kept = {path: path.read_bytes() for path in state.state_folder("run-1").iterdir()}
+    train(state, task_of(state, run_id="run-2"), shared)
+    assert {path: path.read_bytes() for path in state.state_folder("run-1").iterdir()} == kept
 
 
 def test_evaluating_changes_nothing(tmp_path):
-    workplace, shared = workplace_in(tmp_path)
-    train(workplace, task_of(workplace), shared)
-    asked = task_of(workplace, kind="evaluate", server_round=1)
-    first = evaluate_global(workplace, asked, shared)
-    assert timeless(first) == timeless(evaluate_global(workplace, asked, shared))
+    state, shared = workplace_in(tmp_path)
+    train(state, task_of(state), shared)
+    asked = task_of(state, kind="evaluate", server_round=1)
+    first = evaluate_global(state, asked, shared)
+    assert timeless(first) == timeless(evaluate_global(state, asked, shared))
     assert (first.change, dict(first.train)) == (None, {})
-    assert flatten(workplace.recogniser.state_dict(), workplace.manifest).tobytes() == shared.tobytes()
+    assert flatten(state.recogniser.state_dict(), state.manifest).tobytes() == shared.tobytes()
 
 
 # ---- what each strategy adds
@@ -191,10 +191,10 @@ def test_evaluating_changes_nothing(tmp_path):
 def test_fedprox_with_mu_0_is_fedavg_bit_for_bit_and_with_more_is_not(tmp_path):
     changes = {}
     for strategy, mu in (("fedavg", 0.7), ("fedprox", 0.0), ("fedprox", 0.7)):
-        workplace, shared = workplace_in(
+        state, shared = workplace_in(
             tmp_path / f"{strategy}-{mu}", federation__strategy=strategy, federation__proximal_mu=mu
         )
-        changes[strategy, mu] = train(workplace, task_of(workplace), shared)
+        changes[strategy, mu] = train(state, task_of(state), shared)
     assert timeless(changes["fedprox", 0.0]) == timeless(changes["fedavg", 0.7])
     pulled, free = decode(changes["fedprox", 0.7].change), decode(changes["fedavg", 0.7].change)
     assert pulled.tobytes() != free.tobytes()
@@ -205,33 +205,33 @@ def test_the_proximal_term_holds_the_model_near_the_received_one_and_spares_the_
     for normalisation in ("shared", "private"):
         given = []
         monkeypatch.setattr("common.strategies.proximal", lambda p, mu, given=given: given.append((p, mu)))
-        workplace, shared = workplace_in(
+        state, shared = workplace_in(
             tmp_path / normalisation,
             federation__strategy="fedprox",
             federation__proximal_mu=0.3,
             model__normalisation=normalisation,
         )
-        train(workplace, task_of(workplace), shared)
+        train(state, task_of(state), shared)
         [(parameters, mu)] = given
-        named = {id(p): name for name, p in workplace.recogniser.named_parameters()}
+        named = {id(p): name for name, p in state.recogniser.named_parameters()}
         assert mu == 0.3
-        assert {named[id(p)] for p in parameters} == set(named.values()) - set(workplace.private)
+        assert {named[id(p)] for p in parameters} == set(named.values()) - set(state.private)
 
 
 @pytest.mark.parametrize("manifest", ["", "0" * 64])
 def test_a_model_of_another_layout_is_refused(tmp_path, manifest):
-    workplace, shared = workplace_in(tmp_path)
+    state, shared = workplace_in(tmp_path)
     with pytest.raises(ReplyRefused, match="is not this client's"):
-        train(workplace, task_of(workplace, manifest=manifest), shared)
+        train(state, task_of(state, manifest=manifest), shared)
     with pytest.raises(ReplyRefused, match="is not this client's"):
-        train(workplace, task_of(workplace), None)
+        train(state, task_of(state), None)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), ()])
 def test_a_buffer_of_another_length_is_refused(tmp_path, shape):
-    workplace, _ = workplace_in(tmp_path)
+    state, _ = workplace_in(tmp_path)
     with pytest.raises(CheckpointError, match="is not this model's"):
-        train(workplace, task_of(workplace), np.zeros(shape, dtype=np.float32))
+        train(state, task_of(state), np.zeros(shape, dtype=np.float32))
 
 
 # ---- a new head, alone
@@ -239,9 +239,9 @@ def test_a_buffer_of_another_length_is_refused(tmp_path, shape):
 
 def test_a_new_head_is_warmed_up_once_and_counted_apart(tmp_path):
     """24 pictures in batches of 8 are 3 steps an epoch; round 2 finds the head that round 1 left."""
-    workplace, shared = workplace_in(tmp_path, training__head_warmup_epochs=2)
-    first = train(workplace, task_of(workplace), shared).train
-    second = train(workplace, task_of(workplace, server_round=2), shared).train
+    state, shared = workplace_in(tmp_path, training__head_warmup_epochs=2)
+    first = train(state, task_of(state), shared).train
+    second = train(state, task_of(state, server_round=2), shared).train
     counts = ("num_pictures", "num_steps", "num_warmup_pictures", "num_warmup_steps")
     assert [first[name] for name in counts] == [24, 3, 48, 6]
     assert [second[name] for name in counts] == [24, 3, 0, 0]
@@ -250,9 +250,9 @@ def test_a_new_head_is_warmed_up_once_and_counted_apart(tmp_path):
 
 def test_a_repeated_first_round_warms_up_again_and_a_late_client_too(tmp_path):
     """Else the same round would leave another head, according to how often it was asked for."""
-    workplace, shared = workplace_in(tmp_path / "a", training__head_warmup_epochs=1)
-    first = timeless(train(workplace, task_of(workplace), shared))
-    assert timeless(train(workplace, task_of(workplace), shared)) == first
+    state, shared = workplace_in(tmp_path / "a", training__head_warmup_epochs=1)
+    first = timeless(train(state, task_of(state), shared))
+    assert timeless(train(state, task_of(state), shared)) == first
     late, _ = workplace_in(tmp_path / "b", training__head_warmup_epochs=1)
     reply = train(late, task_of(late, server_round=2), shared)
     assert reply.train["num_warmup_pictures"] == NUM_TRAINING_PICTURES
@@ -263,8 +263,8 @@ def test_the_received_model_is_scored_with_the_head_that_came_before_the_warm_up
     """Its figures are then the same with and without, and what follows is not."""
     replies = []
     for epochs in (0, 3):
-        workplace, shared = workplace_in(tmp_path / str(epochs), training__head_warmup_epochs=epochs)
-        replies.append(train(workplace, task_of(workplace), shared))
+        state, shared = workplace_in(tmp_path / str(epochs), training__head_warmup_epochs=epochs)
+        replies.append(train(state, task_of(state), shared))
     without, with_it = replies
     assert timeless(without)[2] == timeless(with_it)[2]
     assert without.change.data != with_it.change.data
@@ -274,9 +274,9 @@ def test_the_received_model_is_scored_with_the_head_that_came_before_the_warm_up
 def test_private_normalisation_does_not_move_in_the_warm_up(tmp_path, monkeypatch):
     """What trains afterwards is left out here, so the state that is kept is that of the warm-up."""
     monkeypatch.setattr("clients.local_update.train_epochs", lambda *_, **__: TrainSums())
-    workplace, shared = workplace_in(tmp_path, training__head_warmup_epochs=1, model__normalisation="private")
-    train(workplace, task_of(workplace), shared)
-    state = workplace.recogniser.state_dict()
-    moved = {name for name in workplace.private if not torch.equal(state[name], workplace.fresh[name])}
+    state, shared = workplace_in(tmp_path, training__head_warmup_epochs=1, model__normalisation="private")
+    train(state, task_of(state), shared)
+    tensors = state.recogniser.state_dict()
+    moved = {name for name in state.private if not torch.equal(tensors[name], state.fresh[name])}
     assert moved == {"head.weight"}
-    assert flatten(state, workplace.manifest).tobytes() == shared.tobytes()
+    assert flatten(tensors, state.manifest).tobytes() == shared.tobytes()

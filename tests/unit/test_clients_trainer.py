@@ -230,7 +230,7 @@ def test_what_runs_beside_the_supernode_imports_neither_torch_nor_our_data_code(
 
 def test_a_failure_has_the_code_that_the_server_knows():
     from clients.flower import trainer
-    from common import wire
+    from common.protocol import wire
 
     assert trainer.CLIENT_FAILED == wire.CLIENT_FAILED
 
@@ -254,7 +254,7 @@ def resident(tmp_path, monkeypatch):
     started = []
 
     def start(command, **named):
-        from common.processes import start as real
+        from common.system.processes import start as real
 
         started.append(command)
         return real([sys.executable, str(script)], **named)

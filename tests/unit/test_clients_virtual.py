@@ -7,23 +7,23 @@ import pytest
 import torch
 from tiny_federation import enter_run, settings_with, site_settings, task_for, tiny_pack
 
-import clients.answer
+import clients.message_handler
 import clients.packs
-from clients.answer import answer
-from clients.local_update import join, open_workplace
+from clients.local_update import join, open_client_state
+from clients.message_handler import answer
 from clients.private_state import prune, rounds_here
 from clients.site import Share
-from common import wire
-from common.codec import decode, encode
 from common.faces.splits import Split
-from common.parameters import flatten
+from common.protocol import wire
+from common.protocol.codec import decode, encode
+from common.protocol.parameters import flatten
 
 
 @pytest.fixture
 def sites(tmp_path, monkeypatch):
     """Three virtual clients of one pack in memory; only one of them has an open set."""
     enter_run(monkeypatch)
-    monkeypatch.setattr(clients.answer, "_workplaces", {})
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
     opened = []
     monkeypatch.setattr(clients.packs, "open_pack", lambda *_, **__: opened.append(1) or tiny_pack("alpha"))
     for cached in (clients.packs._whole, clients.packs._parts):
@@ -50,7 +50,7 @@ NORMALISATIONS = pytest.mark.parametrize("normalisation", ["shared", "private"])
 
 def changes(sites, settings, rounds):
     """Each client's change in each round, from one model that is sent to all."""
-    place = open_workplace(sites[0], settings)
+    place = open_client_state(sites[0], settings)
     shared = encode(flatten(place.recogniser.state_dict(), place.manifest), "float32")
     found = {}
     for number in rounds:
@@ -72,10 +72,10 @@ def test_taking_turns_at_one_model_gives_the_bytes_that_each_alone_would(sites, 
     sites, opened = sites
     settings = settings_with(model__normalisation=normalisation)
     together = changes(sites, settings, (1, 2))
-    assert len(clients.answer._workplaces) == 1  # and not three
+    assert len(clients.message_handler._workplaces) == 1  # and not three
     assert opened == [1]
     for site in sites:
-        monkeypatch.setattr(clients.answer, "_workplaces", {})
+        monkeypatch.setattr(clients.message_handler, "_workplaces", {})
         apart = dataclasses.replace(site, state_dir=tmp_path / "apart" / site.name)
         alone = changes([apart], settings, (1, 2))
         for key, content in alone.items():
@@ -85,9 +85,9 @@ def test_taking_turns_at_one_model_gives_the_bytes_that_each_alone_would(sites, 
 def test_the_next_client_gets_the_same_backbone_and_its_own_head(sites):
     sites, _ = sites
     settings = settings_with()
-    first = open_workplace(sites[0], settings)
-    second = open_workplace(sites[1], settings, first)
-    built = open_workplace(sites[1], settings)
+    first = open_client_state(sites[0], settings)
+    second = open_client_state(sites[1], settings, first)
+    built = open_client_state(sites[1], settings)
     assert second.recogniser.backbone is first.recogniser.backbone
     assert torch.equal(second.recogniser.head.weight, built.recogniser.head.weight)
     assert second.fresh.keys() == built.fresh.keys()

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from common.codec import (
+from common.errors import TrainingFailed
+from common.protocol.codec import (
     BLOCK,
     PIECE,
     Coded,
@@ -20,7 +21,6 @@ from common.codec import (
     num_bytes,
     residue_of,
 )
-from common.errors import TrainingFailed
 from common.settings import CODECS
 
 LOSSY = [codec for codec in CODECS if is_lossy(codec)]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import CheckpointError, TrackingError, UserError
-from simulation.found_models import Search, Wanted, explicit_runs, find_models, wanted_models
+from simulation.compare.model_lookup import Search, Wanted, explicit_runs, find_models, wanted_models
 from tests.comparable_models import write_run
 from tests.tiny_federation import settings_with
 

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from simulation.found_models import Search, Wanted, find_models
-from simulation.report import csv_text, json_content, metrics, page, terminal_lines
+from simulation.compare.model_lookup import Search, Wanted, find_models
+from simulation.compare.report import csv_text, json_content, metrics, page, terminal_lines
 from tests.comparable_models import CLIENTS, PACKS, compare, write_run
 from tests.tiny_federation import settings_with
 

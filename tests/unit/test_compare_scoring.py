@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoints import write_tensors
 from common.errors import CheckpointError, DataError, UserError
-from common.evaluation import embed, evaluate, people_digest
 from common.faces.splits import Split
 from common.metrics.bootstrap import Estimate
 from common.metrics.figures import closed_scores, open_set_scores, scores, wilson
 from common.models.recogniser import for_people
-from simulation.compare import check_same_pairs, describe, gaps_of, notes_of, with_pooled
-from simulation.found_models import Search, Wanted, find_models
-from simulation.scoring import POOLED, gap, score
+from common.system.checkpoints import write_tensors
+from common.training.evaluation import embed, evaluate, people_digest
+from simulation.compare.comparison import check_same_pairs, describe, gaps_of, notes_of, with_pooled
+from simulation.compare.model_lookup import Search, Wanted, find_models
+from simulation.compare.scoring import POOLED, gap, score
 from tests.comparable_models import CLIENTS, CPU, PACKS, one_person_test, write_private, write_run
 from tests.tiny_federation import settings_with
 
@@ -230,7 +230,7 @@ def test_every_tensor_comes_from_the_checkpoint(tmp_path):
     """A model built anew has other weights; if one stayed, the scores of two runs could not differ by it alone."""
     trained = write_run(tmp_path, "1")
     [model] = _find(tmp_path, ALPHA)
-    from simulation.ready_models import ModelFiles
+    from simulation.compare.model_loading import ModelFiles
 
     ready = ModelFiles(model).at("alpha", PACKS["alpha"], {"alpha": 6})
     for name, tensor in ready.recogniser.state_dict().items():

@@ -9,21 +9,21 @@ import re
 import numpy as np
 import pytest
 
-from common.console import table
 from common.errors import UserError
-from common.evaluation import embed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.faces.synthetic import SynthSettings, write_dataset
 from common.metrics.bootstrap import Drawn, twin_figures
 from common.metrics.figures import JUDGED, KINDS, PAIRS, figure_name, figures_of, roc_auc, threshold_at_best_accuracy
 from common.metrics.pairs import pair_histogram, pair_histograms
-from common.runtime import stream_seed
-from simulation.compare import describe, with_pooled
-from simulation.evaluate import Request, evaluate_models
-from simulation.found_models import Search, Wanted, find_models, registered_name
-from simulation.report import csv_text, json_content, kinds_table, metrics, page, terminal_lines
-from simulation.scoring import NUM_REPLICATES, POOLED, score
+from common.system.console import table
+from common.system.runtime import stream_seed
+from common.training.evaluation import embed
+from simulation.compare.comparison import describe, with_pooled
+from simulation.compare.evaluate import Request, evaluate_models
+from simulation.compare.model_lookup import Search, Wanted, find_models, registered_name
+from simulation.compare.report import csv_text, json_content, kinds_table, metrics, page, terminal_lines
+from simulation.compare.scoring import NUM_REPLICATES, POOLED, score
+from simulation.data.synthetic import SynthSettings, write_dataset
 from tests.comparable_models import CPU, PACKS, compare, model_of, write_run
 from tests.tiny_federation import SIDE, settings_with, tiny_pack
 

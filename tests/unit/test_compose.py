@@ -13,7 +13,7 @@ import yaml
 import clients.cli
 import server.cli
 import simulation.cli
-from common.certs import read_client_folder, read_server_folder
+from common.system.certs import read_client_folder, read_server_folder
 from server.flower.front_door import Door, door_config
 from tests.conftest import skip_or_fail
 

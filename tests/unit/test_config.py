@@ -14,7 +14,7 @@ from common import config
 from common.errors import ConfigError
 from common.models.table import VITS
 from common.settings import RunSettings, Settings
-from simulation.sweep_plan import base_config, check_together, load_plan
+from simulation.alone.sweep_plan import base_config, check_together, load_plan
 
 SECTIONS = config._section_types()
 FIELDS = [

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from common import config, console
-from common.console import Follower, PackProgress, RunView, event_line, run_program, summary_lines, table
+from common import config
 from common.errors import ConfigError, DataError, FaceFedError, InterruptedRun, TrainingFailed
-from common.events import EventLog, EventReader
 from common.settings import Settings
+from common.system import console
+from common.system.console import Follower, PackProgress, RunView, event_line, run_program, summary_lines, table
+from common.system.events import EventLog, EventReader
 
 ROOT = Path(__file__).resolve().parents[2]
 JOINED = {
@@ -217,7 +218,7 @@ def test_a_bug_is_not_hidden():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_any_program_with_130_and_its_doors_closed(number):
     code = (
-        "import sys, time\nfrom common.console import run_program\n"
+        "import sys, time\nfrom common.system.console import run_program\n"
         "def work():\n"
         "    try:\n        print('at work', flush=True)\n        time.sleep(60)\n"
         "    finally:\n        print('closed', flush=True)\n"

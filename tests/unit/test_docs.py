@@ -92,7 +92,7 @@ def test_every_link_leads_to_a_file(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_path_in_code_marks_exists(path):
-    """`common/wire.py`, `configs/`, ...: paths below the packages, as they stand in the documents."""
+    """`common/protocol/wire.py`, `configs/`, ...: paths below the packages, as they stand in the documents."""
     tops = ("common/", "server/", "clients/", "simulation/", "configs/", "tests/", "bench/", "docs/")
     named = re.findall(r"`([\w./-]+)`", prose(path.read_text(encoding="utf-8")))
     paths = [word for word in named if word.startswith(tops) and "NAME" not in word]
@@ -133,7 +133,12 @@ def test_every_metric_that_is_logged_stands_in_the_metrics_page():
     page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
     source = "".join(
         (ROOT / name).read_text(encoding="utf-8")
-        for name in ("server/rounds.py", "server/record.py", "server/history.py", "simulation/baselines.py")
+        for name in (
+            "server/rounds.py",
+            "server/record/tell.py",
+            "server/record/history.py",
+            "simulation/alone/baselines.py",
+        )
     )
     spelt = set(re.findall(r'"((?:round|wait|exchange|aggregate|checkpoint|epoch|train|evaluate)_[a-z]+)"', source))
     spelt |= {"bytes_down", "bytes_up", "refused_replies", "best_round", "best_val_auc", "gradient_norm"}

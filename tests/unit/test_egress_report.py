@@ -9,18 +9,18 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from tiny_federation import InProcessMailbox, settings_with, task_for, tiny_pack, tiny_workplace
 
-import clients.answer
+import clients.message_handler
 import clients.packs
 from clients.egress import UNRECORDED, Asked, record_egress, record_receipt
-from common import wire
-from common.codec import encode
 from common.errors import UserError
-from common.files import append_line
-from common.ledger import digest_of, parts_of
-from common.parameters import flatten
-from server.receipts import ReceiptMailbox
+from common.protocol import wire
+from common.protocol.codec import encode
+from common.protocol.ledger import digest_of, parts_of
+from common.protocol.parameters import flatten
+from common.system.files import append_line
+from server.exchange.receipts import ReceiptMailbox
+from simulation.admin.egress import Request, report_egress
 from simulation.cli import main
-from simulation.egress import Request, report_egress
 
 RUN = "run-1"
 
@@ -240,10 +240,10 @@ def test_without_options_all_sites_of_this_folder_are_reported_with_their_newest
 @pytest.mark.usefixtures("in_a_run")
 @pytest.mark.parametrize("tampered", ["", "train", "join"])
 def test_a_client_sees_that_something_else_arrived(tmp_path, monkeypatch, tampered):
-    monkeypatch.setattr(clients.answer, "_workplaces", {})
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
     monkeypatch.setattr(clients.packs, "open_pack", lambda *_args, **_named: tiny_pack("alpha"))
-    workplace = tiny_workplace(settings_with(), tmp_path / "model")
-    model = wire.pack_shared(encode(flatten(workplace.recogniser.state_dict(), workplace.manifest), "float32"))
+    state = tiny_workplace(settings_with(), tmp_path / "model")
+    model = wire.pack_shared(encode(flatten(state.recogniser.state_dict(), state.manifest), "float32"))
 
     def tamper(_name, task, reply):
         if task.kind != tampered:
@@ -257,7 +257,7 @@ def test_a_client_sees_that_something_else_arrived(tmp_path, monkeypatch, tamper
 
     mailbox = ReceiptMailbox(InProcessMailbox(["alpha"], tmp_path, tamper), tmp_path / "server", RUN)
     for kind in ("join", "train", "evaluate"):
-        task = task_for(workplace.manifest, settings_with(), kind=kind, server_round=int(kind != "join"))
+        task = task_for(state.manifest, settings_with(), kind=kind, server_round=int(kind != "join"))
         (message_id,) = mailbox.send(
             [wire.task_message(task, None if kind == "join" else model, node_id=100, ttl_s=9.0)]
         )

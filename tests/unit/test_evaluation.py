@@ -10,11 +10,11 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from torch.nn import functional as F
 
 from common.errors import TrainingFailed
-from common.evaluation import SPLITS, embed, evaluate
 from common.faces.batches import to_float
 from common.faces.splits import Split
 from common.metrics.figures import scores as all_scores
-from common.training import Compute
+from common.training.evaluation import SPLITS, embed, evaluate
+from common.training.loop import Compute
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_embeddings_are_those_of_one_batch_in_order(pack, recogniser):
 
 def test_batch_borders_leave_no_trace(pack, recogniser, monkeypatch):
     whole = embed(recogniser, pack, np.arange(len(pack)), CPU)
-    monkeypatch.setattr("common.evaluation.EVALUATION_BATCH", 7)
+    monkeypatch.setattr("common.training.evaluation.EVALUATION_BATCH", 7)
     torch.testing.assert_close(embed(recogniser, pack, np.arange(len(pack)), CPU), whole, atol=1e-5, rtol=1e-4)
 
 

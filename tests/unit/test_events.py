@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from common.events import EVENTS_FILE, EventLog, EventReader
+from common.system.events import EVENTS_FILE, EventLog, EventReader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +54,7 @@ def test_a_look_that_was_broken_off_goes_on_where_it_stopped(tmp_path):
 
 def test_another_process_sees_every_event_whole_while_it_is_written(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom common.events import EventLog\n"
+        "import sys\nfrom pathlib import Path\nfrom common.system.events import EventLog\n"
         "log = EventLog(Path(sys.argv[1]))\n"
         "for number in range(300): log.emit('n', number=number, text='x' * (number * 37 % 5000))"
     )

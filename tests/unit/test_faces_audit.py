@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from faces_on_disk import make_celeba, make_folder, write
 
-from common.faces.audit import audit, audit_overlap
 from common.faces.pack import open_pack
 from common.faces.splits import Split
 from common.settings import DataSettings
+from simulation.data.audit import audit, audit_overlap
 
 DATA = DataSettings(image_size=32)
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from faces_on_disk import SMALL, in_cache, make_folder, opened, people_in
 
-from common import files
 from common.errors import CheckpointError, DataError
 from common.faces import pack, pack_store
 from common.faces.pack import load_pack, open_pack
+from common.system import files
 
 REPO = Path(__file__).resolve().parent.parent.parent
 

@@ -8,13 +8,13 @@ import pytest
 from faces_on_disk import make_folder, picture
 
 from common.errors import DataError
-from common.faces.audit import audit
 from common.faces.decode import plan
 from common.faces.index import read_index, take
 from common.faces.pack import load_pack, open_pack, union_pack
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 from simulation.cli import main
+from simulation.data.audit import audit
 
 TRAIN = {
     "90004": ["90004/90004d13.jpg", "/kaggle/input/nd/ND_TWINS/90004/90004d2.jpg"],

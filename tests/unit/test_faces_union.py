@@ -8,10 +8,10 @@ import torch
 from packs_in_memory import CPU, SIDE, memory_pack, recogniser_for
 
 from common.errors import DataError
-from common.evaluation import evaluate
 from common.faces.pack import StackedPictures, labels_of, union_pack
 from common.faces.splits import Split
 from common.models.recogniser import for_people
+from common.training.evaluation import evaluate
 
 
 def two_packs():

@@ -14,18 +14,18 @@ import pytest
 from tiny_federation import site_settings
 
 from clients.flower.launch import ClientOptions, Launch
-from common import files
 from common.errors import CheckpointError, TrackingError, UserError
-from common.files import InUse, append_line, lock, read_lines, read_sealed_json, replacing, write_sealed_json
+from common.system import files
+from common.system.files import InUse, append_line, lock, read_lines, read_sealed_json, replacing, write_sealed_json
 from common.tracking.spool import Spool
-from server.holding import run_held
+from server.locks import run_held
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD = (errno.EWOULDBLOCK, errno.EACCES)
 HOLDS = """
 import sys
 from pathlib import Path
-from common.files import lock
+from common.system.files import lock
 with Path(sys.argv[1]).open("w") as file:
     lock(file)
     print("held", flush=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 from matplotlib.text import Text
 
-from common.gallery import private_pictures
+from common.private_figures import private_pictures
 from tests.unit.packs_in_memory import CPU, memory_pack, recogniser_for
 
 

@@ -35,22 +35,21 @@ from tiny_federation import (
 from clients.private_state import load_private, load_residue, save_private
 from common import config
 from common.errors import ConfigError, FaceFedError
-from common.events import EventReader
 from common.faces import pack_store
-from common.faces.audit import audit
 from common.faces.decode import Job, Recipe, decode_job
 from common.faces.index import read_index
 from common.faces.pack import load_pack, open_pack
 from common.models.pretrained import load_pretrained
 from common.settings import DataSettings, Settings
+from common.system.events import EventReader
 from common.tracking.spool import entries_of, load_sent
 from common.tracking.sync import _last_words, _num_corrupt, unsent
-from server.checkpointing import RunCheckpoints
-from server.global_model import GlobalModel
-from server.history import History
-from server.optimiser import ServerOptimiser
+from server.global_model import GlobalModel, ServerOptimiser
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import History
 from server.resume import resume
-from simulation.found_models import find_model
+from simulation.compare.model_lookup import find_model
+from simulation.data.audit import audit
 from simulation.sites import ClientOption, audit_data
 
 pytestmark = pytest.mark.usefixtures("in_a_run", "no_syncing")

@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from common.console import event_line
 from common.errors import ConfigError
 from common.metrics import figures
 from common.metrics.bootstrap import Drawn, paired_gap, replicates, twin_figures
@@ -30,13 +29,14 @@ from common.metrics.pairs import pair_histogram
 from common.metrics.sums import NUM_BINS
 from common.plots.comparison import client_comparison
 from common.plots.curves import convergence
-from common.wire import Task
-from server.history import History, Tally, client_metrics, round_metrics
-from simulation.compare import Comparison, describe, gaps_of, notes_of, with_pooled
-from simulation.found_models import Search, Wanted, find_models
-from simulation.report import csv_text, json_content, metrics, page, terminal_lines
-from simulation.scoring import score
-from simulation.sweep_plan import allowed_metrics, load_plan
+from common.protocol.wire import Task
+from common.system.console import event_line
+from server.record.history import History, Tally, client_metrics, round_metrics
+from simulation.alone.sweep_plan import allowed_metrics, load_plan
+from simulation.compare.comparison import Comparison, describe, gaps_of, notes_of, with_pooled
+from simulation.compare.model_lookup import Search, Wanted, find_models
+from simulation.compare.report import csv_text, json_content, metrics, page, terminal_lines
+from simulation.compare.scoring import score
 from tests.comparable_models import CLIENTS, CPU, PACKS, write_run
 from tests.tiny_federation import reply_to, settings_with, sums_with
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from common.errors import DataError, TrainingFailed
-from common.metrics.projection import MOST_PICTURES, pca, tsne
+from common.private_figures import MOST_PICTURES, pca, tsne
 
 
 def _people(num_people, pictures_each, seed=0):

@@ -7,11 +7,11 @@ import pytest
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from common import wire
 from common.metrics import sums as module
 from common.metrics.sums import COUNTS, ClosedSetSums, EvaluationSums, pooled
-from server import history
-from server.history import RoundRecord, read_scores, write_scores
+from common.protocol import wire
+from server.record import history
+from server.record.history import RoundRecord, read_scores, write_scores
 from tests.tiny_federation import reply_to, sums_with
 
 TASK = wire.Task(kind="evaluate", run_id="run", server_round=1, settings="{}", manifest="", splits="val")

@@ -39,7 +39,7 @@ def test_a_block_has_torchvisions_names_and_numbers(name, num_in, planes, stride
 
 def test_a_client_starts_without_torchs_compiler():
     """It takes 1.4 s of each process's start, and comes along with torchvision."""
-    code = "import sys, clients.answer, server.app; "
+    code = "import sys, clients.message_handler, server.app; "
     code += "print([name for name in ('torchvision', 'torch._dynamo') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

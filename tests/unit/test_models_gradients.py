@@ -6,7 +6,7 @@ from torch import nn
 
 from common import config
 from common.models.recogniser import build_recogniser
-from common.training_step import clip_gradient, parameter_groups
+from common.training.step import clip_gradient, parameter_groups
 
 VIT = {"embedding", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}
 THIRDS = {"stem", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}

@@ -17,19 +17,19 @@ from tiny_federation import MANIFEST, settings_with, tiny_pack, tiny_workplace
 
 from clients.private_state import load_private, load_residue
 from common import config
-from common.checkpoints import read_flat, read_tensors
 from common.errors import CheckpointError, FaceFedError
 from common.faces.datasets import DATASETS
 from common.faces.decode import Job, Recipe, decode_job
 from common.faces.index import read_index
 from common.faces.pack import load_pack
-from common.files import read_json
 from common.models.pretrained import load_pretrained
+from common.system.checkpoints import read_flat, read_tensors
+from common.system.files import read_json
 from common.tracking.registry import CONFIG, NotPlain, read_exported
 from common.tracking.spool import read_entries
-from common.tracking.wandb_log import read_records
-from server.checkpointing import RunCheckpoints
-from server.history import RoundRecord, read_scores
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import RoundRecord, read_scores
+from simulation.admin.wandb_log import read_records
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "clients", "server", "simulation", "configs")

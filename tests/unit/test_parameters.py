@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import CheckpointError
-from common.parameters import buffer_sha256, flatten, load_shared, manifest_of, views
+from common.protocol.parameters import buffer_sha256, flatten, load_shared, manifest_of, views
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7.0), "c": torch.empty(0, 4), "d": torch.ones(2)}
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), max_size=6)

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from common import compute as computing
-from common import config, precision
-from common.compute import Compute
+from common import config
 from common.errors import UserError
-from common.precision import resolve_compute, threads_for
+from common.training import autotune as precision
+from common.training import compute as computing
+from common.training.autotune import resolve_compute, threads_for
+from common.training.compute import Compute
 from simulation.engine.cluster import resources_of_actor
 
 BASE = config.from_mapping(

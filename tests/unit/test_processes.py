@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from common import processes
 from common.errors import UserError
+from common.system import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 # A parent that starts a child through `start`, prints its id, and then works for ever.
 PARENT = """
 import subprocess, sys, time
 from pathlib import Path
-from common.processes import child_environment, start
+from common.system.processes import child_environment, start
 child = start([sys.executable, "-c", {child!r}], environment=child_environment(Path("/nowhere")),
               output=subprocess.DEVNULL)
 print(child.pid, flush=True)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from common import codec
-from common.codec import decode, encode
+from common.protocol import codec
+from common.protocol.codec import decode, encode
 from common.settings import FederationSettings
 from common.strategies import krum_order, mean_of, median, trimmed_mean
 from server import aggregate

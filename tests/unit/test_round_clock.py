@@ -7,8 +7,8 @@ import time
 import pytest
 from tiny_federation import MANIFEST, ScriptedMailbox, client, enter_run, federation_over, reply_to, settings_with
 
-from common.wire import Task
-from server.round_clock import PHASES, RoundClock, Thrift
+from common.protocol.wire import Task
+from server.exchange.clock import PHASES, RoundClock, TimeBudget
 
 
 def test_a_lap_belongs_to_the_phase_named_at_its_end():
@@ -128,13 +128,13 @@ def test_the_bytes_of_a_reply_are_those_of_its_arrays(tmp_path, splits):
 
 def test_work_that_may_take_a_twentieth_of_the_time_waits_for_it():
     now = [0.0]
-    thrift = Thrift(0.05, lambda: now[0])
-    assert thrift.affords(), "the first time"
-    with thrift:
+    budget = TimeBudget(0.05, lambda: now[0])
+    assert budget.affords(), "the first time"
+    with budget:
         now[0] = 0.5
     for now[0], affords in ((0.5, False), (10.4, False), (10.6, True)):
-        assert thrift.affords() == affords
-    with thrift:
+        assert budget.affords() == affords
+    with budget:
         now[0] += 0.01  # it cost less this time
     now[0] += 0.25
-    assert thrift.affords()
+    assert budget.affords()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import runtime
 from common.errors import UserError
+from common.system import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ def test_every_door_goes_silent_before_anything_else(file):
 def test_telemetry_is_off_where_the_libraries_look():
     """Asked in a fresh process: what Flower and MLflow themselves conclude from the environment."""
     code = (
-        "from common.runtime import go_silent; go_silent()\n"
+        "from common.system.runtime import go_silent; go_silent()\n"
         "from flwr.supercore import telemetry; from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "print(telemetry.FLWR_TELEMETRY_ENABLED, is_telemetry_disabled())"
     )
@@ -97,7 +97,7 @@ def test_torch_is_asked_only_where_there_may_be_a_gpu(monkeypatch, system, drive
 
 
 def test_a_computer_without_a_gpu_is_known_without_torch():
-    code = "from common import runtime; runtime.may_have_gpu = lambda: False; import sys; "
+    code = "from common.system import runtime; runtime.may_have_gpu = lambda: False; import sys; "
     code += "print(runtime.resolve_device('auto'), runtime.resolve_device('cpu'), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "cpu cpu False\n"

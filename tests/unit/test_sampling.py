@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_federation import settings_with
 
-from server.sampling import is_sampled, replies_needed, sample, waves
+from server.exchange.roster import is_sampled, replies_needed, sample, waves
 
 NAMES = {f"c-{number:04d}": number for number in range(200)}
 

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from common.codec import encode
+from common.protocol.codec import encode
 from server.aggregate import WeightedChange
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_federation import MANIFEST
 
-import server.checkpointing
+import server.record.checkpoint
 from common.errors import CheckpointError
-from common.parameters import buffer_sha256, manifest_of
-from server.checkpointing import RunCheckpoints
-from server.history import History
+from common.protocol.parameters import buffer_sha256, manifest_of
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import History
 
 
 def model_of(step):
@@ -83,7 +83,7 @@ def test_a_crash_while_saving_leaves_the_earlier_round_whole(tmp_path, monkeypat
     def crash(*_arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(server.checkpointing, breaks, crash)
+    monkeypatch.setattr(server.record.checkpoint, breaks, crash)
     with pytest.raises(OSError, match="no space"):
         checkpoints.save(5, model_of(5), moments_of(5), History(), {})
     state = json.loads((tmp_path / "state.json").read_text())

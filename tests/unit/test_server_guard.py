@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_federation import MANIFEST, reply_to, site_named, sums_with
 
-from common import wire
-from common.codec import Coded, encode
 from common.errors import ReplyRefused
 from common.metrics.sums import CLOSED_FIELDS, NUM_BINS
-from common.wire import TRAIN_FIELDS, Task, read_reply
-from server.guard import check_evaluation_reply, check_train_reply, read_site
+from common.protocol import wire
+from common.protocol.codec import Coded, encode
+from common.protocol.wire import TRAIN_FIELDS, Task, read_reply
+from server.exchange.guard import check_evaluation_reply, check_train_reply, read_site
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

@@ -8,7 +8,7 @@ from tiny_federation import sums_with
 
 from common.metrics.figures import scores
 from common.metrics.sums import pooled
-from server.history import History, Tally
+from server.record.history import History, Tally
 
 
 def score(history, step, split, by_client):

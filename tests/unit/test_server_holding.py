@@ -8,13 +8,13 @@ from contextlib import closing, contextmanager
 import pytest
 
 from common.errors import UserError
-from server.holding import database_held, run_held
+from server.locks import database_held, run_held
 
 HOLDS = """
 import sys
 from pathlib import Path
-from server import holding
-with getattr(holding, sys.argv[1])(Path(sys.argv[2])):
+from server import locks
+with getattr(locks, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
 """

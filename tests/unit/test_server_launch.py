@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import server.cli
-from common.certs import ServerFiles
 from common.errors import FaceFedError
+from common.system.certs import ServerFiles
 from server.flower.launch import Launch, ServerOptions
 from server.flower.superlink import Superlink, forget_secrets, write_secret
 

@@ -8,9 +8,9 @@ from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, 
 
 from common import config
 from common.errors import NotEnoughClients
-from common.events import EventReader
-from server.history import MOST_TOLD_APART, Tally, quantiles
-from server.sampling import sample
+from common.system.events import EventReader
+from server.exchange.roster import MOST_TOLD_APART, sample
+from server.record.history import Tally, quantiles
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 NUM = MOST_TOLD_APART + 8

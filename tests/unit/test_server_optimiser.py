@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from common.errors import CheckpointError
-from common.parameters import Entry, Manifest
+from common.protocol.parameters import Entry, Manifest
 from common.settings import FederationSettings
 from common.strategies import STRATEGIES
-from server.checkpointing import RunCheckpoints
-from server.guard import LARGEST_CHANGE
-from server.history import History
-from server.optimiser import ServerOptimiser, trainable_spans
+from server.exchange.guard import LARGEST_CHANGE
+from server.global_model import ServerOptimiser, trainable_spans
+from server.record.checkpoint import RunCheckpoints
+from server.record.history import History
 
 # Two weights, a normalisation layer's scale, mean and variance, then a last layer.
 TENSORS = ("a.weight", "b.weight", "n.weight", "n.running_mean", "n.running_var", "c.weight")

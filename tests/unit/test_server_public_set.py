@@ -24,7 +24,7 @@ from common.errors import ConfigError, DataError, InterruptedRun
 from common.faces.batches import to_float
 from common.metrics.folds import ten_fold_accuracy_of_scores
 from common.metrics.sums import NUM_BINS
-from common.parameters import flatten
+from common.protocol.parameters import flatten
 from common.settings import Settings
 from server.app import initial_model
 from server.public_set import PublicScorer, open_public_set, public_scorer, with_absolute_public_set

@@ -8,10 +8,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from tiny_federation import MANIFEST, ScriptedMailbox, client, federation_over, reply_to, settings_with
 
-from common import wire
-from common.ledger import RECEIPT, digest_of, parts_of
-from common.wire import Task
-from server.receipts import ReceiptMailbox
+from common.protocol import wire
+from common.protocol.ledger import RECEIPT, digest_of, parts_of
+from common.protocol.wire import Task
+from server.exchange.receipts import ReceiptMailbox
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

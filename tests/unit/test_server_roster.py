@@ -6,10 +6,10 @@ import pytest
 from flwr.app import Message
 from tiny_federation import ScriptedMailbox, client, roster_over, settings_with
 
-from common import wire
 from common.errors import InterruptedRun, NotEnoughClients, UserError
-from common.events import EventReader
-from server.mailbox import Patience
+from common.protocol import wire
+from common.system.events import EventReader
+from server.exchange.mailbox import Waiter
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -146,10 +146,10 @@ def test_an_answer_that_is_none_of_ours_is_left_out(tmp_path):
 
 def test_waiting_ends_when_the_run_is_stopped():
     with pytest.raises(InterruptedRun) as seen:
-        Patience(lambda: True).until(lambda: None, time.monotonic() + 60)
+        Waiter(lambda: True).until(lambda: None, time.monotonic() + 60)
     assert seen.value.exit_code == 130
 
 
 def test_what_is_there_at_the_deadline_is_taken():
-    assert Patience(lambda: False).until(lambda: "reply", time.monotonic() - 1) == "reply"
-    assert Patience(lambda: False).until(lambda: None, time.monotonic() - 1) is None
+    assert Waiter(lambda: False).until(lambda: "reply", time.monotonic() - 1) == "reply"
+    assert Waiter(lambda: False).until(lambda: None, time.monotonic() - 1) is None

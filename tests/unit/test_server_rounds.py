@@ -17,13 +17,13 @@ from tiny_federation import (
     sums_with,
 )
 
-from common import wire
 from common.errors import CheckpointError, DeadlinePassed, NotEnoughClients, UserError
-from common.events import EventReader
-from common.parameters import buffer_sha256
-from server.checkpointing import RunCheckpoints
+from common.protocol import wire
+from common.protocol.parameters import buffer_sha256
+from common.system.events import EventReader
+from server.exchange.mailbox import Waiter
 from server.global_model import GlobalModel
-from server.mailbox import Patience
+from server.record.checkpoint import RunCheckpoints
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -360,7 +360,7 @@ def test_a_run_that_takes_too_long_ends_with_the_last_whole_model(tmp_path):
         {1: client("alpha"), 2: client("beta", lambda t: reply_to(t) if t.server_round < 2 else None)}
     )
     federation = federation_over(mailbox, settings_with(federation__round_timeout_s=60.0), tmp_path)
-    federation.patience = federation.roster._patience = Patience(lambda: False, run_timeout_s=1.0)
+    federation.waiter = federation.roster._waiter = Waiter(lambda: False, run_timeout_s=1.0)
     with pytest.raises(DeadlinePassed, match=r"within 1 s \(federation.run_timeout_s\)"):
         federation.run()
     assert json.loads((tmp_path / "checkpoints" / "state.json").read_text())["round"] == 1

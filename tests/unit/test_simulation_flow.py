@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.server.superlink.fleet.vce import vce_api
 
-from common import wire
+from common.protocol import wire
 from simulation.engine.flow import LARGE_BYTES, WindowedMailbox, hand_out, handing_out, share_buffers
 
 pytestmark = pytest.mark.usefixtures("in_a_run")

@@ -7,7 +7,7 @@ import pytest
 from common import config
 from common.errors import ConfigError
 from common.settings import Settings
-from simulation.sweep_plan import Span, base_config, check_together, load_plan, plan_of_run
+from simulation.alone.sweep_plan import Span, base_config, check_together, load_plan, plan_of_run
 
 GOOD = """
 [sweep]

@@ -11,9 +11,9 @@ from test_synthetic import PLAIN, digests
 
 from common.errors import DataError, UserError
 from common.faces.index import read_index
-from common.faces.synth_people import LATENT_SIZE, read_traits
-from common.faces.synth_portrait import render_face
-from common.faces.synthetic import CLOSENESS, MANIFEST, SynthSettings, layout_of, twin_latent, write_dataset
+from simulation.data.synth_people import LATENT_SIZE, read_traits
+from simulation.data.synth_portrait import render_face
+from simulation.data.synthetic import CLOSENESS, MANIFEST, SynthSettings, layout_of, twin_latent, write_dataset
 from simulation.sites import synth
 
 SMALL = SynthSettings(layout="twins", num_people=12, pictures_per_person=2, seed=5)

@@ -13,10 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from common.errors import DataError
 from common.faces.datasets import DRAWN
-from common.faces.synth_camera import View, curve, loop, sample_size, sample_view
-from common.faces.synth_people import LATENT_SIZE, TRAITS, person_latent, picture_generator, read_traits
-from common.faces.synth_portrait import render_face
-from common.faces.synthetic import MANIFEST, SynthSettings, attributes_of, layout_of, write_dataset
+from simulation.data.synth_camera import View, curve, loop, sample_size, sample_view
+from simulation.data.synth_people import LATENT_SIZE, TRAITS, person_latent, picture_generator, read_traits
+from simulation.data.synth_portrait import render_face
+from simulation.data.synthetic import MANIFEST, SynthSettings, attributes_of, layout_of, write_dataset
 
 OFFICIAL = ("celeba", "vggface2")
 SMALL = {"num_people": 7, "pictures_per_person": 3, "seed": 5}

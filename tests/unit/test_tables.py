@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where a name may stand beside the table, and why.
 STRATEGIES_NAMED = {
     "common/settings.py": {"fedavg"},  # the default
-    "simulation/found_models.py": {"fedavg", "fedprox"},  # what a comparison compares where nothing is said
+    "simulation/compare/model_lookup.py": {"fedavg", "fedprox"},  # what a comparison compares where nothing is said
     "common/plots/style.py": {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"},  # the look of their curves
 }
 MODELS_NAMED = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from common import config
-from common.runtime import SILENCE, go_silent
 from common.settings import Settings
-from common.tracking import doctor
+from common.system.runtime import SILENCE, go_silent
 from common.tracking.spool import Sent, Spool, metric_line, save_sent
 from simulation import cli
+from simulation.admin import doctor
 
 
 def settings_for(uri: str) -> Settings:

@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from common.errors import EXIT_INTERRUPTED, FaceFedError, UserError
-from common.processes import free_port, start
-from common.tracking import address, serve
-from common.tracking.serve import EVERYWHERE, ServeOptions, ServerPlan, plan_server
+from common.system.processes import free_port, start
+from common.tracking import address
+from simulation.admin import tracking_server as serve
+from simulation.admin.tracking_server import EVERYWHERE, ServeOptions, ServerPlan, plan_server
 
 ROOT = Path(__file__).resolve().parents[2]
 

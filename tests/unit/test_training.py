@@ -7,11 +7,13 @@ import pytest
 import torch
 from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 
-from common import config, training, training_step
+from common import config
 from common.errors import TrainingFailed
 from common.settings import TrainingSettings
 from common.strategies import proximal
-from common.training import Compute, TrainSums, learning_rate, make_optimiser, train_epochs, warm_up_head
+from common.training import loop as training
+from common.training import step as training_step
+from common.training.loop import Compute, TrainSums, learning_rate, make_optimiser, train_epochs, warm_up_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})

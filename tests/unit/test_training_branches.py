@@ -7,14 +7,16 @@ import pytest
 import torch
 from packs_in_memory import CPU, MODEL, memory_pack, recogniser_for, same_bits
 
-from common import config, training, training_step
-from common.evaluation import embed
+from common import config
 from common.faces.batches import NO_TWIN
 from common.faces.splits import Split
 from common.models.dcal import random_partners
 from common.models.recogniser import Recogniser
 from common.settings import ModelSettings
-from common.training import TrainSums, make_optimiser, train_epochs, warm_up_head
+from common.training import loop as training
+from common.training import step as training_step
+from common.training.evaluation import embed
+from common.training.loop import TrainSums, make_optimiser, train_epochs, warm_up_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.02}})

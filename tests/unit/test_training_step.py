@@ -8,15 +8,17 @@ import pytest
 import torch
 from packs_in_memory import CPU, MODEL, SIDE, memory_pack, same_bits
 
-from common import compute as computing
-from common import config, training, training_step
+from common import config
 from common.errors import TrainingFailed
 from common.faces.batches import NO_TWIN, Batch
 from common.models.recogniser import build_recogniser
-from common.optimiser import flat, make_optimiser, settle
 from common.settings import ModelSettings, TrainingSettings
-from common.training import TrainSums, train_epochs
-from common.training_step import Stepper, in_parts, is_halved
+from common.training import compute as computing
+from common.training import loop as training
+from common.training import step as training_step
+from common.training.loop import TrainSums, train_epochs
+from common.training.optimiser import flat, make_optimiser, settle
+from common.training.step import Stepper, in_parts, is_halved
 
 SETTINGS = config.from_mapping({"data": {"image_size": SIDE}, "training": {"batch_size": 8, "lr": 0.05}})
 TRAINING = SETTINGS.training
@@ -134,7 +136,10 @@ def test_less_is_kept_for_the_backward_pass():
             seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with training_step.thrift(recogniser, settings), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with (
+            training_step.activation_checkpointing(recogniser, settings),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
             steps.recogniser.branch_embeddings(some_batch().pictures)
         return sum(seen.values()) - 4 * sum(p.numel() for p in recogniser.parameters())
 

@@ -10,17 +10,17 @@ from sklearn.metrics import roc_auc_score
 from tiny_federation import MANIFEST, reply_to, site_named, sums_with
 from torch.nn import functional as F
 
-from common import wire
 from common.errors import DataError, ReplyRefused
-from common.evaluation import embed, evaluate, people_digest
 from common.faces.splits import Split
 from common.metrics.figures import twin_scores
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.pairs import pair_histograms
 from common.metrics.sums import NUM_BINS, EvaluationSums, pooled
-from common.wire import Task, read_reply
-from server.guard import check_train_reply
-from server.history import client_metrics, round_metrics
+from common.protocol import wire
+from common.protocol.wire import Task, read_reply
+from common.training.evaluation import embed, evaluate, people_digest
+from server.exchange.guard import check_train_reply
+from server.record.history import client_metrics, round_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_a_run")
 TASK = Task(kind="train", run_id="run", server_round=3, settings="{}", manifest=MANIFEST.digest, splits="val test")

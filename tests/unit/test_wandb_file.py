@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bench.wandb_log import BLOCK, HEAD, field, framed, varint
 from common.errors import TrackingError
-from common.tracking.wandb_log import (
+from simulation.admin.wandb_log import (
     CUT_SHORT,
     Damage,
     Malformed,

@@ -10,9 +10,9 @@ import pytest
 
 from bench.wandb_log import framed
 from common.errors import TrackingError
-from common.tracking import wandb_import
-from common.tracking.wandb_import import MAX_NAME, RUN_TAG, Importer, Names, find_logs, import_folders, nearest_name
-from common.tracking.wandb_log import read_facts
+from simulation.admin import wandb_import
+from simulation.admin.wandb_import import MAX_NAME, RUN_TAG, Importer, Names, find_logs, import_folders, nearest_name
+from simulation.admin.wandb_log import read_facts
 from tests.unit.wandb_logs import (
     NEW,
     OLD,

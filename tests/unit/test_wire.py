@@ -9,13 +9,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.common.constant import ErrorCode
 from tiny_federation import site_named
 
-from common import wire
-from common.codec import decode, encode, num_bytes
 from common.errors import ReplyRefused
-from common.ledger import parts_of
 from common.metrics.folds import FOLD_BINS, NUM_FOLDS
 from common.metrics.sums import CLOSED_FIELDS, NUM_BINS, ClosedSetSums, EvaluationSums
-from common.wire import TRAIN_FIELDS, Reply, Site, Task
+from common.protocol import wire
+from common.protocol.codec import decode, encode, num_bytes
+from common.protocol.ledger import parts_of
+from common.protocol.wire import TRAIN_FIELDS, Reply, Site, Task
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 SHARED = np.linspace(-1, 1, 7, dtype=np.float32)

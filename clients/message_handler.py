@@ -1,0 +1,124 @@
+"""One site's answers: a message's content in, a reply's content out. A site that fails answers with one line."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
+from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train
+from clients.own_record import keep_round
+from clients.site import SiteSettings
+from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
+from common.protocol import wire
+from common.protocol.ledger import RECEIPT
+from common.protocol.wire import Task
+from common.settings import Settings
+from common.system.events import LAST_TASK_FILE, SHOWN
+from common.training.evaluation import SPLITS
+
+log = logging.getLogger("facefed.client")
+
+# One per process: a trainer or a Ray actor answers many messages; the pack and the model's memory serve all of them.
+_workplaces: dict[tuple[str, str, str], ClientState] = {}
+
+
+def _workplace(site: SiteSettings, task: Task, settings: Settings) -> ClientState:
+    """The site's state for this run, as it was left or new.
+
+    Virtual clients take turns at one: what a process holds must not grow with the number of clients that it serves.
+    """
+    key = (site.name, task.run_id, task.settings)
+    if key not in _workplaces:
+        for old in [known for known in _workplaces if known[1] != task.run_id]:
+            del _workplaces[old]  # one run's state at a time
+        former = None
+        if site.share is not None:
+            former = next((place for (_, *run), place in _workplaces.items() if run == list(key[1:])), None)
+            _workplaces.clear()
+        _workplaces[key] = open_client_state(site, settings, former)
+    return _workplaces[key]
+
+
+def _check(task: Task) -> None:
+    """Raises ReplyRefused for a task that no server of ours sends: its words become paths and choices here."""
+    if not RUN_ID.fullmatch(str(task.run_id)):
+        raise ReplyRefused(f"the run id {task.run_id!r} is not one of FaceFed's.")
+    if task.kind not in wire.MESSAGE_TYPES:
+        raise ReplyRefused(f"the task {task.kind!r} is unknown; choose {', '.join(wire.MESSAGE_TYPES)}.")
+    unknown = [split for split in task.splits.split() if split not in SPLITS]
+    if unknown:
+        raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
+    if task.received and not RECEIPT.fullmatch(task.received):
+        raise ReplyRefused("the server's receipt of the last reply is malformed; use equal versions of FaceFed.")
+
+
+def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
+    settings = read_settings(task)
+    if task.kind == "join":
+        return wire.site_content(join(site, settings))
+    state = _workplace(site, task, settings)
+    if task.kind == "train":
+        if site.share is not None:  # it is no site, so it keeps no record of its own
+            return wire.reply_content(train(state, task, shared, began=began))
+        with keep_round(site, task, state.settings, num_pictures=len(state.pack)) as kept:
+            reply = train(state, task, shared, began=began)
+            kept(reply)
+        return wire.reply_content(reply)
+    return wire.reply_content(evaluate_global(state, task, shared))
+
+
+def _public_reason(error: FaceFedError) -> str:
+    """What the server may read of a failure: lines about data and files hold this site's paths, and maybe names."""
+    if isinstance(error, DataError | CheckpointError):
+        kind = "data" if isinstance(error, DataError) else "state"
+        return f"its {kind} cannot be used; the client's own output says why."
+    return str(error)
+
+
+def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
+    """Answer the content of one message, with the content of the reply or the one line of a refusal.
+
+    Either is in the egress ledger before this returns.
+    """
+    began = time.perf_counter()
+    request: Task | Asked = Asked()  # a message that is none of ours
+    ledger = site.state_dir / LEDGER
+    try:
+        task, shared = wire.read_task(content)
+        _check(task)
+        request = task
+        record_receipt(ledger, site.name, task, task.received)
+        reply = _answer(site, task, shared, began)
+    except FaceFedError as error:
+        log.warning("%s%s: %s", SHOWN, site.name, error)
+        reason = f"{site.name}: {_public_reason(error)}"
+        record_egress(ledger, site.name, request, reason)
+        return reason
+    record_egress(ledger, site.name, task, reply)
+    if task.last and site.share is None:
+        (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
+    return reply
+
+
+def handle(site: SiteSettings, message: Message) -> Message:
+    """Answer one message of Flower's."""
+    reply = answer(site, message.content)
+    return wire.error_message(reply, message) if isinstance(reply, str) else Message(reply, reply_to=message)
+
+
+def build_client_app(find_site: Callable[[Context], SiteSettings]) -> ClientApp:
+    """A ClientApp that answers in its own process, for the sites that `find_site` names: a simulation's."""
+    client_app = ClientApp()
+
+    def respond(message: Message, context: Context) -> Message:
+        return handle(find_site(context), message)
+
+    client_app.query()(respond)
+    client_app.train()(respond)
+    client_app.evaluate()(respond)
+    return client_app

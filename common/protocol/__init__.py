@@ -1,0 +1,1 @@
+"""What crosses the wire: records and keys, the flat buffer and its codecs, and the ledger of what left."""

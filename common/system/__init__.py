@@ -1,0 +1,1 @@
+"""The machine: processes, files, the terminal, certificates, and which FaceFed runs here."""

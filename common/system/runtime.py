@@ -1,0 +1,144 @@
+"""Decisions about the machine, each made here only: silence, device, threads, random streams, who we are.
+
+Torch is imported inside the functions that need it, so that `--help` stays quick.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Read by the libraries when they are imported and by every child process; MLflow takes the word "true" only.
+SILENCE: Mapping[str, str] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Whatever its name says: without it Ray looks for a way to 8.8.8.8, takes the address of that network card and
+    # listens there; with "0" it is 127.0.0.1 on Linux too.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+# What keeps MLflow quiet and quick to give up (its own retries block for minutes); a user's own value wins.
+PATIENCE: Mapping[str, str] = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "120",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+
+
+# NVIDIA's driver, in containers too; on Jetson; on Windows' Linux; AMD's.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+
+
+def go_silent() -> None:
+    """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them."""
+    os.environ.update(SILENCE)
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+
+
+def tracking_uri_of_environment() -> str:
+    """MLflow's own variable MLFLOW_TRACKING_URI, or "" where it is not set."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
+def num_cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_digest() -> str:
+    """Twelve hexadecimal digits that are equal for two clients on one machine and say nothing else about it."""
+    return hashlib.sha256(f"{platform.node()}/{uuid.getnode()}".encode()).hexdigest()[:12]
+
+
+def stream_seed(*parts: str | int) -> int:
+    """A seed in [0, 2**63) of the random stream with this name; different names give independent streams."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def random_stream(*parts: str | int) -> "torch.Generator":
+    """A CPU generator for the stream named by `parts`, for example (seed, "celeba", "epoch", 3)."""
+    import torch
+
+    return torch.Generator().manual_seed(stream_seed(*parts))
+
+
+def may_have_gpu() -> bool:
+    """Whether it is worth asking torch, whose import takes seconds: on Linux a GPU's driver has one of these files."""
+    return sys.platform != "linux" or any(os.path.exists(path) for path in _GPU_DRIVERS)  # noqa: PTH110
+
+
+def resolve_device(name: str) -> str:
+    """`auto` -> cuda, mps or cpu, whichever is here first.  Raises UserError for a device that is not here.
+
+    Imports torch only where it has something to say.
+    """
+    if name == "cpu" or (name == "auto" and not may_have_gpu()):
+        return "cpu"
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if present[device])
+    kind, colon, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    is_numbered = number.isascii() and number.isdigit() and int(number) < count
+    if not present.get(kind, False) or (colon and not is_numbered):
+        here = ", ".join(device for device, is_here in present.items() if is_here)
+        raise UserError(f"--device {name} is not on this machine; here: {here}.")
+    return name
+
+
+def use_threads(num_threads: int) -> None:
+    """Let torch use so many CPU threads in this process; equal counts are needed for equal bits."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def facefed_version() -> str:
+    """The installed version, or "unknown" for a bundle without an installation."""
+    try:
+        return importlib.metadata.version("facefed")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache  # each round of a client asks
+def git_commit() -> str:
+    """The commit of the checkout that this file is in, or "unknown" outside one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()

@@ -1,0 +1,1 @@
+"""Training and evaluation of a model on one pack, the same in every mode."""

@@ -1,0 +1,184 @@
+"""The one training step of all modes: local, federated and centralised.
+
+`train_epochs` knows nothing of rounds or messages: a caller says which of all epochs to run and what penalty to add.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.faces.batches import NO_TWIN, Batch, epoch_batches, num_batches
+from common.faces.pack import FacePack
+from common.faces.splits import Split
+from common.models.dcal import Partners, random_partners
+from common.models.recogniser import Recogniser
+from common.settings import Settings, TrainingSettings
+from common.strategies import Penalty
+from common.system.runtime import random_stream
+from common.training.compute import Compute as Compute
+from common.training.optimiser import make_optimiser as make_optimiser
+from common.training.step import Stepped, Stepper, activation_checkpointing, loss_scaler
+
+HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
+
+
+@dataclass
+class TrainSums:
+    """What training adds up; everything here merges by addition."""
+
+    num_pictures: int = 0  # processed, so a picture counts once an epoch
+    num_steps: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0  # over pictures; the cross-entropy of self-attention where there are other branches
+    branch_loss_sums: dict[str, float] = field(default_factory=dict)  # over pictures, of those others, by name
+    gradient_norm_sum: float = 0.0  # over steps, before clipping
+    gradient_norm_sums: dict[str, float] = field(default_factory=dict)  # over steps, by group of parameters
+    num_warmup_pictures: int = 0  # seen by a new head alone, before training; in none of the sums above
+    num_warmup_steps: int = 0
+    num_halvings: int = 0  # of the batch, because the device had no room for a whole one
+    lr_last: float = field(default=0.0)
+
+    def add(self, stepped: Stepped, num_pictures: int) -> None:
+        """Count one step of training on so many pictures."""
+        self.num_pictures += num_pictures
+        self.num_steps += 1
+        self.correct += stepped.correct
+        self.loss_sum += stepped.losses["sa"] * num_pictures
+        self.gradient_norm_sum += stepped.gradient_norm
+        for group, norm in stepped.gradient_norms.items():
+            self.gradient_norm_sums[group] = self.gradient_norm_sums.get(group, 0.0) + norm
+        for name, loss in stepped.losses.items():
+            if name != "sa":
+                self.branch_loss_sums[name] = self.branch_loss_sums.get(name, 0.0) + loss * num_pictures
+
+    def merged(self) -> dict[str, float]:
+        """The means the tracking shows: train_loss, train_acc, gradient_norm; train_loss_glca, gradient_norm_head..."""
+        num_pictures, num_steps = max(self.num_pictures, 1), max(self.num_steps, 1)
+        return {
+            "train_loss": self.loss_sum / num_pictures,
+            "train_acc": self.correct / num_pictures,
+            "gradient_norm": self.gradient_norm_sum / num_steps,
+            **({"num_halvings": float(self.num_halvings)} if self.num_halvings else {}),
+            **{f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()},
+            **{f"gradient_norm_{group}": total / num_steps for group, total in self.gradient_norm_sums.items()},
+        }
+
+
+def learning_rate(training: TrainingSettings, progress: float) -> float:
+    """Linear warm-up, then a half cosine to zero (arXiv:1608.03983, without restarts).
+
+    progress: fraction of all steps of the whole federation that are done, in [0, 1].
+    """
+    warmup = training.warmup_fraction
+    if progress < warmup:
+        return training.lr * (progress / warmup)
+    return training.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
+
+
+def _pwca_partners(batch: Batch, *, stream: torch.Generator, wanted: str, choose: Partners) -> Tensor:
+    """Each picture's partner, [B] int64.  wanted: "random", or "twin" where the batch has a picture of the twin."""
+    partners = choose(batch.labels, stream)
+    if wanted == "random" or batch.twins is None:
+        return partners
+    return torch.where(batch.twins == NO_TWIN, partners, batch.twins)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """In here the module neither learns nor gathers statistics; its mode is left as evaluation."""
+    learned = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in learned:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad = True
+
+
+def warm_up_head(
+    recogniser: Recogniser, pack: FacePack, *, settings: Settings, compute: Compute, stream_name: str
+) -> TrainSums:
+    """Train a new head alone for training.head_warmup_epochs on the backbone as it is, which does not change.
+
+    The learning rate is training.lr throughout, the optimiser the run's kind with a state of its own. Batches come from
+    streams of their own, so training afterwards sees the same as without. Does nothing when the epochs are 0.
+
+    Returns sums with num_warmup_pictures and num_warmup_steps only: they are no part of the budget of training.
+    Raises TrainingFailed when a loss or gradient is not finite.
+    """
+    sums = TrainSums()
+    if settings.training.head_warmup_epochs == 0:
+        return sums
+    compute = dataclasses.replace(compute, compiled=False)  # a graph of its own would not pay back
+    compute.place(recogniser)
+    optimiser = make_optimiser(recogniser.heads, settings.training)
+    stepper = Stepper(recogniser=recogniser, optimiser=optimiser, training=settings.training, compute=compute)
+    with _frozen(recogniser.backbone):
+        for epoch in range(settings.training.head_warmup_epochs):
+            batches = epoch_batches(
+                pack, settings, device=compute.device, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
+            )
+            for step, batch in enumerate(batches):
+                stepper.step(batch, where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}")
+                sums.num_warmup_pictures += len(batch.labels)
+                sums.num_warmup_steps += 1
+    return sums
+
+
+def train_epochs(
+    recogniser: Recogniser,
+    optimiser: torch.optim.Optimizer,
+    pack: FacePack,
+    *,
+    settings: Settings,
+    compute: Compute,
+    epochs: range,
+    total_epochs: int,
+    stream_name: str,
+    penalty: Penalty | None = None,
+    choose_partners: Partners = random_partners,
+) -> TrainSums:
+    """Train in place for `epochs`, a range within [0, total_epochs).
+
+    The learning rate follows the position within all epochs, so rounds do not restart it; dropout and the like draw
+    from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA and
+    `twins.partner` does not make it the twin.
+    Raises TrainingFailed when a loss or gradient is not finite.
+    """
+    compute.place(recogniser)
+    recogniser.train()
+    sums = TrainSums()
+    per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    scaler = loss_scaler(compute)
+    for epoch in epochs:
+        torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", epoch).initial_seed())
+        stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
+        partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
+        stepper = Stepper(
+            recogniser=recogniser,
+            optimiser=optimiser,
+            training=settings.training,
+            compute=compute,
+            penalty=penalty,
+            choose_partners=partners if "pwca" in recogniser.branches else None,
+            stream=stream,
+            scaler=scaler,
+        )
+        batches = epoch_batches(pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch)
+        with closing(batches), activation_checkpointing(recogniser, settings.training):
+            for step, batch in enumerate(batches):
+                sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
+                for group in optimiser.param_groups:
+                    group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
+                stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")
+                sums.add(stepped, len(batch.labels))
+        sums.num_halvings += stepper.num_halvings
+    return sums

@@ -1,0 +1,161 @@
+"""Checks of what clients send before it touches the run; each refusal says what was wrong."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Message
+
+from common.errors import ReplyRefused
+from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
+from common.protocol import wire
+from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude
+from common.protocol.parameters import Manifest
+from common.protocol.wire import TRAIN_FIELDS, Reply, Site
+from common.settings import CLIENT_NAME, PRECISIONS
+
+# Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
+LARGEST_CHANGE = 1e15
+MOST_COUNTED = 10**9  # pictures, people or cores of one client
+LONGEST_TEXT = 128  # of what a client tells of itself
+MEMORY_FORMATS = ("contiguous", "channels_last")
+LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
+
+
+def read_site(message: Message) -> Site:
+    """`wire.read_site`, with texts that can be shown and kept, and possible counts.  Raises ReplyRefused."""
+    site = wire.read_site(message)
+    if not CLIENT_NAME.fullmatch(site.name):
+        raise ReplyRefused(
+            f"the name {site.name!r} cannot be used; give --name of 1 to 64 letters, digits, spaces, '.', '_' or '-'"
+        )
+    _check_site_texts(site)
+    _check_site_counts(site)
+    return site
+
+
+def _check_site_texts(site: Site) -> None:
+    for name, value in vars(site).items():
+        if isinstance(value, str) and not (len(value) <= LONGEST_TEXT and value.isprintable()):
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value[:LONGEST_TEXT]!r}")
+    for name, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
+        # Clients of one machine compute alike, so this word is sent to others too.
+        if getattr(site, name) not in choices:
+            raise ReplyRefused(
+                f"the answer to join is malformed: {name} is {getattr(site, name)!r}, none of {', '.join(choices)}"
+            )
+
+
+def _check_site_counts(site: Site) -> None:
+    for name, value in vars(site).items():
+        if isinstance(value, int) and value > MOST_COUNTED:
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value}, more than {MOST_COUNTED}")
+    for part, whole in (("num_training_pictures", "num_pictures"), ("num_training_people", "num_people")):
+        if getattr(site, part) > getattr(site, whole):
+            raise ReplyRefused(
+                f"the answer to join is malformed: {part} is {getattr(site, part)}, more than {whole},"
+                f" {getattr(site, whole)}"
+            )
+
+
+def check_sender(message: Message, node_id: int) -> None:
+    """Raises ReplyRefused unless a reply says that it is of the node that was asked: a site answers for itself only."""
+    if message.metadata.src_node_id != node_id:
+        raise ReplyRefused("the reply is of another node than the one that was asked")
+
+
+def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str) -> None:
+    """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec."""
+    _check_origin(reply, server_round, manifest)
+    _check_num_examples(reply.num_examples, site)
+    _check_change(reply, manifest, codec)
+    missing = [name for name in TRAIN_FIELDS if name not in reply.train]
+    if missing:
+        raise ReplyRefused(f"the reply lacks the training sum {missing[0]}")
+    _check_sums(reply.train)
+    _check_evaluations(reply, site)
+
+
+def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
+    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
+    _check_origin(reply, server_round, manifest)
+    if reply.change is not None or reply.train:
+        raise ReplyRefused("the reply holds results of training, and an evaluation was asked for")
+    _check_evaluations(reply, site)
+
+
+def _check_origin(reply: Reply, server_round: int, manifest: Manifest) -> None:
+    if reply.server_round != server_round:
+        raise ReplyRefused(f"the reply is of round {reply.server_round}, not of round {server_round}")
+    if reply.manifest != manifest.digest:
+        raise ReplyRefused("the reply's names or shapes are not the model's (manifest digests differ)")
+
+
+def _check_num_examples(num_examples: object, site: Site) -> None:
+    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples <= 0:
+        raise ReplyRefused(f"num-examples is {num_examples!r}; it must be a positive whole number")
+    if num_examples > site.num_training_pictures:
+        raise ReplyRefused(f"num-examples is {num_examples}; the client joined with {site.num_training_pictures}")
+
+
+def _check_change(reply: Reply, manifest: Manifest, codec: str) -> None:
+    change = reply.change
+    if change is None:
+        raise ReplyRefused("the reply holds no change of the model")
+    if change.codec != codec or change.size != manifest.size:
+        raise ReplyRefused(
+            f"the change is {change.codec} of {change.size} numbers; {codec} of {manifest.size} were asked for"
+        )
+    if not largest_magnitude(change) <= LARGEST_CHANGE:  # NaN too
+        _check_each(change, manifest)
+    if has_negative_scale(change):
+        raise ReplyRefused("the change holds a negative scale, which no encoder writes")
+
+
+def _check_each(change: Coded, manifest: Manifest) -> None:
+    """Raises ReplyRefused naming the tensor of the first unusable number; a large int8 scale may have small codes."""
+    values = decode(change)
+    usable = np.abs(values) <= LARGEST_CHANGE
+    if usable.all():
+        return
+    position = int(np.argmin(usable))
+    name = next(e.name for e in manifest.entries if e.offset <= position < e.offset + e.size)
+    raise ReplyRefused(f"the change holds {values[position]} in {name}")
+
+
+def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:
+    for name, value in sums.items():
+        kinds = int if name in WHOLE_NUMBERS and prefix else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ReplyRefused(f"{prefix}{name} is {value!r}; it must be a number")
+        if not (math.isfinite(value) and 0 <= value < LARGEST_SUM):
+            raise ReplyRefused(f"{prefix}{name} is {value}; sums are finite and not negative")
+
+
+def _check_evaluations(reply: Reply, site: Site) -> None:
+    for split, sums in reply.evaluations.items():
+        _check_sums(sums.numbers(), f"{split}-")
+        _check_closed(split, sums.closed)
+        for name, most in (("num_examples", site.num_pictures), ("num_classes", site.num_training_people)):
+            if getattr(sums.closed, name) > most:
+                raise ReplyRefused(f"{split}-{name} is {getattr(sums.closed, name)}; the client joined with {most}")
+        # Every pair of the client's pictures once, at most; more could overflow the clients' sum.
+        most = site.num_pictures * (site.num_pictures - 1) // 2
+        if float(sums.pairs.sum(dtype=np.float64)) > most:
+            raise ReplyRefused(f"the {split} histogram counts more pairs than {site.num_pictures} pictures have")
+        if bool((sums.twins > sums.pairs).any()):
+            raise ReplyRefused(f"the {split} histogram counts more pairs of twins than pairs")
+        if float(sums.folds.sum(dtype=np.float64)) > most:
+            raise ReplyRefused(f"the {split} folds count more pairs than {site.num_pictures} pictures have")
+        if sums.confusion is not None and float(sums.confusion.sum(dtype=np.float64)) > site.num_pictures:
+            raise ReplyRefused(f"the {split} confusion counts more than {site.num_pictures} pictures")
+
+
+def _check_closed(split: str, sums: ClosedSetSums) -> None:
+    closed = vars(sums)
+    bounds = {"correct": "num_examples"} | dict.fromkeys(("precision_sum", "recall_sum", "f1_sum"), "num_classes")
+    for name, bound in bounds.items():
+        if closed[name] > closed[bound] * (1 + 1e-9):
+            raise ReplyRefused(f"{split}-{name} is {closed[name]}, more than {split}-{bound}, {closed[bound]}")
+    if closed["num_examples"] > 0 and closed["num_classes"] == 0:
+        raise ReplyRefused(f"{split}-num_classes is 0 for {closed['num_examples']} pictures")

@@ -1,0 +1,110 @@
+"""One message to each client and one reply from each, taken in a fixed order; what is bad or missing is left out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+
+from common.errors import ReplyRefused
+from common.protocol import wire
+from common.protocol.codec import Coded
+from common.protocol.parameters import Manifest
+from common.protocol.wire import Reply, Task
+from common.settings import FederationSettings
+from server.aggregate import Aggregate
+from server.exchange.clock import RoundClock
+from server.exchange.guard import check_evaluation_reply, check_sender, check_train_reply
+from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.roster import Member
+
+Download = Callable[[], Coded]
+TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
+LOOK_WHO_IS_HERE_EVERY_S = 1.0
+
+
+@dataclass(kw_only=True)
+class Exchange:
+    """The messages of one attempt at a round, or of one evaluation."""
+
+    federation: FederationSettings
+    manifest: Manifest
+    mailbox: Mailbox
+    waiter: Waiter
+    clock: RoundClock
+    refused: Callable[[int, str, str], None]  # is told the round, the client, the reason
+    _tasks: Mapping[str, Task] = field(default_factory=dict)
+    _members: Mapping[str, Member] = field(default_factory=dict)
+    _sent: dict[str, str] = field(default_factory=dict)  # client -> message id
+    _deadline: float = 0.0
+    _lost: set[int] = field(default_factory=set)  # nodes that have been away since their task was sent
+    _looked: float = 0.0
+
+    def send(self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download) -> None:
+        """Send every task.  model: makes what is sent; it is not kept while the clients work."""
+        timeout_s = self.federation.round_timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._tasks, self._members = tasks, members
+        shared = wire.pack_shared(model())
+        messages = [
+            wire.task_message(task, shared, node_id=members[name].node_id, ttl_s=timeout_s + TTL_SLACK_S)
+            for name, task in tasks.items()
+        ]
+        self._sent = dict(zip(tasks, self.mailbox.send(messages), strict=True))
+        del messages, shared  # the SuperLink has them now
+        self.clock.sent()
+
+    def replies(self, change: Aggregate | None) -> dict[str, Reply]:
+        """Take the replies in the order of the tasks; a bad or missing one is left out, and told.
+
+        With `change`, replies are checked as those of training and added to it at once, and their buffers dropped.
+        Raises InterruptedRun.
+        """
+        replies = {}
+        for name, task in self._tasks.items():
+            try:
+                replies[name] = self._receive(name, task, change)
+            except ReplyRefused as refusal:
+                self.refused(task.server_round, name, str(refusal))
+        return replies
+
+    def _receive(self, name: str, task: Task, change: Aggregate | None) -> Reply:
+        member = self._members[name]
+        if not self._sent[name]:
+            raise ReplyRefused("the task could not be sent; the client is not connected")
+        message = self.waiter.until(lambda: self._look(self._sent[name], member.node_id), self._deadline)
+        self.clock.lap("wait")
+        if message is None:
+            raise ReplyRefused(f"no answer within {self.federation.round_timeout_s:g} s")
+        self.clock.answered(name)
+        reply = wire.read_reply(message, task.splits)
+        check_sender(message, member.node_id)
+        if change is None:
+            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
+            return reply
+        codec = self.federation.upload_codec
+        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
+        self.clock.lap("receive")
+        if reply.change is not None:
+            change.add(reply.change, reply.num_examples, name)
+        self.clock.lap("aggregate")
+        return dataclasses.replace(reply, change=None)
+
+    def _look(self, message_id: str, node_id: int) -> Message | None:
+        """The reply if it is there; pulling it is no waiting.  Raises ReplyRefused where none can come any more.
+
+        A client with a key of its own comes back as the node that it was, but without the task that it had; so who
+        has been away is noted for all of them, whoever is being waited for.
+        """
+        self.clock.lap("wait")
+        if time.monotonic() - self._looked >= LOOK_WHO_IS_HERE_EVERY_S:
+            here = set(self.mailbox.node_ids())
+            self._lost |= {member.node_id for member in self._members.values()} - here
+            self._looked = time.monotonic()
+        message = self.mailbox.receive(message_id)
+        if message is not None:
+            self.clock.lap("receive")
+        elif node_id in self._lost:
+            raise ReplyRefused("the connection to the client was lost")
+        return message

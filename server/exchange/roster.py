@@ -1,0 +1,238 @@
+"""Who takes part: asks each node that appears for its name, waits for enough, and draws who works in a round."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from flwr.app import Message
+
+from common.errors import NotEnoughClients, ReplyRefused, UserError
+from common.protocol import wire
+from common.protocol.wire import Site, Task
+from common.settings import FederationSettings
+from common.system.events import EventLog
+from common.system.runtime import stream_seed
+from server.exchange.guard import check_sender, read_site
+from server.exchange.mailbox import Mailbox, Waiter
+
+T = TypeVar("T")
+SAY_WAITING_EVERY_S = 10.0
+MOST_TOLD_APART: Final = 32  # more clients have no runs, curves and sums of their own, but quantiles over them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client that takes part."""
+
+    node_id: int
+    site: Site
+
+
+class Roster:
+    """The members by name, kept up to date as nodes come and go."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        federation: FederationSettings,
+        *,
+        task: Task,
+        events: EventLog,
+        waiter: Waiter,
+        all_nodes_are_here: Callable[[], bool],
+        keys: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
+        """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation).
+
+        keys: the names of the registered keys by node, where nodes have keys.
+        """
+        self._mailbox, self._federation, self._task = mailbox, federation, task
+        self._events, self._waiter = events, waiter
+        self._all_nodes_are_here, self._keys = all_nodes_are_here, keys
+        self._asked: dict[int, str] = {}  # node -> message id, no answer yet
+        self._refused: dict[int, str] = {}  # node -> reason; these are not asked again while they are connected
+        self._left: set[int] = set()  # of those refused, who has been away since
+        self._members: dict[str, Member] = {}
+        self._known: set[str] = set()  # whoever was a member once
+        self._in_a_row: dict[int, int] = {}  # node -> rounds without a usable reply since the last one
+        self._complete = False  # afterwards a name that comes again is a client that was restarted
+
+    def gather(self) -> dict[str, Member]:
+        """The members, in order of their names, as soon as there are `min_clients`; at once if there are.
+
+        Raises NotEnoughClients at the join deadline, saying who is here and how many are missing; UserError when two
+        clients claim one name.
+        """
+        started = time.monotonic()
+        said = [started]
+
+        def look() -> bool | None:
+            self._refresh()
+            if len(self._members) >= self._federation.min_clients and not self._still_answering():
+                return True
+            self._check_hope()
+            if time.monotonic() - said[0] >= SAY_WAITING_EVERY_S:
+                said[0] = time.monotonic()
+                if len(self._members) <= MOST_TOLD_APART:
+                    self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
+                else:
+                    self._say_how_many()
+            return None
+
+        found = self._waiter.until(look, started + self._federation.join_timeout_s)
+        if found is None and len(self._members) < self._federation.min_clients:
+            raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
+        if not self._complete and len(self._members) > MOST_TOLD_APART:
+            self._say_how_many()
+        self._complete = True
+        return self.members()
+
+    def members(self) -> dict[str, Member]:
+        """The members as last seen, in order of their names."""
+        return dict(sorted(self._members.items()))
+
+    def judge(self, *, asked: Mapping[str, Member], answered: Collection[str]) -> None:
+        """A round is over: a client that gave no usable reply so many times running is set aside, and told of.
+
+        It comes back when it is started again, as another node.
+        """
+        limit = self._federation.refusals_in_a_row
+        for name, member in asked.items():
+            node = member.node_id
+            self._in_a_row[node] = 0 if name in answered else self._in_a_row.get(node, 0) + 1
+            if isinstance(limit, int) and self._in_a_row[node] >= limit and name in self._members:
+                reason = (
+                    f"{name} gave no usable reply {limit} times running and is set aside; start it again to let it in"
+                )
+                self._refused[node] = reason
+                del self._members[name]
+                self._events.emit("warning", line=reason)
+
+    def others_may_come(self) -> bool:
+        """Whether a client that is missing can come back: not in a simulation."""
+        return not self._all_nodes_are_here()
+
+    def _still_answering(self) -> bool:
+        # In a simulation every node is known from the start, so a run begins with all of them.
+        return self._all_nodes_are_here() and bool(self._asked)
+
+    def _who(self) -> Mapping[str, object]:
+        return {"here": sorted(self._members), "wanted": self._federation.min_clients}
+
+    def _say_how_many(self) -> None:
+        self._events.emit("gathered", clients=len(self._members), wanted=self._federation.min_clients)
+
+    def _missing_line(self, when: str) -> str:
+        names = sorted(self._members)
+        here = ", ".join(names[:MOST_TOLD_APART]) or "none"
+        here += ", ..." if len(names) > MOST_TOLD_APART else ""
+        # One line of each, once: a thousand virtual clients fail for one reason, and an engine's own are tracebacks.
+        lines = dict.fromkeys(reason.strip().splitlines()[-1] for reason in self._refused.values() if reason.strip())
+        reasons = "".join(f" Refused: {line}." for line in list(lines)[:MOST_TOLD_APART])
+        gone = sorted(self._known - self._members.keys())[:MOST_TOLD_APART]
+        more = self._federation.min_clients - len(self._members) - len(gone)
+        missing = [f"{name}, which was here before" for name in gone] + [f"{more} more"] * (more > 0)
+        return (
+            f"{len(self._members)} of {self._federation.min_clients} clients joined {when} (here: {here}; missing:"
+            f" {'; '.join(missing)}). Start each with: flower-client --dataset ... --data-dir ... --server ...{reasons}"
+        )
+
+    def _check_hope(self) -> None:
+        if self._all_nodes_are_here() and not self._asked and self._refused:
+            raise NotEnoughClients(self._missing_line("and nobody else can come"))
+
+    def _refresh(self) -> None:
+        online = set(self._mailbox.node_ids())
+        self._members = {name: m for name, m in self._members.items() if m.node_id in online}
+        self._asked = {node: message for node, message in self._asked.items() if node in online}
+        # With a key of its own a client that is started again is the node that it was.
+        self._left |= self._refused.keys() - online
+        known = {m.node_id for m in self._members.values()} | self._asked.keys() | (self._refused.keys() - self._left)
+        new = sorted(online - known)
+        self._left -= online
+        if new:
+            messages = [self._ask(node) for node in new]
+            sent = zip(new, self._mailbox.send(messages), strict=True)
+            self._asked |= {node: message_id for node, message_id in sent if message_id}
+        for node, message_id in list(self._asked.items()):
+            reply = self._mailbox.receive(message_id)
+            if reply is not None:
+                del self._asked[node]
+                self._admit(node, reply)
+
+    def _ask(self, node_id: int) -> Message:
+        return wire.task_message(self._task, None, node_id=node_id, ttl_s=self._federation.join_timeout_s + 60.0)
+
+    def _admit(self, node_id: int, reply: Message) -> None:
+        try:
+            site = read_site(reply)
+            check_sender(reply, node_id)
+            _check_name(site.name, node_id, self._keys())
+        except ReplyRefused as error:
+            self._refused[node_id] = str(error)
+            self._events.emit("refused", client="", reason=str(error))
+            return
+        if site.name in self._members and not self._complete:
+            raise UserError(
+                f"two clients claim the name {site.name!r} (a {self._members[site.name].site.dataset} and a"
+                f" {site.dataset} data set); start one of them with another --name."
+            )
+        earlier = self._members.get(site.name)
+        if earlier is not None:
+            # Were it asked again while it lives, two clients of one name would replace each other round after round.
+            reason = f"{site.name} joined anew from another process, so its earlier connection is left out"
+            self._refused[earlier.node_id] = reason
+            self._events.emit("warning", line=reason)
+        self._members[site.name] = Member(node_id=node_id, site=site)
+        self._known.add(site.name)
+        if len(self._members) > MOST_TOLD_APART:
+            return
+        self._events.emit(
+            "joined",
+            client=site.name,
+            people=site.num_training_people,
+            pictures=site.num_training_pictures,
+            device=site.device,
+            **self._who(),
+        )
+
+
+def _check_name(name: str, node_id: int, names: Mapping[int, str]) -> None:
+    """Raises ReplyRefused when the name is that of a key, and the node's key is another."""
+    if name in names.values() and names.get(node_id) != name:
+        raise ReplyRefused(f"a client claims the name {name!r}, which is that of another client's key")
+
+
+def sample(members: Mapping[str, T], federation: FederationSettings, *, seed: int, server_round: int) -> dict[str, T]:
+    """The members of a round, in order of their names: all, or `federation.clients_per_round` of them.
+
+    Each has a number of its own in the stream (seed, "sample", round, name) and the lowest are taken, so every set of
+    that size is equally likely, and one member that comes or goes changes the sample by one at most.
+    """
+    wanted = federation.clients_per_round
+    names = sorted(members)
+    if isinstance(wanted, int) and wanted < len(names):
+        names = sorted(sorted(names, key=lambda name: stream_seed(seed, "sample", server_round, name))[:wanted])
+    return {name: members[name] for name in names}
+
+
+def is_sampled(members: Mapping[str, T], federation: FederationSettings) -> bool:
+    """Whether a round has fewer than all members."""
+    wanted = federation.clients_per_round
+    return isinstance(wanted, int) and wanted < len(members)
+
+
+def waves(members: Mapping[str, T], federation: FederationSettings) -> Iterator[dict[str, T]]:
+    """All members in order of their names, at most `federation.clients_per_round` at a time; nothing where none are."""
+    names = sorted(members)
+    wanted = federation.clients_per_round
+    size = wanted if isinstance(wanted, int) else max(1, len(names))
+    for start in range(0, len(names), size):
+        yield {name: members[name] for name in names[start : start + size]}
+
+
+def replies_needed(federation: FederationSettings) -> int:
+    """How many usable replies a round needs: `federation.min_clients`, or all where fewer are asked by choice."""
+    wanted = federation.clients_per_round
+    return min(federation.min_clients, wanted) if isinstance(wanted, int) else federation.min_clients

@@ -1,0 +1,219 @@
+"""What is known of each round's global model, which round is the best so far, and what a checkpoint keeps of it.
+
+All clients' sums are merged, then turned into ratios, never the other way round.  A checkpoint holds every figure as
+JSON, and the sums that the run's end still needs: those of the untrained and of the best model, a file for each,
+written when they change.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import CheckpointError
+from common.metrics.figures import AUC, known_scores, recorded
+from common.metrics.sums import CLOSED_FIELDS, COUNTS, WHOLE_NUMBERS, EvaluationSums
+from common.protocol.wire import Reply
+from common.system.checkpoints import read_sealed, write_sealed
+from server.exchange.roster import MOST_TOLD_APART
+
+_ALL = ""  # the name under which the sums of all clients stand; no client has it
+
+
+def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
+    """The round's metrics by the names that the tracking shows: round_test_auc, round_val_auc, ..."""
+    scores = known_scores(sums)
+    return {f"round_{split}_{short}": scores[name] for name, short, _ in recorded() if name in scores}
+
+
+def client_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
+    """One client's metrics: test_accuracy, test_precision, ..., test_roc_auc, test_eer, test_tar_at_far_1e-3."""
+    return {f"{split}_{name}": value for name, value in known_scores(sums).items()}
+
+
+def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:
+    """The clients' training sums, added."""
+    total: dict[str, float] = {}
+    for reply in replies.values():
+        for name, value in reply.train.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+@dataclass
+class Tally:
+    """One split's sums of a model as the replies come in: pooled, and by client while these are few."""
+
+    split: str
+    total: EvaluationSums | None = None  # None: nobody yet
+    by_client: dict[str, EvaluationSums] = field(default_factory=dict)  # empty for more than MOST_TOLD_APART
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client -> `client_metrics`, of all
+
+    def add(self, replies: Mapping[str, Reply]) -> None:
+        """Add the sums of other clients, which are half a megabyte each."""
+        for name, reply in replies.items():
+            sums = reply.evaluations[self.split]
+            self.total = sums if self.total is None else self.total + sums
+            self.metrics[name] = client_metrics(self.split, sums)
+            if len(self.metrics) <= MOST_TOLD_APART:
+                self.by_client[name] = sums
+            else:
+                self.by_client.clear()
+
+
+def quantiles(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure the deciles 1, 5 and 9 over the clients that have it: {"clients_train_loss_p50": 1.2, ...}."""
+    values: dict[str, list[float]] = {}
+    for own in metrics.values():
+        for name, value in own.items():
+            values.setdefault(name, []).append(value)
+    return {
+        f"clients_{name}_p{percent}": float(np.percentile(numbers, percent))
+        for name, numbers in values.items()
+        for percent in (10, 50, 90)
+    }
+
+
+@dataclass
+class RoundRecord:
+    """Round `step`: the figures of its training and of the model after it (round 0: the initial model)."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    totals: dict[str, EvaluationSums] = field(default_factory=dict)  # split -> all clients' sum
+    sums: dict[str, dict[str, EvaluationSums]] = field(default_factory=dict)  # split -> client -> sums, of few clients
+    scored: set[str] = field(default_factory=set)  # splits; of a run that goes on, most of their sums are not here
+
+
+@dataclass
+class History:
+    """All rounds, and the choice among them: by pooled validation AUC, never by test."""
+
+    rounds: dict[int, RoundRecord] = field(default_factory=dict)
+    best_round: int = 0
+    best_val_auc: float = float("-inf")
+
+    def at(self, step: int) -> RoundRecord:
+        """The record of a round, made when it is first asked for."""
+        return self.rounds.setdefault(step, RoundRecord(step))
+
+    def score(self, step: int, tally: Tally) -> dict[str, float]:
+        """Keep the sums of the model of round `step`; returns its pooled metrics (round_val_auc, ...).
+
+        An equal validation AUC leaves the earlier round the best. Round 0 is never the best: it is untrained. The best
+        round's model may be scored again, by more clients; then that score is its own.
+        """
+        if tally.total is None:
+            return {}
+        record, split = self.at(step), tally.split
+        record.sums[split], record.totals[split] = tally.by_client, tally.total
+        record.scored.add(split)
+        metrics = round_metrics(split, tally.total)
+        record.metrics |= metrics
+        val_auc = known_scores(tally.total).get(AUC, 0.0)
+        if split == "val" and step > 0 and (val_auc > self.best_val_auc or step == self.best_round):
+            self.best_round, self.best_val_auc = step, val_auc
+        return metrics
+
+    def validations_since_best(self) -> int:
+        """How many models after the best one were scored on validation and were no better."""
+        return sum("val" in record.scored for step, record in self.rounds.items() if step > self.best_round)
+
+    def tested(self, step: int) -> bool:
+        """Whether the model of that round was scored on the test split."""
+        return "test" in self.at(step).scored
+
+    def pooled_test(self, step: int) -> EvaluationSums:
+        """The test sums of that round's model over all clients."""
+        return self.at(step).totals["test"]
+
+    def rows(self) -> list[dict[str, float]]:
+        """One flat row for each round in order, with its "step"."""
+        return [{"step": float(step), **self.rounds[step].metrics} for step in sorted(self.rounds)]
+
+    def client_rows(self) -> dict[str, list[dict[str, float]]]:
+        """For each client, one row for each round in which it has a figure."""
+        names = sorted({name for record in self.rounds.values() for name in record.clients})
+        return {
+            name: [
+                {"step": float(step), **self.rounds[step].clients[name]}
+                for step in sorted(self.rounds)
+                if name in self.rounds[step].clients
+            ]
+            for name in names
+        }
+
+
+def history_to_json(history: History) -> dict[str, Any]:
+    """Everything but the sums."""
+    return {
+        "best_round": history.best_round,
+        "best_val_auc": history.best_val_auc if history.best_round else None,
+        "rounds": history.rows(),
+        "scored": {str(step): sorted(record.scored) for step, record in sorted(history.rounds.items())},
+        "clients": {str(step): record.clients for step, record in sorted(history.rounds.items()) if record.clients},
+    }
+
+
+def history_from_json(values: Mapping[str, Any]) -> History:
+    """The inverse of `history_to_json`.  Raises CheckpointError."""
+    try:
+        history = History(best_round=int(values["best_round"]))
+        if history.best_round:
+            history.best_val_auc = float(values["best_val_auc"])
+        for row in values["rounds"]:
+            step = int(row["step"])
+            metrics = {name: float(value) for name, value in row.items() if name != "step"}
+            history.rounds[step] = RoundRecord(
+                step=step,
+                metrics=metrics,
+                clients={
+                    client: {name: float(value) for name, value in own.items()}
+                    for client, own in values["clients"].get(str(step), {}).items()
+                },
+                scored=set(values["scored"].get(str(step), [])),
+            )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint's state.json is not one of ours ({error!r}).") from None
+    return history
+
+
+def scores_path(folder: Path, step: int) -> Path:
+    """The file of the sums of the model of that round."""
+    return folder / f"scores-{step:06d}.safetensors"
+
+
+def write_scores(path: Path, record: RoundRecord) -> None:
+    """Write a model's sums: of all clients, and of each while they are kept."""
+    tensors: dict[str, torch.Tensor] = {}
+    notes: dict[str, str] = {}
+    for split, total in record.totals.items():
+        for client, sums in {_ALL: total, **record.sums.get(split, {})}.items():
+            name = f"{split}/{client}"
+            notes[name] = " ".join(repr(value) for value in sums.numbers().values())
+            # Copies: of one client, its sums are also all sums.
+            tensors |= {f"{name}/{part}": torch.tensor(counts) for part, counts in sums.arrays().items()}
+    write_sealed(path, tensors, notes)
+
+
+def read_scores(path: Path, record: RoundRecord) -> None:
+    """Put a file's sums into the record.  Raises CheckpointError."""
+    tensors, notes = read_sealed(path)
+    try:
+        for name, text in notes.items():
+            split, _, client = name.partition("/")
+            numbers = dict(zip(CLOSED_FIELDS, map(float, text.split()), strict=True))
+            sums = EvaluationSums.from_parts(
+                {key: int(value) if key in WHOLE_NUMBERS else value for key, value in numbers.items()},
+                {part: tensors[f"{name}/{part}"].numpy() for part in COUNTS if f"{name}/{part}" in tensors},
+            )
+            if client == _ALL:
+                record.totals[split] = sums
+            else:
+                record.sums.setdefault(split, {})[client] = sums
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} is not a file of ours ({error!r}).") from None

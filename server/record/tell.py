@@ -1,0 +1,314 @@
+"""The record of a federation as it happens: events for whoever watches, metrics and pictures for the tracking."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.metrics.figures import AUC, known_scores, own_seconds, train_metrics
+from common.metrics.sums import EvaluationSums, pooled
+from common.plots import curves
+from common.plots.comparison import client_comparison
+from common.plots.people import confusion
+from common.protocol.wire import Reply, Site
+from common.results import draw_scores
+from common.runs import federated_kind, write_run_file
+from common.settings import Settings
+from common.system.events import EventLog
+from common.system.runtime import machine_digest
+from common.tracking.hardware import gpu_type
+from common.tracking.run import TrackedRun
+from common.training.autotune import threads_for
+from server.exchange.clock import TimeBudget
+from server.exchange.roster import MOST_TOLD_APART, Member
+from server.record.history import History, Tally, client_metrics, merged_train, quantiles
+
+
+def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
+    datasets = [site.dataset for site in sites]
+    return {
+        "dataset": "+".join(datasets if len(sites) <= MOST_TOLD_APART else sorted(set(datasets))),
+        "dataset_size": str(sum(site.num_pictures for site in sites)),
+        "device": "+".join(sorted({site.device for site in sites})),
+        "gpu_type": "+".join(sorted({_gpu_type(site) for site in sites})),
+    }
+
+
+def _gpu_type(site: Site) -> str:
+    """A site tells its kind of device only: a GPU's name is known where it computes on this machine."""
+    if site.device == "cuda" and site.machine != machine_digest():
+        return "unknown"
+    return gpu_type(site.device)
+
+
+DRAWING_FRACTION = 0.05  # of the run's time, for curves that are drawn anew while it runs
+
+
+class Record:
+    """One call for each thing that happens; hides which run, event, picture and file each of them is told by.
+
+    So whoever federates knows no tracking, and few clients or many make no difference to it.
+    """
+
+    def __init__(self, tracked: TrackedRun, events: EventLog, settings: Settings) -> None:
+        """tracked: the run, begun.  events: where whoever watches reads."""
+        self._tracked, self._events, self._settings = tracked, events, settings
+        self._children: dict[str, TrackedRun] = {}
+        self._sites: dict[str, Site] = {}
+        self._num_pictures = self._num_steps = self._num_warmup_pictures = 0.0
+        self._refusals: dict[int, dict[str, str]] = {}
+        self._num_refused = 0
+        self._refused_so_far: dict[int, int] = {}  # by round, where some were and it is not told yet
+        self._are_many = False  # more clients than are told apart
+        self._budget = TimeBudget(DRAWING_FRACTION)
+        self._restored = History()  # of a run that goes on
+
+    def counts(self) -> dict[str, float]:
+        """What was counted so far, for the checkpoint."""
+        return {
+            "num_pictures": self._num_pictures,
+            "num_steps": self._num_steps,
+            "num_warmup_pictures": self._num_warmup_pictures,
+            "num_refused": float(self._num_refused),
+        }
+
+    def go_on(self, history: History, counts: Mapping[str, float]) -> None:
+        """Continue where a checkpoint stands.  All that was saved is told again; the run skips what it was told."""
+        self._num_pictures, self._num_steps = counts["num_pictures"], counts["num_steps"]
+        self._num_warmup_pictures, self._num_refused = counts["num_warmup_pictures"], int(counts["num_refused"])
+        self._restored = history
+        for step, record in sorted(history.rounds.items()):
+            self._tracked.log_metrics(record.metrics, step=step)
+
+    def members(self, members: Mapping[str, Member]) -> None:
+        """Begin a nested run for each client that is new, while they are few; of many, say once that there are none."""
+        new = [name for name in members if name not in (self._sites if self._are_many else self._children)]
+        if not new:
+            return
+        self._sites = {name: member.site for name, member in members.items()}
+        sites = list(self._sites.values())
+        self._tracked.set_tags(_data_tags(sites))
+        self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
+        write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
+        if len(members) <= MOST_TOLD_APART:
+            for name in new:
+                self._begin_child(name, members[name].site)
+        elif not self._are_many:
+            self._are_many = True
+            line = (
+                f"{len(members)} clients are more than {MOST_TOLD_APART}: the record has pooled figures and quantiles"
+                " over the clients, and no run and curves for each of them"
+            )
+            self._events.emit("warning", line=line)
+
+    def _begin_child(self, name: str, site: Site) -> None:
+        counted = {
+            "num_people": site.num_people,
+            "num_pictures": site.num_pictures,
+            "num_training_people": site.num_training_people,
+            "num_training_pictures": site.num_training_pictures,
+        }
+        # The digest covers every picture of the set.
+        self._tracked.log_dataset(name=name, digest=site.val_people, context="training", profile=counted)
+        num_there = sum(other.machine == site.machine for other in self._sites.values())
+        child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
+        child.log_params(
+            {
+                "client": name,
+                "dataset": site.dataset,
+                "num_training_people": site.num_training_people,
+                "num_training_pictures": site.num_training_pictures,
+                "num_pictures": site.num_pictures,
+                "num_quarantined": site.num_quarantined,
+                "precision": site.precision,
+                "memory_format": site.memory_format,
+                "compiled": site.compiled,
+                "threads": threads_for(self._settings, num_there, site.cores),
+            }
+        )
+        self._children[name] = child
+        for step, record in sorted(self._restored.rounds.items()):
+            child.log_metrics(record.clients.get(name, {}), step=step)
+
+    def _log_of_clients(self, metrics: Mapping[str, Mapping[str, float]], step: int) -> None:
+        """Each client's figures in its own run; of many clients, quantiles in the run of all."""
+        if self._are_many:
+            self._tracked.log_metrics(quantiles(metrics), step=step)
+            return
+        for name, own in metrics.items():
+            if own:
+                self._children[name].log_metrics(own, step=step)
+
+    def refused(self, server_round: int, client: str, reason: str) -> None:
+        """A client's reply was left out: named and counted."""
+        refusals = self._refusals.setdefault(server_round, {})
+        # The last round's model is also evaluated, so a client can be left out twice under one number.
+        earlier = refusals.get(client, "")
+        if reason not in earlier:
+            refusals[client] = f"{earlier}; {reason}" if earlier else reason
+        self._num_refused += 1
+        self._refused_so_far[server_round] = self._num_refused
+        self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:400]})
+        self._events.emit("refused", client=client, round=server_round, reason=reason)
+
+    def _tell_refused(self, before: float) -> None:
+        """The count of each round before that one, once: a round that is tried again, or scored, may add to its own."""
+        for step in [step for step in self._refused_so_far if step < before]:
+            self._tracked.log_metrics({"refused_replies": float(self._refused_so_far.pop(step))}, step=step)
+
+    def repeated(self, line: str) -> None:
+        """A round is tried again."""
+        self._events.emit("warning", line=f"{line} The round is tried again.")
+
+    def reasons(self, server_round: int) -> Mapping[str, str]:
+        """Why replies of that round were left out, by client."""
+        return self._refusals.get(server_round, {})
+
+    @property
+    def num_refused(self) -> int:
+        """How many replies were left out in the whole run."""
+        return self._num_refused
+
+    def scored(self, history: History, step: int, tally: Tally) -> None:
+        """The model of round `step` was scored: keep, log, tell."""
+        metrics = history.score(step, tally)
+        if metrics:
+            self._tracked.log_metrics(metrics, step=step)
+        for name, own in tally.metrics.items():
+            history.at(step).clients.setdefault(name, {}).update(own)
+        self._log_of_clients(tally.metrics, step)
+        self._events.emit("scored", round=step, split=tally.split, best_round=history.best_round, **metrics)
+
+    def public_scored(self, history: History, step: int, metrics: Mapping[str, float]) -> None:
+        """The model of round `step` was scored on the public pairs: keep, log, tell."""
+        history.at(step).metrics |= metrics
+        self._tracked.log_metrics(dict(metrics), step=step)
+        self._events.emit("scored", round=step, split="public", best_round=history.best_round, **metrics)
+
+    def trained(
+        self,
+        history: History,
+        server_round: int,
+        replies: Mapping[str, Reply],
+        *,
+        sizes: Mapping[str, float],
+        clients: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """A round is whole: its training figures and bytes.
+
+        sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, and answer_seconds
+        from the sending of its task until its reply was taken.
+        """
+        self._tell_refused(before=server_round)
+        merged = merged_train(replies)
+        self._num_pictures += merged["num_pictures"]
+        self._num_steps += merged["num_steps"]
+        self._num_warmup_pictures += merged["num_warmup_pictures"]
+        train = train_metrics(merged)
+        record = history.at(server_round)
+        record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **sizes}
+        record.metrics["round_clients"] = float(len(replies))
+        record.metrics["round_work_seconds"] = sum(merged[f"{part}seconds"] for part in ("evaluate_", "warmup_", ""))
+        self._tracked.log_metrics(record.metrics, step=server_round)
+        told: dict[str, dict[str, float]] = {}
+        for name, reply in replies.items():
+            own = told[name] = train_metrics(reply.train) | dict(clients[name])
+            own["wait_seconds"] = max(0.0, own.pop("answer_seconds") - own_seconds(reply.train))
+            record.clients.setdefault(name, {}).update(own)
+        self._log_of_clients(told, server_round)
+        if self._settings.tracking.plots == "all" and self._budget.affords():
+            with self._budget:
+                self._draw_curves(history)
+
+    def timed(self, history: History, server_round: int, seconds: Mapping[str, float]) -> None:
+        """Where the seconds of a round that was `trained` went, its record among them: keep, log, tell."""
+        metrics = history.at(server_round).metrics
+        metrics |= seconds
+        self._tracked.log_metrics(seconds, step=server_round)
+        self._events.emit(
+            "round",
+            round=server_round,
+            rounds=self._settings.federation.rounds,
+            clients=int(metrics["round_clients"]),
+            seconds=seconds["round_seconds"],
+            train_loss=metrics["round_train_loss"],
+        )
+
+    def stopped_early(self, last_round: int, history: History) -> None:
+        """No further round: validation has not become better for long enough."""
+        self._tracked.set_tags({"stopped_early": f"after round {last_round}"})
+        line = (
+            f"stopped early after round {last_round} of {self._settings.federation.rounds}:"
+            f" {history.validations_since_best()} validations without a better AUC than round {history.best_round}'s"
+        )
+        self._events.emit("stopped_early", round=last_round, line=line)
+
+    def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
+        """The last pictures and the summary, which is also RUN/metrics.json."""
+        self._tell_refused(before=math.inf)
+        best = history.best_round
+        if self._settings.tracking.plots != "none":
+            self._draw_curves(history)
+            self._draw_verification(history)
+            self._draw_clients(history.at(best).sums.get("test", {}))
+        summary: dict[str, Any] = {
+            "rounds": last_round,
+            "stopped_early": last_round < self._settings.federation.rounds,
+            "best_round": best,
+            "model_sha256": sha256,
+            "refused_replies": self.num_refused,
+            "refusals": self._refusals,
+            "untrained": self._test_scores(history, 0),
+            "best": self._test_scores(history, best),
+            "last": self._test_scores(history, last_round),
+            "best_val_auc": history.best_val_auc,
+            "num_pictures_processed": self._num_pictures,
+            "num_gradient_steps": self._num_steps,
+            "num_warmup_pictures": self._num_warmup_pictures,
+            "test_pairs": {name: site.test_pairs for name, site in self._sites.items()},
+            "clients": {
+                name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
+            },
+            "clients_quantiles": quantiles(history.at(best).clients) if self._are_many else {},
+            "rounds_table": history.rows(),
+        }
+        final = {f"test_{name}": value for name, value in summary["best"].items()}
+        for name, scores in summary["clients"].items():
+            final |= {f"{name}_{key}": value for key, value in scores.items()}
+        final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
+        budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
+        final |= {name: summary[name] for name in budget}
+        self._tracked.log_metrics(final, step=best)
+        self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
+        self._tracked.log_dict(summary, "metrics.json")
+        return summary
+
+    def _test_scores(self, history: History, step: int) -> dict[str, float]:
+        if not history.tested(step):
+            return {}
+        return known_scores(history.pooled_test(step))
+
+    def _draw_curves(self, history: History) -> None:
+        self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
+        if not self._are_many:
+            self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
+
+    def _draw_verification(self, history: History) -> None:
+        strategy = self._settings.federation.strategy
+        steps = (("untrained", 0), (strategy, history.best_round))
+        scored = {label: step for label, step in steps if AUC in self._test_scores(history, step)}
+        pairs = {label: history.pooled_test(step).pairs for label, step in scored.items()}
+        draw_scores(self._tracked, pairs, strategy)
+
+    def _draw_clients(self, tested: Mapping[str, EvaluationSums]) -> None:
+        """Each client's figures side by side, and its confusion matrix, from the counts it sent."""
+        if not tested:
+            return
+        scores = {name: known_scores(sums) for name, sums in tested.items()}
+        self._tracked.log_figure(
+            client_comparison(scores, pooled=known_scores(pooled(tested))), "plots/client_comparison.png"
+        )
+        for name, sums in tested.items():
+            if sums.confusion is not None and sums.closed.num_examples > 0:
+                num_people = max(self._sites[name].num_training_people, len(sums.confusion))
+                figure = confusion(sums.confusion, num_people=num_people, title=f"Confusion at {name}")
+                self._children[name].log_figure(figure, "plots/confusion.png")

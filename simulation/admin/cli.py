@@ -1,0 +1,305 @@
+"""The flags of `facefed certs`, `facefed egress` and `facefed tracking`: what surrounds a federation."""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from common.errors import EXIT_INTERRUPTED
+from common.faces.datasets import DEFAULT_CLIENTS
+from common.flags import FLAGS, add_run_settings, read_run, read_run_settings
+from common.system.console import set_up_logging, stopping_on_signals
+
+
+def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `certs` to the commands of `facefed`."""
+    actions = commands.add_parser(
+        "certs", help="TLS certificates of the server, and a key for each site"
+    ).add_subparsers(dest="action", required=True)
+    init = actions.add_parser("init", help="make a new folder of them")
+    init.add_argument("folder", metavar="DIR", help="must not hold anything yet")
+    _add_names(init, "where clients connect to: a host name or address; repeatable", required=True)
+    init.add_argument(
+        "--client",
+        action="append",
+        metavar="NAME",
+        help=f"a site that takes part; repeatable (default: {', '.join(DEFAULT_CLIENTS)})",
+    )
+    for name, text in (("add", "a key for one more site"), ("revoke", "accept a site's key no more")):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", metavar="DIR")
+        action.add_argument("name", metavar="NAME", help="the site")
+    renew = actions.add_parser(
+        "renew", help="a new server certificate by the same authority, before the old one expires"
+    )
+    renew.add_argument("folder", metavar="DIR", help="with ca.key in it")
+    _add_names(renew, "instead of the names in the present certificate; repeatable")
+
+
+def _add_names(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--server-name",
+        dest="server_names",
+        action="append",
+        default=[],
+        metavar="NAME",
+        required=required,
+        help=text,
+    )
+
+
+def certs(arguments: argparse.Namespace) -> int:
+    """`facefed certs ACTION`: returns the exit code."""
+    lines = CERTS_ACTIONS[arguments.action](arguments)
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.folder).expanduser()
+
+
+def _init(arguments: argparse.Namespace) -> list[str]:
+    from simulation.admin.certs import CA_DAYS, SERVER_DAYS, make_folder
+
+    folder, clients = _folder(arguments), list(dict.fromkeys(arguments.client or DEFAULT_CLIENTS))
+    make_folder(folder, arguments.server_names, clients)
+    example = f"{arguments.server_names[0]}:443"
+    return [
+        f"{folder} is made; the server's certificate is valid for {SERVER_DAYS} days, the authority's for {CA_DAYS}.",
+        "",
+        f"To the server:         {folder}/ca.crt, server.crt, server.key and clients/",
+        f"                       flower-server --tls {folder} --address 0.0.0.0:443",
+        *(f"{f'To the site {name}:':<23}{folder}/{name}/ and nothing else, by a private way" for name in clients),
+        f"                       flower-client --dataset {clients[0]} --tls {folder}/{clients[0]} --server {example}",
+        f"Into a safe place:     {folder}/ca.key. Whoever has it can pass for your server. Neither the server nor a"
+        " site needs it; `certs renew` does.",
+        f"Then delete here what you gave away: each key should be in one place. `facefed certs revoke {folder} NAME`"
+        " turns a site out.",
+    ]  # fmt: skip
+
+
+def _add(arguments: argparse.Namespace) -> list[str]:
+    from common.system.certs import CLIENTS
+    from simulation.admin.certs import add_client
+
+    folder, name = _folder(arguments), arguments.name
+    add_client(folder, name)
+    return [
+        f"To the site {name}: {folder}/{name}/ and nothing else, by a way that nobody else can read.",
+        f"To the server: {folder}/{CLIENTS}/{name}.pub, into the clients/ of its folder; a running server takes it"
+        " within seconds.",
+    ]
+
+
+def _revoke(arguments: argparse.Namespace) -> list[str]:
+    from common.system.certs import CLIENTS
+    from simulation.admin.certs import revoke_client
+
+    place = revoke_client(_folder(arguments), arguments.name)
+    return [
+        f"{arguments.name}'s key is accepted no more; it is kept as {place}. A server that runs on this folder turns"
+        " the site out within seconds.",
+        f"If the server has a copy of the folder, delete {CLIENTS}/{arguments.name}.pub there: that is what counts.",
+    ]
+
+
+def _renew(arguments: argparse.Namespace) -> list[str]:
+    from simulation.admin.certs import SERVER_DAYS, renew_server
+
+    folder = _folder(arguments)
+    names = renew_server(folder, arguments.server_names)
+    return [
+        f"{folder}/server.crt is new, valid for {SERVER_DAYS} days, for {', '.join(names)}; the former is beside it.",
+        "To the server: server.crt and server.key; it uses them from its next start. Sites need nothing.",
+    ]
+
+
+CERTS_ACTIONS: Final = {"init": _init, "add": _add, "revoke": _revoke, "renew": _renew}
+
+
+def add_egress_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `egress` to the commands of `facefed`."""
+    actions = commands.add_parser("egress", help="what left this site").add_subparsers(dest="action", required=True)
+    text = "show what left this site in a run, and whether it is what the server received"
+    report = actions.add_parser("report", help=text, description=text)
+    report.add_argument(
+        "--name", default="", metavar="NAME", help="the site (default: all whose state is in .facefed/clients)"
+    )
+    report.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="its state folder, as flower-client got it; of a simulation: runs/clients/NAME",
+    )
+    report.add_argument("--run", default="", metavar="RUN", help="a run's id or folder (default: the newest)")
+    report.add_argument(
+        "--server-run", metavar="DIR", help="also compare with the server's record: the run's folder at the server"
+    )
+    report.add_argument("--json", action="store_true", help="print the report as JSON, with every part")
+
+
+def egress(arguments: argparse.Namespace) -> int:
+    """`facefed egress report`: returns the exit code."""
+    from simulation.admin.egress import Request, report_egress
+
+    request = Request(
+        name=arguments.name,
+        state_dir=Path(arguments.state_dir).expanduser() if arguments.state_dir else None,
+        run=arguments.run,
+        server_run=Path(arguments.server_run).expanduser() if arguments.server_run else None,
+    )
+    return report_egress(request, sys.stdout, shape="json" if arguments.json else "text")
+
+
+_OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings that tracking itself has
+
+
+class Action(NamedTuple):
+    """One action of `facefed tracking`."""
+
+    text: str  # of its help
+    add_options: Callable[[argparse.ArgumentParser], None]
+    handle: Callable[[argparse.Namespace], int]  # returns the exit code
+
+
+def add_tracking_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `tracking` and its actions to the commands of `facefed`."""
+    tracking = commands.add_parser("tracking", help="run, fill and check the MLflow server")
+    actions = tracking.add_subparsers(dest="action", required=True)
+    for name, action in TRACKING_ACTIONS.items():
+        action.add_options(actions.add_parser(name, help=action.text, description=action.text))
+
+
+def add_tracking_settings(parser: argparse.ArgumentParser) -> None:
+    """`--config`, `--tracking-uri`, `--out` and `--log-level`, as every program has them."""
+    add_run_settings(parser, without=[flag.names[0] for flag in FLAGS if flag.names[0] not in _OWN])
+
+
+def _sync_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="a run's folder, or its id below --out")
+    add_tracking_settings(parser)
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    settings = read_run_settings(arguments)
+    set_up_logging(settings.run.log_level)
+    from common.tracking.sync import sync_runs
+
+    # Each run knows where it was to go: only a flag says otherwise, never the configuration or the environment.
+    uri = getattr(arguments, "tracking.uri") or ""
+    return sync_runs(arguments.runs, Path(settings.run.out), uri, sys.stdout, sys.stderr)
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=5000, metavar="N", help="port to listen on (default: 5000)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 for other machines and containers too (default: 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="URI",
+        help="where runs are kept: sqlite (mlflow.db here), sqlite:///FILE, postgresql://USER@HOST/NAME or mysql://..."
+        " (default: MLFLOW_BACKEND_STORE_URI, where nobody else reads a password in it, or sqlite)",
+    )
+    parser.add_argument(
+        "--artifacts",
+        default="mlartifacts",
+        metavar="DIR",
+        help="where plots and models are kept: a folder or s3://BUCKET/PREFIX (default: mlartifacts)",
+    )
+    parser.add_argument("--auth", action="store_true", help="ask for a user name and a password")
+    parser.add_argument(
+        "--allowed-hosts",
+        default="",
+        metavar="NAME,...",
+        help="further names under which clients reach this server, such as a compose service's: mlflow",
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    set_up_logging("info")
+    from simulation.admin.tracking_server import ServeOptions, plan_server, serve
+
+    options = ServeOptions(
+        host=arguments.host,
+        port=arguments.port,
+        backend=arguments.backend or os.environ.get("MLFLOW_BACKEND_STORE_URI", "") or "sqlite",
+        artifacts=arguments.artifacts,
+        auth=arguments.auth,
+        allowed_hosts=[name for name in arguments.allowed_hosts.replace(" ", "").split(",") if name],
+    )
+    plan = plan_server(options, os.environ, Path.cwd())
+
+    def show(*lines: str) -> None:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+
+    show(*plan.notes, "starting (a new database takes up to a minute) ...")
+    ended = threading.Event()
+    with stopping_on_signals(ended.set):
+        serve(
+            plan,
+            is_stopped=ended.is_set,
+            on_ready=lambda: show(
+                f"healthy: {plan.address} is the user interface and the --tracking-uri; Ctrl-C ends it"
+            ),
+        )
+    show("stopped; nothing is left running.")
+    return EXIT_INTERRUPTED
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_tracking_settings(parser)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    settings, address = read_run(arguments)
+    set_up_logging(settings.run.log_level)
+    from simulation.admin.doctor import as_json, as_line, examine, exit_code
+
+    findings = []
+    for finding in examine(settings, os.environ, Path.cwd(), address):
+        findings.append(finding)
+        if not arguments.json:
+            sys.stdout.write(as_line(finding) + "\n")
+            sys.stdout.flush()
+    if arguments.json:
+        sys.stdout.write(as_json(findings) + "\n")
+    return exit_code(findings)
+
+
+def _import_wandb_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="wandb's folder, an offline-run-* folder in it, or a .wandb file"
+    )
+    parser.add_argument(
+        "--experiment", default="", metavar="NAME", help="MLflow's experiment (default: each run's wandb project)"
+    )
+    add_tracking_settings(parser)
+
+
+def _import_wandb(arguments: argparse.Namespace) -> int:
+    settings, address = read_run(arguments)
+    set_up_logging(settings.run.log_level)
+    from common.tracking.address import resolve_uri
+    from simulation.admin.wandb_import import import_folders
+
+    return import_folders(
+        arguments.folders, resolve_uri(address, Path.cwd()), arguments.experiment, sys.stdout, sys.stderr
+    )
+
+
+# The name typed after `facefed tracking` -> what it is.
+TRACKING_ACTIONS: Final[Mapping[str, Action]] = {
+    "serve": Action("check, start and watch an MLflow server of your own", _serve_options, _serve),
+    "sync": Action("send what runs kept while their server was away", _sync_options, _sync),
+    "import-wandb": Action("bring offline runs of Weights & Biases into MLflow", _import_wandb_options, _import_wandb),
+    "doctor": Action("check the tracking: server, write test, disk, telemetry, unsent runs", _doctor_options, _doctor),
+}

@@ -1,0 +1,528 @@
+"""Brings offline runs of Weights & Biases into MLflow, without the wandb package and without its cloud.
+
+config -> params (nested names joined by dots); numbers of the history -> metrics; numbers of the summary that the
+history does not end with -> metrics at the last step; all else that was logged -> lines of JSON kept as an artifact.
+Who trained it is not carried (the log keeps it): neither wandb's entity nor what it noted by itself about the account,
+the person and the folders of the machine.
+
+A run is found again by its tag RUN_TAG, and a tag for each log says how far it was read: importing again adds nothing,
+and a log that has grown adds what is new.  An import that is cut off is simply repeated: MLflow keeps equal points
+once.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, NamedTuple, TextIO
+
+from common.errors import EXIT_DONE, TrackingError
+from common.redact import shown_uri
+from common.tracking.delivery import (
+    METRICS_PER_CALL,
+    NAMES_PER_CALL,
+    NONFINITE_TAG,
+    experiment_id,
+    open_client,
+    quieten,
+)
+from common.tracking.sender import short_reason
+from simulation.admin.wandb_log import (
+    CUT_SHORT,
+    Damage,
+    Row,
+    RunFacts,
+    Tree,
+    is_number,
+    leaves,
+    read_facts,
+    read_history,
+)
+
+# -- what becomes what -------------------------------------------------------------------------------------------------
+
+
+MAX_NAME: Final = 250  # MLflow's limits, in characters
+MAX_PARAM: Final = 6000
+MAX_TAG: Final = 5000
+SUMMARY_PREFIX: Final = "summary."
+_OF_WANDB: Final = ("_step", "_runtime", "_timestamp")  # not logged by the user
+METADATA_FILE: Final = "wandb-metadata.json"
+FILES_ABOUT_PEOPLE: Final = (METADATA_FILE, "config.yaml", "conda-environment.yaml")  # wandb's own, not the user's
+_OF_THE_MACHINE: Final = (
+    "os", "python", "heartbeatAt", "startedAt", "state", "memory", "cpu_count", "cpu_count_logical", "cpu_freq", "gpu",
+    "gpu_count", "gpu_nvidia", "gpu_amd", "gpu_apple", "gpudevices", "apple", "tpu", "cuda", "cudaVersion",
+)  # fmt: skip
+_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+
+
+class Point(NamedTuple):
+    """One metric value; `value` may be NaN, never infinite."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Apart(NamedTuple):
+    """A logged value that is no metric: a text, a list, a picture's description, an infinity."""
+
+    key: str
+    value: Any
+    step: int
+    time_ms: int
+
+
+class Names:
+    """MLflow's name for each of wandb's; names that would fall together are kept apart in the order they come."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        """The same name where MLflow takes it, else the nearest that it takes."""
+        if name not in self._given:
+            self._given[name] = self._free(nearest_name(name))
+            self._taken.add(self._given[name])
+        return self._given[name]
+
+    def _free(self, wanted: str) -> str:
+        free, count = wanted, 1
+        while free in self._taken:
+            count += 1
+            free = f"{wanted[: MAX_NAME - 8]}_{count}"
+        return free
+
+    def changed(self) -> dict[str, str]:
+        """MLflow's names by wandb's, where they differ."""
+        return {name: given for name, given in self._given.items() if name != given}
+
+
+def nearest_name(name: str) -> str:
+    """A name that MLflow takes for metrics, params and tags: its characters, a clean relative path, not too long."""
+    nearest = _NOT_ALLOWED.sub("_", name)
+    if nearest != posixpath.normpath(nearest) or nearest.startswith(("/", "..")) or nearest == ".":
+        nearest = nearest.replace("/", "_").replace("..", "__") or "_"
+        nearest = "_" if nearest == "." else nearest
+    if len(nearest) > MAX_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        nearest = f"{nearest[: MAX_NAME - 9]}_{digest}"
+    return nearest
+
+
+def run_name(entity: str, project: str, run_id: str) -> str:
+    """What a run is found again by: runs of two entities stay two runs, and no entity can be read from it."""
+    apart = hashlib.sha256(entity.encode()).hexdigest()[:8] if entity else ""
+    return nearest_name("/".join(part for part in (apart, project, run_id) if part))
+
+
+def of_the_machine(metadata: object) -> Tree:
+    """What wandb noted of the machine and the commit, without account, host, folders, command line and remote."""
+    if not isinstance(metadata, dict):
+        return {}
+    kept = {key: metadata[key] for key in _OF_THE_MACHINE if key in metadata}
+    git = metadata.get("git")
+    return {**kept, "git": {"commit": git["commit"]}} if isinstance(git, dict) and "commit" in git else kept
+
+
+def split_row(row: Row, names: Names) -> Iterator[Point | Apart]:
+    """The metrics of a row, truth values as 1 and 0, and what is none."""
+    for key, value in leaves(row.values):
+        number = as_metric(value)
+        if number is None:
+            yield Apart(key, value, row.step, row.time_ms)
+        else:
+            yield Point(names(key), number, row.step, row.time_ms)
+
+
+def as_metric(value: object) -> float | None:
+    """The value as MLflow takes it: a finite number or NaN; None for all else."""
+    if isinstance(value, bool) or is_number(value):
+        return float(value)
+    return math.nan if isinstance(value, float) and math.isnan(value) else None
+
+
+def apart_line(apart: Apart) -> str:
+    """A line of JSON."""
+    line = {"step": apart.step, "time_ms": apart.time_ms, "key": apart.key, "value": plain(apart.value)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def plain(value: object) -> object:
+    """The value as JSON has it: "nan", "inf" and "-inf" are texts, as in a spool."""
+    if isinstance(value, dict):
+        return {key: plain(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [plain(below) for below in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_infinite(value: object) -> bool:
+    """Whether it is an infinity, which MLflow would turn into 1.8e308."""
+    return isinstance(value, float) and math.isinf(value)
+
+
+def params_of(facts: RunFacts, names: Names) -> dict[str, str]:
+    """The config as params; long values are cut (all of it is kept as an artifact)."""
+    return {names(key): _shown(value)[:MAX_PARAM] for key, value in leaves(facts.config)}
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def tags_of(facts: RunFacts) -> dict[str, str]:
+    """What describes the run, and the texts of its summary."""
+    described = {
+        "mlflow.note.content": facts.notes,
+        "wandb.tags": ", ".join(facts.tags),
+        "wandb.project": facts.project,
+        "wandb.group": facts.group,
+        "wandb.job_type": facts.job_type,
+        "wandb.sweep_id": facts.sweep_id,
+        "wandb.exit_code": "" if facts.exit_code is None else str(facts.exit_code),
+    }
+    tags = {key: value[:MAX_TAG] for key, value in described.items() if value}
+    names = Names()
+    for key, value in leaves(facts.summary):
+        if isinstance(value, str):
+            tags[names(f"wandb.summary.{key}")] = value[:MAX_TAG]
+    return tags
+
+
+def final_points(
+    summary: Tree, last: Mapping[str, Point], names: Names, step: int, time_ms: int, *, whole: bool
+) -> list[Point]:
+    """Numbers of the summary that are not simply what the history ends with.
+
+    last: the last point of each metric.  A best value under the name of a metric becomes "summary.<name>", if the log
+    is `whole`; in another one the summary may just be a row ahead of the history.
+    """
+    points = []
+    for key, value in leaves({key: value for key, value in summary.items() if key not in _OF_WANDB}):
+        number = as_metric(value)
+        if number is None:
+            continue
+        before = last.get(names(key))
+        if before is None:
+            points.append(Point(names(key), number, step, time_ms))
+        elif whole and not _same(before.value, number):
+            points.append(Point(names(SUMMARY_PREFIX + key), number, step, time_ms))
+    return points
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+RUN_TAG: Final = "facefed.wandb_run"  # `run_name` of it
+READ_TAG: Final = (
+    "facefed.wandb_read"  # .<the log's folder>: bytes read without damage, bytes in all, its files' digest
+)
+NO_PROJECT: Final = "uncategorized"  # as wandb itself calls it
+
+_log = logging.getLogger("facefed.tracking")
+
+
+class Imported(NamedTuple):
+    """What became of one log."""
+
+    log: Path
+    name: str  # `run_name` of it
+    experiment: str
+    mlflow_run_id: str
+    num_points: int  # metric points sent; 0 when there was nothing new
+    num_params: int
+    num_files: int
+    num_apart: int  # logged values that are no metrics, kept in an artifact
+    damages: tuple[Damage, ...]
+    not_carried: Mapping[str, int]
+
+
+class Importer:
+    """Sends logs to one MLflow server or database."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        """uri: from `resolve_uri`.  experiment: made where missing; empty for each run's own wandb project."""
+        quieten()
+        self._uri = uri
+        self._experiment = experiment
+        with self._one_line():
+            self._client = open_client(uri)
+
+    def send(self, log: Path, facts: RunFacts) -> Imported:
+        """Send what of a log MLflow has not.  facts: from `read_facts`.  Raises TrackingError: MLflow takes nothing."""
+        with self._one_line():
+            return self._send(log, facts)
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            reason = short_reason(error)
+            raise TrackingError(
+                f"MLflow at {shown_uri(self._uri)} does not take the runs: {reason}; "
+                "`facefed tracking doctor` tells more; then import again: what it has is not sent twice."
+            ) from error
+
+    def _send(self, log: Path, facts: RunFacts) -> Imported:
+        project = facts.project or NO_PROJECT
+        # Names from the file go into filters and paths.
+        name = run_name(facts.entity, project, facts.run_id)
+        experiment = self._experiment or nearest_name(project)
+        run_id, tags = self._find_or_create(experiment, name, facts)
+        source = _source(log)
+        read_tag = nearest_name(f"{READ_TAG}.{source}")
+        files = dict(_files_of(log))
+        state = f"{facts.sound_end} {facts.end} {_digest(files)}"
+        before = tags.get(read_tag, "")
+        if before == state:
+            return self._imported(log, name, experiment, run_id, facts)
+        params = self._send_params(run_id, params_of(facts, Names()))
+        self._log(run_id, "tags", _tags(tags_of(facts)))
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder)
+            points, apart = self._send_history(log, facts, run_id, int(before.partition(" ")[0] or 0), kept)
+            _keep(kept / "config.json", facts.config)
+            _keep(kept / "summary.json", facts.summary)
+            _keep_metadata(kept / "metadata.json", log.parent / "files" / METADATA_FILE)
+            self._client.log_artifacts(run_id, str(kept), f"wandb/{source}")
+        for target, path in files.items():
+            self._send_file(run_id, target, path)
+        self._end(log, facts, run_id)
+        self._log(run_id, "tags", _tags({read_tag: state}))  # last: only now it is all there
+        done = self._imported(log, name, experiment, run_id, facts)
+        return done._replace(num_points=points, num_params=params, num_files=len(files), num_apart=apart)
+
+    @staticmethod
+    def _imported(log: Path, name: str, experiment: str, run_id: str, facts: RunFacts) -> Imported:
+        return Imported(log, name, experiment, run_id, 0, 0, 0, 0, tuple(facts.damages), facts.not_carried)
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def _find_or_create(self, experiment: str, name: str, facts: RunFacts) -> tuple[str, Mapping[str, str]]:
+        """MLflow's id and tags of the run."""
+        number = experiment_id(self._client, self._uri, experiment, Path.cwd())
+        found = self._client.search_runs([number], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        if found:
+            return found[0].info.run_id, found[0].data.tags
+        tags = {RUN_TAG: name}
+        made = self._client.create_run(
+            number, start_time=facts.start_ms or None, tags=tags, run_name=facts.name or facts.run_id
+        )
+        return made.info.run_id, tags
+
+    def _end(self, log: Path, facts: RunFacts, run_id: str) -> None:
+        """A run whose end the log does not tell was stopped, as far as anybody knows."""
+        status = "KILLED" if facts.exit_code is None else "FINISHED" if facts.exit_code == 0 else "FAILED"
+        stamp = facts.summary.get("_timestamp")
+        end_ms = int(stamp * 1000) if is_number(stamp) else int(log.stat().st_mtime * 1000)
+        self._client.set_terminated(run_id, status=status, end_time=max(end_ms, facts.start_ms))
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def _send_history(self, log: Path, facts: RunFacts, run_id: str, read_to: int, kept: Path) -> tuple[int, int]:
+        """Send the points that begin at `read_to` or behind, and the summary's; how many, and how many kept apart."""
+        names, last, infinite = Names(), dict[str, Point](), set[str]()
+        num_apart = step = 0
+        time_ms = facts.start_ms
+
+        def new_points(lines: TextIO) -> Iterator[Point]:
+            nonlocal num_apart, step, time_ms
+            for row in read_history(log, facts.start_ms):
+                step, time_ms = row.step, row.time_ms
+                for value in split_row(row, names):
+                    if isinstance(value, Apart):
+                        num_apart += 1
+                        lines.write(apart_line(value))
+                        infinite.update([value.key] if is_infinite(value.value) else [])
+                        continue
+                    last[value.key] = value
+                    if row.offset >= read_to:
+                        yield value
+            if read_to < facts.end:
+                whole = facts.exit_code is not None and not facts.damages
+                yield from final_points(facts.summary, last, names, step, time_ms, whole=whole)
+
+        with (kept / "no_metrics.jsonl").open("w", encoding="utf-8") as lines:
+            count = self._send_points(run_id, new_points(lines))
+        if names.changed():
+            _keep(kept / "renamed.json", names.changed())
+        if infinite:
+            self._log(run_id, "tags", _tags({NONFINITE_TAG: ", ".join(sorted(infinite))}))
+        return count, num_apart
+
+    def _send_points(self, run_id: str, points: Iterable[Point]) -> int:
+        from mlflow.entities import Metric
+
+        count = 0
+        for block in _blocks(points, METRICS_PER_CALL):
+            metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in block]
+            self._client.log_batch(run_id, metrics=metrics, synchronous=True)
+            count += len(block)
+        return count
+
+    def _send_params(self, run_id: str, params: Mapping[str, str]) -> int:
+        """MLflow keeps the first value of each; one that has changed since is told, and kept in the artifact."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(run_id).data.params
+        for key in (key for key, value in params.items() if known.get(key, value) != value):
+            _log.warning(
+                "Import: %s = %r was %r when the run was first imported; MLflow keeps that one, config.json has this.",
+                key,
+                params[key],
+                known[key],
+            )
+        new = [Param(key, value) for key, value in params.items() if key not in known]
+        self._log(run_id, "params", new)
+        return len(new)
+
+    def _send_file(self, run_id: str, target: str, path: Path) -> None:
+        from mlflow.exceptions import MlflowException
+
+        folder = PurePosixPath(target).parent
+        try:
+            self._client.log_artifact(run_id, str(path), None if str(folder) == "." else str(folder))
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            _log.warning("Import: MLflow takes no file %r (%s); it is left out.", target, short_reason(error))
+
+    def _log(self, run_id: str, kind: str, items: Sequence[object]) -> None:
+        for block in _blocks(items, NAMES_PER_CALL):
+            self._client.log_batch(run_id, **{kind: block}, synchronous=True)
+
+
+def _tags(values: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, value) for key, value in values.items()]
+
+
+def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(items)
+    while block := list(itertools.islice(rest, size)):
+        yield block
+
+
+def _source(log: Path) -> str:
+    """Names the log among those of a run that was resumed: wandb's folder for it, else the file."""
+    return log.parent.name if "run-" in log.parent.name else log.stem
+
+
+def _files_of(log: Path) -> Iterator[tuple[str, Path]]:
+    """The run's files by their place among the artifacts; a link of wandb's that leads nowhere is told.
+
+    Not wandb's own files that say who trained it, on which host and in which folders.
+    """
+    folder = log.parent / "files"
+    for place, _, names in os.walk(folder):
+        for path in sorted(Path(place) / name for name in names):
+            if path.parent == folder and path.name in FILES_ABOUT_PEOPLE:
+                continue
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+            else:
+                _log.warning("Import: %s leads to a file that is gone; it is left out.", path)
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    """Tells whether any file is new or another one than before, from names, sizes and times."""
+    seen = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _keep_metadata(path: Path, source: Path) -> None:
+    try:
+        found = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none, or damaged
+        return
+    _keep(path, of_the_machine(found))
+
+
+def _keep(path: Path, content: object) -> None:
+    path.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- all runs below folders --------------------------------------------------------------------------------------------
+
+
+def import_folders(folders: Sequence[str], uri: str, experiment: str, out: TextIO, err: TextIO) -> int:
+    """Import every offline run of `folders` and say so, a line each; returns the exit code.
+
+    uri: from `resolve_uri`.  experiment: empty for each run's own wandb project.  A file that is none does not keep the
+    others back.  Raises TrackingError: nothing found, MLflow does not take them, or at the end how many were refused.
+    """
+    logs = find_logs(Path(folder) for folder in folders)
+    found, refused = dict[Path, RunFacts](), list[str]()
+    for log in logs:
+        try:
+            found[log] = read_facts(log)
+        except TrackingError as error:
+            refused.append(str(error))
+    if len(logs) == 1 and refused:
+        raise TrackingError(refused[0])
+    importer = Importer(uri, experiment)
+    for log, facts in found.items():
+        out.writelines(f"{line}\n" for line in _report(importer.send(log, facts)))
+        out.flush()
+    if refused:
+        err.writelines(f"{line}\n" for line in refused)
+        raise TrackingError(f"{len(refused)} of {len(logs)} files could not be read; the others are imported.")
+    return EXIT_DONE
+
+
+def find_logs(paths: Iterable[Path]) -> list[Path]:
+    """The .wandb files that `paths` mean: such files, run folders, folders of run folders, or what holds `wandb/`.
+
+    Raises TrackingError when one of them has none.
+    """
+    logs: dict[Path, None] = {}
+    for path in paths:
+        found = [path] if path.is_file() else _logs_below(path)
+        if not found:
+            what = "holds no .wandb file" if path.is_dir() else "does not exist"
+            raise TrackingError(f"{path} {what}; name wandb's folder, or an offline-run-* folder in it.")
+        logs.update(dict.fromkeys(log.resolve() for log in found))  # wandb/latest-run is a link to one of the others
+    return list(logs)
+
+
+def _logs_below(folder: Path) -> list[Path]:
+    for pattern in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _report(done: Imported) -> Iterator[str]:
+    place = f"{done.name} -> experiment {done.experiment}, run {done.mlflow_run_id}"
+    if done.num_points or done.num_params or done.num_files:
+        yield f"{place}: {done.num_points:,} points, {done.num_params:,} params, {done.num_files:,} files"
+    else:
+        yield f"{place}: nothing new"
+    if done.num_apart:
+        yield f"  {done.num_apart:,} logged values are no metrics: no_metrics.jsonl among its artifacts has them"
+    if done.not_carried:
+        left = ", ".join(f"{count:,} records of {what}" for what, count in done.not_carried.items())
+        yield f"  not imported: {left} (they stay in the log)"
+    for damage in done.damages:
+        kept = "what came before it is imported" if damage.what == CUT_SHORT else "the whole records are imported"
+        yield f"  {done.log}: damaged at byte {damage.offset:,}: {damage.what}; {kept}"

@@ -1,0 +1,1 @@
+"""Training without a federation: local, centralised, and studies on twins."""

@@ -1,0 +1,278 @@
+"""Training without a federation, with the federation's own training step and evaluation, and the same budget.
+
+At its end the best model's test scores, its pictures, metrics.json and the registry.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from clients.site import SiteSettings
+from common.errors import DataError
+from common.faces.pack import FacePack
+from common.metrics.figures import AUC, known_scores
+from common.metrics.sums import EvaluationSums, pooled
+from common.plots import curves
+from common.plots.comparison import client_comparison
+from common.private_figures import private_pictures
+from common.results import Trained, draw_scores, register_models
+from common.runs import CHECKPOINTS, RunKind, recorded
+from common.settings import Settings
+from common.tracking.run import TrackedRun
+from common.training.evaluation import people_digest
+from simulation.alone.epochs import VAL_AUC, AfterEpoch, Epochs, go_on, show_graph
+from simulation.alone.trainee import Trainee, centralized_trainee, local_trainee
+from simulation.alone.twin_results import missing_pairs, twin_results
+
+log = logging.getLogger("facefed.simulation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineSummary:
+    """How a run ended."""
+
+    folder: Path
+    epochs: int
+    best_epoch: int
+    best_val_auc: float
+    untrained_auc: float
+    test_auc: float
+    twins: Mapping[str, Any]  # as in metrics.json; empty where there are no families
+    registered: list[str]
+
+
+def experiment_of_twins(settings: Settings) -> str:
+    """The tracking's experiment of a run on twins: a baseline when attention has no branch beside self-attention."""
+    return "twin-verification-baseline" if settings.model.attention == "sa" else "twin-face-verification"
+
+
+def model_type(settings: Settings) -> str:
+    """What the tracking calls the kind of model: the backbone, with the branches it has beside self-attention."""
+    attention = settings.model.attention
+    return settings.model.backbone if attention == "sa" else f"{settings.model.backbone}_{attention}"
+
+
+def kind_of(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> RunKind:
+    """The kind of a run without a federation.  mode: local, centralized or twins."""
+    settings, backbone = trainee.settings, trainee.settings.model.backbone
+    experiment = {"local": f"local_{trainee.name}", "twins": experiment_of_twins(settings)}.get(mode, mode)
+    return RunKind(
+        mode=mode,
+        experiment=experiment,
+        prefixed=mode != "twins",
+        label={"local": f"{trainee.name}_{backbone}", "twins": f"twins_{model_type(settings)}"}.get(
+            mode, f"{backbone}_{mode}"
+        ),
+        clients=list(trainee.clients),
+        data={name: pack.key for name, pack in trainee.clients.items()},
+        tags={
+            "model_type": model_type(settings),
+            "dataset": "+".join(site.dataset for site in sites.values()),
+            "dataset_size": str(len(trainee.pack)),
+            "device": trainee.compute.device,
+        },
+        params={
+            "client": "+".join(trainee.clients),
+            "epochs": settings.local_training_epochs,
+            "precision": trainee.compute.precision,
+            "memory_format": trainee.compute.memory_format,
+            "compiled": trainee.compute.compiled,
+            "threads": trainee.compute.threads,
+            **trainee.sizes(),
+        },
+    )
+
+
+def run_local(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
+    """Train one holder alone into the run's folder, or go on there; score the best epoch on test, register it.
+
+    Raises TrainingFailed, CheckpointError.
+    """
+    trainee = local_trainee(settings, site, pack)
+    return _run("local", trainee, {site.name: site}, f"{site.name}_{settings.model.backbone}_local", folder, out)
+
+
+def check_twins(site: SiteSettings, pack: FacePack) -> None:
+    """Raise DataError when the data set has no families, or test or validation lack a kind of pairs."""
+    if pack.family is None:
+        raise DataError(f"{site.data_dir}: {site.dataset} says nothing of families; train twins needs a set of twins.")
+    lacking = missing_pairs(pack)
+    if lacking:
+        raise DataError(f"{site.data_dir}: {lacking}; each needs two families, and siblings with two pictures each.")
+
+
+def run_twins(settings: Settings, site: SiteSettings, pack: FacePack, folder: Path, out: TextIO) -> BaselineSummary:
+    """Train on a data set of twins, otherwise as `run_local`.
+
+    Raises also DataError when the data set has no families, or test or validation lack a kind of pairs.
+    """
+    check_twins(site, pack)
+    trainee = local_trainee(settings, site, pack)
+    return _run("twins", trainee, {site.name: site}, f"{settings.model.backbone}_twins", folder, out)
+
+
+def run_centralized(
+    settings: Settings, sites: Mapping[str, SiteSettings], packs: Mapping[str, FacePack], folder: Path, out: TextIO
+) -> BaselineSummary:
+    """Train on all holders' pictures in one place, what a federation is measured against; otherwise as `run_local`.
+
+    sites, packs: by client, in order of their names.
+    """
+    trainee = centralized_trainee(settings, sites, packs)
+    return _run("centralized", trainee, sites, f"{settings.model.backbone}_centralized", folder, out)
+
+
+def _run(
+    mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
+) -> BaselineSummary:
+    command = f"facefed train {mode}"
+    with recorded(trainee.settings, folder, kind_of(mode, trainee, sites), command=command) as tracked:
+        return train_and_test(mode, trainee, tracked, model_name, out)
+
+
+def train_and_test(
+    label: str,
+    trainee: Trainee,
+    tracked: TrackedRun,
+    model_name: str,
+    out: TextIO,
+    *,
+    checkpoints: Path | None = None,
+    after_epoch: AfterEpoch = go_on,
+) -> BaselineSummary:
+    """Train into a record that was begun, and score the best epoch on test.
+
+    label: of the model in pictures.  model_name: to register under; "": not registered.
+    checkpoints: where they lie; by default in the run's folder.
+    """
+    record_datasets(tracked, trainee)
+    epochs = Epochs(
+        trainee=trainee,
+        tracked=tracked,
+        folder=checkpoints or tracked.folder / CHECKPOINTS,
+        after_epoch=after_epoch,
+    )
+    show_graph(trainee, tracked)
+    untrained = trainee.evaluate("test")
+    epochs.restore()
+    epochs.run(out)
+    registered = register_trained(epochs, model_name) if model_name else []
+    results = record_results(epochs, label, untrained)
+    return BaselineSummary(
+        folder=tracked.folder,
+        epochs=epochs.progress.epoch,
+        best_epoch=epochs.progress.best_epoch,
+        best_val_auc=epochs.progress.best_val_auc,
+        untrained_auc=results["untrained"][AUC],
+        test_auc=results["test"][AUC],
+        twins=results.get("twins", {}),
+        registered=registered,
+    )
+
+
+def record_datasets(tracked: TrackedRun, trainee: Trainee) -> None:
+    """Tell the tracking which data are used, by digest and counts."""
+    for name, pack in trainee.clients.items():
+        for context, digest in (("training", pack.key[:32]), ("testing", people_digest(pack, "test"))):
+            tracked.log_dataset(
+                name=name,
+                digest=digest,
+                context=context,
+                profile={"num_pictures": len(pack), "num_training_people": pack.num_classes},
+            )
+
+
+def record_results(epochs: Epochs, label: str, untrained: Mapping[str, EvaluationSums]) -> dict[str, Any]:
+    """Score the best model on test, draw, and write metrics.json; returns its content.
+
+    label: "local" or "centralized".  untrained: the test sums of the model before training, by client.
+    The recogniser holds the best model afterwards.
+    """
+    trainee, tracked, progress = epochs.trainee, epochs.tracked, epochs.progress
+    epochs.load("best")
+    tested = trainee.evaluate("test")
+    scores = {name: known_scores(sums) for name, sums in tested.items()}
+    total = known_scores(pooled(tested))
+    logged = {f"test_{name}": value for name, value in total.items()}
+    if len(tested) > 1:
+        logged |= {f"{client}_test_{name}": value for client, own in scores.items() for name, value in own.items()}
+    budget = {"num_pictures_processed": progress.num_pictures, "num_gradient_steps": progress.num_steps}
+    twins = _twins(trainee, tracked, progress.best_epoch)
+    tracked.log_metrics(logged | budget | {"best_epoch": progress.best_epoch}, step=progress.best_epoch)
+    results: dict[str, Any] = {
+        "best_epoch": progress.best_epoch,
+        "best_val_auc": progress.best_val_auc,
+        "last_epoch": progress.epoch,
+        **budget,
+        "num_warmup_pictures": progress.num_warmup_pictures,
+        "test": total,
+        "clients": scores,
+        "untrained": known_scores(pooled(untrained)),
+        "test_pairs": {name: people_digest(pack, "test") for name, pack in trainee.clients.items()},
+        "epochs": progress.rows,
+        **twins,
+    }
+    if trainee.settings.tracking.plots != "none":
+        _draw(epochs, label, {"untrained": pooled(untrained), label: pooled(tested)}, scores)
+    tracked.log_dict(results, "metrics.json")
+    return results
+
+
+def _twins(trainee: Trainee, tracked: TrackedRun, step: int) -> dict[str, Any]:
+    """The figures of twins and of strangers apart, logged and drawn, of the one client that knows families."""
+    pack, *others = trainee.clients.values()
+    if others or pack.family is None:
+        return {}
+    lacking = missing_pairs(pack)
+    if lacking:
+        log.warning("%s: no figures of twins and strangers apart: %s.", pack.dataset, lacking)
+        return {}
+    found = twin_results(trainee.recogniser, pack, trainee.compute, seed=trainee.settings.run.seed)
+    tracked.log_metrics(found.metrics(), step=step)
+    if trainee.settings.tracking.plots != "none":
+        tracked.log_figure(found.curve, "plots/roc_twins.png")
+    return {"twins": found.content()}
+
+
+def _draw(
+    epochs: Epochs, label: str, compared: Mapping[str, EvaluationSums], scores: Mapping[str, Mapping[str, float]]
+) -> None:
+    trainee, tracked = epochs.trainee, epochs.tracked
+    tracked.log_figure(curves.training_curves(epochs.progress.rows), "plots/training.png")
+    draw_scores(tracked, {name: sums.pairs for name, sums in compared.items()}, label)
+    if len(scores) > 1:
+        tracked.log_figure(
+            client_comparison(scores, pooled=known_scores(compared[label])), "plots/client_comparison.png"
+        )
+    for client, pack in trainee.clients.items():
+        pictures = private_pictures(
+            trainee.own(client), pack, trainee.compute, client=client, seed=trainee.settings.run.seed
+        )
+        for name, figure in pictures.items():
+            tracked.log_figure(figure, f"plots/{name}" if len(scores) == 1 else f"plots/{client}/{name}")
+
+
+def register_trained(epochs: Epochs, name: str) -> list[str]:
+    """Register the last, then the best, model under `name`; returns what was registered, for the summary.
+
+    The recogniser holds the best model afterwards, where tracking is enabled.
+    """
+    trainee, progress = epochs.trainee, epochs.progress
+
+    def trained(role: str, epoch: int) -> Trained:
+        row = next(row for row in progress.rows if row["step"] == epoch)
+        return Trained(step=epoch, val_auc=row.get(VAL_AUC, float("nan")), load=partial(epochs.load, role))
+
+    return register_models(
+        epochs.tracked,
+        trainee.settings,
+        trainee.recogniser,
+        name=name,
+        unit="epoch",
+        val_people=trainee.val_people,
+        last=trained("last", progress.epoch),
+        best=trained("best", progress.best_epoch),
+    )

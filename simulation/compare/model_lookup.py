@@ -1,0 +1,372 @@
+"""Which trained models a comparison is about, and where they are: in run folders, else in MLflow's registry.
+
+--compare local,fedavg -> Wanted -> FoundModel (its run's settings, best step and files), or a line with the command
+that trains what is missing
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from common import config
+from common.errors import CheckpointError, UserError, unknown_name
+from common.models.table import ATTENTIONS, BACKBONES
+from common.settings import Settings
+from common.strategies import STRATEGIES
+from common.system.events import RUN_FILE
+from common.system.files import read_json
+from common.tracking.registry import Registered, find_registered, read_registered
+
+FEDERATED: Final = (*STRATEGIES, "fedbn")
+TWINS: Final = "twins"  # one holder's, trained on batches of twins
+KINDS: Final = ("local", "centralized", TWINS, *FEDERATED)
+FEDBN: Final = "fedbn"  # private normalisation, whatever the strategy (arXiv:2102.07623)
+DEFAULT_KINDS: Final = ("local", "centralized", "fedavg", "fedprox")
+_REGISTRY: Final = "models:/"
+
+_log = logging.getLogger("facefed.evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A model by what it is: how it was trained, and by whom when it was trained alone."""
+
+    kind: str
+    client: str = ""  # local models only
+
+    @property
+    def name(self) -> str:
+        """The name everywhere: "fedavg", "centralized", "local-celeba"."""
+        return f"{self.kind}-{self.client}" if self.client else self.kind
+
+    @property
+    def mode(self) -> str:
+        """The run's mode: local, centralized, twins or federated."""
+        return "federated" if self.kind in FEDERATED else self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A trained model: whose settings, which step, which files."""
+
+    wanted: Wanted
+    source: str  # the run's id, or models:/NAME/VERSION
+    settings: Settings
+    clients: tuple[str, ...]  # it was trained on, sorted; () where nobody wrote it down
+    step: int  # the best epoch or round, by validation
+    test_pairs: Mapping[str, str] = field(default_factory=dict)  # client -> digest, as the run recorded it
+    folder: Path | None = None
+    registered: Registered | None = None
+
+    @property
+    def name(self) -> str:
+        """The name everywhere: "fedavg", "centralized", "local-celeba"."""
+        return self.wanted.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the best model's tensors; of a run folder only."""
+        if self.folder is None:
+            raise ValueError(f"{self.source} has no run folder")
+        name = f"round-{self.step:06d}" if self.wanted.mode == "federated" else "best"
+        return self.folder / "checkpoints" / f"{name}.safetensors"
+
+    @property
+    def num_epochs(self) -> int:
+        """How often each picture was processed, as planned."""
+        settings = self.settings
+        return settings.total_epochs if self.wanted.mode == "federated" else settings.local_training_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Where to look and for what."""
+
+    settings: Settings  # of the command: the backbone, --out, the tracking address
+    clients: tuple[str, ...]  # whose test people the models meet
+    command_options: str = ""  # what `facefed train` needs besides, such as --config and --data-dir
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
+
+    @property
+    def registry(self) -> str:
+        """The address whose registry is asked; "" where tracking is off."""
+        return _registry_of(self.settings, self.address)
+
+
+def wanted_models(compare: str, clients: Sequence[str], runs: Mapping[str, str]) -> list[Wanted]:
+    """The models that `--compare` and `--run` name, each once; "local" is one for each client.
+
+    Raises UserError for a kind that is not known, or for none.
+    """
+    wanted: list[Wanted] = []
+    for kind in (part.strip() for part in compare.split(",")):
+        if kind not in KINDS:
+            raise UserError(unknown_name("--compare", kind, KINDS))
+        wanted += [Wanted(kind=kind, client=name) for name in clients] if kind == "local" else [Wanted(kind=kind)]
+    wanted += [_wanted_by_name(name) for name in runs]
+    return list(dict.fromkeys(wanted))
+
+
+def explicit_runs(texts: Iterable[str], clients: Sequence[str]) -> dict[str, str]:
+    """`--run KIND=RUN` by model name; "local" stands for local-NAME where one client is meant.  Raises UserError."""
+    runs: dict[str, str] = {}
+    for text in texts:
+        kind, equals, run = text.partition("=")
+        if not (equals and kind and run):
+            raise UserError(f"--run {text}: write KIND=RUN, for example fedavg=RUN or local-celeba=RUN.")
+        if kind == "local":
+            if len(clients) != 1:
+                raise UserError(f"--run {text}: whose? Write local-NAME=RUN, for example local-{clients[0]}=RUN.")
+            kind = f"local-{clients[0]}"
+        if kind in runs:
+            raise UserError(f"--run {text}: {kind} has a run already ({runs[kind]}); give one.")
+        runs[_wanted_by_name(kind).name] = run
+    return runs
+
+
+def _wanted_by_name(name: str) -> Wanted:
+    kind, _, client = name.partition("-")
+    if kind == "local" and client:
+        return Wanted(kind=kind, client=client)
+    if name in KINDS and name != "local":
+        return Wanted(kind=name)
+    raise UserError(unknown_name("--run: the kind", name, ("local-NAME", *KINDS[1:])))
+
+
+def find_models(search: Search, wanted: Sequence[Wanted], runs: Mapping[str, str]) -> list[FoundModel]:
+    """Every wanted model: the run named for it, else the newest finished one that fits, else a registered one.
+
+    runs: model name -> RUN.  Raises UserError that names all missing ones with the commands that make them, or a model
+    that is not comparable; CheckpointError for a damaged run.
+    """
+    found, missing = [], []
+    for want in wanted:
+        model = _explicit(search, want, runs[want.name]) if want.name in runs else _newest(search, want)
+        if model is None:
+            missing.append(want)
+        else:
+            found.append(model)
+    if missing:
+        raise UserError(_missing_line(search, missing))
+    _check_alike(search, found)
+    return found
+
+
+def _registry_of(settings: Settings, address: str) -> str:
+    return (address or settings.tracking.uri) if settings.tracking.enabled else ""
+
+
+def find_model(settings: Settings, run: str, flag: str, address: str = "") -> FoundModel:
+    """The model that RUN or models:/NAME/VERSION or models:/NAME@ALIAS names, however it was trained.
+
+    settings: of the command: --out, the tracking.  flag: what the user wrote, for the line of an error.
+    address: of the tracking, with its password; "": the settings' own is whole.
+    Raises UserError, CheckpointError, TrackingError.
+    """
+    if run.startswith(_REGISTRY):
+        return _from_registry(Wanted(kind="registered"), read_registered(_registry_of(settings, address), run))
+    folder = _run_folder(settings, run, flag)
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{flag}: that run trained no model (it has no config.toml); name one of training.")
+    return _finished(_wanted_of(_about(folder)), folder, flag)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """A run's run.json.  Raises CheckpointError."""
+    about = read_json(folder / RUN_FILE)
+    clients = about.get("clients", [])
+    if not (isinstance(clients, list) and all(isinstance(name, str) for name in clients)):
+        raise CheckpointError(f"{folder / RUN_FILE}: its clients are no list of names; it is not a file of ours.")
+    return about
+
+
+def _wanted_of(about: Mapping[str, Any]) -> Wanted:
+    """What a run's run.json says that its model is."""
+    mode, clients = str(about.get("mode", "")), list(about.get("clients", []))
+    if mode == "federated":
+        return Wanted(kind=FEDBN if about.get("normalisation") == "private" else str(about.get("strategy")))
+    return Wanted(kind=mode, client=str(clients[0]) if mode == "local" and clients else "")
+
+
+def _explicit(search: Search, want: Wanted, run: str) -> FoundModel:
+    if run.startswith(_REGISTRY):
+        registered = read_registered(search.registry, run)
+        return _from_registry(want, registered)
+    flag = f"--run {want.name}={run}"
+    folder = _run_folder(search.settings, run, flag)
+    about = _about(folder)
+    if not _is_kind(want, about):
+        seen = f"{about.get('mode')} {about.get('strategy') or ''} {about.get('clients')}".replace("  ", " ")
+        raise UserError(f"{flag}: that run is {seen}, not {want.name}; name a run of that kind.")
+    return _finished(want, folder, flag)
+
+
+def _run_folder(settings: Settings, run: str, flag: str) -> Path:
+    """The folder of a run by its id or its path.  Raises UserError."""
+    out = Path(settings.run.out).expanduser()
+    for folder in (out / run, Path(run).expanduser()):
+        if folder.is_dir():
+            break
+    else:
+        raise UserError(
+            f"{flag}: there is no such run in {out}, nor a folder of that name; name one, or models:/NAME@champion."
+        )
+    if not (folder / RUN_FILE).is_file():
+        raise UserError(f"{flag}: {folder} has no run.json, so it is no run of ours; name a run folder.")
+    return folder.resolve()
+
+
+def _finished(want: Wanted, folder: Path, flag: str) -> FoundModel:
+    model = _from_folder(want, folder)
+    if model is None:
+        raise UserError(f"{flag}: the run has not finished (no metrics.json); let it end, or resume it.")
+    return model
+
+
+def _newest(search: Search, want: Wanted) -> FoundModel | None:
+    """The newest finished run that fits, or the registered model; None when there is neither."""
+    out = Path(search.settings.run.out).expanduser()
+    folders = sorted(out.iterdir(), key=lambda path: path.name, reverse=True) if out.is_dir() else []
+    for folder in folders:
+        if not (folder / RUN_FILE).is_file():
+            continue
+        try:
+            about = _about(folder)
+        except CheckpointError as error:
+            _log.warning("left aside: %s", error)
+            continue
+        if _is_kind(want, about) and _fits(search, want, about):
+            model = _from_folder(want, folder.resolve())
+            if model is not None:
+                return model
+    if not search.registry or want.kind == FEDBN:  # each of its clients has a backbone of its own
+        return None
+    registered = find_registered(search.registry, registered_name(want, search.settings.model.backbone))
+    return None if registered is None else _from_registry(want, registered)
+
+
+def registered_name(want: Wanted, backbone: str) -> str:
+    """The name under which such a model is registered."""
+    if want.kind == "local":
+        return f"{want.client}_{backbone}_local"
+    return f"{backbone}_federated_{want.kind}" if want.mode == "federated" else f"{backbone}_{want.kind}"
+
+
+def _is_kind(want: Wanted, about: Mapping[str, Any]) -> bool:
+    if about.get("mode") != want.mode:
+        return False
+    if want.kind == "local":
+        return list(about.get("clients", [])) == [want.client]
+    if want.mode != "federated":
+        return True
+    private = about.get("normalisation") == "private"
+    return private if want.kind == FEDBN else not private and about.get("strategy") == want.kind
+
+
+def _fits(search: Search, want: Wanted, about: Mapping[str, Any]) -> bool:
+    """Whether a run of the kind is of the wanted backbone, and of the holders that are compared."""
+    if about.get("backbone") != search.settings.model.backbone:
+        return False
+    clients = set(about.get("clients", []))
+    if want.kind == TWINS:  # of one of the holders
+        return clients <= set(search.clients)
+    return want.kind == "local" or set(search.clients) <= clients
+
+
+def _from_folder(want: Wanted, folder: Path) -> FoundModel | None:
+    """The model of a run folder; None when the run has not finished.  Raises CheckpointError or ConfigError."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    metrics = read_json(folder / "metrics.json")
+    about = _about(folder)
+    if not isinstance(metrics.get("test_pairs", {}), dict):
+        raise CheckpointError(f"{folder / 'metrics.json'}: its test_pairs are no table; it is not a file of ours.")
+    return FoundModel(
+        wanted=want,
+        source=folder.name,
+        settings=config.load_of_run(folder / "config.toml")[0],
+        clients=tuple(about.get("clients", ())),
+        step=_best_step(want, metrics, str(folder / "metrics.json")),
+        test_pairs=dict(metrics.get("test_pairs", {})),
+        folder=folder,
+    )
+
+
+def _from_registry(want: Wanted, registered: Registered) -> FoundModel:
+    return FoundModel(
+        wanted=want,
+        source=registered.uri,
+        settings=config.from_mapping(config.without_gone(registered.settings), f"{registered.uri}: config.toml"),
+        clients=(),
+        step=registered.step,
+        test_pairs=dict(registered.metrics.get("test_pairs", {})),
+        registered=registered,
+    )
+
+
+def _best_step(want: Wanted, metrics: Mapping[str, Any], where: str) -> int:
+    name = "best_round" if want.mode == "federated" else "best_epoch"
+    step = metrics.get(name)
+    if not isinstance(step, int):
+        raise CheckpointError(f"{where}: {name} is {step!r}, not a number; the file is damaged or of another version.")
+    return step
+
+
+def _missing_line(search: Search, missing: Sequence[Wanted]) -> str:
+    backbone, out = search.settings.model.backbone, search.settings.run.out
+    where = f"{out} and the registry" if search.registry else out
+    commands = "; ".join(f"{want.name}: `{_command(search, want)}`" for want in missing)
+    return f"no trained {backbone} model in {where} of {', '.join(w.name for w in missing)}. Train {commands}."
+
+
+def _command(search: Search, want: Wanted) -> str:
+    """The command that makes such a model."""
+    parts = [f"facefed train {want.mode}"]
+    if want.kind == "local":
+        parts.append(f"--client {want.client}")
+    elif want.kind != TWINS:
+        parts += [f"--client {name}" for name in search.clients]
+    if want.kind == FEDBN:
+        parts.append("--set model.normalisation=private")
+    elif want.mode == "federated":
+        parts.append(f"--method {want.kind}")
+    return " ".join([*parts, f"--model {search.settings.model.backbone}", search.command_options]).strip()
+
+
+def _check_alike(search: Search, found: Sequence[FoundModel]) -> None:
+    """Raise UserError when the models are not of one architecture: then the training is not all that differs."""
+    first = found[0]
+    for model in found:
+        backbone = search.settings.model.backbone
+        if model.settings.model.backbone != backbone:
+            raise UserError(_unlike(model, "model.backbone", model.settings.model.backbone, "--model", backbone))
+        wanted, seen = _architecture(first.settings), _architecture(model.settings)
+        for name in seen:
+            if seen[name] != wanted.get(name):
+                other = f"{first.name} ({first.source})"
+                raise UserError(_unlike(model, name, seen[name], other, wanted.get(name)))
+
+
+def _architecture(settings: Settings) -> dict[str, object]:
+    """What decides the network beside the backbone's name.
+
+    A ViT has a position embedding for each patch, so its pictures' size is part of it; and its branches are.
+    """
+    model = settings.model
+    found: dict[str, object] = {"model.width": model.width, "model.embedding_size": model.embedding_size}
+    if BACKBONES[model.backbone].is_vit:
+        names = ("patch_size", "depth", "attention", "inference")
+        found |= {f"model.{name}": getattr(model, name) for name in names}
+        found["data.image_size"] = settings.data.image_size
+        if "glca" in ATTENTIONS[model.attention]:
+            found["model.glca_fraction"] = model.glca_fraction
+    return found
+
+
+def _unlike(model: FoundModel, name: str, seen: object, other: str, wanted: object) -> str:
+    return (
+        f"{model.name} ({model.source}) has {name} = {seen}, {other} has {wanted}; compare models of one"
+        f" architecture: name another run with --run {model.name}=RUN."
+    )

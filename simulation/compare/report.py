@@ -1,0 +1,420 @@
+"""A comparison as text for the terminal, as CSV, as JSON, and as one page of HTML.
+
+The page needs nothing else: no script, no file, no address beside it.
+"""
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from common.metrics.bootstrap import Estimate
+from common.metrics.figures import AUC, CLOSED, JUDGED, KINDS, PAIRS, compared, figure_name, figures_of, kind_of
+from common.system.console import table
+from simulation.compare.comparison import Comparison, TestSet
+from simulation.compare.scoring import NUM_REPLICATES, POOLED
+
+_CSV_HEAD = (
+    "row", "model", "minus", "trained_on", "run", "tested_at", "figure", "value", "low_95", "high_95", "interval",
+    "num_people", "num_pictures", "num_genuine_pairs", "num_impostor_pairs",
+)  # fmt: skip
+# Nothing may be loaded, whatever ends up in the text.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: #555; padding-bottom: .4rem; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top;
+  white-space: nowrap; }
+thead th { border-bottom: 2px solid #888; }
+small { color: #555; display: block; font-size: .78rem; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+"""
+_WORDS: Mapping[str, str] = {
+    "pooled": "the clients' pairs judged together by one threshold; there are no pairs across clients.",
+    "excludes zero": "the 95 % interval of the gap lies on one side of zero; both models are drawn on the same people.",
+}
+_KIND_WORDS: Mapping[str, str] = {
+    "twins": "genuine pairs of people with a sibling, impostor pairs of two siblings.",
+    "strangers": "all genuine pairs, impostor pairs of two families.",
+}
+
+
+def _columns() -> dict[str, str]:
+    """Figure -> the head of its column in the table of models."""
+    return {name: row.head for name, row in compared().items() if row.head and name == row.name}
+
+
+def _kind_columns() -> dict[str, str]:
+    """Figure of a kind of pairs -> the head of its column."""
+    return {row.name: row.kind_head for row in figures_of(PAIRS, JUDGED) if row.kind_head}
+
+
+def _with_interval(heads: Mapping[str, str]) -> list[str]:
+    """The heads of a table of text, whose column of the AUC shows its interval."""
+    return [f"{head} [95 %]" if name == AUC else head for name, head in heads.items()]
+
+
+def number(value: float, *, sign: str = "") -> str:
+    """Three decimals, or a dash for what is not there.  sign: "+" shows that of positive numbers too."""
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
+
+
+def bounds(estimate: Estimate, *, sign: str = "") -> str:
+    """The interval, "[0.871, 0.902]"; empty where there is none."""
+    if math.isnan(estimate.low):
+        return ""
+    return f"[{number(estimate.low, sign=sign)}, {number(estimate.high, sign=sign)}]"
+
+
+def bootstrap(test_set: TestSet) -> str:
+    """How the intervals of open-set figures were made."""
+    return f"bootstrap over {test_set.drawn_over}, {NUM_REPLICATES:,} replicates"
+
+
+def behind(test_set: TestSet) -> str:
+    """How many people and pairs a test set has."""
+    return (
+        f"{test_set.num_people:,} people never seen, {test_set.num_pictures:,} pictures,"
+        f" {test_set.num_genuine:,} genuine and {test_set.num_impostor:,} impostor pairs"
+    )
+
+
+def behind_kinds(test_set: TestSet) -> str:
+    """How many pairs of twins and of strangers it has."""
+    shown = "; ".join(
+        f"{kind}: {genuine:,} genuine and {impostor:,} impostor pairs"
+        for kind, (genuine, impostor) in ((kind, test_set.pairs_of(kind)) for kind in KINDS if kind != "all")
+    )
+    return f"{test_set.num_families:,} families; {shown}"
+
+
+def has_kinds(comparison: Comparison, test_set: str) -> bool:
+    """Whether the figures of twins and of strangers are there."""
+    return any(scored[test_set].sums.has_kinds for scored in comparison.scored.values())
+
+
+def kinds_table(comparison: Comparison, test_set: str) -> list[list[str]]:
+    """A row for each model and kind of pairs on one test set, the first row being the heads."""
+    rows = [["model", "pairs", *_with_interval(_kind_columns())]]
+    for model in comparison.models:
+        figures = comparison.scored[model.name][test_set].figures
+        for kind in KINDS:
+            named = [figure_name(kind, name) for name in _kind_columns()]
+            auc, *others = [figures.get(name, Estimate(value=math.nan)) for name in named]
+            shown = [number(one.value) for one in others]
+            rows.append([model.name, kind, f"{number(auc.value)} {bounds(auc)}".strip(), *shown])
+    return rows
+
+
+def figures_table(comparison: Comparison, test_set: str) -> list[list[str]]:
+    """One row for each model on one test set, the first row being the heads."""
+    columns = _columns()
+    rows = [["model", *_with_interval(columns)]]
+    for model in comparison.models:
+        figures = comparison.scored[model.name][test_set].figures
+        shown = [number(figures[name].value) if name in figures else "-" for name in columns if name != AUC]
+        rows.append([model.name, f"{number(figures[AUC].value)} {bounds(figures[AUC])}".strip(), *shown])
+    return rows
+
+
+def gaps_table(comparison: Comparison) -> list[list[str]]:
+    """The gaps in AUC, the first row being the heads."""
+    rows = [["gap", "tested at", "AUC", "95 %", "excludes zero"]]
+    for gap in comparison.gaps:
+        kind = kind_of(gap.figure)
+        if gap.figure == figure_name(kind, AUC):
+            says = "yes" if gap.excludes_zero else "no"
+            name = f"{gap.minuend} minus {gap.subtrahend}"
+            where = gap.test_set if kind == "all" else f"{gap.test_set}: {kind} only"
+            rows.append([name, where, number(gap.gap.value, sign="+"), bounds(gap.gap, sign="+"), says])
+    return rows
+
+
+def transfer_table(comparison: Comparison) -> list[list[str]]:
+    """The AUC of each model (row) at each client's test people (column), the first row being the heads."""
+    places = list(comparison.test_sets)
+    rows = [["model \\ tested at", *places]]
+    for model in comparison.models:
+        scored = comparison.scored[model.name]
+        rows.append([model.name, *(number(scored[place].figures[AUC].value) for place in places)])
+    return rows
+
+
+def terminal_lines(comparison: Comparison) -> list[str]:
+    """All that the terminal shows, but for where the files are."""
+    lines = ["", f"{comparison.main}: {behind(comparison.test_sets[comparison.main])}", ""]
+    lines += [table(figures_table(comparison, comparison.main)), ""]
+    drawn = bootstrap(comparison.test_sets[comparison.main])
+    lines.append(f"AUC: {drawn}. own people: accuracy on new pictures of people trained on.")
+    for name, test in comparison.test_sets.items():
+        if has_kinds(comparison, name):
+            lines += ["", f"{name}: {behind_kinds(test)}", "", table(kinds_table(comparison, name))]
+            lines += ["accuracy: mean of genuine pairs accepted and impostor pairs rejected, at validation's threshold"]
+    gaps = gaps_table(comparison)
+    if len(gaps) > 1:
+        lines += ["", "what federation changes (+: the federated model is better)", table(gaps)]
+    if len(comparison.test_sets) > 1:
+        lines += ["", "AUC by where a model was trained and tested", table(transfer_table(comparison)), ""]
+        lines += [f"{name}: {behind(test)}" for name, test in comparison.test_sets.items() if name != POOLED]
+    return [*lines, *(["", *(f"note: {note}" for note in comparison.notes)] if comparison.notes else [])]
+
+
+def interval_method(figure: str, test_set: TestSet) -> str:
+    """How a figure's interval was made; empty for those without one."""
+    row = compared()[figure]
+    return bootstrap(test_set) if row.of in (PAIRS, JUDGED) else row.ends_method
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line for each figure of each model on each test set, then one for each gap."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_HEAD)
+    for model in comparison.models:
+        for place, scored in comparison.scored[model.name].items():
+            for name, row in compared().items():
+                if name in scored.figures:
+                    test = comparison.test_sets[place]
+                    counts = _counts(test, name) if row.of != CLOSED else ["", scored.num_closed, "", ""]
+                    about = ["figure", model.name, "", "+".join(model.clients), model.source, place, name]
+                    writer.writerow([*about, *_numbers(scored.figures[name]), interval_method(name, test), *counts])
+    for gap in comparison.gaps:
+        about = ["gap", gap.minuend, gap.subtrahend, "", "", gap.test_set, gap.figure]
+        test = comparison.test_sets[gap.test_set]
+        writer.writerow([*about, *_numbers(gap.gap), bootstrap(test), *_counts(test, gap.figure)])
+    return text.getvalue()
+
+
+def _numbers(estimate: Estimate) -> Sequence[object]:
+    values = (estimate.value, estimate.low, estimate.high)
+    return ["" if math.isnan(value) else f"{value:.6f}" for value in values]
+
+
+def _counts(test: TestSet, figure: str) -> Sequence[object]:
+    return [test.num_people, test.num_pictures, *test.pairs_of(kind_of(figure))]
+
+
+def json_content(comparison: Comparison) -> dict[str, Any]:
+    """The whole comparison as plain data; what has no interval has none here either."""
+    return {
+        "mode": comparison.mode,
+        "backbone": comparison.backbone,
+        "bootstrap": {
+            "replicates": NUM_REPLICATES,
+            "seed": comparison.seed,
+            "over": comparison.test_sets[comparison.main].drawn_over,
+        },
+        "test_sets": {
+            name: {
+                "num_people": test.num_people,
+                "num_pictures": test.num_pictures,
+                "num_genuine_pairs": test.num_genuine,
+                "num_impostor_pairs": test.num_impostor,
+                **(_families(test) if test.num_families else {}),
+                "digest": test.digest,
+            }
+            for name, test in comparison.test_sets.items()
+        },
+        "models": {
+            model.name: {
+                "run": model.source,
+                "trained_on": list(model.clients),
+                "step": model.step,
+                "epochs": model.num_epochs,
+                "seed": model.settings.run.seed,
+                "tested_at": {
+                    place: {name: _plain(estimate) for name, estimate in scored.figures.items()}
+                    for place, scored in comparison.scored[model.name].items()
+                },
+            }
+            for model in comparison.models
+        },
+        "gaps": [
+            {
+                "model": gap.minuend,
+                "minus": gap.subtrahend,
+                "tested_at": gap.test_set,
+                "figure": gap.figure,
+                **_plain(gap.gap),
+                "excludes_zero": gap.excludes_zero,
+            }
+            for gap in comparison.gaps
+        ],
+        "notes": list(comparison.notes),
+    }
+
+
+def _families(test: TestSet) -> dict[str, Any]:
+    counts = {kind: test.pairs_of(kind) for kind in KINDS if kind != "all"}
+    pairs = {
+        kind: {"num_genuine_pairs": genuine, "num_impostor_pairs": impostor}
+        for kind, (genuine, impostor) in counts.items()
+    }
+    return {"num_families": test.num_families, **pairs}
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    values = {"value": estimate.value, "low_95": estimate.low, "high_95": estimate.high}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def metrics(comparison: Comparison) -> dict[str, float]:
+    """By the names that the tracking shows: fedavg_test_roc_auc, fedavg_celeba_test_eer, fedavg_minus_..."""
+    named: dict[str, float] = {}
+    for model in comparison.models:
+        for place, scored in comparison.scored[model.name].items():
+            start = model.name if place == comparison.main else f"{model.name}_{place}"
+            for name, estimate in scored.figures.items():
+                named[f"{start}_test_{name}"] = estimate.value
+            for name in (figure_name(kind, AUC) for kind in KINDS):
+                if name in scored.figures:
+                    named[f"{start}_test_{name}_low"] = scored.figures[name].low
+                    named[f"{start}_test_{name}_high"] = scored.figures[name].high
+    for gap in comparison.gaps:
+        if gap.test_set == comparison.main and gap.figure == figure_name(kind_of(gap.figure), AUC):
+            named[f"{gap.minuend}_minus_{gap.subtrahend}_test_{gap.figure}"] = gap.gap.value
+    return named
+
+
+def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str, bytes]) -> str:
+    """The whole page.
+
+    title, made: plain text; made says when and by which run.  pictures: what each shows -> PNG.
+    """
+    words = {word: text for row in compared().values() if row.of != JUDGED for word, text in row.words.items()} | dict(
+        _WORDS
+    )
+    if has_kinds(comparison, comparison.main):
+        words |= _KIND_WORDS
+        words |= {word: text for row in figures_of(JUDGED) for word, text in row.words.items()}
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(made)}</p>",
+        _figures(comparison, comparison.main),
+        _gaps(comparison),
+        _transfer(comparison),
+        *(_figures(comparison, name) for name in comparison.test_sets if name not in (comparison.main, POOLED)),
+        _notes(comparison),
+        *(_picture(text, content) for text, content in pictures.items()),
+        _models(comparison),
+        "<h2>Words</h2><dl>"
+        + "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words.items())
+        + "</dl>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], caption: str) -> str:
+    """rows: cells that are HTML already, the first row being the heads.  caption: plain text."""
+    head, *body = rows
+    lines = ["<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr>"]
+    below = [
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in body
+    ]
+    return (
+        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead>{"".join(lines)}</thead>'
+        f"<tbody>{''.join(below)}</tbody></table></div>"
+    )
+
+
+def _escaped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[escape(cell) for cell in row] for row in rows]
+
+
+def _figures(comparison: Comparison, test_set: str) -> str:
+    test = comparison.test_sets[test_set]
+    columns = _columns()
+    heads = [f"{escape(head)}<small>{escape(interval_method(name, test))}</small>" for name, head in columns.items()]
+    rows = [["model", *heads]]
+    for model in comparison.models:
+        figures = comparison.scored[model.name][test_set].figures
+        rows.append([escape(model.name), *_cells(figures, columns)])
+    title = "All clients together" if test_set == POOLED else f"Tested at {test_set}"
+    return f"<h2>{escape(title)}</h2>" + _table(rows, behind(test)) + _kinds(comparison, test_set)
+
+
+def _cells(figures: Mapping[str, Estimate], names: Iterable[str]) -> list[str]:
+    return [
+        f"{number(figures[name].value)}<small>{bounds(figures[name])}</small>" if name in figures else "-"
+        for name in names
+    ]
+
+
+def _kinds(comparison: Comparison, test_set: str) -> str:
+    """The figures of twins and of strangers apart, where there are any."""
+    if not has_kinds(comparison, test_set):
+        return ""
+    test = comparison.test_sets[test_set]
+    rows = [["model", "pairs", *(escape(head) for head in _kind_columns().values())]]
+    for model in comparison.models:
+        figures = comparison.scored[model.name][test_set].figures
+        for kind in KINDS:
+            names = [figure_name(kind, name) for name in _kind_columns()]
+            rows.append([escape(model.name), kind, *_cells(figures, names)])
+    caption = f"{behind_kinds(test)}. Intervals of 95 %: {bootstrap(test)}."
+    return "<h2>Twins and strangers</h2>" + _table(rows, caption)
+
+
+def _gaps(comparison: Comparison) -> str:
+    rows = gaps_table(comparison)
+    if len(rows) == 1:
+        return ""
+    caption = "Differences in AUC, +: the federated model is better; "
+    caption += f"{bootstrap(comparison.test_sets[comparison.main])}, the same draws for both models."
+    text = (
+        "<p>Minus a local model: what federation bought. Minus the centralised model: what it cost that no picture left"
+        " its holder. On all clients together the local model is the one with the highest test AUC, which favours"
+        " training alone.</p>"
+    )
+    return "<h2>What federation changes</h2>" + text + _table(_escaped(rows), caption)
+
+
+def _transfer(comparison: Comparison) -> str:
+    if len(comparison.test_sets) == 1:
+        return ""
+    caption = "AUC of a model (row) on the test people of a client (column)."
+    return "<h2>Trained at one place, tested at another</h2>" + _table(_escaped(transfer_table(comparison)), caption)
+
+
+def _notes(comparison: Comparison) -> str:
+    if not comparison.notes:
+        return ""
+    return "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in comparison.notes) + "</ul>"
+
+
+def _picture(text: str, content: bytes) -> str:
+    data = base64.b64encode(content).decode("ascii")
+    return f'<h2>{escape(text)}</h2><img alt="{escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def _models(comparison: Comparison) -> str:
+    rows = [["model", "run", "trained on", "best epoch or round", "epochs over each picture", "seed", "picture"]]
+    rows += [
+        [
+            model.name,
+            model.source,
+            ", ".join(model.clients) or "not recorded",
+            str(model.step),
+            str(model.num_epochs),
+            str(model.settings.run.seed),
+            f"{model.settings.data.image_size} px, {model.settings.data.alignment}",
+        ]
+        for model in comparison.models
+    ]
+    caption = f"All are {comparison.backbone}; the best epoch or round was chosen on validation people."
+    return "<h2>Models</h2>" + _table(_escaped(rows), caption)

@@ -1,0 +1,1 @@
+"""`facefed data`: what a data set really holds, and people who do not exist."""
