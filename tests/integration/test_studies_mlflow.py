@@ -37,7 +37,7 @@ def studies(twins, tmp_path_factory):
         for name, value in {**SILENCE, **PATIENCE}.items():
             patch.setenv(name, value)
         # How a model is registered has tests of its own, and takes longer than all of this.
-        patch.setattr("simulation.alone.sweep.register_models", lambda *_: [])
+        patch.setattr("simulation.alone.sweep.register_trained", lambda *_: [])
         uri = resolve_uri("sqlite:///data/mlflow.db", root)
         settings = changed(SETTINGS, tracking__enabled=True, tracking__uri=uri, training__epochs=1)
         site = site_settings("twins", root)

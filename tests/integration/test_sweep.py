@@ -202,7 +202,7 @@ def test_a_trial_worse_than_the_median_is_pruned(twins, tmp_path, monkeypatch):
 
 PROGRAM = """
 import os, sys
-from simulation import epochs
+from simulation.alone import epochs
 real, calls = epochs.save_private, []
 def dying(*arguments):
     calls.append(1)
