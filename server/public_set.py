@@ -2,6 +2,11 @@
 
 The pictures are the server's own, so nothing here is data of a client, and the clients know nothing of it. It is one
 more curve beside the test curve: like that one, no choice is made by it.
+
+The list of pairs is that of Labeled Faces in the Wild, pairs.txt: ten folds of 300 genuine and 300 impostor pairs.  Its
+first line holds the numbers of folds and of pairs of each kind in a fold ("10 300"), or that of pairs alone when there
+is one fold (as in pairsDevTest.txt).  Then each fold gives its genuine pairs, "NAME I J", and its impostor pairs,
+"NAME1 I NAME2 J", where picture I of NAME is NAME/NAME_000I.jpg.  http://vis-www.cs.umass.edu/lfw/README.txt
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +21,7 @@ from common import config
 from common.errors import ConfigError, DataError
 from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
-from common.faces.index import require_folder
-from common.faces.pairs import PairList, read_pair_list, require_pictures
+from common.faces.index import malformed, read_lines, require_folder
 from common.metrics.figures import eer, roc_auc
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
 from common.metrics.pairs import score_histogram
@@ -25,6 +29,96 @@ from common.models.recogniser import Recogniser
 from common.protocol.parameters import Manifest, load_shared
 from common.settings import Settings
 from common.system.runtime import resolve_device
+
+_WANTED_FIRST = "the numbers of folds and of pairs of each kind in a fold, such as 10 300"
+_WANTED = {
+    3: "NAME, I, J for two pictures of one person (this is a genuine pair by its place in the file)",
+    4: "NAME1, I, NAME2, J for pictures of two people (this is an impostor pair by its place in the file)",
+}
+_SHOWN = 3  # missing pictures that are named
+
+
+@dataclass(frozen=True)
+class PairList:
+    """Pairs of pictures, as positions in `paths`."""
+
+    paths: tuple[str, ...]  # each picture once, relative to the folder, in the order of the list
+    first: NDArray[np.int64]  # [M]
+    second: NDArray[np.int64]  # [M]
+    genuine: NDArray[np.bool_]  # [M]
+    fold: NDArray[np.int64]  # [M] from 0
+
+
+def read_pair_list(file: Path, suffix: str = ".jpg") -> PairList:
+    """The pairs that a pairs.txt names, without looking for the pictures.
+
+    Lines end in LF or CRLF; names and numbers are separated by tabs, or by spaces where a line holds no tab.
+    Raises DataError with file and line number: a malformed line, a picture paired with itself, one person in an
+    impostor pair, more or fewer lines than the first one says.
+    """
+    lines = read_lines(file)
+    if not lines:
+        raise DataError(f"{file}: empty; give LFW's pairs.txt, whose first line holds {_WANTED_FIRST}.")
+    num_folds, per_fold = _counts(file, lines[0])
+    wanted = 1 + num_folds * 2 * per_fold
+    if len(lines) != wanted:
+        raise DataError(
+            f"{file}, line 1: {lines[0]!r} promises {num_folds} folds of 2 x {per_fold} pairs, {wanted} lines in all, "
+            f"but the file has {len(lines)}; fetch it again or correct its first line."
+        )
+    places: dict[str, int] = {}
+    rows = np.empty((len(lines) - 1, 2), dtype=np.int64)
+    is_genuine = np.arange(len(rows)) % (2 * per_fold) < per_fold
+    for row, line in enumerate(lines[1:]):
+        pair = _pictures(file, row + 2, line, num_fields=3 if is_genuine[row] else 4)
+        rows[row] = [places.setdefault(f"{name}/{name}_{number:04d}{suffix}", len(places)) for name, number in pair]
+    fold = np.arange(len(rows)) // (2 * per_fold)
+    return PairList(paths=tuple(places), first=rows[:, 0], second=rows[:, 1], genuine=is_genuine, fold=fold)
+
+
+def require_pictures(pairs: PairList, root: Path) -> None:
+    """Raise DataError, naming the first few, unless every picture of the pairs is a file below `root`."""
+    require_folder(root, "give the folder with one folder a person, such as LFW's")
+    missing = [path for path in pairs.paths if not (root / path).is_file()]
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise DataError(
+            f"{root}: {len(missing)} of {len(pairs.paths)} pictures that the pairs name are not there "
+            f"({', '.join(missing[:_SHOWN])}{more}); give the folder that belongs to the list of pairs."
+        )
+
+
+def _counts(file: Path, line: str) -> tuple[int, int]:
+    fields = line.split()
+    if len(fields) not in (1, 2) or not all(_is_count(field) for field in fields):
+        raise malformed(file, 1, line, _WANTED_FIRST)
+    return (1, int(fields[0])) if len(fields) == 1 else (int(fields[0]), int(fields[1]))
+
+
+def _is_count(field: str) -> bool:
+    return field.isascii() and field.isdigit() and len(field) <= 9 and int(field) > 0
+
+
+def _pictures(file: Path, number: int, line: str, num_fields: int) -> list[tuple[str, int]]:
+    """(name, number) of a line's two pictures.  number: of the line, from 1."""
+    fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+    if len(fields) != num_fields:
+        raise malformed(file, number, line, _WANTED[num_fields])
+    names = [fields[0], fields[0] if num_fields == 3 else fields[2]]
+    counts = [fields[1], fields[-1]]
+    if not (all(_is_name(name) for name in names) and all(_is_count(count) for count in counts)):
+        raise malformed(file, number, line, _WANTED[num_fields])
+    if num_fields == 4 and names[0] == names[1]:
+        raise malformed(file, number, line, f"two people, not {names[0]} twice")
+    if num_fields == 3 and int(counts[0]) == int(counts[1]):
+        raise malformed(file, number, line, f"two pictures, not picture {counts[0]} twice")
+    return [(name, int(count)) for name, count in zip(names, counts, strict=True)]
+
+
+def _is_name(name: str) -> bool:
+    """Whether the name is one folder's, inside the root."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
+
 
 BATCH = 128
 

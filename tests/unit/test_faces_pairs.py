@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from common.faces.pairs import read_pair_list, require_pictures
+from server.public_set import read_pair_list, require_pictures
 
 TWO_FOLDS = [
     "2\t2",
