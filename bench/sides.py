@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def _stock(place: Place, program: str, rounds: int) -> Figures:
         times = Path(folder) / "times.jsonl"
         variables = {"BENCH_TIMES": str(times), "BENCH_ARRAYS": str(workload_of(place).folder)}
         variables |= {"BENCH_ROUNDS": str(rounds), "FLWR_HOME": str(Path(folder) / "flwr")}
+        # Without a token any account of this machine runs code as ours while a simulation lasts.
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         command = [sys.executable, "-m", f"bench.peers.{program}"]
         found = run_side(command, cwd=Path(folder), environment=environment(**variables))
         notes = _notes(times)

@@ -55,7 +55,7 @@ def federate_here(
 
     address: of the tracking, with its password; "": the settings' own is whole.
     """
-    _check_engine(engine)
+    _check_engine(engine, out)
     options = parse_clients(clients)
     settings, address = with_absolute_tracking(settings, address or settings.tracking.uri, Path.cwd())
     settings = with_absolute_public_set(settings, Path.cwd())
@@ -80,8 +80,11 @@ def federate_here(
     return exit_code
 
 
-def _check_engine(engine: Engine) -> None:
-    """Raises UserError: also for a cluster that does not answer, before anything is packed."""
+def _check_engine(engine: Engine, out: TextIO) -> None:
+    """Raises UserError: also for a cluster that does not answer, before anything is packed.
+
+    out: is told first of all what a cluster without a token means.
+    """
     parse_partition(engine.partition)
     if engine.partition != IDENTITY and not engine.num_virtual:
         raise UserError(f"--partition {engine.partition}: give --clients N too, among whom the pictures are divided.")
@@ -93,7 +96,9 @@ def _check_engine(engine: Engine) -> None:
     if engine.ray_address:
         from simulation.engine.cluster import check_address
 
-        check_address(engine.ray_address)
+        if warning := check_address(engine.ray_address):
+            out.write(f"{warning}\n")
+            out.flush()
 
 
 def _virtual_sites(

@@ -1,25 +1,39 @@
-"""Ray for a simulation: one of our own that ends with it, or a running cluster that is joined and left as it was."""
+"""Ray for a simulation: one of our own that ends with it, or a running cluster that is joined and left as it was.
+
+Whoever may talk to a Ray runs code as the account that started it, and every account of a machine reaches its ports.
+So our own asks for a token, which is made for the run.
+"""
 
 import contextlib
 import logging
 import math
+import os
+import secrets
+import shutil
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import psutil
 import ray
 from ray._private import services
+from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
 from ray._private.state import actors
 from ray._private.worker import global_worker
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from common.errors import UserError
+from common.system.files import write_new
 from common.system.runtime import num_cores
 
 ANSWERS_WITHIN_S = 5.0
+# Ray's sockets are FOLDER/session_2026-11-28_11-48-16_589870_4194304/sockets/plasma_store, in 107 bytes (AF_UNIX).
+LONGEST_FOLDER_BYTES = 107 - 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +78,50 @@ def own_ray(num_at_once: int, *, num_gpus: int) -> Iterator[Cluster]:
     cores = num_cores()
     resources = resources_of_actor(num_at_once, num_cpus=cores, num_gpus=num_gpus)
     num_actors = max(1, min(num_at_once, cores // resources.num_cpus))
-    _start_ray(num_actors * resources.num_cpus, num_gpus)
+    with _private_folder() as folder, _with_token(folder / "token"):
+        _start_ray(num_actors * resources.num_cpus, num_gpus, folder)
+        try:
+            yield Cluster(address="", resources=resources, num_actors=num_actors)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this account alone, which goes with the run; short enough for the sockets in it."""
+    usual = Path(tempfile.gettempdir())
+    name = "facefed-ray-"
+    fits = len(os.fsencode(usual / name)) + len("12345678/ray") <= LONGEST_FOLDER_BYTES
+    folder = Path(tempfile.mkdtemp(prefix=name, dir=usual if fits else "/tmp"))  # noqa: S108 - 0700, a name of its own
     try:
-        yield Cluster(address="", resources=resources, num_actors=num_actors)
+        yield folder
     finally:
-        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _with_token(file: Path) -> Iterator[None]:
+    """While the block lasts, a Ray that starts asks for a new token, and its processes and ours show it.
+
+    file: to be made, 0600.  Every process of Ray inherits the path; a command line has neither.
+    """
+    write_new(file, secrets.token_hex(32).encode())
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    former = {name: os.environ.pop(name) for name in names if name in os.environ}
+    _read_authentication({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)})
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        _read_authentication(former)
+
+
+def _read_authentication(variables: Mapping[str, str]) -> None:
+    """Ray reads these once, when it is imported, and remembers them."""
+    os.environ.update(variables)
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
 
 
 @contextlib.contextmanager
@@ -100,29 +153,60 @@ def joined_ray(address: str, num_at_once: int, *, wants_gpus: bool) -> Iterator[
         ray.shutdown()
 
 
-def check_address(address: str) -> None:
-    """Raises UserError unless the head of a Ray cluster of our version answers at HOST:PORT."""
+def check_address(address: str) -> str:
+    """Whether the head of a Ray cluster of our version answers at HOST:PORT: raises UserError, or returns a warning.
+
+    Returns "" for a cluster that asks for a token and takes ours, else the line that says what an open one means.
+    """
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"--ray-address {address}: write HOST:PORT, for example 127.0.0.1:6379.")
-    advice = "start its head with: ray start --head"
+    warning = (
+        f"warning: the Ray cluster at {address} asks for no token: whoever reaches it, and so every account of this"
+        " machine, can run code as the account that started it and read the clients' pictures; start its nodes and this"
+        " with RAY_AUTH_MODE=token (docs/SCALE.md)"
+    )
     try:
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
-            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
-            answer = stub.CheckAlive(request, timeout=ANSWERS_WITHIN_S)
+        try:
+            version = _version_at(address, ())
+        except grpc.RpcError as error:
+            if _code(error) != "UNAUTHENTICATED":
+                raise
+            warning, version = "", _version_at(address, _get_authentication_metadata_tuple())
     except grpc.RpcError as error:
-        code = error.code().name if isinstance(error, grpc.Call) else "no answer"
-        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({code}); {advice}") from None
-    if answer.ray_version != ray.__version__:
+        if _code(error) == "UNAUTHENTICATED":
+            raise UserError(
+                f"--ray-address {address}: that cluster asks for a token and does not take ours; set"
+                " RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, with the token that its nodes were started with."
+            ) from None
         raise UserError(
-            f"--ray-address {address}: that cluster runs Ray {answer.ray_version}, this is {ray.__version__};"
-            " use equal versions."
+            f"--ray-address {address}: no Ray cluster answers there ({_code(error)});"
+            " start its head with: ray start --head"
+        ) from None
+    if version != ray.__version__:
+        raise UserError(
+            f"--ray-address {address}: that cluster runs Ray {version}, this is {ray.__version__}; use equal versions."
         )
+    return warning
 
 
-def _start_ray(num_cpus: int, num_gpus: int) -> None:
+def _version_at(address: str, token: tuple[tuple[str, str], ...]) -> str:
+    """Ray's version there.  token: what the request says who asks.  Raises grpc.RpcError."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+        return str(stub.CheckAlive(request, timeout=ANSWERS_WITHIN_S, metadata=token).ray_version)
+
+
+def _code(error: grpc.RpcError) -> str:
+    return str(error.code().name) if isinstance(error, grpc.Call) else "no answer"
+
+
+def _start_ray(num_cpus: int, num_gpus: int, folder: Path) -> None:
     """Our own `ray.init`, so that a failure to start is an exception here and not a hang inside the engine.
+
+    folder: this account's alone.  Ray opens the folder that it is given, and all below it, to everybody (0777): it gets
+    one inside.
 
     Ray's processes inherit a blocked SIGTERM: `timeout`, systemd and others send it to a whole process group, and
     without its Ray the engine hangs for a minute and dies before the run's end is recorded. (Ray itself blocks SIGINT.)
@@ -138,6 +222,7 @@ def _start_ray(num_cpus: int, num_gpus: int) -> None:
             logging_level=logging.ERROR,
             configure_logging=False,
             resources={"TPU": 0},  # else Ray takes /dev/vfio and /dev/accel for a TPU and asks Google's cloud about it
+            _temp_dir=str(folder / "ray"),
             _system_config={"worker_niceness": 0},  # the clients are the work, not something beside it
         )
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port
 
+from common.errors import UserError
 from common.system.runtime import SILENCE
 from simulation.engine.cluster import check_address
 
@@ -31,8 +33,12 @@ def alone(faces, tmp_path_factory):
 
 
 @pytest.fixture
-def cluster(programs):
-    """The address of a Ray head, with a second node beside it: one CPU each."""
+def cluster(programs, monkeypatch):
+    """The address of a Ray head, with a second node beside it: one CPU each. Programs that start from here have its
+    token, this process does not.
+    """
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folders = [Path(tempfile.mkdtemp(prefix="ray")) for _ in range(2)]  # paths of sockets must be short
     address = f"127.0.0.1:{free_port()}"
     # With this one Ray looks for no address of its own, but then it refuses a second node; here the address is given.
@@ -93,7 +99,9 @@ def test_a_cluster_of_two_nodes_gives_the_same_model_and_stays(faces, programs, 
     assert worked == [True, True]
     assert re.search(SHA, ended.out)[1] == re.search(SHA, alone[1].out)[1]
     assert [node.process.poll() for node in nodes] == [None, None]
-    check_address(address)
+    assert "warning" not in ended.out
+    with pytest.raises(UserError, match="asks for a token"):  # it lives
+        check_address(address)
     while any(working_below(node) for node in nodes):
         assert time.monotonic() < deadline, "our actors live on"
         time.sleep(0.1)
