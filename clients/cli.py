@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
 from common.faces.datasets import DATASETS
+from common.flags import add_shared_files
 from common.settings import CLIENT_NAME, LOG_LEVELS
-from common.system.console import counts, run_program, set_up_logging, stopping_on_signals
+from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
 from common.system.processes import is_loopback, parse_address
 from common.system.runtime import go_silent, num_cores
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--tls", metavar="DIR", help="the folder that the server's operator made for this site with `facefed certs`"
     )
     program.add_argument("--log-level", default="info", metavar="LEVEL", help=", ".join(LOG_LEVELS))
+    add_shared_files(program)
     return program
 
 
@@ -86,7 +89,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from common.faces.index import read_index
     from common.system.certs import read_client_folder
     from common.system.runtime import resolve_device
-    from common.tracking.address import resolve_uri
+    from common.tracking.address import local_files, resolve_uri
 
     tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None
     name = arguments.name or arguments.dataset
@@ -104,6 +107,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         pack_workers=num_cores(),
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
     )
+    if not arguments.shared_files:
+        kept = [site.state_dir, site.cache_dir, *local_files(site.tracking_uri)]
+        warn_of_open_files("flower-client", kept, sys.stderr)
     options = ClientOptions(
         host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once, tls=tls
     )
@@ -117,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`flower-client`: returns the exit code."""
     go_silent()
     arguments = parser().parse_args(argv)
-    return run_program("flower-client", lambda: _serve(arguments), sys.stderr)
+    work = partial(_serve, arguments)
+    return run_program("flower-client", work, sys.stderr, shared_files=arguments.shared_files)
 
 
 if __name__ == "__main__":

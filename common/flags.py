@@ -87,6 +87,15 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 
+def add_shared_files(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--shared-files`, for every program that writes."""
+    parser.add_argument(
+        "--shared-files",
+        action="store_true",
+        help="write files with the usual umask (default: for this account alone, 0600 in folders of 0700)",
+    )
+
+
 def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add --config, all run-setting flags but those in `without`, --no-mlflow and --set."""
     group = parser.add_argument_group("run settings (they override the configuration)")
@@ -100,6 +109,7 @@ def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     group.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override any other setting; repeatable"
     )
+    add_shared_files(parser)
 
 
 def read_run_settings(arguments: argparse.Namespace, *, default_config: str | None = None) -> Settings:

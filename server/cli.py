@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from common.system.console import (
     stopping_on_signals,
     summary_lines,
     tracking_line,
+    warn_of_open_files,
 )
 from common.system.events import EventReader
 from common.system.processes import is_loopback, parse_address, require_free_port
@@ -147,6 +149,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(settings.run.log_level)
     from common.runs import forget_its_end, new_run_folder
     from common.system.certs import read_server_folder
+    from common.tracking.address import local_files
     from server.flower.front_door import find_nginx
     from server.flower.launch import ServerOptions
     from server.locks import database_held, run_held
@@ -157,6 +160,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     if front_door:
         find_nginx()
     database = Path(arguments.database).expanduser().resolve() if arguments.database else None
+    if not arguments.shared_files:
+        kept = [Path(settings.run.out).expanduser(), *([database] if database else []), *local_files(address)]
+        warn_of_open_files("flower-server", kept, sys.stderr)
     with ExitStack() as held:
         if resumed:
             held.enter_context(run_held(resumed))
@@ -201,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`flower-server`: returns the exit code."""
     go_silent()
     arguments = parser().parse_args(argv)
-    return run_program("flower-server", lambda: _serve(arguments), sys.stderr)
+    work = partial(_serve, arguments)
+    return run_program("flower-server", work, sys.stderr, shared_files=arguments.shared_files)
 
 
 if __name__ == "__main__":

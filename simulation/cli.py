@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING
 from common.config import find_config
 from common.errors import ConfigError
 from common.faces.datasets import DATASETS, DRAWN
-from common.flags import add_run_settings, read_run, read_run_settings, refuse_ablation, refuse_run_settings
+from common.flags import (
+    add_run_settings,
+    add_shared_files,
+    read_run,
+    read_run_settings,
+    refuse_ablation,
+    refuse_run_settings,
+)
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from common.system.console import run_program, set_up_logging
+from common.system.console import run_program, set_up_logging, warn_of_open_files
 from common.system.runtime import go_silent
 from simulation.admin.cli import (
     CERTS_ACTIONS,
@@ -94,6 +101,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
         settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
         refuse_ablation(settings, "flower-simulation")
         set_up_logging(settings.run.log_level)
+        _warn_of_open_files("flower-simulation", arguments, settings)
         from simulation.commands import Engine, federate_here
 
         return federate_here(
@@ -112,7 +120,19 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
             address=address,
         )
 
-    return run_program("flower-simulation", work, sys.stderr)
+    return run_program("flower-simulation", work, sys.stderr, shared_files=arguments.shared_files)
+
+
+def _warn_of_open_files(program: str, arguments: argparse.Namespace, settings: Settings) -> None:
+    """What was written here earlier: runs, packs and the tracking's files."""
+    if arguments.shared_files:
+        return
+    from common.tracking.address import local_files, resolve_uri
+
+    kept = [Path(settings.run.out).expanduser(), Path(arguments.cache_dir).expanduser()]
+    if settings.tracking.enabled and settings.tracking.uri.startswith("sqlite"):
+        kept += local_files(resolve_uri(settings.tracking.uri, Path.cwd()))
+    warn_of_open_files(program, kept, sys.stderr)
 
 
 def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -129,6 +149,7 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     synth.add_argument("--pictures", type=int, metavar="N", help="pictures of each person")
     synth.add_argument("--seed", type=int, default=1, metavar="N")
+    add_shared_files(synth)
     for name, text in (("prepare", "align and pack a data set once"), ("audit", "report what is in a data set")):
         command = data.add_parser(name, help=text)
         if name == "audit":
@@ -245,6 +266,7 @@ def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 def _evaluate(arguments: argparse.Namespace) -> int:
     settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
+    _warn_of_open_files("facefed", arguments, settings)
     from simulation.compare.evaluate import Request, evaluate_models
 
     request = Request(
@@ -299,6 +321,7 @@ def _data(arguments: argparse.Namespace, name: str) -> int:
     options = sites.data_options(arguments.client, arguments.data_dir)
     device, cache_dir = arguments.device, Path(arguments.cache_dir)
     if name == "prepare":
+        _warn_of_open_files("facefed", arguments, settings)
         return sites.prepare(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
     shape = "json" if arguments.json else "text"
     return sites.audit_data(settings, options, shape=shape, out=sys.stdout)
@@ -338,6 +361,7 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     plan = _sweep_plan(arguments)
     settings, address = _train_settings(arguments, name, plan)
     set_up_logging(settings.run.log_level)
+    _warn_of_open_files("facefed", arguments, settings)
     from simulation import commands
 
     machine = commands.Machine(
@@ -372,7 +396,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }
-    return run_program("facefed", table[(arguments.command, getattr(arguments, "action", ""))], sys.stderr)
+    work = table[(arguments.command, getattr(arguments, "action", ""))]
+    return run_program("facefed", work, sys.stderr, shared_files=getattr(arguments, "shared_files", False))
 
 
 if __name__ == "__main__":

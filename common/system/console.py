@@ -4,14 +4,16 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError
 from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of
 from common.settings import Settings
 from common.system.events import EventReader
+from common.system.files import open_to_others, private_files
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,14 +31,16 @@ def set_up_logging(level: str) -> None:
     logger.propagate = False
 
 
-def run_program(program: str, work: Callable[[], int], stderr: TextIO) -> int:
+def run_program(program: str, work: Callable[[], int], stderr: TextIO, *, shared_files: bool = False) -> int:
     """Run a program's work; an error of ours becomes its line on standard error and its exit code.
 
+    Every program comes through here, so what any of them writes is closed to other accounts, but for shared_files.
     SIGTERM ends the work as Ctrl-C does, so that what is open is closed and the exit code is the same.
     """
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return work()
+        with private_files(shared=shared_files):
+            return work()
     except FaceFedError as error:
         lines = error.problems if isinstance(error, ConfigError) else [str(error)]
         stderr.writelines(f"{program}: {line}\n" for line in lines)
@@ -49,6 +53,13 @@ def run_program(program: str, work: Callable[[], int], stderr: TextIO) -> int:
         return EXIT_FAILED
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def warn_of_open_files(program: str, paths: Iterable[Path], stderr: TextIO) -> None:
+    """One line where other accounts can read or write one of these files and folders, which were made earlier."""
+    if line := open_to_others(paths):
+        stderr.write(f"{program}: warning: {line}\n")
+        stderr.flush()
 
 
 @contextmanager

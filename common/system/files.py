@@ -1,4 +1,4 @@
-"""Files on disk: replaced in one step, locked, sealed, and written and read as lines of JSON; nothing can run code.
+"""Files on disk: replaced in one step, locked, private, sealed, written and read as lines of JSON; none can run code.
 
 Apart from `common/system/checkpoints.py`, so that programs without a model do not import torch for them.
 """
@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,6 +90,53 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; it is not a file of ours.")
     return value
+
+
+# -- whose they are ----------------------------------------------------------------------------------------------------
+
+_OTHERS = 0o077  # the permissions of a file's group and of all others
+
+
+@contextmanager
+def private_files(*, shared: bool = False) -> Iterator[None]:
+    """What this process and its children make while the block lasts is this account's alone: 0600, in folders of 0700.
+
+    shared: as the account's own umask has it.
+    """
+    usual = os.umask(_OTHERS)
+    if shared:
+        os.umask(usual)
+    try:
+        yield
+    finally:
+        os.umask(usual)
+
+
+def open_to_others(paths: Iterable[Path]) -> str:
+    """The line to show where other accounts can read or write one of these, made earlier; "" where they cannot."""
+    found = {path: mode for path in dict.fromkeys(paths) if (mode := _mode_for_others(path))}
+    if not found:
+        return ""
+    shown = ", ".join(f"{path} (mode {mode:04o})" for path, mode in found.items())
+    words = "read and change" if any(mode & 0o022 for mode in found.values()) else "read"
+    names = shlex.join(str(path) for path in found)
+    return (
+        f"other accounts can {words} {shown}; close that: chmod -R go= {names} (or give --shared-files, if it is meant)"
+    )
+
+
+def _mode_for_others(path: Path) -> int:
+    """A file's or folder's mode, or 0 where it is not there or others have no way to it."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        group, everybody = mode & 0o070, mode & 0o007
+        for above in path.resolve().parents:
+            ways = above.stat().st_mode
+            group = group if ways & 0o011 else 0
+            everybody = everybody if ways & 0o001 else 0
+    except OSError:
+        return 0
+    return mode if group or everybody else 0
 
 
 # -- sealed ------------------------------------------------------------------------------------------------------------

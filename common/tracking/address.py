@@ -14,6 +14,7 @@ from common.settings import Settings
 from common.tracking.tensorboard import OFF
 
 SERVERS = ("http", "https")
+ARTIFACTS = "mlruns"  # beside a sqlite file; MLflow's own name for it
 # Of each database the drivers, the one that a plain address means first (SQLAlchemy 2.1), and the package to install.
 DRIVERS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "postgresql": (("psycopg", "psycopg"), ("psycopg2", "psycopg2")),
@@ -94,6 +95,12 @@ def sqlite_path(uri: str) -> Path | None:
     if not uri.startswith("sqlite"):
         return None
     return Path(uri.partition(":///")[2].partition("?")[0])
+
+
+def local_files(uri: str) -> list[Path]:
+    """What a resolved address has on this machine: a sqlite file and the artifacts beside it."""
+    database = sqlite_path(uri)
+    return [database, database.parent / ARTIFACTS] if database else []
 
 
 def with_absolute_tracking(settings: Settings, address: str, base: Path) -> tuple[Settings, str]:

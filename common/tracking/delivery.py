@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from common.errors import TrackingError
 from common.redact import shown_uri, without_password
 from common.system.processes import can_connect
-from common.tracking.address import SERVERS, sqlite_path
+from common.tracking.address import ARTIFACTS, SERVERS, sqlite_path
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
 
@@ -73,7 +73,6 @@ def open_client(uri: str) -> Any:  # noqa: ANN401 - MlflowClient
 # -- experiments -------------------------------------------------------------------------------------------------------
 
 
-ARTIFACTS = "mlruns"  # MLflow's own name for it
 _BEHIND_A_SERVER = "mlflow-artifacts:"
 
 

@@ -10,8 +10,8 @@ from typing import Final, NamedTuple
 
 from common.errors import EXIT_INTERRUPTED
 from common.faces.datasets import DEFAULT_CLIENTS
-from common.flags import FLAGS, add_run_settings, read_run, read_run_settings
-from common.system.console import set_up_logging, stopping_on_signals
+from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings
+from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
 
 
 def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -220,6 +220,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="further names under which clients reach this server, such as a compose service's: mlflow",
     )
+    add_shared_files(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -235,6 +236,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         allowed_hosts=[name for name in arguments.allowed_hosts.replace(" ", "").split(",") if name],
     )
     plan = plan_server(options, os.environ, Path.cwd())
+    if not arguments.shared_files:
+        warn_of_open_files("facefed", plan.kept, sys.stderr)
 
     def show(*lines: str) -> None:
         sys.stdout.writelines(f"{line}\n" for line in lines)
@@ -265,7 +268,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from simulation.admin.doctor import as_json, as_line, examine, exit_code
 
     findings = []
-    for finding in examine(settings, os.environ, Path.cwd(), address):
+    for finding in examine(settings, os.environ, Path.cwd(), address, shared_files=arguments.shared_files):
         findings.append(finding)
         if not arguments.json:
             sys.stdout.write(as_line(finding) + "\n")

@@ -22,10 +22,10 @@ import httpx
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
 from common.redact import shown_uri, without_password
 from common.settings import Settings
-from common.system.files import InUse, lock
+from common.system.files import InUse, lock, open_to_others
 from common.system.processes import is_loopback
 from common.system.runtime import SILENCE, facefed_version, machine_digest
-from common.tracking.address import SERVERS, resolve_uri, sqlite_path
+from common.tracking.address import SERVERS, local_files, resolve_uri, sqlite_path
 from common.tracking.delivery import make_experiment, quieten
 from common.tracking.sender import short_reason
 from common.tracking.spool import LEAST_FREE_BYTES, LOW_FREE_BYTES, SPOOL_NAME, now_ms
@@ -48,16 +48,20 @@ class Finding:
     values: Mapping[str, object] = field(default_factory=dict)
 
 
-def examine(settings: Settings, environment: Mapping[str, str], base: Path, address: str = "") -> Iterator[Finding]:
+def examine(
+    settings: Settings, environment: Mapping[str, str], base: Path, address: str = "", *, shared_files: bool = False
+) -> Iterator[Finding]:
     """Every finding, as soon as it is known.
 
     environment: of this process, with which its child processes start.  base: what relative paths start from.
     address: of the tracking, with its password; "": the settings' own is whole.
+    shared_files: others are meant to read what lies here.
     Nothing stays behind but, on the tracking server, a deleted experiment of this machine.
     """
     yield _versions()
     yield _telemetry(environment)
     out = base / Path(settings.run.out).expanduser()
+    kept = [out, base / ".facefed"]
     if settings.tracking.enabled:
         try:
             uri = resolve_uri(address or settings.tracking.uri, base)
@@ -66,11 +70,13 @@ def examine(settings: Settings, environment: Mapping[str, str], base: Path, addr
         else:
             yield from _server(uri) if uri.startswith(SERVERS) else _database(uri, base)
             database = sqlite_path(uri)
+            kept += local_files(uri)
             if database:
                 yield _disk("disk of the database", database.parent)
     else:
         yield Finding(name="address", state=OK, text="tracking is off; records stay in the runs' folders")
     yield _disk("disk of the runs", out)
+    yield _privacy(kept, shared_files=shared_files)
     yield _spools(out)
 
 
@@ -220,6 +226,15 @@ def _advice(reason: str) -> str:
 
 
 # -- this machine ------------------------------------------------------------------------------------------------------
+
+
+def _privacy(kept: list[Path], *, shared_files: bool) -> Finding:
+    """Whether what was written before is closed to other accounts, as all is that is written from now on."""
+    name, line = "other accounts", open_to_others(kept)
+    if shared_files or not line:
+        text = "shared on purpose" if shared_files else "none can read or write runs, packs, state and tracking here"
+        return Finding(name=name, state=OK, text=text)
+    return Finding(name=name, state=NOTE, text=line.removeprefix("other accounts "))
 
 
 def _existing(folder: Path) -> Path:

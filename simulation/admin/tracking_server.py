@@ -59,6 +59,7 @@ class ServerPlan:
     port: int
     address: str  # for a client on this machine
     log: Path
+    kept: tuple[Path, ...]  # files and folders of this machine that it writes
     notes: tuple[str, ...]  # where things lie and what to know, one line each
 
 
@@ -90,6 +91,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
         port=options.port,
         address=f"http://{_in_url(_asked_at(options.host))}:{options.port}",
         log=folder / "mlflow-server.log",
+        kept=(*([database] if database else []), *([] if "://" in artifacts else [Path(artifacts)])),
         notes=(
             f"runs and models: {shown_uri(backend)}",
             f"artifacts: {artifacts}",

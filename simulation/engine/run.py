@@ -6,6 +6,7 @@ used, and a test pins it.
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,8 +73,11 @@ def _server_app(
 
 def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources) -> None:
     table = sites if isinstance(sites, VirtualSites) else tuple(sites)
+    umask = os.umask(0o077)
+    os.umask(umask)
 
     def find_site(context: Context) -> SiteSettings:  # runs in Ray's actors
+        os.umask(umask)  # of this program, and not of whoever started the cluster that was joined
         share_buffers()
         be_killed_with_parent()  # an actor that trains outlives Ray's shutdown by minutes
         return table[int(context.node_config["partition-id"])]

@@ -144,7 +144,9 @@ def simulated(faces, made_once):
     """FedAvg over both data sets in float32, two rounds, tracked; packs anew."""
 
     def simulate(programs: Programs) -> list[Ended]:
+        usual = os.umask(0o022)  # of most accounts
         program = programs.start("flower-simulation", *faces.clients, *faces.small)
+        os.umask(usual)
         ended = program.ended()
         (programs.cwd / "left.json").write_text(json.dumps(program.left()))
         return [ended]

@@ -11,6 +11,7 @@ from programs import BIN, run_folder, state_of
 
 from common import config
 from common.settings import Settings
+from tests.another_account import as_another_account
 from tests.without_facefed import BLOCKER
 
 pytestmark = [
@@ -79,6 +80,34 @@ def test_it_says_what_was_learned_and_where_to_look(simulated, run):
 
 def test_nothing_of_ray_is_left_over(simulated):
     assert not simulated.left
+
+
+READ_ALL = """
+for above, folders, files in os.walk("."):
+    for name in files:
+        path = os.path.join(above, name)
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except PermissionError:
+            continue
+        print(path)
+"""
+
+
+def test_another_account_reads_nothing_of_pictures_people_heads_ledger_and_tracking(simulated):
+    """It may enter the folder that the program was started in, as under the usual umask."""
+    cwd = simulated.cwd
+    ours = [str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file() and path.parent != cwd]
+    kinds = ("packs/.*/pictures.npy", "packs/.*/manifest.json", "clients/celeba/private/", "clients/celeba/egress/")
+    for kind in (*kinds, "runs/.*/checkpoints/", "mlruns/"):
+        assert [path for path in ours if re.search(kind, path)], (kind, ours)
+    cwd.chmod(0o755)
+    read = as_another_account(READ_ALL, imports=f"import os\nos.chdir({str(cwd)!r})").split()
+    assert [path for path in read if path.count("/") > 1] == []
+    assert "./mlflow.db" not in read
+    assert (cwd / "mlflow.db").exists()
+    assert "./left.json" in read  # the test's own: it did look
 
 
 def test_tensorboard_has_the_same_curves_and_the_machine_is_watched(simulated, run, client, tracked):
