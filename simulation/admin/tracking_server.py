@@ -59,7 +59,7 @@ class ServerPlan:
     port: int
     address: str  # for a client on this machine
     log: Path
-    kept: tuple[Path, ...]  # files and folders of this machine that it writes
+    kept: tuple[Path, ...] = ()  # files and folders of this machine that it writes
     notes: tuple[str, ...]  # where things lie and what to know, one line each
 
 
