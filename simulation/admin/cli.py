@@ -285,6 +285,11 @@ def _import_wandb_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiment", default="", metavar="NAME", help="MLflow's experiment (default: each run's wandb project)"
     )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="take also files outside of a run's folder that a link in it leads to, as wandb.save makes them",
+    )
     add_tracking_settings(parser)
 
 
@@ -295,7 +300,12 @@ def _import_wandb(arguments: argparse.Namespace) -> int:
     from simulation.admin.wandb_import import import_folders
 
     return import_folders(
-        arguments.folders, resolve_uri(address, Path.cwd()), arguments.experiment, sys.stdout, sys.stderr
+        arguments.folders,
+        resolve_uri(address, Path.cwd()),
+        arguments.experiment,
+        sys.stdout,
+        sys.stderr,
+        follow_links=arguments.follow_links,
     )
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TextIO
 
-from common.errors import EXIT_DONE, TrackingError
+from common.errors import EXIT_DONE, TrackingError, escaped
 from common.redact import shown_uri
 from common.tracking.delivery import (
     METRICS_PER_CALL,
@@ -55,6 +55,7 @@ MAX_PARAM: Final = 6000
 MAX_TAG: Final = 5000
 SUMMARY_PREFIX: Final = "summary."
 _OF_WANDB: Final = ("_step", "_runtime", "_timestamp")  # not logged by the user
+MOST_TOLD: Final = 5  # of the files that were left out
 METADATA_FILE: Final = "wandb-metadata.json"
 FILES_ABOUT_PEOPLE: Final = (METADATA_FILE, "config.yaml", "conda-environment.yaml")  # wandb's own, not the user's
 _OF_THE_MACHINE: Final = (
@@ -248,6 +249,7 @@ class Imported(NamedTuple):
     num_params: int
     num_files: int
     num_apart: int  # logged values that are no metrics, kept in an artifact
+    outside: tuple[str, ...]  # files that were left out: links that lead out of the run's folder
     damages: tuple[Damage, ...]
     not_carried: Mapping[str, int]
 
@@ -255,11 +257,15 @@ class Imported(NamedTuple):
 class Importer:
     """Sends logs to one MLflow server or database."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        """uri: from `resolve_uri`.  experiment: made where missing; empty for each run's own wandb project."""
+    def __init__(self, uri: str, experiment: str, *, follow_links: bool = False) -> None:
+        """uri: from `resolve_uri`.  experiment: made where missing; empty for each run's own wandb project.
+
+        follow_links: take also files that lie elsewhere, and are in the run's folder by a link.
+        """
         quieten()
         self._uri = uri
         self._experiment = experiment
+        self._follow_links = follow_links
         with self._one_line():
             self._client = open_client(uri)
 
@@ -289,11 +295,11 @@ class Importer:
         run_id, tags = self._find_or_create(experiment, name, facts)
         source = _source(log)
         read_tag = nearest_name(f"{READ_TAG}.{source}")
-        files = dict(_files_of(log))
+        files, outside = _files_of(log, follow_links=self._follow_links)
         state = f"{facts.sound_end} {facts.end} {_digest(files)}"
         before = tags.get(read_tag, "")
         if before == state:
-            return self._imported(log, name, experiment, run_id, facts)
+            return self._imported(log, name, experiment, run_id, facts)._replace(outside=outside)
         params = self._send_params(run_id, params_of(facts, Names()))
         self._log(run_id, "tags", _tags(tags_of(facts)))
         with tempfile.TemporaryDirectory() as folder:
@@ -301,18 +307,22 @@ class Importer:
             points, apart = self._send_history(log, facts, run_id, int(before.partition(" ")[0] or 0), kept)
             _keep(kept / "config.json", facts.config)
             _keep(kept / "summary.json", facts.summary)
-            _keep_metadata(kept / "metadata.json", log.parent / "files" / METADATA_FILE)
+            metadata = log.parent / "files" / METADATA_FILE
+            if self._follow_links or _is_below(metadata, log.parent):
+                _keep_metadata(kept / "metadata.json", metadata)
             self._client.log_artifacts(run_id, str(kept), f"wandb/{source}")
         for target, path in files.items():
             self._send_file(run_id, target, path)
         self._end(log, facts, run_id)
         self._log(run_id, "tags", _tags({read_tag: state}))  # last: only now it is all there
         done = self._imported(log, name, experiment, run_id, facts)
-        return done._replace(num_points=points, num_params=params, num_files=len(files), num_apart=apart)
+        return done._replace(
+            num_points=points, num_params=params, num_files=len(files), num_apart=apart, outside=outside
+        )
 
     @staticmethod
     def _imported(log: Path, name: str, experiment: str, run_id: str, facts: RunFacts) -> Imported:
-        return Imported(log, name, experiment, run_id, 0, 0, 0, 0, tuple(facts.damages), facts.not_carried)
+        return Imported(log, name, experiment, run_id, 0, 0, 0, 0, (), tuple(facts.damages), facts.not_carried)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -427,20 +437,38 @@ def _source(log: Path) -> str:
     return log.parent.name if "run-" in log.parent.name else log.stem
 
 
-def _files_of(log: Path) -> Iterator[tuple[str, Path]]:
-    """The run's files by their place among the artifacts; a link of wandb's that leads nowhere is told.
+def _files_of(log: Path, *, follow_links: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The run's files by their place among the artifacts, and the places of links that lead out of the run's folder.
+
+    Whoever made the folder chose where its links lead: to a private key of whoever imports it, for example.  So what
+    lies outside is taken with `follow_links` only.  A link that leads nowhere, or to a folder, is told.
 
     Not wandb's own files that say who trained it, on which host and in which folders.
     """
-    folder = log.parent / "files"
-    for place, _, names in os.walk(folder):
-        for path in sorted(Path(place) / name for name in names):
+    folder, files, outside = log.parent / "files", dict[str, Path](), list[str]()
+    if not follow_links and folder.exists() and not _is_below(folder, log.parent):
+        return {}, (folder.name,)
+    for place, folders, names in os.walk(folder):
+        for path in sorted(Path(place) / name for name in (*names, *folders)):
             if path.parent == folder and path.name in FILES_ABOUT_PEOPLE:
                 continue
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path
-            else:
+            if not follow_links and path.is_symlink() and path.exists() and not _is_below(path, log.parent):
+                outside.append(escaped(path.relative_to(folder).as_posix()))
+            elif path.is_file():
+                files[path.relative_to(folder).as_posix()] = path
+            elif path.is_symlink() and path.is_dir():
+                _log.warning("Import: %s is a link to a folder; it is left out.", path)
+            elif not path.is_dir():
                 _log.warning("Import: %s leads to a file that is gone; it is left out.", path)
+    return files, tuple(outside)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a path, wherever links lead, is in that folder; a link that leads round in circles is not."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
 
 
 def _digest(files: Mapping[str, Path]) -> str:
@@ -464,44 +492,54 @@ def _keep(path: Path, content: object) -> None:
 # -- all runs below folders --------------------------------------------------------------------------------------------
 
 
-def import_folders(folders: Sequence[str], uri: str, experiment: str, out: TextIO, err: TextIO) -> int:
+def import_folders(
+    folders: Sequence[str], uri: str, experiment: str, out: TextIO, err: TextIO, *, follow_links: bool = False
+) -> int:
     """Import every offline run of `folders` and say so, a line each; returns the exit code.
 
-    uri: from `resolve_uri`.  experiment: empty for each run's own wandb project.  A file that is none does not keep the
-    others back.  Raises TrackingError: nothing found, MLflow does not take them, or at the end how many were refused.
+    uri: from `resolve_uri`.  experiment: empty for each run's own wandb project.  follow_links: also what a link leads
+    to outside of those folders.  A file that is none does not keep the others back.  Raises TrackingError: nothing
+    found, MLflow does not take them, or at the end how many were refused.
     """
-    logs = find_logs(Path(folder) for folder in folders)
-    found, refused = dict[Path, RunFacts](), list[str]()
+    logs, refused = find_logs((Path(folder) for folder in folders), follow_links=follow_links)
+    num_logs = len(logs) + len(refused)
+    found = dict[Path, RunFacts]()
     for log in logs:
         try:
             found[log] = read_facts(log)
         except TrackingError as error:
             refused.append(str(error))
-    if len(logs) == 1 and refused:
+    if num_logs == 1 and refused:
         raise TrackingError(refused[0])
-    importer = Importer(uri, experiment)
+    importer = Importer(uri, experiment, follow_links=follow_links)
     for log, facts in found.items():
         out.writelines(f"{line}\n" for line in _report(importer.send(log, facts)))
         out.flush()
     if refused:
         err.writelines(f"{line}\n" for line in refused)
-        raise TrackingError(f"{len(refused)} of {len(logs)} files could not be read; the others are imported.")
+        raise TrackingError(f"{len(refused)} of {num_logs} files could not be read; the others are imported.")
     return EXIT_DONE
 
 
-def find_logs(paths: Iterable[Path]) -> list[Path]:
+def find_logs(paths: Iterable[Path], *, follow_links: bool = False) -> tuple[list[Path], list[str]]:
     """The .wandb files that `paths` mean: such files, run folders, folders of run folders, or what holds `wandb/`.
 
-    Raises TrackingError when one of them has none.
+    Beside them a line for each that is a link out of its path: it would bring in a run of somebody else.  Raises
+    TrackingError when one of the paths has none.
     """
-    logs: dict[Path, None] = {}
+    logs, outside = dict[Path, None](), list[str]()
     for path in paths:
         found = [path] if path.is_file() else _logs_below(path)
         if not found:
             what = "holds no .wandb file" if path.is_dir() else "does not exist"
             raise TrackingError(f"{path} {what}; name wandb's folder, or an offline-run-* folder in it.")
-        logs.update(dict.fromkeys(log.resolve() for log in found))  # wandb/latest-run is a link to one of the others
-    return list(logs)
+        within = path.parent if path.is_file() else path
+        for log in found:
+            if follow_links or log == path or _is_below(log, within):
+                logs[log.resolve()] = None  # wandb/latest-run is a link to one of the others
+            else:
+                outside.append(f"{log} leads out of {within}; --follow-links takes it, if you trust who made the link.")
+    return list(logs), outside
 
 
 def _logs_below(folder: Path) -> list[Path]:
@@ -520,6 +558,12 @@ def _report(done: Imported) -> Iterator[str]:
         yield f"{place}: nothing new"
     if done.num_apart:
         yield f"  {done.num_apart:,} logged values are no metrics: no_metrics.jsonl among its artifacts has them"
+    if done.outside:
+        told = ", ".join(done.outside[:MOST_TOLD]) + (", ..." if len(done.outside) > MOST_TOLD else "")
+        yield (
+            f"  {len(done.outside):,} files left out: links that lead out of the run's folder ({told}); --follow-links"
+            " takes them, if you trust who made the folder"
+        )
     if done.not_carried:
         left = ", ".join(f"{count:,} records of {what}" for what, count in done.not_carried.items())
         yield f"  not imported: {left} (they stay in the log)"

@@ -39,9 +39,9 @@ def client(uri):
     return MlflowClient(uri)
 
 
-def bring(uri, experiment, *folders):
+def bring(uri, experiment, *folders, **how):
     out, err = io.StringIO(), io.StringIO()
-    assert import_folders([str(folder) for folder in folders], uri, experiment, out, err) == 0
+    assert import_folders([str(folder) for folder in folders], uri, experiment, out, err, **how) == 0
     return out.getvalue()
 
 
@@ -261,17 +261,49 @@ def test_names_are_kept_apart_and_short():
     assert nearest_name("k" * 400) != nearest_name("k" * 401)
 
 
-def test_a_link_of_wandb_is_followed_and_a_dead_one_told(uri, client, tmp_path, caplog):
+def test_a_link_of_wandb_is_followed_where_that_is_asked_for_and_a_dead_one_told(uri, client, tmp_path, caplog):
     log = write_log(tmp_path, [run_record(), exit_record()])
     (log.parent / "files" / "sub").mkdir(parents=True)
     (tmp_path / "weights.txt").write_text("w")
     (log.parent / "files" / "sub" / "weights.txt").symlink_to(tmp_path / "weights.txt")
     (log.parent / "files" / "gone.txt").symlink_to(tmp_path / "nowhere")
 
-    bring(uri, "links", tmp_path)
+    bring(uri, "links", tmp_path, follow_links=True)
 
     assert "sub/weights.txt" in set(artifacts(client, only_run(client, "links")))
     assert "gone.txt leads to a file that is gone" in caplog.text
+
+
+def test_a_foreign_folder_takes_nothing_along_from_outside_of_it(uri, client, tmp_path):
+    """Whoever made it chose where its links lead: a file, wandb's notes, a whole folder, a run of somebody else."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "private.json").write_text('{"os": "secret"}')
+    own = write_log(home, [run_record(), exit_record()])
+    log = write_log(tmp_path / "foreign", [run_record(), exit_record()])
+    files = log.parent / "files"
+    (files / "sub").mkdir(parents=True)
+    (files / "own.txt").write_text("w")
+    (files / "inside.txt").symlink_to("own.txt")
+    (files / "sub" / "more\x1b[31m.txt").symlink_to(home / "private.json")
+    (files / "wandb-metadata.json").symlink_to(home / "private.json")
+    (files / "folder").symlink_to(home)
+    (log.parent.parent / "offline-run-2").mkdir()
+    (log.parent.parent / "offline-run-2" / "run-2.wandb").symlink_to(own)
+
+    with pytest.raises(TrackingError, match="1 of 2 files could not be read"):
+        import_folders([str(tmp_path / "foreign")], uri, "outside", out := io.StringIO(), err := io.StringIO())
+
+    run = only_run(client, "outside")
+    assert {"own.txt", "inside.txt"} == {path for path in artifacts(client, run) if not path.startswith("wandb/")}
+    assert not any(path.endswith("metadata.json") for path in artifacts(client, run))
+    assert "2 files left out: links that lead out of the run's folder (folder, sub/more\\x1b[31m.txt)" in out.getvalue()
+    assert "run-2.wandb leads out of" in err.getvalue()
+    shutil.rmtree(files)
+    files.symlink_to(home)
+    told = bring(uri, "outside", log)
+    assert "1 files left out: links that lead out of the run's folder (files)" in told
+    assert "private.json" not in set(artifacts(client, run))
 
 
 # What wandb writes about a person and a machine by itself; the keys are those of 0.16 and of 0.31.
@@ -345,8 +377,8 @@ def test_logs_are_found_from_every_folder_around_them(tmp_path):
     (log.parent.parent / "latest-run").symlink_to(log.parent.name)
 
     for path in (folder, folder / "wandb", log.parent, log, log.parent.parent / "latest-run"):
-        assert find_logs([path]) == [log.resolve()]
-    assert find_logs([folder, log]) == [log.resolve()]
+        assert find_logs([path]) == ([log.resolve()], [])
+    assert find_logs([folder, log]) == ([log.resolve()], [])
     (tmp_path / "empty").mkdir()
     for path, words in ((tmp_path / "empty", "holds no .wandb file"), (tmp_path / "no", "does not exist")):
         with pytest.raises(TrackingError, match=words):
