@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO
 
 from clients.flower.handshake import examine
-from clients.flower.trainer import Trainer, follow
+from clients.flower.own_lines import follow, mark_of
+from clients.flower.trainer import KEY, Trainer
 from clients.site import SiteSettings
-from common.errors import FaceFedError, InterruptedRun, UserError
+from common.errors import FaceFedError, InterruptedRun, UserError, one_line
 from common.system.certs import ClientFiles
 from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
 from common.system.files import InUse, lock
@@ -25,13 +26,12 @@ log = logging.getLogger("facefed.client")
 SITE_FILE = "site"  # in the state folder: whose it is
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 LOOK_EVERY_S, MISSES = 0.5, 3
-NODE = re.compile(r"SuperNode ID: (\d+)")
-# Flower's words for a key that the server does not know: at once, or in the middle.
+# Flower's words for a key that the server does not know: at once, or in the middle.  A server may forge them: it may
+# refuse whom it likes, in any words.
 REFUSED = re.compile(r"\[code: 2004\]|401 Unauthorized")
-INTERRUPTED = "Connection attempt failed"  # and is tried again
+LONGEST_LINE = 1000  # characters of what is shown
 REFUSED_FOR_S = 30.0  # a server that starts may not have read its keys yet
 GONE_AFTER_S = 60.0  # so long without a heartbeat the server takes a site for connected, and waits for its answer
-ROUND = re.compile(r"\[RUN (\d+), ROUND (\d+)\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,16 @@ class Launch:
 
     def __init__(self, site: SiteSettings, options: ClientOptions, say: Callable[[str], object]) -> None:
         """say: shows one line to the user."""
-        self._site, self._options, self._say = site, options, say
+        self._site, self._options, self._tell = site, options, say
         self._stop = threading.Event()
         self._round = ""
         self._answered_last = False
         self._connected = self._refused = self._interrupted = False
         self._refused_since = float("inf")
+
+    def _say(self, line: str) -> None:
+        """Show one line, and no more than that: it may quote what a server or a library said."""
+        self._tell(one_line(line, LONGEST_LINE))
 
     def request_stop(self) -> None:
         """Ask to end; safe in a signal handler."""
@@ -71,7 +75,7 @@ class Launch:
             self._hold(file)
             self._claim_folder()
             self._last_task().unlink(missing_ok=True)
-            with Trainer(self._site, self._notice) as trainer:  # it imports torch while we wait for the server
+            with Trainer(self._site, self._show) as trainer:  # it imports torch while we wait for the server
                 self._wait_for_server(self._options.connect_timeout_s)
                 self._serve(trainer)
 
@@ -181,7 +185,8 @@ class Launch:
         process = start(
             self._command(trainer.folder), environment=child_environment(state / "flwr"), output=subprocess.PIPE
         )
-        reader = follow(process, state / "supernode.log", self._notice)
+        mark = mark_of((trainer.folder / KEY).read_bytes())
+        reader = follow(process, state / "supernode.log", mark, self._notice_node, self._overhear)
         try:
             return self._until_over(process, trainer)
         finally:
@@ -245,25 +250,31 @@ class Launch:
             return ["--insecure"]
         return ["--root-certificates", str(tls.ca), "--auth-supernode-private-key", str(tls.key)]
 
-    def _notice(self, line: str) -> None:
-        found = ROUND.search(line)
-        if found:
-            self._round = found.group(2)
-        if SHOWN in line:
-            self._say(line.partition(SHOWN)[2].strip())
-        elif REFUSED.search(line):
+    def _show(self, line: str) -> None:
+        """A line of the trainer's for the user."""
+        self._say(line.partition(SHOWN)[2])
+
+    def _overhear(self, line: str) -> None:
+        """A line that is none of ours; it may only say that we are not wanted."""
+        if REFUSED.search(line):
             self._refused = not self._connected  # in the middle it is another server, or a key that was revoked
-        elif INTERRUPTED in line:
+
+    def _notice_node(self, line: str) -> None:
+        """A line of the SuperNode's process, as `clients.flower.own_lines` words it."""
+        word, _, value = line.strip().partition(" ")
+        if word == "round":
+            self._round = value
+        elif word == "retries":
             self._interrupted = self._interrupted or not self._connected
-        elif found := NODE.search(line):
+        elif word == "node":
             self._connected, self._interrupted = True, False
-            self._last_node().write_text(found.group(1), encoding="utf-8")
+            self._last_node().write_text(value, encoding="utf-8")
             self._say(f"connected to {self._options.host}:{self._options.port}")
-        elif "Receiving: train" in line:
+        elif word == "receives" and value == "train":
             self._say(f"round {self._round}: training")
-        elif "Receiving: evaluate" in line:
+        elif word == "receives":
             self._say(f"model of round {self._round}: evaluating")
-        elif "Sent successfully" in line and self._last_task().exists():
+        elif word == "sent" and self._last_task().exists():
             self._say("the run is over")
             self._answered_last = True
             self._last_task().unlink(missing_ok=True)

@@ -41,6 +41,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from clients.egress import LEDGER, refusal
+from clients.flower.own_lines import FlowerTold, mark_of
 from clients.flower.patches import Pace, hold_on, quicken
 from clients.flower.trainer import CLIENT_FAILED, KEY, TrainerGone, hand_over
 from common.system.runtime import go_silent
@@ -172,6 +173,7 @@ def _beats(client: RuntimeHttpClient) -> bool:
 def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:
     """Serve until the SuperNode ends."""
     go_silent()
+    logging.getLogger("flwr").addHandler(FlowerTold(mark_of((meeting / KEY).read_bytes()), sys.stderr.fileno()))
     hold_on()
     leave_last(last, arguments)
     pace = Pace()

@@ -27,11 +27,12 @@ from collections.abc import Callable, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from clients.egress import LEDGER, refusal
+from clients.flower.own_lines import ShownLines, follow, mark_of
 from clients.site import SiteSettings
 from common.system.events import SHOWN
 from common.system.files import write_new
@@ -44,7 +45,6 @@ THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 KNOCK_EVERY_S = 0.05
 LOOK_EVERY_S = 0.5
 LEFT_ALONE = 3  # exit code: nobody waits for the answer any more
-LOG_KEPT_BYTES = 10_000_000
 END_GRACE_S = 2.0  # it holds nothing that a later one would miss
 _KINDS: Mapping[str, type[ConfigRecord] | type[MetricRecord]] = {"config": ConfigRecord, "metrics": MetricRecord}
 
@@ -194,7 +194,9 @@ def serve(folder: Path, site: SiteSettings, answer: Answer) -> None:
 def main(folder: Path, parent: int) -> None:
     """Serve from `folder` until the process `parent`, a flower-client, ends."""
     end_with_parent(parent)
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ShownLines(mark_of((folder / KEY).read_bytes())))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     go_silent()
     site = site_from_json((folder / SITE).read_text(encoding="utf-8"))
     from clients.message_handler import answer  # torch and all: seconds, while nobody waits yet
@@ -202,28 +204,11 @@ def main(folder: Path, parent: int) -> None:
     serve(folder, site, answer)
 
 
-def follow(process: subprocess.Popen[bytes], path: Path, notice: Callable[[str], object]) -> threading.Thread:
-    """Keep a program's output in a file that does not grow for ever, and show each line to `notice`, from a thread."""
-    reader = threading.Thread(target=_read, args=(process.stdout, path, notice), daemon=True)
-    reader.start()
-    return reader
-
-
-def _read(output: IO[bytes], path: Path, notice: Callable[[str], object]) -> None:
-    if path.exists() and path.stat().st_size > LOG_KEPT_BYTES:
-        path.replace(path.with_suffix(".log.1"))
-    with path.open("ab") as kept, output:
-        for raw in output:
-            kept.write(raw)
-            kept.flush()
-            notice(raw.decode(errors="replace"))
-
-
 class Trainer:
     """One trainer process after the other, while the block lasts."""
 
     def __init__(self, site: SiteSettings, notice: Callable[[str], object]) -> None:
-        """notice: gets each line that the trainer says."""
+        """notice: gets each line that the trainer has for the user."""
         self._site, self._notice = site, notice
 
     def __enter__(self) -> Self:
@@ -251,7 +236,8 @@ class Trainer:
             environment=child_environment(self._site.state_dir / "flwr"),
             output=subprocess.PIPE,
         )
-        self._reader = follow(self._process, self._site.state_dir / "trainer.log", self._notice)
+        mark = mark_of((self.folder / KEY).read_bytes())
+        self._reader = follow(self._process, self._site.state_dir / "trainer.log", mark, self._notice)
 
     def keep_alive(self) -> None:
         """Start another where the last one has ended."""

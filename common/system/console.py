@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError
+from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError, escaped
 from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of
 from common.settings import Settings
 from common.system.events import EventReader
@@ -21,10 +21,25 @@ if TYPE_CHECKING:
 Write = Callable[[str], object]
 
 
+class OneLine(logging.Formatter):
+    """Each message on a line of its own, whatever it quotes: nobody else writes our log or on our terminal.
+
+    A traceback keeps its lines, each indented, and no control characters either.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, with what cannot be shown as its escape."""
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 - logging's name and type
+        """The traceback's lines."""
+        return "\n".join(f"  {escaped(line)}" for line in super().formatException(ei).splitlines())
+
+
 def set_up_logging(level: str) -> None:
     """Our own loggers to standard error, in plain lines."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("facefed")
     logger.handlers = [handler]
     logger.setLevel(level.upper())
@@ -43,13 +58,13 @@ def run_program(program: str, work: Callable[[], int], stderr: TextIO, *, shared
             return work()
     except FaceFedError as error:
         lines = error.problems if isinstance(error, ConfigError) else [str(error)]
-        stderr.writelines(f"{program}: {line}\n" for line in lines)
+        stderr.writelines(f"{program}: {escaped(line)}\n" for line in lines)  # it may quote a server or a file
         return error.exit_code
     except KeyboardInterrupt:
         stderr.write(f"{program}: stopped.\n")
         return EXIT_INTERRUPTED
     except OSError as error:
-        stderr.write(f"{program}: {error}\n")
+        stderr.write(f"{program}: {escaped(str(error))}\n")
         return EXIT_FAILED
     finally:
         signal.signal(signal.SIGTERM, former)
@@ -163,7 +178,7 @@ class RunView:
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
-        line = event_line(event)
+        line = escaped(event_line(event))  # names and reasons are the clients'
         if self._progress is None:
             if line:
                 self._stream.write(line + "\n")

@@ -19,6 +19,7 @@ from tiny_federation import site_settings
 
 from clients.flower import trainer
 from clients.flower.launch import ClientOptions, Launch
+from clients.flower.own_lines import mark_of
 from clients.flower.trainer import (
     KEY,
     LEFT_ALONE,
@@ -250,14 +251,17 @@ def resident(tmp_path, monkeypatch):
     """A Trainer whose process only says that it is there."""
     (tmp_path / "alpha").mkdir()
     script = tmp_path / "stand_in.py"
-    script.write_text("import time\nprint('here', flush=True)\ntime.sleep(120)\n")
+    script.write_text(
+        "import sys, time\nprint('facefed: not for the user')\n"
+        "print(sys.argv[1] + 'here', flush=True)\ntime.sleep(120)\n"
+    )
     started = []
 
     def start(command, **named):
         from common.system.processes import start as real
 
         started.append(command)
-        return real([sys.executable, str(script)], **named)
+        return real([sys.executable, str(script), mark_of((Path(command[-2]) / KEY).read_bytes())], **named)
 
     monkeypatch.setattr("clients.flower.trainer.start", start)
     said = []
