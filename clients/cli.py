@@ -9,7 +9,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.faces.datasets import DATASETS
 from common.flags import add_shared_files
-from common.settings import CLIENT_NAME, LOG_LEVELS
+from common.names import CLIENT_NAME, NAME_RULE
+from common.settings import LOG_LEVELS
 from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
 from common.system.processes import is_loopback, parse_address
 from common.system.runtime import go_silent, num_cores
@@ -24,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(DATASETS))
     program.add_argument("--data-dir", metavar="DIR", help="the data set's folder (default: data/NAME)")
     program.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT", help="where flower-server listens")
-    program.add_argument("--name", metavar="NAME", help="unique in the federation (default: the data set)")
+    program.add_argument(
+        "--name", metavar="NAME", help="unique in the federation (default: the key's name, else the data set)"
+    )
     program.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     program.add_argument("--state-dir", metavar="DIR", help="what stays here (default: .facefed/clients/NAME)")
     program.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
@@ -68,7 +71,7 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
         raise UserError(f"--connect-timeout {arguments.connect_timeout:g} must be greater than 0.")
     name = arguments.name or arguments.dataset
     if not CLIENT_NAME.fullmatch(name):
-        raise UserError(f"--name {name}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'.")
+        raise UserError(f"--name {name}: use {NAME_RULE}.")
     host, port = parse_address(arguments.server, "--server")
     if arguments.tls and arguments.insecure:
         raise UserError("--tls and --insecure contradict each other; give one of them.")
@@ -79,6 +82,19 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
             " --insecure if you accept that."
         )
     return host, port
+
+
+def _name(arguments: argparse.Namespace, key_name: str) -> str:
+    """The site's name: with a key, the key's.  Raises UserError where --name is another.
+
+    key_name: empty without a key, and where the folder does not tell; then the server does.
+    """
+    if key_name and arguments.name and arguments.name != key_name:
+        raise UserError(
+            f"--name {arguments.name}: the key in {arguments.tls} is that of {key_name!r}, and a site has its key's"
+            " name. Leave --name out, or ask the operator for a key of that name (`facefed certs add`)."
+        )
+    return str(key_name or arguments.name or arguments.dataset)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -92,7 +108,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from common.tracking.address import local_files, resolve_uri
 
     tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None
-    name = arguments.name or arguments.dataset
+    name = _name(arguments, tls.name if tls else "")
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
     index = read_index(arguments.dataset, data_dir)
     device = resolve_device(arguments.device)

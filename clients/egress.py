@@ -1,7 +1,9 @@
 """The egress ledger: one JSON line for each reply, naming everything that leaves this site and its SHA-256.
 
 Between these stand the server's receipts: with each task it says what it received last, so that the site can compare
-(`facefed egress report`).  This file imports neither torch nor Flower: whoever speaks for the site writes here.
+(`facefed egress report`).  Each line has the hash of the one before it: one that is taken out is missed, with its
+receipt too.  What was cut when the client was killed is a line like any other, so a crash breaks nothing.  This file
+imports neither torch nor Flower: whoever speaks for the site writes here.
 """
 
 import re
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.protocol.ledger import RECEIPT, parts_of, receipt_line, reply_line
-from common.system.files import append_line
+from common.protocol.ledger import PREVIOUS, RECEIPT, link_of, parts_of, receipt_line, reply_line
+from common.system.files import append_after
 
 if TYPE_CHECKING:
     from common.protocol.wire import Task
@@ -57,7 +59,7 @@ def record_egress(
         answer_to=request.kind,
         parts=parts_of(content),
     )
-    append_line(_file(folder, request), line, synced=True)
+    _append(folder, request, line, synced=True)
 
 
 def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: str) -> None:
@@ -67,11 +69,12 @@ def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: 
     """
     if RECEIPT.fullmatch(receipt):
         line = receipt_line(receipt, client=client, run=request.run_id)
-        append_line(_file(folder, request), line, synced=False)
+        _append(folder, request, line, synced=False)
 
 
-def _file(folder: Path, request: "Task | Asked") -> Path:
-    return folder / f"{request.run_id}.jsonl"
+def _append(folder: Path, request: "Task | Asked", line: Mapping[str, Any], *, synced: bool) -> None:
+    path = folder / f"{request.run_id}.jsonl"
+    append_after(path, lambda before: {**line, PREVIOUS: link_of(before)}, synced=synced)
 
 
 def refusal(folder: Path, client: str, content: Mapping[str, Mapping[str, Any]], reason: str) -> str:

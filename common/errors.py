@@ -13,6 +13,7 @@ FaceFedError                 exit 1   the work failed
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
@@ -20,6 +21,7 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 LONGEST_PROBLEM = 2000  # characters of one wrong setting's line
+LONGEST_QUOTE = 400  # characters of what the other side said
 
 
 class FaceFedError(Exception):
@@ -49,9 +51,12 @@ class NotEnoughClients(FaceFedError):
 class ReplyRefused(FaceFedError):
     """A client's reply failed a check and must not touch the model."""
 
-    def __init__(self, reason: str) -> None:
-        """reason: may quote what the other side sent, so it is made one line of printable text of bounded length."""
-        super().__init__(one_line(reason))
+    def __init__(self, reason: str, *, whole: str | None = None) -> None:
+        """reason: may quote what the other side sent, so it is made one line of printable text of bounded length.
+
+        whole: all that the other side said, whose hash stands there where the line is cut; None: the reason is all.
+        """
+        super().__init__(quoted(reason, whole))
 
 
 class UserError(FaceFedError):
@@ -101,7 +106,7 @@ def _shortened(line: str) -> str:
     )
 
 
-def one_line(text: str, most: int = 400) -> str:
+def one_line(text: str, most: int = LONGEST_QUOTE) -> str:
     """The text as one line that may be shown and logged: no control characters, blanks joined, cut after `most`.
 
     Whoever sends a megabyte, a line break or a terminal's escape code shall not write our log.
@@ -109,6 +114,18 @@ def one_line(text: str, most: int = 400) -> str:
     shown = "".join(character if character.isprintable() else " " for character in text[: 4 * most])
     line = " ".join(shown.split())
     return line if len(line) <= most and len(text) <= 4 * most else f"{line[:most]} ..."
+
+
+def quoted(text: str, whole: str | None = None) -> str:
+    """`one_line` of what the other side said; where that leaves something out, with size and SHA-256 of the whole.
+
+    So whoever has the whole can show that it is this, and it need not be kept.
+    """
+    line = one_line(text)
+    if line.endswith(" ...") and len(text) > LONGEST_QUOTE:
+        said = (text if whole is None else whole).encode(errors="surrogatepass")
+        line += f" ({len(said):,} bytes, SHA-256 {hashlib.sha256(said).hexdigest()})"
+    return line
 
 
 def unknown_name(what: str, seen: str, choices: Iterable[str]) -> str:

@@ -4,15 +4,12 @@ What names a row of a table (a strategy, a backbone) may be any of that table, w
 """
 
 import dataclasses
-import re
 from typing import Any
 
 from common.redact import shown_uri
 
 INFERENCES = ("sa", "glca", "both")
 ALIGNMENTS = ("landmarks", "box", "resize")
-# A client's name is shown on terminals and becomes part of folders, tags and metrics.
-CLIENT_NAME = re.compile(r"\w[\w .-]{0,63}")
 CODECS = ("float32", "float16", "int8")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import config
-from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError
+from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, one_line
 from common.models.recogniser import Recogniser, build_recogniser, shared_names, trainable_names
 from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
 from common.protocol.wire import Task
@@ -116,7 +116,7 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     except FaceFedError as error:
         exit_code, line = error.exit_code, str(error)
     except Exception as error:
-        line = f"the server failed: {type(error).__name__}: {error}"
+        line = f"the server failed: {type(error).__name__}: {one_line(str(error))}"
         log.exception("the round loop failed")
     finally:
         if line:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, escaped
 from common.flags import add_run_settings, read_run, refuse_ablation, refuse_run_settings
 from common.settings import RunSettings, Settings
 from common.system.console import (
@@ -199,7 +199,9 @@ def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         sys.stdout.write("\n".join(lines) + "\n")
     else:
-        sys.stderr.write(f"flower-server: {outcome['line']}{_how_to_go_on(run_folder, outcome['exit_code'])}\n")
+        sys.stderr.write(
+            f"flower-server: {escaped(outcome['line'])}{_how_to_go_on(run_folder, outcome['exit_code'])}\n"
+        )
     return int(outcome["exit_code"])
 
 

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from clients.site import SiteSettings
 from common import config
-from common.errors import CheckpointError, UserError
+from common.errors import CheckpointError, UserError, escaped
 from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
@@ -130,7 +130,7 @@ def check_pretrained(settings: Settings) -> None:
 
 def _failure(run_folder: Path) -> str:
     try:
-        return str(read_json(run_folder / OUTCOME_FILE)["line"])
+        return escaped(str(read_json(run_folder / OUTCOME_FILE)["line"]))
     except CheckpointError:
         return f"the run ended without a word; see {run_folder}."
 

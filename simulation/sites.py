@@ -14,7 +14,8 @@ from clients.site import SiteSettings
 from common.errors import UserError, escaped, unknown_name
 from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
 from common.faces.pack import FacePack, open_pack
-from common.settings import CLIENT_NAME, Settings
+from common.names import CLIENT_NAME
+from common.settings import Settings
 from common.system.console import PackProgress, counts
 from common.system.runtime import num_cores, resolve_device
 from simulation.data.audit import audit, audit_overlap

@@ -11,20 +11,26 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from common.errors import quoted
+
 Part = dict[str, Any]  # name, shape, dtype, num_bytes, sha256
 PART_FIELDS = ("name", "shape", "dtype", "num_bytes", "sha256")
 RECEIVED_FILE = "received.jsonl"  # the server's record, in the run's folder
 RECEIPT = re.compile(r"(join|train|evaluate) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})")  # as `receipt_of` says it
 REASON = "error.reason"  # the one part of an error reply
+# A line is bounded, whatever a client sends: no reply of ours has more.
+LONGEST_NAME, MOST_AXES, MOST_PARTS = 200, 32, 1000
+PREVIOUS = "previous"  # in a chained line: `link_of` the line before it, or nothing in the first
 
 
 def parts_of(content: Mapping[str, Mapping[str, Any]] | str) -> list[Part]:
     """Every array and value of a content, or the reason of a client that could not answer.
 
-    An array's bytes are those that travel; a value's are its JSON.
+    An array's bytes are those that travel; a value's are its JSON.  A reason is kept as `quoted`, a longer name by its
+    beginning and its hash, and of more than MOST_PARTS parts one that has the hash of all.
     """
     if isinstance(content, str):
-        return [_part(REASON, (), "str", content.encode()) | {"text": content}]
+        return [_part(REASON, (), "str", content.encode()) | {"text": quoted(content)}]
     parts = []
     for record, values in content.items():
         if not values:
@@ -34,12 +40,23 @@ def parts_of(content: Mapping[str, Mapping[str, Any]] | str) -> list[Part]:
                 parts.append(_part(f"{record}.{key}", value.shape, value.dtype, value.data))
             else:
                 parts.append(_part(f"{record}.{key}", (), _kind(value), _plain_bytes(value)))
+    if len(parts) > MOST_PARTS:
+        rows = json.dumps(sorted([part[field] for field in PART_FIELDS] for part in parts), separators=(",", ":"))
+        size = sum(part["num_bytes"] for part in parts)
+        return [_part(f"{len(parts)} parts", (), "many", rows.encode()) | {"num_bytes": size}]
     return parts
 
 
 def _part(name: str, shape: Sequence[int], dtype: str, data: bytes) -> Part:
     sha256 = hashlib.sha256(data).hexdigest()
-    return {"name": name, "shape": list(shape), "dtype": dtype, "num_bytes": len(data), "sha256": sha256}
+    axes, kind = list(shape)[:MOST_AXES], _bounded(dtype)
+    return {"name": _bounded(name), "shape": axes, "dtype": kind, "num_bytes": len(data), "sha256": sha256}
+
+
+def _bounded(name: str) -> str:
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}... SHA-256 {hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def _kind(value: object) -> str:
@@ -55,6 +72,11 @@ def digest_of(parts: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 over the JSON of all parts' fields in order of names, without spaces: equal for equal contents."""
     rows = sorted([part[field] for field in PART_FIELDS] for part in parts)
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def link_of(line: bytes) -> str:
+    """What the next line of a ledger says of this one.  line: its bytes, without the line break; none: no line."""
+    return hashlib.sha256(line).hexdigest() if line else ""
 
 
 def reply_line(

@@ -217,8 +217,9 @@ def _refuse_error(message: Message) -> None:
         return
     if message.error.code == NODE_UNAVAILABLE:  # Flower's own words are of heartbeats
         raise ReplyRefused("the connection to the client was lost")
-    lines = [line for line in (message.error.reason or "").splitlines() if line.strip()]
-    raise ReplyRefused(lines[-1] if lines else f"the client failed (code {message.error.code})")
+    reason = message.error.reason or ""
+    lines = [line for line in reason.splitlines() if line.strip()]
+    raise ReplyRefused(lines[-1] if lines else f"the client failed (code {message.error.code})", whole=reason)
 
 
 def _refuse_extras(content: RecordDict) -> None:

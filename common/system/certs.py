@@ -3,7 +3,7 @@
     DIR/ca.crt, ca.key                  the authority; its key signs server certificates and belongs in a safe place
     DIR/server.crt, server.key          the server's certificate and key
     DIR/clients/NAME.pub                the keys that the server accepts; without the file a site is out
-    DIR/NAME/ca.crt, client.key         what one site gets
+    DIR/NAME/ca.crt, client.key, name   what one site gets
 
 TLS proves the server to the sites; a site proves itself with its P-384 key, which Flower's SuperNode signs with.
 `simulation/admin/certs.py` makes the folder.  See docs/adr/0019-certificates.md.
@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
+from common.names import CLIENT_NAME
 
-CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, CLIENT_KEY = (
-    "ca.crt", "ca.key", "server.crt", "server.key", "clients", "client.key"
+CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, CLIENT_KEY, NAME = (
+    "ca.crt", "ca.key", "server.crt", "server.key", "clients", "client.key", "name"
 )  # fmt: skip
 LOOPBACK = ("localhost", "127.0.0.1")  # the server's own connections to itself
 OTHERS = 0o077  # the permissions of a file that are not its owner's
@@ -51,6 +52,7 @@ class ClientFiles:
     ca: Path
     key: Path
     fingerprint: str  # of the public key, as ssh-keygen -l shows it
+    name: str = ""  # the key's, which is the site's; empty in a folder of before there were such files
 
 
 def read_server_folder(folder: Path, host: str) -> ServerFiles:
@@ -104,7 +106,20 @@ def read_client_folder(folder: Path) -> ClientFiles:
         raise CertificateError(f"{path} is not a private key of OpenSSH's format ({error}).") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise CertificateError(f"{path} is not a P-384 key; make one with `facefed certs add`.")
-    return ClientFiles(ca=folder / CA, key=path, fingerprint=fingerprint(key.public_key()))
+    name = _read_name(folder / NAME)
+    return ClientFiles(ca=folder / CA, key=path, fingerprint=fingerprint(key.public_key()), name=name)
+
+
+def _read_name(path: Path) -> str:
+    try:
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except (OSError, ValueError):
+        name = "\n"
+    if name and not CLIENT_NAME.fullmatch(name):
+        raise CertificateError(
+            f"{path} does not hold a site's name; write the name of your key there, as its operator has it."
+        )
+    return name
 
 
 def accepted_keys(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:

@@ -237,6 +237,7 @@ class PackProgress:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns, the first row being the heads."""
+    rows = [[escaped(cell) for cell in row] for row in rows]  # names, and what a server of models says
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

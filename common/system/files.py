@@ -11,7 +11,7 @@ import os
 import shlex
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,6 +21,8 @@ from common.errors import CheckpointError
 SEAL = "seal"  # the entry of a file that has the digest of everything else in it
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)  # EACCES: in the words of a server of files (SMB)
 _LOOK_AGAIN_S = 0.1
+_LOCKED_FOR_S = 10.0  # a line is written in milliseconds
+_BLOCK_BYTES = 65_536
 
 
 # -- replaced in one step ----------------------------------------------------------------------------------------------
@@ -209,6 +211,7 @@ class Line(NamedTuple):
     end: int  # the byte behind it
     record: dict[str, Any] | None
     damage: str  # why there is no record; empty for an empty line too
+    text: bytes  # as it stands in the file, without the line break
     is_whole: bool  # the last one may be cut, or is being written
 
 
@@ -219,15 +222,45 @@ def append_line(path: Path, record: Mapping[str, Any], *, synced: bool) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        is_cut = file.read(1) not in (b"", b"\n")
-        file.write((b"\n" if is_cut else b"") + json.dumps(record).encode() + b"\n")
-        file.flush()
-        if synced:
-            os.fsync(file.fileno())
+        _add_line(file, record, synced=synced)
+
+
+def append_after(path: Path, make: Callable[[bytes], Mapping[str, Any]], *, synced: bool) -> None:
+    """`append_line` of what `make` says of the line before, none but this process adding one meanwhile.
+
+    make: gets the last line's bytes without the line break, also those of one that was cut; none in a new file.
+    Raises OSError, also where another process keeps the file for long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            lock(file, _LOCKED_FOR_S)
+        except InUse:
+            raise OSError(errno.EWOULDBLOCK, f"{path} is in use by another process") from None
+        _add_line(file, make(_last_line(file)), synced=synced)
+
+
+def _add_line(file: IO[bytes], record: Mapping[str, Any], *, synced: bool) -> None:
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(end - 1, 0))
+    is_cut = file.read(1) not in (b"", b"\n")
+    file.write((b"\n" if is_cut else b"") + json.dumps(record).encode() + b"\n")
+    file.flush()
+    if synced:
+        os.fsync(file.fileno())
     if synced and end == 0:
-        bring_to_disk(path.parent)  # without it a power cut may take the new file's name
+        bring_to_disk(Path(file.name).parent)  # without it a power cut may take the new file's name
+
+
+def _last_line(file: IO[bytes]) -> bytes:
+    """The last line that is not empty, without its line break."""
+    begin = end = file.seek(0, os.SEEK_END)
+    tail = b""
+    while begin > 0 and b"\n" not in tail.rstrip(b"\n"):
+        begin = max(0, begin - _BLOCK_BYTES)
+        file.seek(begin)
+        tail = file.read(end - begin)
+    return tail.rstrip(b"\n").rpartition(b"\n")[2]
 
 
 def read_lines(path: Path, begin: int = 0) -> Iterator[Line]:
@@ -237,7 +270,7 @@ def read_lines(path: Path, begin: int = 0) -> Iterator[Line]:
         for text in file:
             is_whole = text.endswith(b"\n")
             record, damage = _record_of(text, is_whole=is_whole) if text.strip() else (None, "")
-            yield Line(begin, begin + len(text), record, damage, is_whole)
+            yield Line(begin, begin + len(text), record, damage, text.rstrip(b"\n"), is_whole)
             begin += len(text)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from common.errors import escaped
 from common.redact import shown_uri
 from common.system.files import Line
 from common.tracking.spool import Sent, Spool, read_whole_lines, save_sent
@@ -320,4 +321,4 @@ def short_reason(error: BaseException) -> str:
     while cause is not None:
         innermost = cause if isinstance(cause, OSError) else innermost
         cause = cause.__cause__ or cause.__context__
-    return (str(innermost).splitlines() or [type(innermost).__name__])[0][:300]
+    return escaped((str(innermost).splitlines() or [type(innermost).__name__])[0][:300])  # a server's words, often

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from common.errors import EXIT_DONE, FaceFedError, TrackingError
+from common.errors import EXIT_DONE, FaceFedError, TrackingError, escaped
 from common.redact import shown_uri
 from common.tracking.address import resolve_uri
 from common.tracking.delivery import Delivery, quieten
@@ -68,7 +68,7 @@ def sync_runs(runs: Sequence[str], out: Path, uri: str, stdout: TextIO, stderr: 
         except ServerUnusable:
             raise
         except FaceFedError as error:
-            stderr.write(f"facefed: {error}\n")
+            stderr.write(f"facefed: {escaped(str(error))}\n")
             exit_code = error.exit_code
     return exit_code
 

@@ -8,11 +8,12 @@ from flwr.app import Message
 
 from common.errors import ReplyRefused
 from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
+from common.names import CLIENT_NAME, NAME_RULE
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude
 from common.protocol.parameters import Manifest
 from common.protocol.wire import TRAIN_FIELDS, Reply, Site
-from common.settings import CLIENT_NAME, PRECISIONS
+from common.settings import PRECISIONS
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
@@ -26,9 +27,7 @@ def read_site(message: Message) -> Site:
     """`wire.read_site`, with texts that can be shown and kept, and possible counts.  Raises ReplyRefused."""
     site = wire.read_site(message)
     if not CLIENT_NAME.fullmatch(site.name):
-        raise ReplyRefused(
-            f"the name {site.name!r} cannot be used; give --name of 1 to 64 letters, digits, spaces, '.', '_' or '-'"
-        )
+        raise ReplyRefused(f"the name {site.name!r} cannot be used; give --name of {NAME_RULE}")
     _check_site_texts(site)
     _check_site_counts(site)
     return site

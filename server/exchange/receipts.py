@@ -14,9 +14,9 @@ from typing import Any
 
 from flwr.app import Message
 
+from common.names import CLIENT_NAME
 from common.protocol.ledger import RECEIVED_FILE, parts_of, receipt_of, reply_line
 from common.protocol.wire import CLIENT_FAILED, SITE, TASK
-from common.settings import CLIENT_NAME
 from common.system.files import append_line
 from server.exchange.mailbox import Mailbox
 

@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 from flwr.app import Message
 
 from common.errors import NotEnoughClients, ReplyRefused, UserError
+from common.names import looks_of
 from common.protocol import wire
 from common.protocol.wire import Site, Task
 from common.settings import FederationSettings
@@ -55,6 +56,7 @@ class Roster:
         self._left: set[int] = set()  # of those refused, who has been away since
         self._members: dict[str, Member] = {}
         self._known: set[str] = set()  # whoever was a member once
+        self._looks: dict[str, str] = {}  # what the names of these look like -> the name
         self._in_a_row: dict[int, int] = {}  # node -> rounds without a usable reply since the last one
         self._complete = False  # afterwards a name that comes again is a client that was restarted
 
@@ -168,7 +170,7 @@ class Roster:
         try:
             site = read_site(reply)
             check_sender(reply, node_id)
-            _check_name(site.name, node_id, self._keys())
+            self._check_name(site.name, node_id)
         except ReplyRefused as error:
             self._refused[node_id] = str(error)
             self._events.emit("refused", client="", reason=str(error))
@@ -186,6 +188,7 @@ class Roster:
             self._events.emit("warning", line=reason)
         self._members[site.name] = Member(node_id=node_id, site=site)
         self._known.add(site.name)
+        self._looks |= dict.fromkeys(looks_of(site.name), site.name)
         if len(self._members) > MOST_TOLD_APART:
             return
         self._events.emit(
@@ -197,11 +200,24 @@ class Roster:
             **self._who(),
         )
 
-
-def _check_name(name: str, node_id: int, names: Mapping[int, str]) -> None:
-    """Raises ReplyRefused when the name is that of a key, and the node's key is another."""
-    if name in names.values() and names.get(node_id) != name:
-        raise ReplyRefused(f"a client claims the name {name!r}, which is that of another client's key")
+    def _check_name(self, name: str, node_id: int) -> None:
+        """Raises ReplyRefused unless the name is the node's own: with a key the key's, and like nobody else's."""
+        keys = self._keys()
+        own = keys.get(node_id)
+        if own is not None and name != own:
+            whose = "that of another client's key" if name in keys.values() else "not its key's"
+            raise ReplyRefused(
+                f"a client claims the name {name!r}, which is {whose}: its key is registered as {own!r}; start it"
+                f" without --name, or with --name {own!r}"
+            )
+        looks, of_keys = looks_of(name), {look: key for key in keys.values() for look in looks_of(key)}
+        alike = {known[look] for known in (self._looks, of_keys) for look in looks if look in known} - {name}
+        if alike:
+            raise ReplyRefused(
+                f"a client claims the name {name!r}, which looks like {min(alike)!r}; start it with another --name"
+            )
+        if own is None and name in keys.values():
+            raise ReplyRefused(f"a client claims the name {name!r}, which is that of another client's key")
 
 
 def sample(members: Mapping[str, T], federation: FederationSettings, *, seed: int, server_round: int) -> dict[str, T]:

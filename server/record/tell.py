@@ -40,6 +40,7 @@ def _gpu_type(site: Site) -> str:
     return gpu_type(site.device)
 
 
+LONGEST_TAG = 1000  # characters: two reasons, each of which may be cut and end in the hash of the whole
 DRAWING_FRACTION = 0.05  # of the run's time, for curves that are drawn anew while it runs
 
 
@@ -147,7 +148,7 @@ class Record:
             refusals[client] = f"{earlier}; {reason}" if earlier else reason
         self._num_refused += 1
         self._refused_so_far[server_round] = self._num_refused
-        self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:400]})
+        self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:LONGEST_TAG]})
         self._events.emit("refused", client=client, round=server_round, reason=reason)
 
     def _tell_refused(self, before: float) -> None:

@@ -13,13 +13,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.settings import CLIENT_NAME
+from common.names import CLIENT_NAME, NAME_RULE, look_alike
 from common.system.certs import (
     CA,
     CA_KEY,
     CLIENT_KEY,
     CLIENTS,
     LOOPBACK,
+    NAME,
     SERVER,
     SERVER_KEY,
     CertificateError,
@@ -73,8 +74,12 @@ def add_client(folder: Path, name: str) -> None:
                 f"{path} is there already, and nothing is overwritten; choose another name, or revoke the site and"
                 f" move {own} away first."
             )
+    for known in sorted(path.stem for path in (folder / CLIENTS).glob("*.pub")):
+        if look_alike(name, known):
+            raise CertificateError(f"the name {name!r} looks like {known!r}, whose key is accepted; choose another.")
     key = ec.generate_private_key(ec.SECP384R1())
     own.mkdir(mode=0o700)
+    write_new(own / NAME, f"{name}\n".encode(), 0o644)
     write_new(own / CA, (folder / CA).read_bytes(), 0o644)
     # OpenSSH's format is what flower-supernode reads.
     form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -135,7 +140,7 @@ def _names(given: Sequence[str]) -> list[str]:
 
 def _check_client_name(name: str) -> None:
     if not CLIENT_NAME.fullmatch(name):
-        raise CertificateError(f"a client's name {name!r}: use 1 to 64 letters, digits, spaces, '.', '_' or '-'.")
+        raise CertificateError(f"a client's name {name!r}: use {NAME_RULE}.")
     if name in (CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, REVOKED):
         raise CertificateError(f"a client cannot be named {name!r}: a file of the folder has that name.")
 

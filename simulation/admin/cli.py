@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from common.errors import EXIT_INTERRUPTED
+from common.errors import EXIT_INTERRUPTED, escaped
 from common.faces.datasets import DEFAULT_CLIENTS
 from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
@@ -271,7 +271,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for finding in examine(settings, os.environ, Path.cwd(), address, shared_files=arguments.shared_files):
         findings.append(finding)
         if not arguments.json:
-            sys.stdout.write(as_line(finding) + "\n")
+            sys.stdout.write(escaped(as_line(finding)) + "\n")
             sys.stdout.flush()
     if arguments.json:
         sys.stdout.write(as_json(findings) + "\n")

@@ -5,6 +5,7 @@ two places: with each task it sends the receipt of the reply before, which the s
 run folder it keeps a record of every reply, which an auditor may lay beside the ledger.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from clients.egress import LEDGER, UNRECORDED
-from common.errors import EXIT_DONE, EXIT_FAILED, UserError, unknown_name
-from common.protocol.ledger import PART_FIELDS, RECEIVED_FILE, digest_of, parts_of
+from common.errors import EXIT_DONE, EXIT_FAILED, UserError, escaped, unknown_name
+from common.protocol.ledger import PART_FIELDS, PREVIOUS, RECEIVED_FILE, digest_of, link_of, parts_of
 from common.system.console import table
-from common.system.files import read_lines
+from common.system.files import Line, read_lines
 
 EQUAL, DIFFERS, UNCONFIRMED = "equal", "differs", "not confirmed"
 FIXED_WORDS = digest_of(parts_of(UNRECORDED))
@@ -50,6 +51,7 @@ class Ledger:
     sent: tuple[Entry, ...]
     received: tuple[Entry, ...]
     problems: tuple[str, ...]  # one line each: what of the file cannot be believed
+    notes: tuple[str, ...] = ()  # one line each: what is to be known of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,23 +108,75 @@ def _whole_entry(number: int, record: Mapping[str, Any]) -> Entry | str:
     )
 
 
-def read_ledger(path: Path) -> Ledger:
-    """A site's ledger or a server's record; damaged lines are told of and left out.  Raises UserError."""
-    sent, received, problems = [], [], []
+class Chain:
+    """The links of a ledger's lines, one after the other: each line says the hash of the one before it.
+
+    A site writes a line before its reply leaves.  So a line that was cut, and that the next one has the hash of, was
+    cut when the client was stopped, and its reply did not leave; one that nothing follows may have been cut by anybody.
+    """
+
+    def __init__(self) -> None:
+        """No line yet."""
+        self._before, self._cut, self._is_chained, self._is_damaged = b"", 0, False, False
+        self.num_unchained = 0
+        self.stopped: list[int] = []  # the lines that were cut when the client was stopped
+
+    def follows(self, number: int, line: Line) -> str:
+        """What is wrong with the place of a line, or nothing.  It is not looked for behind one that is damaged."""
+        link, before = (line.record or {}).get(PREVIOUS), link_of(self._before)
+        cut, self._cut = self._cut, number if line.record is None else 0
+        was_damaged, self._is_damaged, self._before = self._is_damaged, False, line.text
+        if line.record is None:
+            return ""
+        if link is None and not self._is_chained:
+            self.num_unchained += 1
+            return ""
+        self._is_chained = True
+        if link == before:
+            self.stopped += [cut] if cut else []
+            return ""
+        if was_damaged or cut:
+            return ""
+        return "does not follow the line before it: lines were taken out there, or that one was altered"
+
+    def damaged(self) -> None:
+        """The last line was damaged, so that the next one cannot have its hash."""
+        self._is_damaged = True
+
+
+def read_ledger(path: Path, chain: Chain | None = None) -> Ledger:
+    """A site's ledger or a server's record; damaged lines are told of and left out.  Raises UserError.
+
+    chain: checks the links of a site's.
+    """
+    sent, received, problems = [], [], dict[int, str]()
     try:
         for number, line in enumerate(read_lines(path), start=1):
             if line.record is None and not line.damage:
                 continue  # it is empty
+            loose = chain.follows(number, line) if chain else ""
             entry = line.damage or _whole_entry(number, line.record or {})
             if isinstance(entry, str):
-                problems.append(f"{path}, line {number} {entry}.")
-            elif (line.record or {}).get("kind", "sent") == "sent":
-                sent.append(entry)
-            else:
-                received.append(entry)
+                problems[number] = f"{path}, line {number} {entry}."
+                if chain:
+                    chain.damaged()
+                continue
+            if loose:
+                problems[number] = f"{path}, line {number} {loose}."
+            (sent if (line.record or {}).get("kind", "sent") == "sent" else received).append(entry)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    return Ledger(path=path, sent=tuple(sent), received=tuple(received), problems=tuple(problems))
+    notes = []
+    for number in chain.stopped if chain else ():
+        problems.pop(number, None)
+        notes.append(f"line {number} was cut when the client was stopped; its reply did not leave.")
+    if chain and chain.num_unchained:
+        notes.append(
+            f"{chain.num_unchained} lines are not chained (an earlier FaceFed wrote them): that one of those was taken"
+            " out, with its receipt, is seen with --server-run only."
+        )
+    told = tuple(problems[number] for number in sorted(problems))
+    return Ledger(path=path, sent=tuple(sent), received=tuple(received), problems=told, notes=tuple(notes))
 
 
 def site_ledger(path: Path) -> Ledger:
@@ -130,7 +184,7 @@ def site_ledger(path: Path) -> Ledger:
 
     Raises UserError, also for a file without one whole line.
     """
-    ledger = read_ledger(path)
+    ledger = read_ledger(path, Chain())
     problems = list(ledger.problems)
     if not ledger.sent:
         raise UserError(f"{path} holds no reply{f' ({problems[0]})' if problems else ''}; is it an egress ledger?")
@@ -140,7 +194,7 @@ def site_ledger(path: Path) -> Ledger:
         for entry in (*ledger.sent, *ledger.received)
         if (entry.client, entry.run) != (client, path.stem)
     ]
-    return Ledger(path=path, sent=ledger.sent, received=ledger.received, problems=tuple(problems))
+    return dataclasses.replace(ledger, problems=tuple(problems))
 
 
 def server_record(folder: Path, client: str, run: str) -> Ledger:
@@ -328,8 +382,8 @@ def as_lines(report: Report) -> list[str]:
             rows.append(
                 ["", "", f"all of round {entry.server_round}", "", "", f"{totals[entry.server_round]:,}", "", ""]
             )
-    lines = [f"{first.client}: what left for run {first.run}, by {report.ledger.path}", "", table(rows), ""]
-    return [*lines, *_conclusion(report)]
+    title = f"{first.client}: what left for run {first.run}, by {report.ledger.path}"
+    return [escaped(title), "", table(rows), "", *map(escaped, _conclusion(report))]
 
 
 def _totals(verdicts: Sequence[Verdict]) -> dict[int, int]:
@@ -387,7 +441,7 @@ def _conclusion(report: Report) -> list[str]:
     lines += [f"DIFFERS: {v.sent.what} (line {v.sent.line}): {v.detail}." for v in verdicts if v.status == DIFFERS]
     lines += [f"NOT IN THE LEDGER: {line}." for line in report.comparison.strange]
     lines += [f"DAMAGED: {line}" for line in report.problems]
-    return [*lines, *report.comparison.notes]
+    return [*lines, *report.ledger.notes, *report.comparison.notes]
 
 
 # ---- as JSON
@@ -422,5 +476,5 @@ def as_json(report: Report) -> dict[str, Any]:
         "replies": [_verdict_json(verdict) for verdict in verdicts],
         "not_in_the_ledger": list(report.comparison.strange),
         "damaged": list(report.problems),
-        "notes": [*report.comparison.notes, OUTSIDE],
+        "notes": [*report.ledger.notes, *report.comparison.notes, OUTSIDE],
     }

@@ -513,10 +513,10 @@ def import_folders(
         raise TrackingError(refused[0])
     importer = Importer(uri, experiment, follow_links=follow_links)
     for log, facts in found.items():
-        out.writelines(f"{line}\n" for line in _report(importer.send(log, facts)))
+        out.writelines(f"{escaped(line)}\n" for line in _report(importer.send(log, facts)))
         out.flush()
     if refused:
-        err.writelines(f"{line}\n" for line in refused)
+        err.writelines(f"{escaped(line)}\n" for line in refused)
         raise TrackingError(f"{len(refused)} of {num_logs} files could not be read; the others are imported.")
     return EXIT_DONE
 

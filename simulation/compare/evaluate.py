@@ -9,7 +9,7 @@ from typing import TextIO
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, escaped
 from common.faces.pack import FacePack
 from common.metrics.bootstrap import Estimate
 from common.metrics.figures import AUC, KINDS, figure_name, roc_curve
@@ -134,7 +134,7 @@ def _compare(
     test_sets = with_pooled({name: describe(name, packs[models[0].settings.data][name]) for name in clients})
     scored = {}
     for model in models:
-        out.write(f"scoring {model.name}: {model.source}\n")
+        out.write(escaped(f"scoring {model.name}: {model.source}") + "\n")
         out.flush()
         by_place = score(model, packs[model.settings.data], clients, compute, seed)
         scored[model.name] = {place: by_place[place] for place in test_sets}

@@ -81,6 +81,20 @@ def test_openssl_and_openssh_agree(made):
         assert listed.split()[:3] == ["384", read_client_folder(made / "celeba").fingerprint, "celeba"]
 
 
+def test_a_sites_folder_says_whose_it_is_and_a_wrong_file_is_told(tls):
+    assert [read_client_folder(tls / name).name for name in ("celeba", "vggface2")] == ["celeba", "vggface2"]
+    (tls / "celeba" / "name").write_text("../x\n")
+    assert "name does not hold a site's name" in refused(read_client_folder, tls / "celeba")
+    (tls / "celeba" / "name").unlink()
+    assert read_client_folder(tls / "celeba").name == ""
+
+
+@pytest.mark.parametrize("name", ["celebа", "Celeba", "ce1eba"])  # noqa: RUF001 - Cyrillic
+def test_no_key_is_made_for_a_name_that_looks_like_anothers(tls, name):
+    assert "looks like 'celeba', whose key is accepted" in refused(new_certs.add_client, tls, name)
+    assert not (tls / name).exists()
+
+
 def test_nothing_is_overwritten(tls, capsys):
     before = {path: path.read_bytes() for path in tls.rglob("*") if path.is_file()}
     assert facefed("init", tls, "--server-name", NAME) == 2

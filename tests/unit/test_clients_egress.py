@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,23 @@ def test_lines_are_added_and_none_is_replaced(tmp_path):
     for number in range(3):
         record_egress(tmp_path, "alpha", task, RecordDict({"sums": wire.MetricRecord({"x": number})}))
     assert len((tmp_path / "run-1.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_line_is_bounded_whatever_is_sent_and_tells_the_hash_of_the_whole():
+    """At the server it is what a hostile client sent: a name, a word, a shape or a thousand parts too many."""
+    words = "no \x1b[31m\n" + "x" * 7_000_000
+    (part,) = parts_of(words)
+    assert len(json.dumps(part)) < 1000
+    assert part["text"].isprintable()
+    assert (part["num_bytes"], part["sha256"]) == (len(words), hashlib.sha256(words.encode()).hexdigest())
+    assert part["sha256"] in part["text"]
+    array = SimpleNamespace(stype="x", dtype="d" * 10**6, shape=(1,) * 10**5, data=b"")
+    for content in ({"a" * 10**6: {}}, {"a": {"b" * 10**6: 1}}, {"a": {"b": array}}):
+        assert len(json.dumps(parts_of(content))) < 1000
+    many = {"a": {str(number): number for number in range(10**4)}}
+    assert len(json.dumps(parts_of(many))) < 1000
+    assert parts_of(many) != parts_of({"a": {**many["a"], "7": 8}})
+    assert digest_of(parts_of({"a" * 300: {}})) != digest_of(parts_of({"a" * 301: {}}))
 
 
 # ---- tasks that no server of ours sends

@@ -141,6 +141,65 @@ def test_words_that_left_because_nothing_could_be_written_are_explained(site):
     assert "the answer to train of round 3 were fixed words: the ledger could not be written then" in text
 
 
+# ---- lines that are chained
+
+
+def _without(site, *numbers):
+    lines = site.path.read_text().splitlines(keepends=True)
+    site.path.write_text("".join(line for number, line in enumerate(lines, start=1) if number not in numbers))
+
+
+@pytest.mark.parametrize("numbers", [(2, 3), (1, 2), (4,), (2, 3, 4)])
+def test_a_line_that_was_taken_out_together_with_its_receipt_is_missed(site, numbers):
+    """Lines: join, receipt of it, train 1, receipt of it, train 2.  The server's own record is not there to tell."""
+    site.sends("evaluate", 2, content())
+    _without(site, *numbers)
+    code, text = site.report()
+    assert code == 1
+    assert f"line {numbers[0]} does not follow the line before it" in text
+    assert text.count("DAMAGED: ") == 1
+
+
+def test_a_client_that_was_killed_while_it_wrote_breaks_nothing(site):
+    with site.path.open("ab") as file:
+        file.write(b'{"time": "2026-11-28T10:00:00+00:00", "kind": "se')
+    assert site.report()[0] == 1, "until the client goes on, anybody may have cut it"
+    site.sends("train", 3, content(3.0))
+    code, text = site.report()
+    assert (code, site.statuses()) == (0, ["equal"] * 3 + ["not confirmed"])
+    assert "line 6 was cut when the client was stopped; its reply did not leave." in text
+    _without(site, 6)
+    assert "line 6 does not follow the line before it" in site.report()[1]
+
+
+def test_a_line_of_a_killed_client_that_somebody_else_cut_is_damaged(site):
+    site.sends("train", 3, content(3.0))
+    lines = site.path.read_text().splitlines()
+    site.path.write_text("\n".join([*lines[:4], lines[4][:-40], *lines[5:]]) + "\n")
+    assert "line 5 is no JSON" in site.report()[1]
+    assert site.report()[0] == 1
+
+
+def test_a_ledger_of_before_is_read_and_a_client_goes_on_with_it(site):
+    old = [json.loads(line) for line in site.path.read_text().splitlines()]
+    for line in old:
+        del line["previous"]
+    site.path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    site.sends("train", 3, content(3.0))
+    code, text = site.report()
+    assert code == 0
+    assert "5 lines are not chained (an earlier FaceFed wrote them)" in text
+    _without(site, 5)
+    assert "line 5 does not follow the line before it" in site.report()[1]
+
+
+def test_a_link_that_was_taken_away_is_missed(site):
+    lines = [json.loads(line) for line in site.path.read_text().splitlines()]
+    del lines[3]["previous"]
+    site.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "line 4 does not follow the line before it" in site.report()[1]
+
+
 # ---- ledgers that cannot be believed
 
 

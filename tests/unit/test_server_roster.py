@@ -106,14 +106,45 @@ def test_a_client_with_a_key_that_was_set_aside_comes_back_as_the_same_node(tmp_
     assert [node for node, _ in mailbox.tasks].count(3) == 2
 
 
-def test_nobody_takes_the_name_of_anothers_key(tmp_path):
-    """Names without a key of that name are free: a site may call itself after its data set."""
+def refusals(folder):
+    return [event["reason"] for event in EventReader(folder).new_events() if event["kind"] == "refused"]
+
+
+def test_a_name_is_the_keys(tmp_path):
+    """Neither that of another key nor a free one: whoever sees a name knows whose key answered."""
     mailbox = ScriptedMailbox({1: client("beta"), 2: client("free"), 3: client("beta"), 4: client("alpha")})
-    roster = roster_over(mailbox, settings_with(federation__min_clients=3), tmp_path)
+    roster = roster_over(mailbox, settings_with(federation__min_clients=2), tmp_path)
     roster._keys = lambda: {1: "alpha", 2: "gamma", 3: "beta", 4: "alpha"}
-    assert {name: member.node_id for name, member in roster.gather().items()} == {"alpha": 4, "beta": 3, "free": 2}
-    refused = [event["reason"] for event in EventReader(tmp_path).new_events() if event["kind"] == "refused"]
-    assert refused == ["a client claims the name 'beta', which is that of another client's key"]
+    assert {name: member.node_id for name, member in roster.gather().items()} == {"alpha": 4, "beta": 3}
+    assert refusals(tmp_path) == [
+        "a client claims the name 'beta', which is that of another client's key: its key is registered as 'alpha';"
+        " start it without --name, or with --name 'alpha'",
+        "a client claims the name 'free', which is not its key's: its key is registered as 'gamma'; start it without"
+        " --name, or with --name 'gamma'",
+    ]
+
+
+def test_nobody_without_a_key_takes_the_name_of_one(tmp_path):
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: client("gamma")})
+    roster = roster_over(mailbox, settings_with(federation__min_clients=2), tmp_path)
+    roster._keys = lambda: {1: "alpha", 2: "beta", 9: "gamma"}
+    assert "gamma" not in roster.gather()
+
+
+@pytest.mark.parametrize("twin", ["сeleba", "Celeba", "ce1eba", "celebа", "ｃeleba", "celebà"])  # noqa: RUF001
+def test_a_name_that_looks_like_anothers_is_refused_in_one_line(tmp_path, twin):
+    mailbox = ScriptedMailbox({1: client("celeba"), 2: client("vggface2"), 3: client(twin)})
+    assert list(roster_over(mailbox, settings_with(), tmp_path).gather()) == ["celeba", "vggface2"]
+    assert refusals(tmp_path) == [
+        f"a client claims the name {twin!r}, which looks like 'celeba'; start it with another --name"
+    ]
+
+
+def test_a_name_that_ends_in_a_blank_is_refused_in_one_line(tmp_path):
+    mailbox = ScriptedMailbox({1: client("celeba"), 2: client("vggface2"), 3: client("celeba ")})
+    assert list(roster_over(mailbox, settings_with(), tmp_path).gather()) == ["celeba", "vggface2"]
+    (refused,) = refusals(tmp_path)
+    assert "the name 'celeba ' cannot be used" in refused
 
 
 def test_in_a_simulation_every_node_joins_before_the_first_round(tmp_path):
