@@ -120,24 +120,23 @@ class Chain:
         self._before, self._cut, self._is_chained, self._is_damaged = b"", 0, False, False
         self.num_unchained = 0
         self.stopped: list[int] = []  # the lines that were cut when the client was stopped
+        self.loose: list[int] = []  # the lines that do not follow the one before them
 
-    def follows(self, number: int, line: Line) -> str:
-        """What is wrong with the place of a line, or nothing.  It is not looked for behind one that is damaged."""
+    def take(self, number: int, line: Line) -> None:
+        """The next line.  Whether it follows is not told behind one that is damaged."""
         link, before = (line.record or {}).get(PREVIOUS), link_of(self._before)
         cut, self._cut = self._cut, number if line.record is None else 0
         was_damaged, self._is_damaged, self._before = self._is_damaged, False, line.text
         if line.record is None:
-            return ""
+            return
         if link is None and not self._is_chained:
             self.num_unchained += 1
-            return ""
+            return
         self._is_chained = True
         if link == before:
             self.stopped += [cut] if cut else []
-            return ""
-        if was_damaged or cut:
-            return ""
-        return "does not follow the line before it: lines were taken out there, or that one was altered"
+        elif not (was_damaged or cut):
+            self.loose.append(number)
 
     def damaged(self) -> None:
         """The last line was damaged, so that the next one cannot have its hash."""
@@ -154,15 +153,14 @@ def read_ledger(path: Path, chain: Chain | None = None) -> Ledger:
         for number, line in enumerate(read_lines(path), start=1):
             if line.record is None and not line.damage:
                 continue  # it is empty
-            loose = chain.follows(number, line) if chain else ""
+            if chain:
+                chain.take(number, line)
             entry = line.damage or _whole_entry(number, line.record or {})
             if isinstance(entry, str):
                 problems[number] = f"{path}, line {number} {entry}."
                 if chain:
                     chain.damaged()
                 continue
-            if loose:
-                problems[number] = f"{path}, line {number} {loose}."
             (sent if (line.record or {}).get("kind", "sent") == "sent" else received).append(entry)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
@@ -184,16 +182,23 @@ def site_ledger(path: Path) -> Ledger:
 
     Raises UserError, also for a file without one whole line.
     """
-    ledger = read_ledger(path, Chain())
+    chain = Chain()
+    ledger = read_ledger(path, chain)
     problems = list(ledger.problems)
     if not ledger.sent:
         raise UserError(f"{path} holds no reply{f' ({problems[0]})' if problems else ''}; is it an egress ledger?")
     client = ledger.sent[0].client
-    problems += [
-        f"{path}, line {entry.line} is of {entry.client}'s run {entry.run}, not of this ledger's."
+    others = {
+        entry.line: f"{path}, line {entry.line} is of {entry.client}'s run {entry.run}, not of this ledger's."
         for entry in (*ledger.sent, *ledger.received)
         if (entry.client, entry.run) != (client, path.stem)
+    }
+    problems += [
+        f"{path}, line {number} does not follow the line before it: lines were taken out, or that one was altered."
+        for number in chain.loose
+        if not {number, number - 1} & others.keys()
     ]
+    problems += others.values()
     return dataclasses.replace(ledger, problems=tuple(problems))
 
 

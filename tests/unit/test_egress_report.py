@@ -134,8 +134,8 @@ def test_a_repeated_round_has_two_lines_and_the_one_that_never_arrived_is_not_co
 
 def test_words_that_left_because_nothing_could_be_written_are_explained(site):
     parts = parts_of(UNRECORDED)
-    record = {"kind": "received", "client": "alpha", "run": RUN, "round": 3, "answer_to": "train", "parts": parts}
-    append_line(site.path, record | {"num_bytes": parts[0]["num_bytes"]}, synced=False)
+    told = f"train 3 {parts[0]['num_bytes']} {digest_of(parts)}"
+    record_receipt(site.path.parent, "alpha", Asked(kind="evaluate", run_id=RUN, server_round=3), told)
     code, text = site.report()
     assert code == 0
     assert "the answer to train of round 3 were fixed words: the ledger could not be written then" in text

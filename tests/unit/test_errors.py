@@ -8,6 +8,8 @@ from flwr.app import Error, Message, RecordDict
 from common.errors import LONGEST_QUOTE, ReplyRefused, one_line, quoted
 from common.protocol import wire
 
+pytestmark = pytest.mark.usefixtures("in_a_run")
+
 
 @pytest.mark.parametrize(
     ("text", "shown"),
