@@ -148,7 +148,7 @@ def read_ledger(path: Path, chain: Chain | None = None) -> Ledger:
 
     chain: checks the links of a site's.
     """
-    sent, received, problems = [], [], dict[int, str]()
+    sent, received, problems = list[Entry](), list[Entry](), dict[int, str]()
     try:
         for number, line in enumerate(read_lines(path), start=1):
             if line.record is None and not line.damage:

@@ -177,7 +177,9 @@ def test_plain_text_is_answered_by_the_door_alone(federation):
 
 
 def test_a_client_that_trusts_another_authority_sends_nothing(federation):
-    ended = federation.client("vggface2", "other", federation.cwd / "other" / "guest").ended()
+    ended = federation.client(
+        "vggface2", "guest", federation.cwd / "other" / "guest", "--state-dir", federation.cwd / "other-state"
+    ).ended()
     assert_one_line(ended, "flower-client", "did not issue", "not your federation's server")
 
 
