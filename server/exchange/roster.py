@@ -172,8 +172,9 @@ class Roster:
             check_sender(reply, node_id)
             self._check_name(site.name, node_id)
         except ReplyRefused as error:
-            self._refused[node_id] = str(error)
-            self._events.emit("refused", client="", reason=str(error))
+            said = "a client that is no member says: " if reply.has_error() else ""
+            self._refused[node_id] = f"{said}{error}"
+            self._events.emit("refused", client=self._keys().get(node_id, ""), reason=self._refused[node_id])
             return
         if site.name in self._members and not self._complete:
             raise UserError(

@@ -66,7 +66,7 @@ def test_keys_are_their_owners_and_folders_too(made):
 
 
 def test_a_site_gets_the_authoritys_certificate_and_its_own_key_only(made):
-    assert sorted(path.name for path in (made / "celeba").iterdir()) == ["ca.crt", "client.key"]
+    assert sorted(path.name for path in (made / "celeba").iterdir()) == ["ca.crt", "client.key", "name"]
     assert (made / "celeba" / "ca.crt").read_bytes() == (made / "ca.crt").read_bytes()
     assert len({path.read_bytes() for path in made.rglob("*.key")}) == len(SECRET_FILES)
 

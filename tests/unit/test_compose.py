@@ -239,7 +239,7 @@ def test_each_volume_gets_what_its_service_needs_and_no_more(certificates):
     ]  # fmt: skip
     for name in ("superlink", "proxy", "fl.example.org"):
         read_server_folder(certificates / "server", name)
-    assert sorted(path.name for path in (certificates / "celeba").iterdir()) == ["ca.crt", "client.key"]
+    assert sorted(path.name for path in (certificates / "celeba").iterdir()) == ["ca.crt", "client.key", "name"]
     keys = {read_client_folder(certificates / name).fingerprint for name in ("celeba", "vggface2")}
     assert len(keys) == 2
 

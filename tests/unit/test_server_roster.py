@@ -26,6 +26,10 @@ def kinds_of(folder):
     return [event["kind"] for event in EventReader(folder).new_events()]
 
 
+def refusals(folder):
+    return [event["reason"] for event in EventReader(folder).new_events() if event["kind"] == "refused"]
+
+
 def test_members_come_in_the_order_of_their_names_whatever_their_node_ids(tmp_path):
     mailbox = ScriptedMailbox({1: client("zeta"), 2: client("alpha"), 3: client("mu")})
     roster = roster_over(mailbox, settings_with(federation__min_clients=3), tmp_path)
@@ -45,6 +49,7 @@ def test_the_join_deadline_holds_and_the_line_says_who_is_here_and_who_failed(tm
     assert "1 of 3 clients joined within 0.3 s (here: alpha; missing: 2 more)" in line
     assert "gamma: data/gamma holds no pictures." in line
     assert seen.value.exit_code == 1
+    assert refusals(tmp_path) == ["a client that is no member says: gamma: data/gamma holds no pictures."]
 
 
 def test_two_clients_of_one_name_end_the_run_as_the_users_mistake(tmp_path):
@@ -104,10 +109,6 @@ def test_a_client_with_a_key_that_was_set_aside_comes_back_as_the_same_node(tmp_
     mailbox.nodes[3] = client("gamma")
     assert list(roster.gather()) == ["alpha", "beta", "gamma"]
     assert [node for node, _ in mailbox.tasks].count(3) == 2
-
-
-def refusals(folder):
-    return [event["reason"] for event in EventReader(folder).new_events() if event["kind"] == "refused"]
 
 
 def test_a_name_is_the_keys(tmp_path):
