@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, escaped
 from common.faces.datasets import DATASETS
 from common.flags import add_shared_files
 from common.names import CLIENT_NAME, NAME_RULE
@@ -113,6 +113,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     index = read_index(arguments.dataset, data_dir)
     device = resolve_device(arguments.device)
     _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} in {data_dir}, {device}")
+    if index.account.missing:
+        _say(f"{name}: {len(index.account.missing):,} pictures that are listed are not there")
+    for line in index.account.lines():
+        _say(f"{name}: {escaped(line)}")
     site = SiteSettings(
         name=name,
         dataset=arguments.dataset,

@@ -114,7 +114,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_pictures=len(pack.person),
         num_training_people=pack.num_classes,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
-        num_quarantined=len(pack.quarantined),
+        num_quarantined=len(pack.quarantined) + pack.account.num_unused_data,
         val_people=val_people_digest(pack),
         test_pairs=people_digest(pack, "test"),
         machine=machine_digest(),

@@ -7,9 +7,12 @@ The list of pairs is that of Labeled Faces in the Wild, pairs.txt: ten folds of 
 first line holds the numbers of folds and of pairs of each kind in a fold ("10 300"), or that of pairs alone when there
 is one fold (as in pairsDevTest.txt).  Then each fold gives its genuine pairs, "NAME I J", and its impostor pairs,
 "NAME1 I NAME2 J", where picture I of NAME is NAME/NAME_000I.jpg.  http://vis-www.cs.umass.edu/lfw/README.txt
+Two other forms are read: the same pairs as pairs.csv, where a heading stands for the numbers, and lists that give two
+paths and 1 (genuine) or 0 a line, as InsightFace's do.  Pictures may have any ending and lie deeper in the folder.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +22,10 @@ from numpy.typing import NDArray
 
 from common import config
 from common.errors import ConfigError, DataError
+from common.faces.account import ending_of, is_picture, walk
 from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
-from common.faces.index import malformed, read_lines, require_folder
+from common.faces.index import check_paths, malformed, read_lines, require_folder
 from common.metrics.figures import eer, roc_auc
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
 from common.metrics.pairs import score_histogram
@@ -35,6 +39,9 @@ _WANTED = {
     3: "NAME, I, J for two pictures of one person (this is a genuine pair by its place in the file)",
     4: "NAME1, I, NAME2, J for pictures of two people (this is an impostor pair by its place in the file)",
 }
+_WANTED_CSV = "NAME,I,J for two pictures of one person, or NAME1,I,NAME2,J for pictures of two people"
+_WANTED_PATHS = "two paths of pictures and 1 (genuine) or 0 (impostor), separated by blanks"
+_FOLDS_OF_PATHS = 10  # as InsightFace divides such a list, in order
 _SHOWN = 3  # missing pictures that are named
 
 
@@ -50,7 +57,7 @@ class PairList:
 
 
 def read_pair_list(file: Path, suffix: str = ".jpg") -> PairList:
-    """The pairs that a pairs.txt names, without looking for the pictures.
+    """The pairs that a list names, in any of the three forms, without looking for the pictures.
 
     Lines end in LF or CRLF; names and numbers are separated by tabs, or by spaces where a line holds no tab.
     Raises DataError with file and line number: a malformed line, a picture paired with itself, one person in an
@@ -59,6 +66,10 @@ def read_pair_list(file: Path, suffix: str = ".jpg") -> PairList:
     lines = read_lines(file)
     if not lines:
         raise DataError(f"{file}: empty; give LFW's pairs.txt, whose first line holds {_WANTED_FIRST}.")
+    if file.suffix.lower() == ".csv":
+        return _from_csv(file, lines, suffix)
+    if _path_pair(lines[0]) is not None:
+        return _from_paths(file, lines)
     num_folds, per_fold = _counts(file, lines[0])
     wanted = 1 + num_folds * 2 * per_fold
     if len(lines) != wanted:
@@ -76,6 +87,84 @@ def read_pair_list(file: Path, suffix: str = ".jpg") -> PairList:
     return PairList(paths=tuple(places), first=rows[:, 0], second=rows[:, 1], genuine=is_genuine, fold=fold)
 
 
+def _from_csv(file: Path, lines: Sequence[str], suffix: str) -> PairList:
+    """The pairs of a pairs.csv: a fold is a run of genuine pairs and the run of impostor pairs after it."""
+    places: dict[str, int] = {}
+    rows, is_genuine = [], []
+    for number, line in enumerate(lines[1:], start=2):
+        fields = [field.strip(' "') for field in line.split(",")]
+        while fields and not fields[-1]:
+            fields.pop()
+        if len(fields) not in _WANTED:
+            raise malformed(file, number, line, _WANTED_CSV)
+        pair = _pictures(file, number, "\t".join(fields), num_fields=len(fields))
+        rows.append([places.setdefault(f"{name}/{name}_{one:04d}{suffix}", len(places)) for name, one in pair])
+        is_genuine.append(len(fields) == min(_WANTED))
+    genuine = np.array(is_genuine, dtype=np.bool_)
+    begins = genuine & ~np.concatenate([[True], genuine[:-1]])
+    return _pair_list(file, places, rows, genuine, np.cumsum(begins))
+
+
+def _from_paths(file: Path, lines: Sequence[str]) -> PairList:
+    """The pairs of a list of two paths and 1 or 0 a line, label first or last; ten folds, in order."""
+    places: dict[str, int] = {}
+    rows, is_genuine = [], []
+    for number, line in enumerate(lines, start=1):
+        found = _path_pair(line)
+        if found is None:
+            raise malformed(file, number, line, _WANTED_PATHS)
+        first, second, genuine = found
+        check_paths(file, [first, second], number)
+        if first == second:
+            raise malformed(file, number, line, f"two pictures, not {first} twice")
+        rows.append([places.setdefault(path, len(places)) for path in (first, second)])
+        is_genuine.append(genuine)
+    fold = np.arange(len(rows)) * _FOLDS_OF_PATHS // len(rows)
+    return _pair_list(file, places, rows, np.array(is_genuine, dtype=np.bool_), fold)
+
+
+def _pair_list(
+    file: Path, places: dict[str, int], rows: list[list[int]], genuine: NDArray[np.bool_], fold: NDArray[np.int64]
+) -> PairList:
+    both = {(int(one), bool(kind)) for one, kind in zip(fold, genuine, strict=True)}
+    if not rows or len(both) != 2 * (int(fold.max()) + 1):
+        raise DataError(f"{file}: each fold needs genuine and impostor pairs; fetch the list again.")
+    numbers = np.array(rows, dtype=np.int64)
+    return PairList(paths=tuple(places), first=numbers[:, 0], second=numbers[:, 1], genuine=genuine, fold=fold)
+
+
+def _path_pair(line: str) -> tuple[str, str, bool] | None:
+    """Two paths and whether they show one person, from a line of a list of paths; None where it is no such line."""
+    fields = [field for field in line.replace(",", " ").split() if field]
+    if len(fields) != 3:
+        return None
+    label, paths = (fields[0], fields[1:]) if fields[0] in ("0", "1", "-1") else (fields[2], fields[:2])
+    if label not in ("0", "1", "-1") or not all(is_picture(path.rpartition("/")[2]) for path in paths):
+        return None
+    return paths[0].replace("\\", "/"), paths[1].replace("\\", "/"), label == "1"
+
+
+def found_below(pairs: PairList, root: Path) -> PairList:
+    """The pairs with the paths that their pictures have below `root`: any ending, any number of folders deeper.
+
+    A picture that is not there keeps its path.  Where two places hold it, that with the fewest folders is taken.
+    """
+    if all((root / path).is_file() for path in pairs.paths):
+        return pairs
+    listing = walk(root)
+    places: dict[tuple[str, str], str] = {}
+    for folder in sorted(listing.pictures, key=lambda folder: (-folder.count("/"), folder)):
+        for name in listing.pictures[folder]:
+            places[folder.rpartition("/")[2], name.rpartition(".")[0]] = f"{folder}/{name}" if folder else name
+    found = []
+    for path in pairs.paths:
+        folder, _, name = path.rpartition("/")
+        stem = name.rpartition(".")[0] if ending_of(name) else name
+        kept = (root / path).is_file()
+        found.append(path if kept else places.get((folder.rpartition("/")[2], stem), path))
+    return dataclasses.replace(pairs, paths=tuple(found))
+
+
 def require_pictures(pairs: PairList, root: Path) -> None:
     """Raise DataError, naming the first few, unless every picture of the pairs is a file below `root`."""
     require_folder(root, "give the folder with one folder a person, such as LFW's")
@@ -85,7 +174,17 @@ def require_pictures(pairs: PairList, root: Path) -> None:
         raise DataError(
             f"{root}: {len(missing)} of {len(pairs.paths)} pictures that the pairs name are not there "
             f"({', '.join(missing[:_SHOWN])}{more}); give the folder that belongs to the list of pairs."
+            + _what_lies_in(root)
         )
+
+
+def _what_lies_in(root: Path) -> str:
+    listing = walk(root)
+    number = sum(len(names) for names in listing.pictures.values())
+    example = next((f"{folder}/{names[0]}" for folder, names in sorted(listing.pictures.items())), "")
+    return f" There: {number:,} pictures in {len(listing.pictures):,} folders" + (
+        f", such as {example}." if example else "."
+    )
 
 
 def _counts(file: Path, line: str) -> tuple[int, int]:
@@ -178,6 +277,7 @@ def _packed(listed: PairList, root: Path, file: Path, settings: Settings) -> Pub
             f"{file}: one fold of pairs, but a fold's threshold comes from the other folds; "
             "give a list of several, such as LFW's pairs.txt."
         )
+    listed = found_below(listed, root)
     require_pictures(listed, root)
     pictures = central_pictures(
         listed.paths,

@@ -89,6 +89,7 @@ def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> Fac
     out.write(f"{site.name}: {held} ({pack.num_classes:,} people to train on), {site.device}\n")
     if pack.quarantined:
         out.write(f"{site.name}: {len(pack.quarantined):,} pictures left out; facefed data audit lists them\n")
+    out.writelines(f"{site.name}: {escaped(line)}\n" for line in pack.account.lines())
     out.flush()
     return pack
 

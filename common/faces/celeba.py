@@ -1,15 +1,18 @@
-"""The official CelebA layout: identity and partition files, landmarks, pictures in img_align_celeba/.
+"""CelebA: identity and partition lists, landmarks, pictures in img_align_celeba/, as it is handed out.
 
-The text files may lie in the folder itself, in celeba/ (as torchvision puts them), or in Anno/ and Eval/ (as the
-authors' drive has them); line ends may be CRLF.
+The lists may lie in the folder itself, in celeba/ (as torchvision puts them), in Anno/ and Eval/ (as the authors' drive
+has them) or one folder deeper; as text or, in Kaggle's copy, as comma-separated values.  Pictures may be the authors'
+JPEG or PNG files, in a folder in a folder of the same name.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.faces.account import ARCHIVES, Listing, ending_of, walk
 from common.faces.index import (
     FaceIndex,
     Table,
@@ -19,14 +22,15 @@ from common.faces.index import (
     malformed,
     parse_numbers,
     read_lines,
-    read_pairs,
+    resolved,
 )
 
 IDENTITY = "identity_CelebA.txt"
 PARTITION = "list_eval_partition.txt"
 LANDMARKS = "list_landmarks_align_celeba.txt"
 _LANDMARK_LINE = Table(columns=10, separator=None, wanted="a file name and ten pixel coordinates")
-_PICTURES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba/img_align_celeba")
+_PICTURES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
+_HEADINGS = 2  # the authors' landmark list has a count and the columns' names; copies have one of them, or none
 
 # list_bbox_celeba.txt holds boxes of the pictures in the wild, before the authors turned, scaled and cut them to
 # 178 x 218, so it says nothing about the aligned pictures and is not read. These all show the face in one place, and
@@ -35,68 +39,173 @@ ALIGNED_FACE_BOX_PX = (25.0, 57.0, 128.0, 128.0)
 
 
 def read_celeba(dataset: str, root: Path) -> FaceIndex:
-    """The index of an official CelebA folder, by its identity and partition files; no picture is looked at.
+    """The index of a CelebA folder, by its identity and partition lists; no picture is opened.
 
-    Raises DataError for a missing file, a malformed line, or a path that leaves the folder.
+    Raises DataError for a missing list, a malformed line, a path that leaves the folder, or pictures still packed.
     """
-    base = next((folder for folder in (root, root / "celeba") if _find(folder, IDENTITY)), root)
-    identity_file = _require(base, IDENTITY)
-    names, people_of = read_pairs(identity_file, "a file name and a person's number")
-    check_paths(identity_file, names)
-    for line, value in enumerate(people_of, start=1):
+    listing = walk(root)
+    base = _base(listing)
+    identity_file = _require(listing, base, IDENTITY)
+    wanted = "a file name and a person's number"
+    rows = _pairs(identity_file, wanted)
+    names, people_of = [row[1] for row in rows], [row[2] for row in rows]
+    check_paths(identity_file, names, rows[0][0] if rows else 1)
+    for line, name, value in rows:
         if not (value.isascii() and value.isdigit()):
-            raise malformed(identity_file, line, f"{names[line - 1]} {value}", "a file name and a person's number")
-    pictures = _picture_folder(base, names[0]) if names else ""
-    prefix = pictures if base == root else f"celeba/{pictures}"
+            raise malformed(identity_file, line, f"{name} {value}", wanted)
+    partition = _partition(_require(listing, base, PARTITION), names)
+    landmarks = _landmarks(_find(listing, base, LANDMARKS), names)
+    place = _picture_folder(listing, base, names)
+    found = resolved(listing, place, names)
+    copies = [folder for folder in listing.pictures if folder != place and _of_celeba(folder)]
+    notes = [] if place.rpartition("/")[2] == "img_align_celeba" else [f"the pictures are those of {place or '.'}/"]
+    if any(one != other for one, other in zip(names, found, strict=True)):
+        different = sum(one != other for one, other in zip(names, found, strict=True))
+        notes.append(f"{different:,} pictures have another ending than their list says: taken as the same")
     return build_index(
         dataset,
         root,
-        [f"{prefix}/{name}" for name in names],
+        [f"{place}/{name}" if place else name for name in found],
         people_of,
-        official_split=_partition(_require(base, PARTITION), names),
-        landmarks=_landmarks(_find(base, LANDMARKS), names),
+        official_split=partition,
+        landmarks=landmarks,
         boxes=np.tile(np.array(ALIGNED_FACE_BOX_PX, dtype=np.float32), (len(names), 1)),
+        listing=listing,
+        copies=copies,
+        notes=notes,
     )
 
 
-def _find(base: Path, name: str) -> Path | None:
-    return next((file for sub in ("", "Anno", "Eval") if (file := base / sub / name).is_file()), None)
+def _of_celeba(folder: str) -> bool:
+    """Whether a folder holds the authors' pictures in another form: aligned to PNG, or in the wild."""
+    return any(part.startswith(("img_align_celeba", "img_celeba")) for part in folder.split("/"))
 
 
-def _require(base: Path, name: str) -> Path:
-    file = _find(base, name)
+def _forms(name: str) -> tuple[str, str]:
+    return name, f"{name.rpartition('.')[0]}.csv"
+
+
+def _base(listing: Listing) -> str:
+    """The folder that the lists belong to: root, celeba/, or the first other one that has one of them."""
+    for base in ("", "celeba"):
+        if _find(listing, base, IDENTITY) is not None:
+            return base
+    known = {form for name in (IDENTITY, PARTITION) for form in _forms(name)}
+    others = [folder for folder, inside in listing.names.items() if not known.isdisjoint(inside)]
+    first = min(others, key=lambda folder: (folder.count("/"), folder), default="")
+    above, _, last = first.rpartition("/")
+    return above if last in ("Anno", "Eval") else first
+
+
+def _find(listing: Listing, base: str, name: str) -> Path | None:
+    """The list of this name, as text or comma-separated; a list that is a link to nowhere is none."""
+    for sub in ("", "Anno", "Eval"):
+        folder = "/".join(filter(None, (base, sub)))
+        for form in _forms(name):
+            if form in listing.names.get(folder, ()) and (listing.root / folder / form).is_file():
+                return listing.root / folder / form
+    return None
+
+
+def _require(listing: Listing, base: str, name: str) -> Path:
+    file = _find(listing, base, name)
     if file is None:
+        lies = ", ".join(sorted(listing.names.get(base, ()))[:8] + [f"{one}/" for one in listing.children(base)][:4])
+        missing = ""
+        if name == IDENTITY and lies:
+            missing = (
+                " Copies such as Kaggle's come without it: it is in the authors' drive, folder Anno/, from "
+                "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html."
+            )
         raise DataError(
-            f"{base / name}: no such file; the official CelebA layout needs {IDENTITY}, {PARTITION} and "
-            "img_align_celeba/ in one folder (or in Anno/, Eval/ and Img/)."
+            f"{listing.root / base / name}: no such file; the official CelebA layout needs {IDENTITY}, {PARTITION} and "
+            f"img_align_celeba/ in one folder (or in Anno/, Eval/ and Img/).{missing} There: {lies or 'nothing'}. A "
+            "folder with one folder a person is read with --client NAME:folder."
         )
     return file
 
 
-def _picture_folder(base: Path, first: str) -> str:
-    """Where the pictures lie: the first known place that holds the first picture, else the official one."""
-    return next((place for place in _PICTURES if (base / place / first).is_file()), _PICTURES[0])
+def _picture_folder(listing: Listing, base: str, names: list[str]) -> str:
+    """The folder that holds most of the listed pictures, the known ones first; the official one where none does."""
+    stems = {name.rpartition(".")[0] for name in names}
+    known = ["/".join(filter(None, (base, place))) for place in _PICTURES]
+    best, most = known[0], 0
+    for folder in [*(place for place in known if place in listing.names), *listing.below("")]:
+        inside = {name.rpartition(".")[0] for name in listing.names[folder]}
+        number = len(inside & stems) if folder in known or most < len(stems) else 0
+        if number > most:
+            best, most = folder, number
+    if not most and names:
+        _require_unpacked(listing)
+    return best
+
+
+def _require_unpacked(listing: Listing) -> None:
+    """Raise DataError when no picture is there but an archive of them is."""
+    for folder, inside in sorted(listing.names.items()):
+        packed = sorted(name for name in inside if ending_of(name) in ARCHIVES and "celeba" in name.lower())
+        if packed:
+            file = listing.root / folder / packed[0]
+            raise DataError(
+                f"{file}: is still packed, and img_align_celeba/ is not there; unpack it in {listing.root / folder}."
+            )
+
+
+def _rows(file: Path, columns: int, wanted: str) -> Iterator[tuple[int, list[str], str]]:
+    """(line number, fields, line) of each line: separated by white space, in a .csv by commas."""
+    for number, line in enumerate(read_lines(file), start=1):
+        comma = file.suffix == ".csv"
+        row = [field.strip(' "') for field in line.split(",")] if comma else line.split()
+        if len(row) != columns:
+            raise malformed(file, number, line, wanted)
+        yield number, row, line
+
+
+def _pairs(file: Path, wanted: str) -> list[tuple[int, str, str]]:
+    """(line number, name, value) of each line; the heading of a .csv is passed over."""
+    rows = [(number, row[0], row[1]) for number, row, _ in _rows(file, 2, wanted)]
+    return rows[1:] if file.suffix == ".csv" and rows and not rows[0][2].isdigit() else rows
 
 
 def _partition(file: Path, names: list[str]) -> NDArray[np.int8]:
     wanted = "a file name and 0 (train), 1 (validation) or 2 (test)"
-    listed, values = read_pairs(file, wanted)
+    rows = _pairs(file, wanted)
     codes = {"0": 0.0, "1": 1.0, "2": 2.0}
-    for line, value in enumerate(values, start=1):
+    for line, name, value in rows:
         if value not in codes:
-            raise malformed(file, line, f"{listed[line - 1]} {value}", wanted)
-    found = align_rows(names, listed, np.array([codes[value] for value in values], dtype=np.float32))
+            raise malformed(file, line, f"{name} {value}", wanted)
+    values = np.array([codes[value] for _, _, value in rows], dtype=np.float32)
+    found = align_rows(names, [name for _, name, _ in rows], values)
     return np.where(np.isnan(found), -1, found).astype(np.int8)
 
 
 def _landmarks(file: Path | None, names: list[str]) -> NDArray[np.float32] | None:
-    """[N, 5, 2] from the landmark file: a count, a heading, then a line a picture; None where there is no file."""
+    """[N, 5, 2] from the landmark list: at most two lines of heading, then a line a picture; None without a file."""
     if file is None:
         return None
-    lines = read_lines(file)[2:]
+    lines = read_lines(file)
+    if file.suffix == ".csv":
+        lines = [line.replace(",", " ").replace('"', " ") for line in lines]
+    skipped = 0
+    while skipped < min(_HEADINGS, len(lines)) and not _is_points(lines[skipped]):
+        skipped += 1
+    lines = lines[skipped:]
     split = [line.split(None, 1) for line in lines]
-    for number, row in enumerate(split, start=3):
+    for number, row in enumerate(split, start=skipped + 1):
         if len(row) != 2:
-            raise malformed(file, number, lines[number - 3], _LANDMARK_LINE.wanted)
-    values = parse_numbers(file, [row[1] for row in split], _LANDMARK_LINE, 3)
+            raise malformed(file, number, lines[number - skipped - 1], _LANDMARK_LINE.wanted)
+    values = parse_numbers(file, [row[1] for row in split], _LANDMARK_LINE, skipped + 1)
     return align_rows(names, [row[0] for row in split], values.reshape(-1, 5, 2))
+
+
+def _is_points(line: str) -> bool:
+    row = line.split()
+    return len(row) == 1 + _LANDMARK_LINE.columns and all(_is_number(field) for field in row[1:])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

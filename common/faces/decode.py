@@ -4,7 +4,9 @@ First one file, which is what the packing processes do; then every picture of an
 several; last the central square of any few pictures.
 """
 
+import functools
 import hashlib
+import importlib
 import io
 import logging
 import math
@@ -12,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import struct
 import threading
 import warnings
 from collections import Counter, deque
@@ -23,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from common.errors import DataError, FaceFedError
+from common.faces.account import DATA, heif_plug_in
 from common.faces.align import box_maps, centre_map, landmark_maps
 from common.faces.datasets import DATASETS
 from common.faces.index import FaceIndex
@@ -34,7 +38,22 @@ from common.system.runtime import num_cores
 
 MAX_FILE_BYTES = 128 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file that claims more is a mistake or an attack
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # nothing that starts another program, as EPS does
+# Nothing that starts another program, as EPS does, nor without a mark of its kind, as TGA: any bytes would pass.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000", "QOI", "PSD", "SUN")
+SMALLEST_PX = 8  # the shorter side; below it there is no face to see
+LEAST_CONTRAST = 8  # of 255, between the darkest and the brightest value; below it nobody sees anything
+DEEP_BITS = 14  # a 16-bit file whose values need at most so many is a camera's of fewer bits, and is scaled
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF's Orientation -> what makes the picture upright
+_SWAPPING = tuple(_TURNS[flag] for flag in (5, 6, 7, 8))  # these swap width and height
+_PNG_MARK, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 _LARGEST_SHRINK = 0.9  # below this scale a picture is shrunk with a filter first, for bicubic sampling would alias
 
 
@@ -68,6 +87,7 @@ class Done:
     pictures: NDArray[np.uint8]
     reasons: tuple[str, ...]
     digests: tuple[bytes, ...]
+    notes: tuple[str, ...] = ()  # one for each of M pictures, "" for most: what was done to a usable one
 
 
 class _Unusable(Exception):
@@ -78,21 +98,23 @@ def decode_job(job: Job) -> Done:
     """Read, decode and align every picture of a job; no picture can make it fail."""
     size = job.recipe.image_size
     maps = _maps(job)
-    pictures, reasons, digests = [], [], []
+    pictures, reasons, digests, notes = [], [], [], []
     for row, path in enumerate(job.paths):
-        digest, reason = b"", ""
+        digest, reason, note = b"", "", ""
         try:
             payload = _read(job.root / path)
             digest = hashlib.sha256(payload).digest()
-            pictures.append(decode_aligned(payload, None if maps is None else maps[row], size))
+            picture, note = _decode(payload, None if maps is None else maps[row], size)
+            pictures.append(picture)
         except _Unusable as error:
             reason = str(error)
         except Exception as error:  # a decoder may raise anything for a broken file
             reason = f"unreadable: {' '.join(str(error).split()) or type(error).__name__}"
         reasons.append(reason)
         digests.append(digest)
+        notes.append(note)
     stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return Done(pictures=stacked, reasons=tuple(reasons), digests=tuple(digests))
+    return Done(pictures=stacked, reasons=tuple(reasons), digests=tuple(digests), notes=tuple(notes))
 
 
 def _maps(job: Job) -> NDArray[np.float64] | None:
@@ -125,33 +147,94 @@ def decode_aligned(payload: bytes, affine: NDArray[np.float64] | None, image_siz
     affine: [2, 3], upright picture px -> output px as in `align`; None: the centre square.  The camera's orientation
     flag is applied first.  Raises an exception that says why where the picture is unusable.
     """
+    return _decode(payload, affine, image_size)[0]
+
+
+def _decode(payload: bytes, affine: NDArray[np.float64] | None, image_size: int) -> tuple[NDArray[np.uint8], str]:
+    """As `decode_aligned`, with what was done to the values, "" for most pictures."""
     if affine is not None and not np.isfinite(affine).all():
         raise _Unusable("no landmarks or box")
+    try:
+        return _decode_as_it_is(payload, affine, image_size)
+    except _Unusable:
+        raise
+    except Exception:
+        bare = _without_text(payload)  # a comment that is too long or damaged says nothing about the pixels
+        if bare == payload:
+            raise
+        return _decode_as_it_is(bare, affine, image_size)
+
+
+def _decode_as_it_is(
+    payload: bytes, affine: NDArray[np.float64] | None, image_size: int
+) -> tuple[NDArray[np.uint8], str]:
+    _register_heif()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            opened = Image.open(io.BytesIO(payload), formats=FORMATS)
+            opened = Image.open(io.BytesIO(payload), formats=_formats())
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise _Unusable("too many pixels: more than any photograph has") from None
         except UnidentifiedImageError:
+            if _without_text(payload) != payload:
+                raise
             raise _Unusable("unreadable: not a JPEG, PNG, WebP or BMP picture") from None
         with opened as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise _Unusable(f"too many pixels: {width} x {height}")
+            if min(width, height) < SMALLEST_PX:
+                raise _Unusable(f"too small: {width} x {height} px")
+            if picture.format not in ("JPEG", "MPO"):  # a JPEG may be shrunk while it is read; others know more after
+                picture.load()
+                width, height = picture.size
+            turn = _turn(picture)
             if affine is None:
-                upright_size = (height, width) if _is_turned(picture) else (width, height)
-                affine = centre_map(*upright_size, image_size)
-            scale = math.hypot(affine[0, 0], affine[1, 0])
-            shrunk = _draft(picture, scale)
-            ImageOps.exif_transpose(picture, in_place=True)
-            upright = _rgb(picture)
-    return _warp(upright, _in_shrunk(affine, shrunk), image_size)
+                affine = centre_map(*((height, width) if turn in _SWAPPING else (width, height)), image_size)
+            shrunk = _draft(picture, math.hypot(affine[0, 0], affine[1, 0]))
+            picture.load()
+            upright, note = _rgb(picture if turn is None else picture.transpose(turn))
+    span = max(high - low for low, high in np.asarray(upright.getextrema()).tolist())
+    if span < LEAST_CONTRAST:
+        raise _Unusable(f"no contrast: all values within {span:g} of 255")
+    aligned = _warp(upright, _in_shrunk(affine, shrunk), image_size)
+    if aligned.max() < LEAST_CONTRAST:
+        raise _Unusable("black where the face should be")
+    return aligned, note
 
 
-def _is_turned(picture: Image.Image) -> bool:
-    return picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the Orientation values that swap width and height
+@functools.cache
+def _register_heif() -> None:
+    if heif_plug_in():
+        importlib.import_module(heif_plug_in()).register_heif_opener()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    return (*FORMATS, "HEIF") if heif_plug_in() else FORMATS
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright, by the orientation flag alone; None where it is so already, or says nothing."""
+    try:
+        return _TURNS.get(picture.getexif().get(0x0112, 1))
+    except Exception:  # whatever else the EXIF holds says nothing about the pixels
+        return None
+
+
+def _without_text(payload: bytes) -> bytes:
+    """A PNG without its text chunks; anything else as it is."""
+    if not payload.startswith(_PNG_MARK) or not any(name in payload for name in _PNG_TEXT):
+        return payload
+    kept, at = [_PNG_MARK], len(_PNG_MARK)
+    while at + 8 <= len(payload):
+        length, name = struct.unpack_from(">I4s", payload, at)
+        end = at + 12 + length
+        if name not in _PNG_TEXT:
+            kept.append(payload[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _draft(picture: Image.Image, scale: float) -> int:
@@ -164,13 +247,29 @@ def _draft(picture: Image.Image, scale: float) -> int:
     return round(width / picture.size[0])
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """Any mode -> RGB; 16-bit grey keeps its high byte, transparency is dropped."""
+def _rgb(picture: Image.Image) -> tuple[Image.Image, str]:
+    """Any mode -> RGB, and what was done to its values; transparency is dropped.
+
+    16-bit grey keeps its high byte. Where no value needs more than DEEP_BITS bits, as cameras of 12 bits and programs
+    that copy 8 write them, the values that there are become the whole range. So do real numbers.
+    """
+    note = ""
     if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(picture, dtype=np.int64)
+        bits = max(8, int(values.max()).bit_length())
+        if bits <= DEEP_BITS:
+            note = f"16-bit file with values of {bits} bits, scaled"
+        shift = bits - 8 if bits <= DEEP_BITS else 8
+        picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    elif picture.mode == "F":
+        real = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0.0, neginf=0.0)
+        highest = float(real.max())
+        scale = 255.0 / highest if 0 < highest <= 1.0 or highest > 255.0 else 1.0
+        note = "" if scale == 1.0 else f"real numbers up to {highest:g}, scaled"
+        picture = Image.fromarray((real * scale).clip(0, 255).astype(np.uint8))
     if picture.mode == "P":
         picture = picture.convert("RGBA")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return (picture if picture.mode == "RGB" else picture.convert("RGB")), note
 
 
 def _in_shrunk(affine: NDArray[np.float64], factor: int) -> NDArray[np.float64]:
@@ -225,14 +324,15 @@ logger = logging.getLogger("facefed.faces")
 def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float32] | None]:
     """How the pictures of this data set are aligned, and the landmarks or boxes [N, ...] that takes.
 
-    Where the layout has no such points (see DATASETS), pictures are cut to the centre square. Elsewhere a missing file
-    is a DataError, for a silent change of alignment would ruin a comparison.
+    Where the layout has no such points (see DATASETS), or copies of it often lack them, pictures are cut to the centre
+    square, and `alignment_note` says so. Elsewhere a missing file is a DataError, for a silent change of alignment
+    would ruin a comparison.
     """
     points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None}[data.alignment]
     alignment = data.alignment
     if points is None and alignment != "resize":
         file = DATASETS[index.dataset].points.get(alignment)
-        if file is not None:
+        if file is not None and not DATASETS[index.dataset].copies_lack_points:
             raise DataError(
                 f"{index.root}: data.alignment = {alignment!r} needs {file}, which is not there; add the file or "
                 'choose data.alignment = "resize".'
@@ -240,6 +340,14 @@ def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float
         logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
         alignment = "resize"
     return Recipe(alignment=alignment, image_size=data.image_size, box_margin=data.box_margin), points
+
+
+def alignment_note(index: FaceIndex, recipe: Recipe, data: DataSettings) -> tuple[str, ...]:
+    """The line that says that pictures are cut to the centre square for want of a file, if that is so."""
+    file = DATASETS[index.dataset].points.get(data.alignment)
+    if recipe.alignment == data.alignment or file is None:
+        return ()
+    return (f"no {file} for these pictures: they are cut to their centre square, not aligned by {data.alignment}",)
 
 
 def scan(
@@ -340,15 +448,25 @@ def quarantine(index: FaceIndex, reasons: Sequence[str]) -> tuple[NDArray[np.boo
 
 
 def check_quarantine(index: FaceIndex, quarantined: Sequence[tuple[str, str]], total: int, limit: float) -> None:
-    """Raise DataError when more than `limit` of `total` pictures are quarantined; each entry is (path, reason)."""
-    if len(quarantined) <= limit * total:
+    """Raise DataError when more than `limit` of what looks like data is not used.
+
+    quarantined: (path, reason) of pictures left out, of `total` that the settings use.  What the index's account passed
+    over and looks like data counts with them.
+    """
+    account = index.account
+    unused, of = len(quarantined) + account.num_unused_data, total + account.num_unused_data
+    if unused <= limit * of:
         return
     kinds = Counter(reason.split(":")[0] for _, reason in quarantined)
     counts = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common())
-    first = ", ".join(path for path, _ in quarantined[:3])
+    passed = [one for one in account.passed_over if one.weight == DATA]
+    also = account.words()
+    first = ", ".join([path for path, _ in quarantined[:3]] or [one.first for one in passed[:3]])
     raise DataError(
-        f"{index.root}: {len(quarantined)} of {total} pictures cannot be used ({counts}), more than "
-        f"data.max_quarantined_fraction = {limit:g} allows; the first: {first}; repair them or raise the limit."
+        f"{index.root}: {unused} of {of} pictures cannot be used ("
+        + "; passed over: ".join(filter(None, (counts, also)))
+        + f"), more than data.max_quarantined_fraction = {limit:g} allows; the first: {first}; repair them, take them "
+        "out of the folder, or raise the limit."
     )
 
 

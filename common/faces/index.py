@@ -2,13 +2,14 @@
 
 First what reads the text files of official layouts: whole files at a time, a fault reported with file and line number.
 Last the layout of a data set of one's own: one folder a person, without landmarks, boxes or an official split.
+What is on disk beside the pictures of an index is in its account (`account.py`).
 """
 
 import dataclasses
 import itertools
-import os
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError, unknown_name
+from common.faces.account import NOTHING, PARTS, Account, Listing, account_of, ending_of, is_picture, walk
 from common.faces.datasets import DATASETS
 
 CHUNK_LINES = 100_000  # numbers are parsed so many lines at a time: memory stays bounded on VGGFace2's 3.1 M lines
@@ -136,6 +138,7 @@ class FaceIndex:
     names: the people's real names where the data set has them, in the order of people; else None.
     family: [P] int64, for each person the number in people of the first person of their family (its own for one without
         siblings), so that people[family[p]] names the family of person p.  None: every person is their own family.
+    account: what became of everything below root; `read_index` fills it in where the reader did not.
     """
 
     dataset: str
@@ -148,6 +151,7 @@ class FaceIndex:
     boxes: NDArray[np.float32] | None
     names: tuple[str, ...] | None = None
     family: NDArray[np.int64] | None = None
+    account: Account = NOTHING
 
     def __len__(self) -> int:
         """Number of pictures N."""
@@ -165,11 +169,15 @@ def build_index(
     boxes: NDArray[np.float32] | None = None,
     names: dict[str, str] | None = None,
     siblings: Iterable[tuple[str, str]] | None = None,
+    listing: Listing | None = None,
+    copies: Iterable[str] = (),
+    notes: Iterable[str] = (),
 ) -> FaceIndex:
     """A FaceIndex from parallel columns in any order: sorted by path, people numbered in sorted order.
 
     people_of: [N] identifier of each picture's person.  names: identifier -> real name.
     siblings: pairs of people of one family, each with pictures; None: the data set knows of no families.
+    listing, copies, notes: for the account, from a reader that walked the folder itself; see `account_of`.
     Raises DataError for a picture named twice or a data set without pictures.
     """
     if not paths:
@@ -195,6 +203,7 @@ def build_index(
         boxes=None if boxes is None else boxes[order],
         names=None if names is None else tuple(names.get(identifier, identifier) for identifier in people),
         family=None if siblings is None else _families(len(people), [(number[a], number[b]) for a, b in siblings]),
+        account=NOTHING if listing is None else account_of(listing, ordered, copies=copies, notes=notes),
     )
 
 
@@ -222,7 +231,18 @@ def read_index(dataset: str, root: Path) -> FaceIndex:
         raise DataError(unknown_name("data set", dataset, DATASETS))
     require_folder(root, row.needs)
     reader: Callable[[str, Path], FaceIndex] = pkgutil.resolve_name(row.reader)
-    return reader(dataset, root)
+    index = reader(dataset, root)
+    if index.account != NOTHING:
+        return index
+    return dataclasses.replace(index, account=account_of(walk(root), index.paths))
+
+
+def without_missing(index: FaceIndex) -> FaceIndex:
+    """The index of the pictures that are there: whatever is chosen is chosen among these."""
+    missing = {path for path, _ in index.account.missing}
+    if not missing:
+        return index
+    return take(index, np.array([i for i, path in enumerate(index.paths) if path not in missing], dtype=np.int64))
 
 
 def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
@@ -237,31 +257,108 @@ def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
     )
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in any case
+SHOWN_ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp"
+
+
+def resolved(listing: Listing, folder: str, names: Sequence[str]) -> list[str]:
+    """The listed names as they stand in the folder: with another ending (.png, .JPG) where that is what is there.
+
+    A name that is there in no form is returned as it is listed.  names may hold folders below `folder`.
+    """
+    forms: dict[str, dict[str, str]] = {}
+    inside: dict[str, set[str]] = {}
+    found = []
+    for path in names:
+        sub, slash, name = path.rpartition("/")
+        place = f"{folder}/{sub}" if folder and sub else folder or sub
+        if place not in inside:
+            inside[place] = set(listing.names.get(place, ()))
+        if name in inside[place]:
+            found.append(path)
+            continue
+        if place not in forms:
+            there = sorted(filter(is_picture, inside[place]), reverse=True)
+            forms[place] = {other.rpartition(".")[0]: other for other in there}
+        stem = name.rpartition(".")[0] if ending_of(name) else name
+        found.append(f"{sub}{slash}{forms[place].get(stem, name)}")
+    return found
 
 
 def read_folder(dataset: str, root: Path) -> FaceIndex:
-    """The index of a folder with one folder a person.  Raises DataError where it is without pictures."""
-    found = list(walk_people(root))
-    if not found:
-        raise DataError(
-            f"{root}: no pictures found; the layout is one folder a person with {', '.join(SUFFIXES)} inside each."
-        )
-    people_of = [person for person, _ in found]
+    """The index of a folder with one folder a person, pictures any number of folders below.
+
+    Folders train/, val/ and test/ that hold folders of people are parts: people of one name are one person, and what
+    serves what is decided by hash. So are two spellings of one name (Unicode's composed and decomposed accents).
+    Raises DataError where it is without pictures, or all of them lie below one folder that is no person's.
+    """
+    listing = walk(root)
+    parts = [top for top in listing.children("") if _is_part(listing, top)]
+    _require_people_folders(listing, parts)
+    depth_of = {top: 1 if top in parts else 0 for top in listing.children("")}
+    paths, people_of = [], []
+    for folder, names in listing.pictures.items():
+        tops = folder.split("/")
+        if not folder or len(tops) <= depth_of[tops[0]]:
+            continue
+        paths += [f"{folder}/{name}" for name in names]
+        people_of += [tops[depth_of[tops[0]]]] * len(names)
+    notes = []
+    if parts:
+        where = ", ".join(f"{part}/" for part in parts)
+        notes.append(f"{where} taken as parts of one set: people of one name are one person, splits are by hash")
+    people_of, note = _one_spelling(people_of)
     return build_index(
         dataset,
         root,
-        [f"{person}/{name}" for person, name in found],
+        paths,
         people_of,
         names=dict(zip(people_of, people_of, strict=True)),
+        listing=listing,
+        notes=[*notes, *note],
     )
 
 
-def walk_people(root: Path) -> Iterator[tuple[str, str]]:
-    """(person, file name) of each picture one level below root; hidden folders and files are passed over."""
-    with os.scandir(root) as people:
-        folders = sorted(entry.name for entry in people if entry.is_dir() and not entry.name.startswith("."))
-    for person in folders:
-        with os.scandir(root / person) as pictures:
-            names = [entry.name for entry in pictures if entry.name.lower().endswith(SUFFIXES)]
-        yield from ((person, name) for name in sorted(names) if not name.startswith("."))
+def _is_part(listing: Listing, top: str) -> bool:
+    """Whether a folder is called train, val or test and holds folders of people, not pictures."""
+    return top.lower() in PARTS and top not in listing.pictures and len(listing.children(top)) > 0
+
+
+def _one_spelling(people_of: list[str]) -> tuple[list[str], list[str]]:
+    """The people with names that differ in Unicode's form only made one, and the line that says so."""
+    spellings: dict[str, set[str]] = {}
+    for name in set(people_of):
+        spellings.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+    one = {name: form for form, names in spellings.items() if len(names) > 1 for name in names}
+    if not one:
+        return people_of, []
+    number = len(set(one.values()))
+    what = "1 name stands" if number == 1 else f"{number:,} names stand"
+    line = f"{what} in two Unicode spellings (NFC, NFD): the folders of one name are one person's"
+    return [one.get(name, name) for name in people_of], [line]
+
+
+def _require_people_folders(listing: Listing, parts: Sequence[str]) -> None:
+    """Raise DataError, saying what lies there, unless pictures lie in folders of people."""
+    root, tops = listing.root, listing.children("")
+    if not tops:
+        lies = account_of(listing, ()).words(("data", "odd", "other"))
+        if "" in listing.pictures:
+            number = len(listing.pictures[""])
+            lies = f"{number:,} pictures in the folder itself; put each person's into a folder of their own"
+        raise DataError(
+            f"{root}: no pictures found; the layout is one folder a person with {SHOWN_ENDINGS} and the like inside "
+            f"each. There: {lies or 'nothing'}."
+        )
+    if len(tops) > 1 or parts or tops[0] in listing.pictures:
+        return
+    folder = tops[0]
+    while len(listing.children(folder)) == 1 and folder not in listing.pictures:
+        folder = f"{folder}/{listing.children(folder)[0]}"
+    number = len(listing.children(folder))
+    if number > 1:
+        levels = folder.count("/") + 1
+        deeper = "one level" if levels == 1 else f"{levels} levels"
+        raise DataError(
+            f"{root}: {number:,} folders of pictures {deeper} deeper, in {folder}: give {root / folder}; the layout is "
+            "one folder a person."
+        )

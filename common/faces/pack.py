@@ -9,22 +9,33 @@ import logging
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CheckpointError, DataError
 from common.faces import pack_store
-from common.faces.decode import Recipe, check_quarantine, plan, quarantine, scan, with_duplicates
-from common.faces.index import FaceIndex, read_index, take
+from common.faces.account import NOTHING, Account, PassedOver
+from common.faces.decode import (
+    Recipe,
+    alignment_note,
+    check_quarantine,
+    plan,
+    quarantine,
+    scan,
+    with_duplicates,
+)
+from common.faces.index import FaceIndex, read_index, take, without_missing
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 
 Progress = Callable[[int, int], None]
+_VALUES = "values: "  # how a line begins that says what was done to the values of pictures
 _CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
 logger = logging.getLogger("facefed.faces")
 
@@ -48,6 +59,7 @@ class FacePack:
     person: [N] int64, index into people (all people of the data set).  split: [N] int8 `Split` codes; UNUSED is rare:
     people that fell below the limits through quarantine.  key: SHA-256 hex of index and settings.
     quarantined: (path, reason), sorted by path.  family: [P] int64, as in FaceIndex; None: everyone their own.
+    account: what became of everything below the data folder, missing pictures aside (those are quarantined).
     """
 
     pictures: Pictures
@@ -58,6 +70,7 @@ class FacePack:
     quarantined: tuple[tuple[str, str], ...]
     dataset: str
     family: NDArray[np.int64] | None = None
+    account: Account = NOTHING
 
     def __len__(self) -> int:
         """Number of pictures N."""
@@ -118,13 +131,16 @@ def open_pack(
     cannot be written. Raises CheckpointError when cache_dir/KEY holds a pack of another key.
     """
     index = read_index(dataset, root)
+    missing = index.account.missing
+    check_quarantine(index, missing, len(index), data.max_quarantined_fraction)
+    index = without_missing(index)
     split = assign_splits(index, data)
     rows = np.flatnonzero(split != Split.UNUSED)
     index, split = take(index, rows), split[rows]
     recipe, points = plan(index, data)
+    account = dataclasses.replace(index.account, notes=(*index.account.notes, *alignment_note(index, recipe, data)))
+    index = dataclasses.replace(index, account=account)
     stamps = _stamps(index)
-    missing = [(index.paths[i], "missing") for i in np.flatnonzero(stamps[:, 0] < 0).tolist()]
-    check_quarantine(index, missing, len(index), data.max_quarantined_fraction)
     key = _key(index, split, stamps, recipe, data)
     pack = _load_whole(cache_dir / key)
     if pack is None:
@@ -138,8 +154,10 @@ def open_pack(
         except OSError as error:
             raise DataError(f"{cache_dir}: cannot be written: {error.strerror}; choose another cache folder.") from None
         pack = pack or load_pack(cache_dir / key)
-    check_quarantine(index, pack.quarantined, len(index), data.max_quarantined_fraction)
-    return pack
+    check_quarantine(index, pack.quarantined, len(index) + len(missing), data.max_quarantined_fraction)
+    # what lies beside the pictures may have changed since they were packed
+    values = tuple(note for note in pack.account.notes if note.startswith(_VALUES))
+    return dataclasses.replace(pack, account=dataclasses.replace(account, notes=account.notes + values))
 
 
 def load_pack(folder: Path, key: str | None = None) -> FacePack:
@@ -168,7 +186,18 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
         key=manifest["key"],
         quarantined=tuple((path, reason) for path, reason in manifest["quarantined"]),
         dataset=manifest["dataset"],
+        account=_account_in(manifest),
         family=None if manifest["family"] is None else np.array(manifest["family"], dtype=np.int64),
+    )
+
+
+def _account_in(manifest: Mapping[str, Any]) -> Account:
+    """The account in a manifest; packs made before there was one have none."""
+    kept = manifest.get("account", {})
+    return Account(
+        num_found=kept.get("num_found", 0),
+        passed_over=tuple(PassedOver(**one) for one in kept.get("passed_over", ())),
+        notes=tuple(kept.get("notes", ())),
     )
 
 
@@ -237,6 +266,7 @@ def _write(
     with pack_store.new_folder(folder.parent, folder.name, need_bytes) as temporary:
         reasons: list[str] = []
         digests: list[bytes] = []
+        values: Counter[str] = Counter()
         path = temporary / pack_store.PICTURES
         results = scan(index, recipe, points, workers=workers, progress=progress)
         with path.open("wb") as file, contextlib.closing(results):
@@ -245,10 +275,18 @@ def _write(
                 file.write(done.pictures.tobytes())
                 reasons += done.reasons
                 digests += done.digests
+                values.update(note for note in done.notes if note)
         written = np.array([not reason for reason in reasons])
-        kept, quarantined = quarantine(index, with_duplicates(index, split, reasons, digests))
-        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
-        if quarantined:
+        kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
+        missing = index.account.missing
+        quarantined = tuple(sorted((*unusable, *missing)))
+        check_quarantine(index, quarantined, len(index) + len(missing), data.max_quarantined_fraction)
+        account = {
+            "num_found": index.account.num_found,
+            "passed_over": [vars(one) for one in index.account.passed_over],
+            "notes": [*index.account.notes, *value_notes(values)],
+        }
+        if unusable:
             # one picture less may leave a person without a training picture: decide again, on what is left
             index = take(index, np.flatnonzero(kept))
             split = assign_splits(index, data)
@@ -257,7 +295,12 @@ def _write(
         np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
         about = {"key": folder.name, "dataset": index.dataset, "people": index.people, "quarantined": quarantined}
         family = None if index.family is None else index.family.tolist()
-        pack_store.write_manifest(temporary, {**about, "family": family})
+        pack_store.write_manifest(temporary, {**about, "account": account, "family": family})
+
+
+def value_notes(values: Mapping[str, int]) -> tuple[str, ...]:
+    """The lines on pictures whose values were scaled.  values: what was done -> pictures."""
+    return tuple(f"{_VALUES}{number:,} x {what}" for what, number in sorted(values.items()))
 
 
 class StackedPictures:
@@ -305,6 +348,11 @@ def union_pack(packs: Mapping[str, FacePack]) -> FacePack:
         key=digest.hexdigest(),
         quarantined=tuple((f"{name}/{path}", why) for name, pack in packs.items() for path, why in pack.quarantined),
         dataset="+".join(packs),
+        account=Account(
+            num_found=sum(pack.account.num_found for pack in packs.values()),
+            passed_over=tuple(one for pack in packs.values() for one in pack.account.passed_over),
+            notes=tuple(f"{name}: {note}" for name, pack in packs.items() for note in pack.account.notes),
+        ),
         family=np.concatenate([pack.families + start for pack, start in zip(packs.values(), offsets, strict=False)])
         if any(pack.family is not None for pack in packs.values())
         else None,

@@ -187,11 +187,32 @@ def _check_form(folder: Path, manifest: Mapping[str, Any]) -> None:
         and all(isinstance(one, str) for one in people)
         and "family" in manifest
         and (family is None or _is_family(family, len(people)))
+        and _is_account(manifest.get("account", {}))
         and isinstance(quarantined, list)
         and all(isinstance(row, list) and len(row) == 2 for row in quarantined)
     )
     if not sound:
         raise CheckpointError(f"{folder / MANIFEST}: is not one of ours; delete the folder and pack again.")
+
+
+def _is_account(account: object) -> bool:
+    """Whether this is what `pack` writes of an account; {} in packs of before there was one."""
+    fields = {"words": str, "number": int, "first": str, "weight": str}
+    return isinstance(account, dict) and (
+        not account
+        or (
+            type(account.get("num_found")) is int
+            and isinstance(account.get("notes"), list)
+            and all(isinstance(note, str) for note in account["notes"])
+            and isinstance(account.get("passed_over"), list)
+            and all(
+                isinstance(one, dict)
+                and one.keys() == fields.keys()
+                and all(type(one[name]) is kind for name, kind in fields.items())
+                for one in account["passed_over"]
+            )
+        )
+    )
 
 
 def _is_family(family: object, num_people: int) -> bool:

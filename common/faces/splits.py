@@ -112,9 +112,29 @@ def _require_people(index: FaceIndex, part: NDArray[np.int8], data: DataSettings
             kind, total = ("people", len(index.people)) if counts_people else ("families", len(np.unique(family)))
             raise DataError(
                 f"{index.root}: {left} of {total} {kind} left for {what}, and {MIN_PEOPLE} are needed; "
-                f"add {kind} or relax data.min_pictures_per_person = {data.min_pictures_per_person}, "
-                f"data.max_people = {data.max_people}."
+                f"add {kind}{_what_to_relax(data)}. {_what_is_there(index)}"
             )
+
+
+def _what_to_relax(data: DataSettings) -> str:
+    """The settings that leave people out; advice that cannot help is left out."""
+    limits = []
+    if data.min_pictures_per_person > MIN_OPEN_PICTURES:
+        limits.append(f"data.min_pictures_per_person = {data.min_pictures_per_person}")
+    if isinstance(data.max_people, int):
+        limits.append(f"data.max_people = {data.max_people}")
+    return f" or relax {', '.join(limits)}" if limits else ""
+
+
+def _what_is_there(index: FaceIndex) -> str:
+    """What is needed in all, and what the folder has."""
+    count = np.bincount(index.person, minlength=len(index.people))
+    with_pictures, single = int((count > 0).sum()), int((count == 1).sum())
+    alone = f", {single} of them with a single one" if single else ""
+    return (
+        f"There: {with_pictures} people with pictures{alone}; needed: {3 * MIN_PEOPLE} people (to train on, to "
+        f"validate and to test with {MIN_PEOPLE} each) with {MIN_OPEN_PICTURES} pictures or more of each."
+    )
 
 
 def _keep_some(part: NDArray[np.int8], family: NDArray[np.int64], hashes: NDArray[np.uint64], max_people: int) -> None:

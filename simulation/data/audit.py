@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from common.faces.decode import check_quarantine, plan, quarantine, scan, with_duplicates
-from common.faces.index import OFFICIAL_NONE, FaceIndex, read_index, take
+from common.faces.account import Account
+from common.faces.decode import alignment_note, check_quarantine, plan, quarantine, scan, with_duplicates
+from common.faces.index import OFFICIAL_NONE, FaceIndex, read_index, take, without_missing
+from common.faces.pack import value_notes
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 
@@ -96,7 +99,7 @@ class AuditReport:
     num_people, num_pictures: what the layout names.  people, pictures: counts by split, as a pack would have them.
     pictures_per_person: min, median, max over all people named; histogram: (range, people).  quarantined: (path,
     reason).  people_in_two_splits: those whom the official lists put in more than one part.  copies: exact duplicates.
-    families: None where the data set knows of none.
+    families: None where the data set knows of none.  account: what became of everything below root.
     problem: why it cannot be packed with these settings, "" where it can.  names and hashes (path -> SHA-256 hex) are
     what `audit_overlap` compares; they are not printed.
     """
@@ -114,15 +117,16 @@ class AuditReport:
     people_in_two_splits: tuple[str, ...]
     copies: tuple[Copies, ...]
     families: Families | None
+    account: Account
     problem: str
     names: tuple[str, ...] = field(repr=False)
     hashes: dict[str, str] = field(repr=False)
 
     @property
     def fraction_quarantined(self) -> float:
-        """Quarantined pictures as a fraction of those that the settings use."""
-        used = len(self.quarantined) + sum(self.pictures.values()) - self.pictures["unused"]
-        return len(self.quarantined) / max(used, 1)
+        """What looks like data and is left out or passed over, as a fraction of that and of what the settings use."""
+        unused = len(self.quarantined) + self.account.num_unused_data
+        return unused / max(unused + sum(self.pictures.values()) - self.pictures["unused"], 1)
 
     @property
     def copies_across_splits(self) -> tuple[Copies, ...]:
@@ -137,6 +141,11 @@ class AuditReport:
         plain["quarantined"] = [{"path": path, "reason": reason} for path, reason in self.quarantined]
         plain["families"] = None if self.families is None else self.families.plain()
         plain["copies"] = [vars(copies) for copies in self.copies]
+        plain["account"] = {
+            "num_found": self.account.num_found,
+            "passed_over": [vars(one) for one in self.account.passed_over],
+            "notes": list(self.account.notes),
+        }
         return json.dumps(plain, indent=2, sort_keys=True)
 
     def lines(self) -> list[str]:
@@ -155,6 +164,9 @@ class AuditReport:
             f"{self.max_quarantined_fraction:.2%} allowed)"
             + "".join(f"; {kind} {n}" for kind, n in sorted(kinds.items())),
             *_cut(f"    {path}: {reason}" for path, reason in self.quarantined),
+            f"  passed over: {self.account.num_passed_over} of {self.account.num_found} things below the folder",
+            *_cut(f"    {one.words}, such as {one.first}" for one in self.account.passed_over),
+            *(f"  note: {note}" for note in self.account.notes),
             f"  people in two official parts: {len(self.people_in_two_splits)}",
             *_cut(f"    {name}" for name in self.people_in_two_splits),
             f"  exact duplicates: {len(self.copies)} groups, {len(across)} of them across splits",
@@ -203,24 +215,30 @@ def audit(
     needs a file that is not there.
     """
     named = read_index(dataset, root)
-    split, problem = _splits(named, data)
-    rows = np.arange(len(named)) if problem else np.flatnonzero(split != Split.UNUSED)
-    index, split = take(named, rows), split[rows]
+    missing = named.account.missing
+    there = without_missing(named)
+    split, problem = _splits(there, data)
+    rows = np.arange(len(there)) if problem else np.flatnonzero(split != Split.UNUSED)
+    index, split = take(there, rows), split[rows]
     recipe, points = plan(index, data)
     reasons: list[str] = []
     digests: list[bytes] = []
+    values: Counter[str] = Counter()
     for done in scan(index, recipe, points, workers=workers, progress=progress):
         reasons += done.reasons
         digests += done.digests
+        values.update(note for note in done.notes if note)
     copies = _copies(index, split, digests)
     hashes = {path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest}
-    kept, quarantined = quarantine(index, with_duplicates(index, split, reasons, digests))
+    kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
+    quarantined = tuple(sorted((*unusable, *missing)))
     try:
-        check_quarantine(index, quarantined, len(index), data.max_quarantined_fraction)
+        check_quarantine(index, missing, len(named), data.max_quarantined_fraction)
+        check_quarantine(index, quarantined, len(index) + len(missing), data.max_quarantined_fraction)
     except DataError as error:
-        problem = problem or str(error)
-    unused = len(named) - len(index)
-    if quarantined:
+        problem = str(error) if missing or not problem else problem
+    unused = len(there) - len(index)
+    if unusable:
         index = take(index, np.flatnonzero(kept))
         split, fewer = _splits(index, data)
         problem = problem or fewer
@@ -242,6 +260,10 @@ def audit(
         people_in_two_splits=_in_two_parts(named),
         copies=copies,
         families=count_families(named, index, split),
+        account=dataclasses.replace(
+            named.account,
+            notes=(*named.account.notes, *alignment_note(index, recipe, data), *value_notes(values)),
+        ),
         names=named.names or tuple(f"{dataset} {person}" for person in named.people),
         hashes=hashes,
         problem=problem,
@@ -276,7 +298,7 @@ def _splits(index: FaceIndex, data: DataSettings) -> tuple[NDArray[np.int8], str
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
 
 
 def _cut(lines: Iterable[str]) -> list[str]:
