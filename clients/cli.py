@@ -12,8 +12,8 @@ from common.flags import add_shared_files
 from common.names import CLIENT_NAME, NAME_RULE
 from common.settings import LOG_LEVELS
 from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
-from common.system.processes import is_loopback, parse_address
-from common.system.runtime import go_silent, num_cores
+from common.system.processes import host_port, is_loopback, is_this_machine, parse_address
+from common.system.runtime import go_silent, num_cores, reach_directly
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,13 +73,15 @@ def _check(arguments: argparse.Namespace) -> tuple[str, int]:
     if not CLIENT_NAME.fullmatch(name):
         raise UserError(f"--name {name}: use {NAME_RULE}.")
     host, port = parse_address(arguments.server, "--server")
+    if is_this_machine(host):
+        reach_directly(host)
     if arguments.tls and arguments.insecure:
         raise UserError("--tls and --insecure contradict each other; give one of them.")
     if not (is_loopback(host) or arguments.tls or arguments.insecure):
         raise UserError(
-            f"--server {host}:{port} is another machine and the connection would be plain text: anyone on the way"
-            " could read and alter models. Give --tls DIR, the folder that the server's operator made for you, or"
-            " --insecure if you accept that."
+            f"--server {host_port(host, port)} is another machine and the connection would be plain text: anyone"
+            " on the way could read and alter models. Give --tls DIR, the folder that the server's operator made for"
+            " you, or --insecure if you accept that."
         )
     return host, port
 

@@ -22,8 +22,8 @@ from common.system.console import (
     warn_of_open_files,
 )
 from common.system.events import EventReader
-from common.system.processes import is_loopback, parse_address, require_free_port
-from common.system.runtime import go_silent
+from common.system.processes import host_port, is_loopback, parse_address, require_free_port
+from common.system.runtime import go_silent, reach_directly
 
 if TYPE_CHECKING:
     from server.flower.launch import ServerOptions
@@ -75,14 +75,14 @@ def _check_exposure(arguments: argparse.Namespace, host: str, port: int) -> None
         raise UserError("--tls and --insecure contradict each other; give one of them.")
     if not (is_loopback(host) or arguments.tls or arguments.insecure):
         raise UserError(
-            f"--address {host}:{port} can be reached from other machines and would be plain text: anyone on the way"
-            " could read and alter models, and anyone could take part. Give --tls DIR (`facefed certs init` makes it),"
-            " use 127.0.0.1, or give --insecure if you accept that."
+            f"--address {host_port(host, port)} can be reached from other machines and would be plain text: anyone on"
+            " the way could read and alter models, and anyone could take part. Give --tls DIR (`facefed certs init`"
+            " makes it), use 127.0.0.1, or give --insecure if you accept that."
         )
 
 
 def _say_where(options: "ServerOptions", wanted: int) -> None:
-    where = f"server at {options.host}:{options.port}"
+    where = f"server at {host_port(options.host, options.port)}"
     if options.tls:
         from common.system.certs import CA_KEY, accepted_keys
 
@@ -144,6 +144,7 @@ def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, 
 def _serve(arguments: argparse.Namespace) -> int:
     settings, address, resumed = _settings_and_folder(arguments)
     host, port = parse_address(arguments.address, "--address")
+    reach_directly(host)  # its own processes speak to it there
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)

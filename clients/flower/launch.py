@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from clients.flower.handshake import examine
+from clients.flower.handshake import QUESTIONS, WITHIN_S, examine
 from clients.flower.own_lines import follow, mark_of
 from clients.flower.trainer import KEY, Trainer
 from clients.site import SiteSettings
@@ -19,7 +19,16 @@ from common.errors import FaceFedError, InterruptedRun, UserError, one_line
 from common.system.certs import ClientFiles
 from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
 from common.system.files import InUse, lock
-from common.system.processes import can_connect, child_environment, free_port, start, stop
+from common.system.processes import (
+    can_connect,
+    child_environment,
+    free_port,
+    host_port,
+    is_healthy,
+    proxy_before,
+    start,
+    stop,
+)
 
 log = logging.getLogger("facefed.client")
 
@@ -44,6 +53,11 @@ class ClientOptions:
     once: bool  # end after the first run
     tls: ClientFiles | None = None
 
+    @property
+    def where(self) -> str:
+        """The server's address."""
+        return host_port(self.host, self.port)
+
 
 class Launch:
     """One site's SuperNode and its restarts."""
@@ -56,6 +70,8 @@ class Launch:
         self._answered_last = False
         self._connected = self._refused = self._interrupted = False
         self._refused_since = float("inf")
+        self._give_up_at = float("inf")  # until the first connection
+        self._proxy = proxy_before(options.host, "https" if options.tls else "http")
 
     def _say(self, line: str) -> None:
         """Show one line, and no more than that: it may quote what a server or a library said."""
@@ -68,15 +84,17 @@ class Launch:
     def run(self) -> None:
         """Serve until stopped, or with `once` until a run is over.
 
-        Raises UserError when the server was never reached within the connect timeout or the state folder is in use;
-        InterruptedRun when stopped; with `once` FaceFedError when the server goes in the middle of a run.
+        Raises UserError when no connection came about within the connect timeout or the state folder is in use;
+        InterruptedRun when stopped; FaceFedError when no trainer can start, and with `once` when the server goes in the
+        middle of a run.
         """
         with self._open_lock() as file:
             self._hold(file)
             self._claim_folder()
             self._last_task().unlink(missing_ok=True)
             with Trainer(self._site, self._show) as trainer:  # it imports torch while we wait for the server
-                self._wait_for_server(self._options.connect_timeout_s)
+                self._give_up_at = time.monotonic() + self._options.connect_timeout_s
+                self._wait_for_server(trainer)
                 self._serve(trainer)
 
     def _open_lock(self) -> IO[str]:
@@ -126,24 +144,55 @@ class Launch:
     def _last_task(self) -> Path:
         return self._site.state_dir / LAST_TASK_FILE
 
-    def _wait_for_server(self, timeout_s: float) -> None:
-        """Wait with back-off until the server is there.  Raises UserError, also where it is another; InterruptedRun."""
-        host, port = self._options.host, self._options.port
-        started, pause, said = time.monotonic(), FIRST_PAUSE_S, False
-        while not can_connect(host, port):
-            waited = time.monotonic() - started
-            if waited >= timeout_s:
+    def _wait_for_server(self, trainer: Trainer) -> None:
+        """Wait with back-off until the server is there.
+
+        Raises UserError, also where it is another; InterruptedRun; FaceFedError where no trainer can start.
+        """
+        pause, said = FIRST_PAUSE_S, False
+        while not self._reaches():
+            left = self._give_up_at - time.monotonic()
+            if left <= 0:
                 raise UserError(
-                    f"no server at {host}:{port} within {timeout_s:g} s (--connect-timeout);"
-                    " start flower-server there, or check the address."
+                    f"no server at {self._options.where}{self._by_proxy()} within"
+                    f" {self._options.connect_timeout_s:g} s (--connect-timeout); {self._what_to_check()}."
                 )
             if not said:
-                self._say(f"no server at {host}:{port} yet; trying again")
+                self._say(f"no server at {self._options.where}{self._by_proxy()} yet; trying again")
                 said = True
-            if self._stop.wait(min(pause, timeout_s - waited)):
+            if self._stop.wait(min(pause, left)):
                 raise InterruptedRun("stopped by the user")
+            trainer.keep_alive()
             pause = min(pause * 2, LONGEST_PAUSE_S)
-        examine(host, port, self._options.tls)
+        if self._proxy is None:
+            within_s = min(WITHIN_S, max(1.0, (self._give_up_at - time.monotonic()) / QUESTIONS))
+            examine(self._options.host, self._options.port, self._options.tls, within_s=within_s)
+
+    def _reaches(self) -> bool:
+        """Whether the server is there, on the way that Flower takes."""
+        host, port, tls = self._options.host, self._options.port, self._options.tls
+        if self._proxy is None:
+            return can_connect(host, port)
+        return is_healthy(host, port, ca=tls.ca if tls else None, proxy=self._proxy)
+
+    def _by_proxy(self) -> str:
+        return f" by way of {self._proxy}" if self._proxy else ""
+
+    def _what_to_check(self) -> str:
+        if self._proxy is None:
+            return "start flower-server there, or check the address"
+        host = self._options.host
+        return f"start flower-server there, or set no_proxy={host} if this machine reaches it without the proxy"
+
+    def _require_in_time(self) -> None:
+        """Raise UserError where the server is there and no connection has come about within the connect timeout."""
+        if time.monotonic() < self._give_up_at:
+            return
+        why = "it does not accept this site's key" if self._refused else f"see {self._site.state_dir}/supernode.log"
+        raise UserError(
+            f"the server at {self._options.where} answers{self._by_proxy()}, but no connection came about within"
+            f" {self._options.connect_timeout_s:g} s (--connect-timeout); {why}."
+        )
 
     def _serve(self, trainer: Trainer) -> None:
         pause = FIRST_PAUSE_S
@@ -158,7 +207,7 @@ class Launch:
             pause = FIRST_PAUSE_S if time.monotonic() - started > LONGEST_PAUSE_S else min(pause * 2, LONGEST_PAUSE_S)
             if self._stop.wait(pause):
                 raise InterruptedRun("stopped by the user")
-            self._wait_for_server(float("inf"))
+            self._wait_for_server(trainer)
 
     def _judge_refusal(self) -> None:
         """Say that the server does not accept this site's key; raise UserError once it has said so for a while."""
@@ -166,7 +215,7 @@ class Launch:
         if not (self._refused and tls):
             self._refused_since = float("inf")
             return
-        where = f"the server at {self._options.host}:{self._options.port}"
+        where = f"the server at {self._options.where}"
         self._refused_since = min(self._refused_since, time.monotonic())
         # Where the server's welcome was lost on its way, the server takes us for connected, and lets nobody else in.
         patience_s = GONE_AFTER_S + REFUSED_FOR_S if self._interrupted else REFUSED_FOR_S
@@ -199,13 +248,14 @@ class Launch:
         To leave right after the last answer would be too early: Flower throws away what a node sent that has left
         before the server looked, and the server takes the answers of the others first.
         """
-        where = f"the server at {self._options.host}:{self._options.port}"
+        where = f"the server at {self._options.where}"
         misses, reached = 0, time.monotonic()
         while process.poll() is None and not self._is_lost(misses, reached):
             if self._stop.wait(LOOK_EVERY_S):
                 raise InterruptedRun("stopped by the user")
             trainer.keep_alive()
-            if can_connect(self._options.host, self._options.port):
+            self._require_in_time()
+            if self._reaches():
                 if misses >= MISSES:
                     self._say(f"{where} is reached again")
                 misses, reached = 0, time.monotonic()
@@ -240,7 +290,7 @@ class Launch:
             str(self._last_node()),
             *self._trust(),
             "--superlink",
-            f"{self._options.host}:{self._options.port}",
+            self._options.where,
         ]
 
     def _trust(self) -> list[str]:
@@ -267,9 +317,9 @@ class Launch:
         elif word == "retries":
             self._interrupted = self._interrupted or not self._connected
         elif word == "node":
-            self._connected, self._interrupted = True, False
+            self._connected, self._interrupted, self._give_up_at = True, False, float("inf")
             self._last_node().write_text(value, encoding="utf-8")
-            self._say(f"connected to {self._options.host}:{self._options.port}")
+            self._say(f"connected to {self._options.where}")
         elif word == "receives" and value == "train":
             self._say(f"round {self._round}: training")
         elif word == "receives":

@@ -20,7 +20,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,8 +33,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from clients.egress import LEDGER, refusal
 from clients.flower.own_lines import ShownLines, follow, mark_of
 from clients.site import SiteSettings
+from common.errors import FaceFedError
 from common.system.events import SHOWN
-from common.system.files import write_new
+from common.system.files import short_private_folder, write_new
 from common.system.processes import child_environment, start, stop
 from common.system.runtime import go_silent
 
@@ -45,6 +45,9 @@ THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 KNOCK_EVERY_S = 0.05
 LOOK_EVERY_S = 0.5
 LEFT_ALONE = 3  # exit code: nobody waits for the answer any more
+LOG = "trainer.log"  # in the state folder
+STARTS_IN_VAIN = 3  # one that ends so often before it serves would end each time
+LAST_BYTES = 2000
 END_GRACE_S = 2.0  # it holds nothing that a later one would miss
 _KINDS: Mapping[str, type[ConfigRecord] | type[MetricRecord]] = {"config": ConfigRecord, "metrics": MetricRecord}
 
@@ -213,8 +216,9 @@ class Trainer:
 
     def __enter__(self) -> Self:
         """Make the folder and start the first."""
-        # Not in the state folder: the path of a socket has at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="facefed-"))  # 0700
+        # Not in the state folder, whose path may be too long for a socket's.
+        self.folder = short_private_folder("facefed-", SOCKET)
+        self._in_vain = 0  # starts in a row of which none came as far as to serve
         try:
             write_new(self.folder / KEY, secrets.token_bytes(32))
             write_new(self.folder / SITE, site_to_json(self._site).encode())
@@ -231,22 +235,37 @@ class Trainer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
+        (self.folder / SOCKET).unlink(missing_ok=True)  # of the one before: where there is one, this one serves
         self._process = start(
             [sys.executable, "-P", "-m", "clients.flower.trainer", str(self.folder), str(os.getpid())],
             environment=child_environment(self._site.state_dir / "flwr"),
             output=subprocess.PIPE,
         )
         mark = mark_of((self.folder / KEY).read_bytes())
-        self._reader = follow(self._process, self._site.state_dir / "trainer.log", mark, self._notice)
+        self._reader = follow(self._process, self._site.state_dir / LOG, mark, self._notice)
 
     def keep_alive(self) -> None:
-        """Start another where the last one has ended."""
+        """Start another where the last one has ended.  Raises FaceFedError where none can start here."""
         code = self._process.poll()
         if code is None:
             return
+        served = code == LEFT_ALONE or (self.folder / SOCKET).exists()
+        self._in_vain = 0 if served else self._in_vain + 1
+        if self._in_vain >= STARTS_IN_VAIN:
+            self._reader.join(timeout=5)
+            file = self._site.state_dir / LOG
+            why = f"killed by signal {-code}, perhaps for want of memory" if code < 0 else f"exit code {code}"
+            raise FaceFedError(f"the trainer cannot start ({why}); the last that {file} has of it: {_last_line(file)}")
         if code != LEFT_ALONE:
             log.warning("the trainer ended (exit code %d, see %s); another is started", code, self._site.state_dir)
         self._start()
+
+
+def _last_line(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
 if __name__ == "__main__":

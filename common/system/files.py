@@ -10,13 +10,14 @@ import json
 import os
 import shlex
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, UserError
 
 SEAL = "seal"  # the entry of a file that has the digest of everything else in it
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)  # EACCES: in the words of a server of files (SMB)
@@ -139,6 +140,31 @@ def _mode_for_others(path: Path) -> int:
     except OSError:
         return 0
     return mode if group or everybody else 0
+
+
+# -- short enough for a socket -----------------------------------------------------------------------------------------
+
+
+SOCKET_PATH_BYTES = 103  # of a socket's path on macOS (sockaddr_un); Linux takes four more
+_RANDOM_BYTES = 8  # that `mkdtemp` adds to a name
+
+
+def short_private_folder(prefix: str, inside: str) -> Path:
+    """A new folder of this user alone (0700), in which a socket's path fits; whoever asked for it removes it.
+
+    inside: the longest path below it that a socket gets.  TMPDIR is left where it is too long, as a batch system's may
+    be: XDG_RUNTIME_DIR and /tmp are tried next.  Raises UserError.
+    """
+    usual = tempfile.gettempdir()
+    longest = SOCKET_PATH_BYTES - len(os.fsencode(f"/{prefix}/{inside}")) - _RANDOM_BYTES
+    for place in dict.fromkeys((usual, os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp")):  # noqa: S108
+        if place and len(os.fsencode(place)) <= longest:
+            with suppress(OSError):
+                return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    raise UserError(
+        f"TMPDIR {usual} has {len(os.fsencode(usual))} characters, and the path of a socket leaves {longest}; nothing"
+        " can be made in /tmp either. Set TMPDIR to a shorter folder."
+    )
 
 
 # -- sealed ------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import psutil
 
 from common.errors import UserError
+from common.redact import shown_uri
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: between fork and exec it might lock
@@ -122,11 +123,75 @@ def _group_lives(group: int) -> bool:
 
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
-    """HOST:PORT -> (host, port).  Raises UserError."""
+    """HOST:PORT or [IPV6]:PORT -> (host without brackets, port).  Raises UserError."""
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"{option} {text}: write HOST:PORT with a port from 1 to 65535, for example 127.0.0.1:8000.")
-    return host.strip("[]"), int(port)
+    bare = host.removeprefix("[").removesuffix("]")
+    if host not in (bare, f"[{bare}]") or (":" in bare) != (host != bare) or (host != bare and not _is_ipv6(bare)):
+        raise UserError(f"{option} {text}: write an IPv6 address in brackets before the port, for example [::1]:8000.")
+    return bare, int(port)
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).version == 6
+    except ValueError:
+        return False
+
+
+def in_url(host: str) -> str:
+    """A host as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def host_port(host: str, port: int) -> str:
+    """The inverse of `parse_address`."""
+    return f"{in_url(host)}:{port}"
+
+
+def reached_at(host: str) -> str:
+    """Where this machine reaches what listens on that host: on all addresses is on loopback too."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether that is a name or an address of this machine, as far as can be told without asking anybody."""
+    if is_loopback(host) or host.lower() == socket.gethostname().lower():
+        return True
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class Proxy(NamedTuple):
+    """A proxy that the environment sends requests through."""
+
+    variable: str
+    address: str  # may hold a password
+
+    def __str__(self) -> str:
+        """For a line that is shown."""
+        return f"the proxy {shown_uri(self.address)} of {self.variable}"
+
+
+def proxy_before(host: str, scheme: str = "http") -> Proxy | None:
+    """The proxy on the way to a host, as Flower and MLflow read the environment; None where there is none."""
+    from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+
+    proxies = getproxies_environment()
+    if proxy_bypass_environment(host, proxies):
+        return None
+    for kind in (scheme, "all"):
+        if address := proxies.get(kind):
+            name = f"{kind}_proxy"
+            whole = address if "://" in address else f"http://{address}"
+            return Proxy(name if name in os.environ else name.upper(), whole)
+    return None
 
 
 def is_loopback(host: str) -> bool:
@@ -145,8 +210,8 @@ def require_free_port(host: str, port: int, option: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"{option} {host}:{port} cannot be used ({error.strerror}); stop what listens there, or choose"
-                " another port."
+                f"{option} {host_port(host, port)} cannot be used ({error.strerror}); stop what listens there, or"
+                " choose another port."
             ) from None
 
 
@@ -176,25 +241,34 @@ def status_of(
     ca: Path | None = None,
     headers: Mapping[str, str] | None = None,
     timeout_s: float = 5.0,
+    proxy: Proxy | None = None,
 ) -> int:
-    """The status of the answer to one request, without a proxy on the way.
+    """The status of the answer to one request, without a proxy on the way but the one that is given.
 
-    ca: the one authority to trust, over TLS; None: plain text.  Raises httpx.HTTPError and InvalidURL.
+    ca: the one authority to trust, over TLS; None: plain text.  Raises httpx.HTTPError and InvalidURL; with a proxy
+    of a kind that httpx cannot use ValueError or ImportError.
     """
     import httpx  # a tenth of a second, and not for --help
 
     # A context of httpx's own would read the world's authorities, for each request.
     trusted = ssl.create_default_context(cafile=str(ca)) if ca else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    url = f"{'https' if ca else 'http'}://{f'[{host}]' if ':' in host else host}:{port}{path}"
-    with httpx.Client(verify=trusted, trust_env=False, timeout=timeout_s) as client:
+    url = f"{'https' if ca else 'http'}://{host_port(host, port)}{path}"
+    by = proxy.address if proxy else None
+    with httpx.Client(verify=trusted, trust_env=False, timeout=timeout_s, proxy=by) as client:
         return client.request(method, url, headers=headers).status_code
 
 
-def is_healthy(host: str, port: int, *, ca: Path | None = None, timeout_s: float = 5.0) -> bool:
-    """Whether what listens there says so at /health.  ca: as for `status_of`."""
+def is_healthy(
+    host: str, port: int, *, ca: Path | None = None, timeout_s: float = 5.0, proxy: Proxy | None = None
+) -> bool:
+    """Whether what listens there says so at /health.  ca, proxy: as for `status_of`."""
     import httpx
 
     try:
-        return status_of(host, port, "/health", ca=ca, timeout_s=timeout_s) == httpx.codes.OK
+        return status_of(host, port, "/health", ca=ca, timeout_s=timeout_s, proxy=proxy) == httpx.codes.OK
     except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+    except (ValueError, ImportError):
+        if proxy is None:
+            raise
         return False

@@ -1,4 +1,4 @@
-"""Decisions about the machine, each made here only: silence, device, threads, random streams, who we are.
+"""Decisions about the machine, each made here only: silence, proxies, device, threads, random streams, who we are.
 
 Torch is imported inside the functions that need it, so that `--help` stays quick.
 """
@@ -6,6 +6,7 @@ Torch is imported inside the functions that need it, so that `--help` stays quic
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -46,16 +47,33 @@ PATIENCE: Mapping[str, str] = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
 
+# This machine's names for itself, where no proxy can bring anybody.  One of those who read it (httpx) knows no ranges.
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "127.0.0.0/8")
+_NO_PROXY = ("no_proxy", "NO_PROXY")  # some read the one first, some the other
 
 # NVIDIA's driver, in containers too; on Jetson; on Windows' Linux; AMD's.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 def go_silent() -> None:
-    """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them."""
+    """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them.
+
+    From then on this machine is reached without a proxy, and libraries start no more threads than may run at once.
+    """
     os.environ.update(SILENCE)
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
+    reach_directly(*LOOPBACK)
+    if (cores := num_cores()) < _cores_of_affinity():  # which is what libraries look at
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def reach_directly(*hosts: str) -> None:
+    """From now on no request to these hosts goes through a proxy, in this process and in what it starts."""
+    listed = [part.strip() for name in _NO_PROXY for part in os.environ.get(name, "").split(",") if part.strip()]
+    # A star stands for everything, with some only where it stands alone.
+    text = "*" if "*" in listed else ",".join(dict.fromkeys([*listed, *hosts]))
+    os.environ.update(dict.fromkeys(_NO_PROXY, text))
 
 
 def tracking_uri_of_environment() -> str:
@@ -64,8 +82,58 @@ def tracking_uri_of_environment() -> str:
 
 
 def num_cores() -> int:
-    """How many CPU cores this process may use."""
+    """How many CPU cores this process may use: of its affinity, its container's quota and its Slurm task the least."""
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    limits = [_cores_of_affinity(), *([int(slurm)] if slurm.isascii() and slurm.isdigit() else [])]
+    return max(1, min([*limits, *(math.floor(quota) for quota in cpu_quotas())]))
+
+
+def _cores_of_affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quotas(root: Path = Path("/")) -> list[float]:
+    """The limits on this process's CPU time, in cores: of its control group and of each that this one is in.
+
+    Version 2 writes "QUOTA PERIOD" into cpu.max, version 1 each into a file, both in microseconds; "max" and -1 are
+    no limit.  root: where /proc and /sys/fs/cgroup are.
+    """
+    quotas = []
+    for folder in _cpu_groups(root):
+        try:
+            if (folder / "cpu.max").exists():
+                quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+            else:
+                quota, period = (
+                    (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period")
+                )
+            if quota not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):  # no limit is written there
+            continue
+    return quotas
+
+
+def _cpu_groups(root: Path) -> list[Path]:
+    """The folders of the control groups that give this process CPU time, innermost first.
+
+    In a container its own group is mounted where the outermost one would be, and the path is the host's: a folder that
+    is not there is passed over.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    mounted = root / "sys/fs/cgroup"
+    folders: dict[Path, None] = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for top in [mounted / name for name in (controllers, "cpu", "cpu,cpuacct")] if controllers else [mounted]:
+            inner = top / path.lstrip("/")
+            folders.update(dict.fromkeys(place for place in (inner, *inner.parents) if place.is_relative_to(top)))
+    return list(folders)
 
 
 def machine_digest() -> str:

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 from common.errors import TrackingError
 from common.redact import shown_uri, without_password
-from common.system.processes import can_connect
+from common.system.processes import can_connect, is_this_machine
+from common.system.runtime import reach_directly
 from common.tracking.address import ARTIFACTS, SERVERS, sqlite_path
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
@@ -67,6 +68,8 @@ def open_client(uri: str) -> Any:  # noqa: ANN401 - MlflowClient
         database.parent.mkdir(parents=True, exist_ok=True)
     elif not uri.startswith(SERVERS):
         check_database(uri)
+    elif is_this_machine(host := urlsplit(uri).hostname or ""):
+        reach_directly(host)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 from common.errors import escaped
 from common.redact import shown_uri
 from common.system.files import Line
+from common.system.processes import proxy_before
+from common.tracking.address import SERVERS
 from common.tracking.spool import Sent, Spool, read_whole_lines, save_sent
 
 _UPLOADS = ("artifact", "model")
@@ -302,7 +305,10 @@ class Sender:
             )
 
     def _reason(self, error: Exception) -> str:
-        return short_reason(error).replace(self._uri, shown_uri(self._uri))
+        reason = short_reason(error).replace(self._uri, shown_uri(self._uri))
+        parts = urlsplit(self._uri)
+        proxy = proxy_before(parts.hostname or "", parts.scheme) if parts.scheme in SERVERS else None
+        return f"{reason}, by way of {proxy}" if proxy else reason
 
 
 def _pause_s(failures: int) -> float:

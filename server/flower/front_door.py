@@ -16,7 +16,7 @@ from typing import Self
 
 from common.errors import UserError
 from common.system.certs import ServerFiles
-from common.system.processes import can_connect, child_environment, start, stop
+from common.system.processes import can_connect, child_environment, host_port, reached_at, start, stop
 
 ELSEWHERE = "/usr/sbin:/usr/local/sbin:/opt/homebrew/bin"  # where nginx is when it is not on PATH
 # Flower cuts what it sends into objects of at most 5 MiB; the list of a message's objects is far smaller.
@@ -117,7 +117,6 @@ def find_nginx() -> str:
 
 def door_config(door: Door) -> str:
     """Nginx's configuration.  Raises UserError for a path that cannot stand in it."""
-    host = f"[{door.host}]" if ":" in door.host else door.host
     tls = ""
     if door.tls:
         paths = {"certificate": door.tls.certificate, "key": door.tls.key, "ca": door.tls.ca}
@@ -132,8 +131,8 @@ def door_config(door: Door) -> str:
         body=LARGEST_BODY_MIB,
         buffer=LARGEST_BODY_MIB + 1,
         requests=REQUESTS_PER_ADDRESS,
-        superlink=f"{door.superlink_host}:{door.superlink_port}",
-        listen=f"{host}:{door.port}{' ssl' if door.tls else ''}",
+        superlink=host_port(door.superlink_host, door.superlink_port),
+        listen=f"{host_port(door.host, door.port)}{' ssl' if door.tls else ''}",
         tls=tls,
         scheme="https" if door.tls else "http",
     )
@@ -173,5 +172,4 @@ class FrontDoor:
 
     def is_open(self) -> bool:
         """Whether it accepts connections."""
-        host = self._door.host
-        return can_connect({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), self._door.port)  # noqa: S104
+        return can_connect(reached_at(self._door.host), self._door.port)

@@ -12,7 +12,7 @@ from typing import Any
 from common.errors import FaceFedError
 from common.system.certs import ServerFiles
 from common.system.files import read_json, write_json, write_new
-from common.system.processes import child_environment, is_healthy
+from common.system.processes import child_environment, host_port, is_healthy, reached_at
 
 CONNECTION = "facefed"
 ANSWER_WITHIN_S = 60.0
@@ -62,11 +62,7 @@ class Superlink:
     @property
     def address(self) -> str:
         """Where this machine reaches it."""
-        return f"{self._local_host}:{self.port}"
-
-    @property
-    def _local_host(self) -> str:
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104
+        return host_port(reached_at(self.host), self.port)
 
     def command(self, secret: Path) -> list[str]:
         """secret: the file of what whoever takes a task must know; without it any caller could take one."""
@@ -84,7 +80,7 @@ class Superlink:
     def answers(self) -> bool:
         """Whether it is up."""
         ca = self.tls.ca if self.tls else None
-        return is_healthy(self._local_host, self.port, ca=ca, timeout_s=HEALTHY_WITHIN_S)
+        return is_healthy(reached_at(self.host), self.port, ca=ca, timeout_s=HEALTHY_WITHIN_S)
 
     def write_connection(self) -> None:
         """Tell Flower's command line, in this run's own home, how to reach it."""
@@ -100,7 +96,8 @@ class Superlink:
                 ["flwr", *arguments],
                 env=child_environment(self.home),
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=ANSWER_WITHIN_S,
                 check=False,
                 process_group=0,  # Ctrl-C in a terminal is for us; it must not cut this short

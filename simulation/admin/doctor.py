@@ -23,8 +23,8 @@ from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, TrackingError
 from common.redact import shown_uri, without_password
 from common.settings import Settings
 from common.system.files import InUse, lock, open_to_others
-from common.system.processes import is_loopback
-from common.system.runtime import SILENCE, facefed_version, machine_digest
+from common.system.processes import is_loopback, is_this_machine, proxy_before
+from common.system.runtime import SILENCE, facefed_version, machine_digest, reach_directly
 from common.tracking.address import SERVERS, local_files, resolve_uri, sqlite_path
 from common.tracking.delivery import make_experiment, quieten
 from common.tracking.sender import short_reason
@@ -120,10 +120,16 @@ def _telemetry(environment: Mapping[str, str]) -> Finding:
 
 
 def _server(uri: str) -> Iterator[Finding]:
+    parts = urlsplit(uri)
+    host = parts.hostname or ""
+    if is_this_machine(host):
+        reach_directly(host)
     status, _, reason = _ask(f"{uri}/health")
     shown = shown_uri(uri)
     if status != 200:
         seen = reason or f"status {status}"
+        if proxy := proxy_before(host, parts.scheme):
+            seen += f", by way of {proxy}; no_proxy={host} would leave it out"
         advice = "start it (facefed tracking serve), or correct --tracking-uri"
         yield Finding(name="reachable", state=WRONG, text=f"{shown} is not healthy ({seen}); {advice}.")
         return

@@ -4,6 +4,7 @@ MLflow 3.17: without `--allowed-hosts` it answers 403 to a name such as http://m
 `--cors-allowed-origins` its own pages, opened under such a name, may not ask for runs; /health is green all the while.
 """
 
+import dataclasses
 import importlib.util
 import json
 import secrets
@@ -20,7 +21,16 @@ import psutil
 
 from common.errors import FaceFedError, TrackingError
 from common.redact import DATABASES, shown_uri, without_password
-from common.system.processes import is_healthy, is_loopback, require_free_port, start, stop
+from common.system.processes import (
+    host_port,
+    in_url,
+    is_healthy,
+    is_loopback,
+    reached_at,
+    require_free_port,
+    start,
+    stop,
+)
 from common.system.runtime import SILENCE
 from common.tracking.address import SERVERS, resolve_uri, sqlite_path
 from common.tracking.delivery import check_database
@@ -71,6 +81,8 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
     """
     if not 0 < options.port < 65536:
         raise TrackingError(f"--port {options.port} is no port; use one from 1 to 65535, such as 5000.")
+    if options.host.startswith("[") and options.host.endswith("]"):
+        options = dataclasses.replace(options, host=options.host[1:-1])  # an IPv6 address as it stands in a URL
     require_free_port(options.host, options.port, "--host and --port")
     backend = check_backend(options.backend, base)
     artifacts = check_artifacts(options.artifacts, base)
@@ -89,7 +101,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
         environment={**given, **SILENCE, **own, **secret, "PYTHONUNBUFFERED": "1"},
         host=options.host,
         port=options.port,
-        address=f"http://{_in_url(_asked_at(options.host))}:{options.port}",
+        address=f"http://{host_port(reached_at(options.host), options.port)}",
         log=folder / "mlflow-server.log",
         kept=(*([database] if database else []), *([] if "://" in artifacts else [Path(artifacts)])),
         notes=(
@@ -132,7 +144,7 @@ def allowed_hosts(host: str, further: Sequence[str]) -> list[str]:
         own = socket.gethostname()  # getfqdn would ask a name server
         names += [own, own.partition(".")[0]]
     else:
-        names.append(f"[{host}]" if ":" in host else host)
+        names.append(in_url(host))
     names = [name.lower() for name in dict.fromkeys([*names, *further])]
     patterns = []
     for name in dict.fromkeys(names):
@@ -156,15 +168,6 @@ def allowed_origins(hosts: Sequence[str]) -> list[str]:
 
 def _plain(hosts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(host.replace("[[]", "[").removesuffix(":*") for host in hosts))
-
-
-def _asked_at(host: str) -> str:
-    """Where this machine reaches what listens there."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not bound
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def auth_variables(folder: Path, given: Mapping[str, str]) -> tuple[dict[str, str], str]:
@@ -214,7 +217,7 @@ def serve(plan: ServerPlan, *, is_stopped: Callable[[], bool], on_ready: Callabl
         process = start(plan.command, environment=plan.environment, output=output)
     try:
         deadline = time.monotonic() + HEALTHY_WITHIN_S
-        while not is_stopped() and not is_healthy(_asked_at(plan.host), plan.port):
+        while not is_stopped() and not is_healthy(reached_at(plan.host), plan.port):
             _require_alive(process, plan, begin)
             if time.monotonic() > deadline:
                 raise FaceFedError(f"the MLflow server is not healthy after {HEALTHY_WITHIN_S:.0f} s; see {plan.log}.")

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,13 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from common.errors import UserError
-from common.system.files import write_new
+from common.system.files import short_private_folder, write_new
+from common.system.processes import parse_address
 from common.system.runtime import num_cores
 
 ANSWERS_WITHIN_S = 5.0
-# Ray's sockets are FOLDER/session_2026-11-28_11-48-16_589870_4194304/sockets/plasma_store, in 107 bytes (AF_UNIX).
-LONGEST_FOLDER_BYTES = 107 - 64
+# The longest path that Ray gives a socket, below the folder that it gets.
+SOCKET_OF_RAY = "ray/session_2026-11-28_11-48-16_589870_4194304/sockets/plasma_store"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,7 @@ def own_ray(num_at_once: int, *, num_gpus: int) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
     """A folder of this account alone, which goes with the run; short enough for the sockets in it."""
-    usual = Path(tempfile.gettempdir())
-    name = "facefed-ray-"
-    fits = len(os.fsencode(usual / name)) + len("12345678/ray") <= LONGEST_FOLDER_BYTES
-    folder = Path(tempfile.mkdtemp(prefix=name, dir=usual if fits else "/tmp"))  # noqa: S108 - 0700, a name of its own
+    folder = short_private_folder("facefed-ray-", SOCKET_OF_RAY)
     try:
         yield folder
     finally:
@@ -158,9 +155,7 @@ def check_address(address: str) -> str:
 
     Returns "" for a cluster that asks for a token and takes ours, else the line that says what an open one means.
     """
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"--ray-address {address}: write HOST:PORT, for example 127.0.0.1:6379.")
+    parse_address(address, "--ray-address")
     warning = (
         f"warning: the Ray cluster at {address} asks for no token: whoever reaches it, and so every account of this"
         " machine, can run code as the account that started it and read the clients' pictures; start its nodes and this"
@@ -215,6 +210,7 @@ def _start_ray(num_cpus: int, num_gpus: int, folder: Path) -> None:
     start_dashboard, services.start_api_server = services.start_api_server, _no_dashboard
     try:
         ray.init(
+            address="local",  # else RAY_ADDRESS would have us join another's, which --ray-address is for
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,

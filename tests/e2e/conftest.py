@@ -20,7 +20,7 @@ LONGEST = (
     "test_privacy.py", "test_tracking_guide.py", "test_deployment.py", "test_tracking_servers.py", "test_evaluate.py",
     "test_baselines.py", "test_chaos.py", "test_signals.py", "test_twins.py", "test_hosts.py", "test_resume.py",
     "test_simulation.py", "test_bad_input.py", "test_strangers.py", "test_tracking_faults.py", "test_ray_cluster.py",
-    "test_local.py",
+    "test_local.py", "test_environment.py",
 )  # fmt: skip
 
 SMALL = """\

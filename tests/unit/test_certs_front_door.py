@@ -15,7 +15,8 @@ def test_paths_that_nginx_cannot_take_are_refused_in_one_line(tmp_path):
 
 def test_with_tls_it_encrypts_to_either_side_and_verifies_the_superlink(tmp_path):
     files = {name: tmp_path / name for name in ("ca", "certificate", "key", "clients")}
-    text = door_config(Door(host="::", port=443, superlink_port=2, tls=ServerFiles(**files)))
+    text = door_config(Door(host="::", port=443, superlink_port=2, superlink_host="::1", tls=ServerFiles(**files)))
+    assert "server [::1]:2;" in text
     assert "listen [::]:443 ssl;" in text
     assert "proxy_pass https://superlink;" in text
     assert "proxy_ssl_verify on;" in text

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from clients.flower.trainer import (
     site_from_json,
     site_to_json,
 )
+from common.errors import FaceFedError, UserError
+from common.system.files import short_private_folder
 
 ROOT = Path(__file__).parents[2]
 PAUSED = """
@@ -311,3 +314,63 @@ def test_a_trainer_that_ended_for_lack_of_interest_is_no_warning(resident, caplo
     assert len(started) == 2
     assert caplog.text == ""
     assert trainer.LEFT_ALONE not in (0, 1, 2)
+
+
+LONG = "slurm_jobdir/1355700/scratch/net/home/a-user-with-a-long-name/job.t0016/tmp-of-this-step/and-a-bit-more"
+
+
+def test_a_long_tmpdir_has_no_part_in_the_socket(tmp_path, monkeypatch):
+    """A batch system's may leave no room for a name in the 107 bytes that a socket's path has."""
+    far = tmp_path / LONG
+    far.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(far))
+    folder = short_private_folder("facefed-", trainer.SOCKET)
+    try:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with Listener(str(folder / trainer.SOCKET), family="AF_UNIX"):
+            pass
+    finally:
+        shutil.rmtree(folder)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / LONG / "too"))
+    monkeypatch.setattr("common.system.files.tempfile.mkdtemp", _refuse)
+    with pytest.raises(UserError, match=rf"^TMPDIR {far} has \d+ characters, .* leaves 79; .*shorter folder\.$"):
+        short_private_folder("facefed-", trainer.SOCKET)
+
+
+def _refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise OSError('AF_UNIX path too long')", "(exit code 1); the last that {log} has of it: OSError: AF_UNIX"),
+        ("import os; os.kill(os.getpid(), 9)", "(killed by signal 9, perhaps for want of memory); the last that {log}"),
+    ],
+)
+def test_a_trainer_that_cannot_start_is_not_started_for_ever(resident, tmp_path, code, why):
+    made, started, _ = resident
+    (tmp_path / "stand_in.py").write_text(code)
+    made._process.kill()
+    with pytest.raises(FaceFedError) as caught:
+        _keep_alive(made, trainer.STARTS_IN_VAIN + 1)
+    log = made._site.state_dir / "trainer.log"
+    assert str(caught.value).startswith(f"the trainer cannot start {why.format(log=log)}")
+    assert len(started) == trainer.STARTS_IN_VAIN
+    assert caught.value.exit_code == 1
+
+
+def _keep_alive(made, times):
+    for _ in range(times):
+        made._process.wait()
+        made.keep_alive()
+
+
+def test_a_trainer_that_had_served_is_started_as_often_as_it_ends(resident):
+    made, started, _ = resident
+    for _ in range(2 * trainer.STARTS_IN_VAIN):
+        (made.folder / trainer.SOCKET).touch()
+        made._process.kill()
+        made._process.wait()
+        made.keep_alive()
+    assert len(started) == 2 * trainer.STARTS_IN_VAIN + 1

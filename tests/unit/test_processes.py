@@ -133,6 +133,24 @@ def test_addresses_that_are_none(text):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("text", ["::1:8402", "[::1:8402", "::1]:8402", "[localhost]:8402", "[]:8402", "[[::1]]:8402"])
+def test_an_ipv6_address_stands_in_brackets(text):
+    """Without them its last group might be the port."""
+    with pytest.raises(UserError, match=r"^--address .*write an IPv6 address in brackets .* \[::1\]:8000"):
+        processes.parse_address(text, "--address")
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:8000", "example.org:1", "[::1]:65535", "[fe80::1%eth0]:8000"])
+def test_an_address_is_written_as_it_is_read(text):
+    assert processes.host_port(*processes.parse_address(text, "--server")) == text
+
+
+def test_what_is_this_machine():
+    here = ("127.0.0.1", "127.0.0.9", "::1", "localhost", socket.gethostname())
+    assert [host for host in here if not processes.is_this_machine(host)] == []
+    assert not any(processes.is_this_machine(host) for host in ("203.0.113.1", "2001:db8::1", "example.org", ""))
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [

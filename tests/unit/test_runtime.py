@@ -128,3 +128,80 @@ def test_the_machines_digest_tells_nothing():
     assert len(digest) == 12
     assert set(digest) <= set("0123456789abcdef")
     assert runtime.num_cores() >= 1
+
+
+# -- how many cores ----------------------------------------------------------------------------------------------------
+
+TWO, ONE = "/kubepods/pod7", "/docker/abc"
+# What stands in /proc/self/cgroup and below /sys/fs/cgroup, and the quotas that it means, in cores.
+GROUPS = {
+    "version 2": (f"0::{TWO}", {f"{TWO}/cpu.max": "250000 100000"}, [2.5]),
+    "version 2, none": (f"0::{TWO}", {f"{TWO}/cpu.max": "max 100000"}, []),
+    "version 2, of the group around it": (
+        f"0::{TWO}",
+        {f"{TWO}/cpu.max": "max 100000", "/kubepods/cpu.max": "150000 100000"},
+        [1.5],
+    ),
+    "version 2, in a container": ("0::/", {"/cpu.max": "200000 100000"}, [2.0]),
+    "version 1": (
+        f"4:cpu,cpuacct:{ONE}\n3:cpuset:{ONE}",
+        {f"/cpu,cpuacct{ONE}/cpu.cfs_quota_us": "300000", f"/cpu,cpuacct{ONE}/cpu.cfs_period_us": "100000"},
+        [3.0],
+    ),
+    "version 1, none": (
+        f"4:cpu:{ONE}",
+        {f"/cpu{ONE}/cpu.cfs_quota_us": "-1", f"/cpu{ONE}/cpu.cfs_period_us": "100000"},
+        [],
+    ),
+    "version 1, in a container": (  # its path is the host's
+        f"4:cpu,cpuacct:{ONE}",
+        {"/cpu,cpuacct/cpu.cfs_quota_us": "50000", "/cpu,cpuacct/cpu.cfs_period_us": "100000"},
+        [0.5],
+    ),
+    "nonsense": ("0::/", {"/cpu.max": "many few"}, []),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_containers_quota_is_read(tmp_path, name):
+    groups, files, expected = GROUPS[name]
+    for path, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup{k}": v for k, v in files.items()}}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert runtime.cpu_quotas(tmp_path) == expected
+
+
+def test_a_machine_without_control_groups_has_no_quota(tmp_path):
+    assert runtime.cpu_quotas(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "quotas", "slurm", "expected"),
+    [
+        (16, [], "", 16),
+        (16, [2.5], "", 2),
+        (16, [0.5], "", 1),
+        (16, [8.0, 3.0], "", 3),
+        (16, [], "4", 4),
+        (2, [9.0], "8", 2),
+    ]
+    + [(16, [], text, 16) for text in ("four", "-1")]
+    + [(16, [], "0", 1)],
+)
+def test_the_least_limit_counts(monkeypatch, cores, quotas, slurm, expected):
+    """For threads and for processes that decode alike: all ask here."""
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(runtime, "cpu_quotas", lambda: quotas)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert runtime.num_cores() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    runtime.go_silent()
+    assert os.environ.get("OMP_NUM_THREADS") == (str(expected) if expected < cores else None)
+
+
+def test_nobody_counts_cores_elsewhere():
+    counting = ("cpu_count(", "sched_getaffinity(")
+    sources = [path for top in ("common", "server", "clients", "simulation") for path in (ROOT / top).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in sources if any(word in path.read_text() for word in counting)}
+    assert found == {"common/system/runtime.py"}

@@ -158,3 +158,25 @@ def test_ctrl_c_in_a_terminal_does_not_cut_flowers_command_line_short(flwr):
 def test_a_failure_of_flowers_command_line_is_one_line(flwr):
     with pytest.raises(FaceFedError, match=r"^flwr ls failed: two lines$"):
         flwr("sys.exit('two\\nlines')").flwr("ls")
+
+
+@pytest.mark.parametrize(
+    ("host", "where"),
+    [
+        ("127.0.0.1", "127.0.0.1:8402"),
+        ("0.0.0.0", "127.0.0.1:8402"),  # noqa: S104
+        ("::1", "[::1]:8402"),
+        ("::", "[::1]:8402"),
+        ("faces.example.org", "faces.example.org:8402"),
+    ],
+)
+def test_flowers_programs_reach_the_superlink_as_flower_writes_addresses(tmp_path, host, where):
+    """Without brackets Flower takes the last groups of an IPv6 address for a port."""
+    from flwr.supercore.address import parse_address
+
+    link = Superlink(host=host, port=8402, home=tmp_path)
+    assert link.address == where
+    assert parse_address(link.address)[1] == 8402
+    assert link.command(tmp_path / "key")[link.command(tmp_path / "key").index("--host") + 1] == host
+    link.write_connection()
+    assert f'address = "{where}"' in (tmp_path / "config.toml").read_text()
