@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.errors import UserError, escaped
 from common.faces.datasets import DATASETS
-from common.flags import add_shared_files
+from common.flags import add_shared_files, program_parser
 from common.names import CLIENT_NAME, NAME_RULE
 from common.settings import LOG_LEVELS
 from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
@@ -18,9 +18,8 @@ from common.system.runtime import go_silent, num_cores, reach_directly
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `flower-client`."""
-    program = argparse.ArgumentParser(
-        prog="flower-client",
-        description="Take part in federations with the pictures of one folder, which never leave it.",
+    program = program_parser(
+        "flower-client", "Take part in federations with the pictures of one folder, which never leave it."
     )
     program.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(DATASETS))
     program.add_argument("--data-dir", metavar="DIR", help="the data set's folder (default: data/NAME)")

@@ -1,19 +1,97 @@
-"""The command line's run settings: each flag, its alias and the setting that it overrides, as one table.
+"""The command line: how it is parsed, and each run setting's flag, its alias and the setting that it overrides.
 
 Only the standard library is imported, so that `--help` answers at once.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from common import config
-from common.errors import ConfigError
+from common.errors import EXIT_USER, ConfigError
 from common.models.table import BACKBONES, HEADS
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from common.system.runtime import tracking_uri_of_environment
+from common.system.runtime import facefed_version, tracking_uri_of_environment
+
+_CHOICES = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$", re.DOTALL)
+GIVEN_AS = "given_as"  # of a parsed command line: dest -> the option as it was typed
+
+
+class ProgramParser(argparse.ArgumentParser):
+    """argparse's own, which answers a mistyped word with the nearest one; the parsers of its commands are such too."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but whoever does not know a word says so itself: its own options are those that were meant."""
+        words = sys.argv[1:] if args is None else list(args)
+        self._words = words
+        if not words and self._subparsers is not None:
+            self.print_help(sys.stderr)
+            self.exit(EXIT_USER, f"\n{self.prog}: error: {self._wanted()}\n")
+        parsed, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error("; ".join(self._unknown(word) for word in unknown if word.startswith("-")) or _extra(unknown))
+        setattr(parsed, GIVEN_AS, vars(parsed).get(GIVEN_AS, {}) | self._as_typed(words))
+        return parsed, []
+
+    def error(self, message: str) -> NoReturn:
+        """The usage and one line."""
+        if found := _CHOICES.search(message):
+            seen, choices = found.group(1), re.findall(r"'([^']*)'", found.group(2))
+            near = difflib.get_close_matches(seen, choices, n=1)
+            message += f"; did you mean {near[0]!r}?" if near else ""
+        elif message.startswith("the following arguments are required"):
+            names = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+            mistyped = [name for name in names if not any(one.startswith(name) for one in self._option_string_actions)]
+            if mistyped:  # what is missing was meant by it
+                message = "; ".join(map(self._unknown, mistyped))
+            elif self._subparsers is not None:
+                message = self._wanted()
+        super().error(message)
+
+    def _wanted(self) -> str:
+        """What a command that has commands of its own wants."""
+        names = [name for action in self._actions if action.nargs == argparse.PARSER for name in action.choices or ()]
+        return f"a command is missing; give one of {', '.join(names)}"
+
+    def _unknown(self, word: str) -> str:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        if near:
+            return f"{name} is unknown; did you mean {near[0]}?"
+        settings = [
+            f"{section}.{key}"
+            for section, values in config.to_mapping(Settings()).items()
+            for key in values
+            if key == name.strip("-").replace("-", "_")
+        ]
+        if settings and "--set" in self._option_string_actions:
+            return f"{name} is unknown; write --set {settings[0]}=VALUE"
+        return f"{name} is unknown; {self.prog} --help lists what there is"
+
+    def _as_typed(self, words: Sequence[str]) -> dict[str, str]:
+        typed = (word.partition("=")[0] for word in words if word.startswith("--"))
+        return {
+            action.dest: name for name in typed if (action := self._option_string_actions.get(name)) and action.dest
+        }
+
+
+def _extra(words: Sequence[str]) -> str:
+    return f"{' '.join(words)}: nothing more was expected; does an option's name stand before it?"
+
+
+def program_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The parser of one of our programs."""
+    parser = ProgramParser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {facefed_version()}")
+    return parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +216,27 @@ def read_run(arguments: argparse.Namespace, *, default_config: str | None = None
         overrides[(section, key)] = config.value_of(dotted, text)
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
-    return config.load_with_address(path, overrides)
+    try:
+        return config.load_with_address(path, overrides)
+    except ConfigError as error:
+        source = f"{path or 'settings'}: "
+        raise ConfigError([_blamed(problem, source, _flags_given(arguments)) for problem in error.problems]) from None
+
+
+def _flags_given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that the command line gave -> the flag that gave each, as it was typed."""
+    typed = {f"{flag.section}.{flag.key}": flag.names[0] for flag in FLAGS} | vars(arguments).get(GIVEN_AS, {})
+    given = {name: typed.get(name, name) for name, text in vars(arguments).items() if "." in name and text is not None}
+    return given | {name: f"--set {name}" for name in (item.partition("=")[0] for item in arguments.set)}
+
+
+def _blamed(problem: str, source: str, flags: Mapping[str, str]) -> str:
+    """A setting's problem, begun with the flag that brought it about instead of the file that is not at fault."""
+    bare = problem.removeprefix(source)
+    for name in sorted(flags, key=lambda name: (not bare.startswith(f"{name} "), name)):
+        if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", bare):
+            return f"{flags[name]}: {bare}"
+    return problem
 
 
 def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Sequence[str] = ()) -> None:

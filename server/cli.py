@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, escaped
-from common.flags import add_run_settings, read_run, refuse_ablation, refuse_run_settings
+from common.flags import add_run_settings, program_parser, read_run, refuse_ablation, refuse_run_settings
 from common.settings import RunSettings, Settings
 from common.system.console import (
     Follower,
@@ -34,9 +34,7 @@ DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `flower-server`."""
-    program = argparse.ArgumentParser(
-        prog="flower-server", description="Run one federation: wait for clients, train, record, end with the run."
-    )
+    program = program_parser("flower-server", "Run one federation: wait for clients, train, record, end with the run.")
     group = program.add_argument_group("this server")
     group.add_argument("--address", default="127.0.0.1:8000", metavar="HOST:PORT", help="where clients connect")
     # Named like the settings that they override, they are read and checked together with all others.

@@ -13,6 +13,7 @@ from common.faces.datasets import DATASETS, DRAWN
 from common.flags import (
     add_run_settings,
     add_shared_files,
+    program_parser,
     read_run,
     read_run_settings,
     refuse_ablation,
@@ -55,9 +56,8 @@ def _add_site_options(parser: argparse.ArgumentParser) -> None:
 
 def simulation_parser() -> argparse.ArgumentParser:
     """The parser of `flower-simulation`."""
-    parser = argparse.ArgumentParser(
-        prog="flower-simulation",
-        description="Federate data sets of this machine: the same app as flower-server, under Ray.",
+    parser = program_parser(
+        "flower-simulation", "Federate data sets of this machine: the same app as flower-server, under Ray."
     )
     parser.add_argument(
         "--client",
@@ -204,9 +204,7 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def facefed_parser() -> argparse.ArgumentParser:
     """The parser of `facefed`."""
-    parser = argparse.ArgumentParser(
-        prog="facefed", description="Face data, local training, and what surrounds a federation."
-    )
+    parser = program_parser("facefed", "Face data, local training, and what surrounds a federation.")
     commands = parser.add_subparsers(dest="command", required=True)
     _data_parser(commands)
     _train_parser(commands)

@@ -5,10 +5,14 @@ import dataclasses
 
 import pytest
 
+import clients.cli
+import server.cli
+import simulation.cli
 from common import config
 from common.errors import ConfigError
-from common.flags import FLAGS, add_run_settings, read_run_settings, refuse_run_settings
+from common.flags import FLAGS, add_run_settings, program_parser, read_run_settings, refuse_run_settings
 from common.settings import Settings
+from common.system.runtime import facefed_version
 
 OTHER = {
     ("federation", "strategy"): "fedprox",
@@ -174,3 +178,77 @@ def test_what_may_be_given_beside_it_is_not_refused():
     parser = argparse.ArgumentParser()
     add_run_settings(parser)
     refuse_run_settings(parser.parse_args(["--out", "elsewhere"]), "--resume", but=("run.out",))
+
+
+# -- a mistyped command line -------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "flower-server": server.cli.main,
+    "flower-client": clients.cli.main,
+    "flower-simulation": simulation.cli.main_simulation,
+    "facefed": simulation.cli.main,
+}
+
+
+def said(capsys, *words):
+    """How a program ends before it has begun, and what it says."""
+    with pytest.raises(SystemExit) as end:
+        PROGRAMS[words[0]](list(words[1:]))
+    streams = capsys.readouterr()
+    return end.value.code, streams.out, streams.err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("facefed trian local", "did you mean 'train'?"),
+        ("facefed train locla", "did you mean 'local'?"),
+        ("facefed data synth --layout celba --out x", "did you mean 'celeba'?"),
+        ("facefed train local --ruonds 3", "facefed train local: error: --ruonds is unknown; did you mean --rounds?"),
+        ("facefed train local --ruonds=3", "facefed train local: error: --ruonds is unknown; did you mean --rounds?"),
+        ("flower-client --datset celeba", "flower-client: error: --datset is unknown; did you mean --dataset?"),
+        ("flower-server --weight-decay 0.1", "write --set training.weight_decay=VALUE"),
+        ("flower-simulation --xyzzy", "--xyzzy is unknown; flower-simulation --help lists what there is"),
+        ("flower-server celeba", "celeba: nothing more was expected; does an option's name stand before it?"),
+        ("facefed tracking", "a command is missing; give one of serve, sync, import-wandb, doctor"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(capsys, words, line):
+    code, out, err = said(capsys, *words.split())
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith(line)
+
+
+def test_facefed_alone_shows_its_help(capsys):
+    code, _, err = said(capsys, "facefed")
+    assert code == 2
+    assert "local training, and what surrounds a federation" in err
+    assert all(f"\n    {name} " in err for name in ("data", "train", "evaluate", "attention", "tracking", "certs"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_tells_its_version(capsys, program):
+    assert said(capsys, program, "--version")[:2] == (0, f"{program} {facefed_version()}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--lr", "abc"], '--lr: training.lr = "abc" has the wrong type'),
+        (["--method", "fedprx"], "--method: federation.strategy = 'fedprx' is unknown; did you mean 'fedprox'?"),
+        (["--set", "data.image_size=7"], "--set data.image_size: data.image_size = 7 must be"),
+        (["--set", "data.imge_size=7"], "--set data.imge_size: setting = 'data.imge_size' is unknown"),
+        # two that do not go together: the flag's is at fault, wherever the other comes from
+        (["--set", "model.pretrained=imagenet"], "--set model.pretrained: model.width = 0.5 has no ImageNet weights"),
+        (["--rounds", "3"], "FILE: model.depth = 0 must be"),
+    ],
+)
+def test_a_flags_mistake_is_not_the_files(tmp_path, words, line):
+    file = tmp_path / "a.toml"
+    file.write_text("[model]\ndepth = 0\n" if line.startswith("FILE") else "[model]\nwidth = 0.5\n")
+    parser = program_parser("program", "")
+    add_run_settings(parser)
+    with pytest.raises(ConfigError) as caught:
+        read_run_settings(parser.parse_args(["--config", str(file), *words]))
+    [problem] = caught.value.problems
+    assert problem.startswith(line.replace("FILE", str(file)))
