@@ -124,8 +124,6 @@ def test_which_proxy_stands_before_a_host(environment):
 
 
 class NoTrainer:
-    folder = Path("/nowhere")
-
     def keep_alive(self) -> None:
         pass
 
@@ -192,7 +190,8 @@ def test_a_client_gives_up_at_a_server_that_says_nothing(tmp_path, silent_server
     """The connect timeout ends it, wherever it is stuck: here the SuperNode tries for ever."""
     site = tmp_path / "alpha"
     made, _ = client("127.0.0.1", silent_server, tmp_path, timeout_s=2.0)
-    monkeypatch.setattr(launch, "Trainer", lambda *_: _Context())
+    monkeypatch.setattr(launch, "Trainer", lambda *_: _Context(tmp_path))
+    (tmp_path / launch.KEY).write_bytes(b"key")
     monkeypatch.setattr(made, "_command", lambda _: [sys.executable, "-c", "import time; time.sleep(60)"])
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -203,6 +202,9 @@ def test_a_client_gives_up_at_a_server_that_says_nothing(tmp_path, silent_server
 
 
 class _Context(NoTrainer):
+    def __init__(self, folder):
+        self.folder = folder
+
     def __enter__(self):
         return self
 
