@@ -12,20 +12,26 @@ SEED  ?= 0
 FIRST ?= 0
 RUNS  ?= 10
 
-.PHONY: help setup system demo test lint types unit e2e chaos docker-test bench bench-faces clean
+.PHONY: help setup lock system demo test lint types unit e2e chaos docker-test bench bench-faces clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+LOCKS  := requirements/run.txt requirements/develop.txt
+
+$(STAMP): pyproject.toml $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 		{ echo "FaceFed needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.11 ..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes $(LOCKS:%=-r %)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-setup: $(STAMP) ## create .venv and install the pinned dependencies
+setup: $(STAMP) ## create .venv and install the pinned dependencies, each file by its hash
+
+lock: $(STAMP) ## after a change of pyproject.toml or constraints.txt: write requirements/ anew, asking pip's index
+	$(BIN)/python requirements/lock.py
 
 system: ## install the databases, the browser and the tracer that some end-to-end tests use (Debian, as root)
 	@tests/system-packages install
