@@ -72,4 +72,4 @@ bench-faces: $(STAMP) ## accuracy on a CelebA and a VGGFace2 folder: make bench-
 	$(BIN)/python -m bench.real_faces --celeba $(CELEBA) --vggface2 $(VGGFACE2)
 
 clean: ## remove the environment and everything that runs left here
-	rm -rf $(VENV) build dist data runs logs chaos .facefed mlflow.db mlartifacts *.egg-info
+	rm -rf $(VENV) build dist data runs logs chaos .facefed mlflow.db mlartifacts mlflow-auth *.egg-info

@@ -5,16 +5,18 @@ Only the standard library is imported, so that `--help` answers at once.
 
 import argparse
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from common import config
 from common.errors import EXIT_USER, ConfigError
 from common.models.table import BACKBONES, HEADS
+from common.redact import passwords_in, shown_uri
 from common.settings import Settings
 from common.strategies import STRATEGIES
 from common.system.runtime import facefed_version, tracking_uri_of_environment
@@ -92,6 +94,11 @@ def program_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = ProgramParser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=f"%(prog)s {facefed_version()}")
     return parser
+
+_ADDRESS: Final = "tracking.uri"
+_LOGIN: Final = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in a configuration's tracking.uri,"
+
+_log = logging.getLogger("facefed.tracking")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +221,9 @@ def read_run(arguments: argparse.Namespace, *, default_config: str | None = None
         if not (equals and dot):
             raise ConfigError([f"--set {item}: write SECTION.KEY=VALUE, for example --set data.image_size=64."])
         overrides[(section, key)] = config.value_of(dotted, text)
+    typed = {dotted: text for dotted, text in vars(arguments).items() if dotted == _ADDRESS and text}
+    typed |= {item.partition("=")[0]: item.partition("=")[2] for item in arguments.set}
+    tell_of_password("--tracking-uri", typed.get(_ADDRESS, ""), _LOGIN)
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
     try:
@@ -237,6 +247,20 @@ def _blamed(problem: str, source: str, flags: Mapping[str, str]) -> str:
         if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", bare):
             return f"{flags[name]}: {bare}"
     return problem
+
+
+def tell_of_password(option: str, address: str, instead: str) -> None:
+    """Warn of a password in an address that was typed: it is in the list of processes and in the shell's history.
+
+    option: that it was given with.  instead: where a password belongs.
+    """
+    if passwords_in(address):
+        _log.warning(
+            "%s %s: every account of this machine can read the password in a command line; give it in %s instead.",
+            option,
+            shown_uri(address),
+            instead,
+        )
 
 
 def refuse_run_settings(arguments: argparse.Namespace, because: str, *, but: Sequence[str] = ()) -> None:

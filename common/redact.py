@@ -26,11 +26,16 @@ def shown_uri(uri: str) -> str:
 def without_password(text: str, uri: str) -> str:
     """A text in which neither the address nor a password of it can be read."""
     clean = text.replace(uri, shown_uri(uri))
+    given = passwords_in(uri)
+    for secret in sorted({form for one in given for form in (one, unquote(one))}, key=len, reverse=True):
+        clean = clean.replace(secret, "***")
+    return clean
+
+
+def passwords_in(uri: str) -> list[str]:
+    """The passwords of an address, as written: before its host, and in its query."""
     try:
         given = [urlsplit(uri).password or ""]
     except ValueError:
         given = []
-    given += [found.group(2) for found in _SECRET_IN_QUERY.finditer(uri)]
-    for secret in sorted({form for one in given for form in (one, unquote(one)) if form}, key=len, reverse=True):
-        clean = clean.replace(secret, "***")
-    return clean
+    return [one for one in (*given, *(found.group(2) for found in _SECRET_IN_QUERY.finditer(uri))) if one]

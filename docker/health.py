@@ -1,13 +1,17 @@
-"""Health checks that use what they check: python health.py tracking|server|proxy|site.  Exit code 0, or 1 and a line.
+"""Health checks that use what they check: python health.py tracking|relay|server|proxy|site.  Exit code 0, or 1 and a
+line.
 
 tracking  writes a metric, a parameter and a file with MLflow's client and reads them back, now and then; in between it
           reads the database through the server, under the name that others use (MLflow's /health tells of neither)
+relay     MLflow's /health, through it
 server    a handshake with the SuperLink, with the certificate that the front door will see
 proxy     through the door: /health, and a site's call that the SuperLink itself must refuse; Control must be 404;
           without a SuperLink the door is shut
 site      its SuperNode lives, has an answer and was connected
 """
 
+import base64
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +21,7 @@ ANSWER_WITHIN_S = 10.0
 WRITE_EVERY_S = 900.0
 MLFLOW, SUPERLINK, DOOR = ("127.0.0.1", 5000), ("superlink", 8000), ("localhost", 8443)
 CERTIFICATES = Path("/certs/server")
+PASSWORD = Path("/tracking-key/password")
 FLEET, CONTROL = "/v1/fleet/pull-messages", "/v1/control/list-runs"
 UNSIGNED = {401}  # the SuperLink's answer to a call without a site's key; nginx never gives it
 PROTOBUF = {"Content-Type": "application/protobuf"}
@@ -27,17 +32,25 @@ class Unhealthy(Exception):
 
 
 def tracking(marker: Path = Path("/tmp/written")) -> None:  # noqa: S108 - the container's own, gone with it
-    """MLflow.  Raises Unhealthy and what MLflow raises."""
+    """MLflow, as its administrator.  Raises Unhealthy and what MLflow raises."""
+    user, password = "admin", PASSWORD.read_text(encoding="utf-8").strip()
     if not marker.exists() or time.time() - marker.stat().st_mtime > WRITE_EVERY_S:
         from common.system.runtime import go_silent
 
         go_silent()
         from simulation.admin.doctor import write_and_remove
 
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         write_and_remove(f"http://{MLFLOW[0]}:{MLFLOW[1]}")
         marker.touch()
     path = "/api/2.0/mlflow/experiments/search?max_results=1"
-    expect(MLFLOW, "GET", path, {200}, {"Host": "mlflow:5000"}, ca=None)
+    basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+    expect(MLFLOW, "GET", path, {200}, {"Host": "mlflow:5000", "Authorization": f"Basic {basic}"}, ca=None)
+
+
+def relay() -> None:
+    """MLflow's published port.  Raises Unhealthy."""
+    expect(MLFLOW, "GET", "/health", {200}, ca=None)
 
 
 def server() -> None:
@@ -97,7 +110,7 @@ def expect(
         raise Unhealthy(f"{method} {path} gives {status} instead of {', '.join(map(str, sorted(allowed)))}")
 
 
-CHECKS = {"tracking": tracking, "server": server, "proxy": proxy, "site": site}
+CHECKS = {"tracking": tracking, "relay": relay, "server": server, "proxy": proxy, "site": site}
 
 if __name__ == "__main__":
     try:

@@ -15,6 +15,7 @@ from common.system.events import RUN_FILE
 from common.system.files import read_json
 
 RUNS = Path("runs")
+PASSWORD = Path("/tracking-key/password")  # of MLflow; docker/run_tracking.py makes it
 
 
 def unfinished(runs: Path) -> str:
@@ -39,6 +40,14 @@ def command(arguments: list[str], runs: Path = RUNS) -> list[str]:
     return ["flower-server", *where, *(["--resume", run] if run else settings)]
 
 
+def login(password: Path = PASSWORD) -> dict[str, str]:
+    """The variables by which MLflow's clients log in; none where there is no password."""
+    if not password.exists():
+        return {}
+    return {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": password.read_text("utf-8").strip()}
+
+
 if __name__ == "__main__":
     line = command(sys.argv[1:])
+    os.environ |= login()
     os.execvp(line[0], line)  # noqa: S606 - it becomes flower-server, and gets its signals

@@ -1,12 +1,14 @@
 """Starts `facefed tracking serve` in its container: on PostgreSQL with the profile `postgres`, else on sqlite.
 
-python run_tracking.py KEY_FILE ARGUMENT ...
+python run_tracking.py KEY_FILE PASSWORD_FILE ARGUMENT ...
 
-The database's container leaves its password in KEY_FILE (libpq's .pgpass, in a volume that only these two have), before
-anything else it does.  Neither the command line nor compose's file holds it.
+MLflow's password is made at the first start and stays in PASSWORD_FILE, in a volume that the server reads. The
+database's container leaves its password in KEY_FILE (libpq's .pgpass, in a volume that only these two have), before
+anything else it does.  Neither a command line nor compose's file holds one of them.
 """
 
 import os
+import secrets
 import socket
 import sys
 import time
@@ -37,8 +39,19 @@ def wait_for_database() -> None:
             return
 
 
+def password_in(file: Path) -> str:
+    """MLflow's, made where there is none yet; only the image's user can read the file."""
+    if not file.exists():
+        aside = file.with_suffix(".new")
+        aside.touch(mode=0o600)
+        aside.write_text(secrets.token_urlsafe(18), encoding="utf-8")
+        aside.rename(file)
+    return file.read_text(encoding="utf-8").strip()
+
+
 if __name__ == "__main__":
-    line = ["facefed", "tracking", "serve", *sys.argv[2:]]
+    line = ["facefed", "tracking", "serve", *sys.argv[3:]]
+    os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"] = password_in(Path(sys.argv[2]))
     if uses_postgres(Path(sys.argv[1]), Path("mlflow.db")):
         wait_for_database()
         line += ["--backend", DATABASE]

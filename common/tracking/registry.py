@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from common import config
 from common.errors import CheckpointError, TrackingError
 from common.redact import shown_uri
+from common.settings import TrackingSettings
 from common.system.files import read_json
-from common.tracking.address import sqlite_path
+from common.system.runtime import go_silent, tracking_uri_of_environment
+from common.tracking.address import resolve_uri, sqlite_path
 from common.tracking.delivery import AUC_TAG, CHAMPION, PEOPLE_TAG, open_client, quieten
 from common.tracking.run import TrackedRun
 from common.tracking.sender import short_reason
@@ -28,6 +31,8 @@ from common.tracking.spool import now_ms
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from common.models.recogniser import EmbeddingModel
 
 MODELS = "models"  # below the run's folder
 FLUSH_TIMEOUT_S = 120.0
@@ -205,6 +210,33 @@ def load_state(registered: Registered) -> "dict[str, Tensor]":
     except Exception as error:
         reason = short_reason(error)
         raise TrackingError(f"{registered.uri} cannot be loaded ({reason}); name its run's folder instead.") from None
+
+
+def load_model(uri: str, tracking_uri: str | None = None) -> "EmbeddingModel":
+    """A registered model, built by our code and filled with the tensors alone: nothing that a registry holds is run.
+
+    `mlflow.pytorch.load_model` runs it: a pickle unless MLFLOW_ALLOW_PICKLE_DESERIALIZATION is false, and the formulas
+    of an exported graph, which torch evaluates as Python, even then (MLflow 3.17, torch 2.14).
+    uri: models:/NAME@champion or models:/NAME/VERSION.  tracking_uri: None for MLFLOW_TRACKING_URI, else
+    sqlite:///mlflow.db.  Raises TrackingError; ConfigError where the settings of its run are none.
+    """
+    from common.models.recogniser import EmbeddingModel, build_backbone
+
+    go_silent()  # before MLflow is imported
+    given = tracking_uri_of_environment() or TrackingSettings().uri if tracking_uri is None else tracking_uri
+    registered = read_registered(resolve_uri(given, Path.cwd()) if given else "", uri)
+    settings = config.from_mapping(config.without_gone(registered.settings), f"{registered.uri}: config.toml")
+    tensors = load_state(registered)
+    model = EmbeddingModel(build_backbone(settings.model, settings.data.image_size))
+    needed = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    try:
+        absent = needed.intersection(model.load_state_dict(tensors, strict=False).missing_keys)
+    except RuntimeError as error:  # of another shape
+        reason = short_reason(error)
+        raise TrackingError(f"{registered.uri} is no {settings.model.backbone} of its run ({reason}).") from None
+    if absent:
+        raise TrackingError(f"{registered.uri} is no {settings.model.backbone} of its run: {min(absent)} is missing.")
+    return model
 
 
 def _has_no_database(address: str) -> bool:

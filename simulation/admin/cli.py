@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from common.errors import EXIT_INTERRUPTED, escaped
 from common.faces.datasets import DEFAULT_CLIENTS
-from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings
+from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings, tell_of_password
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
 
 
@@ -213,7 +213,13 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where plots and models are kept: a folder or s3://BUCKET/PREFIX (default: mlartifacts)",
     )
-    parser.add_argument("--auth", action="store_true", help="ask for a user name and a password")
+    parser.add_argument(
+        "--auth",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for a user name and a password, which is made (the default); --no-auth lets every account of this"
+        " machine, and whoever else reaches the port, change and delete runs and models",
+    )
     parser.add_argument(
         "--allowed-hosts",
         default="",
@@ -227,6 +233,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging("info")
     from simulation.admin.tracking_server import ServeOptions, plan_server, serve
 
+    tell_of_password("--backend", arguments.backend or "", "MLFLOW_BACKEND_STORE_URI")
     options = ServeOptions(
         host=arguments.host,
         port=arguments.port,

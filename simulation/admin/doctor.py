@@ -223,7 +223,7 @@ def _write_test(uri: str) -> Finding:
 
 def _advice(reason: str) -> str:
     if "401" in reason or "not authenticated" in reason.lower():
-        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return "source the server's mlflow-auth/login.env, or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if "403" in reason or "permission" in reason.lower():
         return "have the server's administrator let this user write"
     if "schema" in reason.lower():

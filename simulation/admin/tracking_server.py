@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -43,8 +44,14 @@ EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
 # Of a user's variables for MLflow, those that a server needs; any other one might change what was checked here.
 _KEPT_VARIABLES: Final = ("MLFLOW_AUTH_", "MLFLOW_FLASK_", "MLFLOW_S3_", "MLFLOW_SQLALCHEMYSTORE_", "MLFLOW_MYSQL_")
 _SECRETS: Final = "mlflow-auth"
+_LOGIN: Final = "login.env"
 _PASSWORD, _KEY = "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"
+_HOW_TO_LOG_IN: Final = "clients take MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 _LEAST_PASSWORD: Final = 12  # MLflow's own rule
+NO_AUTH: Final = (
+    "warning: --no-auth: every account of this machine, and whoever else reaches the port, can read, change and delete"
+    " each run and model, and put a model of theirs in place of the champion."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,7 @@ class ServeOptions:
     port: int = 5000
     backend: str = "sqlite"
     artifacts: str = "mlartifacts"
-    auth: bool = False
+    auth: bool = True
     allowed_hosts: Sequence[str] = ()  # further names under which clients reach this server
 
 
@@ -77,7 +84,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
     """Check the port, the database and the artifacts' place, and work out the server's line.
 
     environment: of this process.  base: what relative paths start from.
-    Makes the folders, and with `auth` the secrets.  Raises TrackingError or UserError.
+    Makes the folders, and with `auth` the secrets and the login.  Raises TrackingError or UserError.
     """
     if not 0 < options.port < 65536:
         raise TrackingError(f"--port {options.port} is no port; use one from 1 to 65535, such as 5000.")
@@ -90,7 +97,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
     folder = database.parent if database else base.resolve()
     hosts = allowed_hosts(options.host, options.allowed_hosts)
     given = {k: v for k, v in environment.items() if not k.startswith("MLFLOW_") or k.startswith(_KEPT_VARIABLES)}
-    secret, secret_note = auth_variables(folder / _SECRETS, given) if options.auth else ({}, "")
+    secret, secret_note = auth_variables(folder / _SECRETS, given) if options.auth else ({}, NO_AUTH)
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", options.host, "--port", str(options.port)]
     command += ["--workers", "1", "--artifacts-destination", artifacts, "--allowed-hosts", ",".join(hosts)]
     command += ["--cors-allowed-origins", ",".join(allowed_origins(hosts))]
@@ -109,7 +116,7 @@ def plan_server(options: ServeOptions, environment: Mapping[str, str], base: Pat
             f"artifacts: {artifacts}",
             f"server's log: {folder / 'mlflow-server.log'}",
             f"names it answers to: {', '.join(_plain(hosts))}",
-            *([secret_note] if secret_note else []),
+            secret_note,
             *_warnings(options),
         ),
     )
@@ -119,8 +126,6 @@ def _warnings(options: ServeOptions) -> list[str]:
     if is_loopback(options.host):
         return []
     lines = []
-    if not options.auth:
-        lines.append("warning: whoever reaches this port can read and delete every run; see --auth.")
     if "*" in options.allowed_hosts:
         lines.append("warning: --allowed-hosts '*' lets any web page that a user opens reach this server.")
     return [*lines, "warning: it speaks plain HTTP; beyond a trusted network put a proxy with TLS before it."]
@@ -171,15 +176,18 @@ def _plain(hosts: Sequence[str]) -> list[str]:
 
 
 def auth_variables(folder: Path, given: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """What MLflow's basic-auth app needs, and the line that says where the password is.
+    """What MLflow's basic-auth app needs, and the line that says where the password is and how a client gives it.
 
-    folder: keeps the users, the key and a password that we made, readable by this user only.
+    folder: keeps the users, the key and a password that we made, readable by this user only, and for a client's shell
+    the variables to log in with.  MLflow takes the password once, when it makes its database of users.
     """
     if not importlib.util.find_spec("flask_wtf"):
-        raise TrackingError("--auth needs the package Flask-WTF: pip install Flask-WTF.")
+        raise TrackingError(
+            "to ask for a password needs the package Flask-WTF: pip install Flask-WTF; or give --no-auth."
+        )
     if _PASSWORD in given and len(given[_PASSWORD]) < _LEAST_PASSWORD:
         raise TrackingError(f"{_PASSWORD} is shorter than {_LEAST_PASSWORD} characters; choose a longer one.")
-    require_folder(folder, "--auth")
+    require_folder(folder, "the password's folder")
     folder.chmod(0o700)
     known = folder / "secrets.json"
     try:
@@ -196,12 +204,18 @@ def auth_variables(folder: Path, given: Mapping[str, str]) -> tuple[dict[str, st
     users.write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n", encoding="utf-8"
     )
-    where = f"in {_PASSWORD}" if _PASSWORD in given else f"{_PASSWORD} in {known}"
     variables = {"MLFLOW_AUTH_CONFIG_PATH": str(users), **kept, **{k: given[k] for k in kept if k in given}}
-    return variables, (
-        f"user: {given.get('MLFLOW_AUTH_ADMIN_USERNAME', 'admin')}, first password: {where}; clients take"
-        " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    user, login = given.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin"), folder / _LOGIN
+    if _PASSWORD in given:  # whoever chose it knows it; what we made is not the password then
+        login.unlink(missing_ok=True)
+        return variables, f"user: {user}, first password: that in {_PASSWORD}; {_HOW_TO_LOG_IN}"
+    login.touch(mode=0o600)
+    login.write_text(
+        f"export MLFLOW_TRACKING_USERNAME={shlex.quote(user)}\n"
+        f"export MLFLOW_TRACKING_PASSWORD={shlex.quote(kept[_PASSWORD])}\n",
+        encoding="utf-8",
     )
+    return variables, f"user: {user}, first password: in {login}; {_HOW_TO_LOG_IN}: source {shlex.quote(str(login))}"
 
 
 # -- the server's life -------------------------------------------------------------------------------------------------

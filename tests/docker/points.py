@@ -1,22 +1,28 @@
 """What MLflow has of a run, asked over its published port as a browser would."""
 
+import base64
 import json
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
 class Tracking:
     """An MLflow server's REST interface."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, password: Callable[[], str]) -> None:
+        """password: reads the administrator's, where it is when something is asked."""
+        self._password = password
         self._base = f"http://127.0.0.1:{port}/api/2.0/mlflow"
 
     def _ask(self, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
+        basic = base64.b64encode(f"admin:{self._password()}".encode()).decode()
         request = urllib.request.Request(  # noqa: S310 - the address is our own
-            f"{self._base}/{path}", data=data, headers={"Content-Type": "application/json"}
+            f"{self._base}/{path}",
+            data=data,
+            headers={"Content-Type": "application/json", "Authorization": f"Basic {basic}"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             found: dict[str, Any] = json.load(answer)

@@ -85,11 +85,12 @@ class Test:
     def closed_doors(self) -> str:
         """What is published, and which keys a site can read."""
         published = {
-            service: self.project.look(service, "NetworkSettings.Ports") for service in ("proxy", "mlflow", "celeba")
+            service: self.project.look(service, "NetworkSettings.Ports")
+            for service in ("proxy", "mlflow-port", "mlflow", "celeba")
         }
         assert "0.0.0.0" in published["proxy"], published  # noqa: S104 - looked for
-        assert "127.0.0.1" in published["mlflow"], published
-        assert "0.0.0.0" not in published["mlflow"] + published["celeba"], published  # noqa: S104
+        assert "127.0.0.1" in published["mlflow-port"], published
+        assert "0.0.0.0" not in "".join(published[name] for name in published if name != "proxy"), published  # noqa: S104
         assert self.project.execute("celeba", "import os; print(os.listdir('/certs/celeba'))").count(".key") == 1
         assert self.project.execute("celeba", "import os; print(os.listdir('/certs/vggface2'))").strip() == "[]"
         return "two ports published, one of them on this machine only; a site sees its own key alone"
@@ -124,9 +125,9 @@ class Test:
         time.sleep(10)
         project.compose("up", "-d", "celeba")
         project.wait_for("server", "round 4 of")
-        docker("network", "disconnect", project.network("sites"), project.container("vggface2"))
+        docker("network", "disconnect", project.network("vggface2"), project.container("vggface2"))
         time.sleep(CUT_S)
-        docker("network", "connect", project.network("sites"), project.container("vggface2"))
+        docker("network", "connect", project.network("vggface2"), project.container("vggface2"))
         project.wait_for("server", "round 7 of")
         docker("kill", project.container("server"))
         project.compose("down", "--timeout", "60")
@@ -186,7 +187,7 @@ def main(keep: str) -> int:
         "FACEFED_OPTIONS": SMALL,
     }
     project = Project(f"facefed-test-{secrets.token_hex(3)}", variables)
-    test = Test(project, Tracking(port))
+    test = Test(project, Tracking(port, lambda: project.read("tracking-key", "cat /volume/password")))
     parts: list[Callable[[], str]] = [
         test.build, test.undisturbed, test.not_again, test.closed_doors, test.killed_servers, test.everything,
         test.profiles,

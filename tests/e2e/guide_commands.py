@@ -25,7 +25,7 @@ ANYTHING = "…"  # in an expected line: any text; a line of its own: any lines
 SERVERS = {r"facefed tracking serve\b": "/health", r"mlflow ui\b": "/health", r"tensorboard\b": "/"}
 PROGRAMS = (
     "facefed", "flower-simulation", "mlflow", "python", "tensorboard", "psql", "pg_dump", "pg_restore",
-    "export", "unset", "du", "mkdir", "cp", "grep", "printf", "strace", "unshare",
+    "export", "source", "unset", "du", "mkdir", "cp", "grep", "printf", "strace", "unshare",
 )  # fmt: skip
 
 

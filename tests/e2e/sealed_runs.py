@@ -109,7 +109,7 @@ def deploy(deployment: Sealed, faces, people: Path, island: Island, environment:
     def end(*names: str) -> None:
         deployment.ended.update({name: running[name].ended() for name in names})
 
-    serve = start("serve", "facefed", "tracking", "serve", "--port", port)
+    serve = start("serve", "facefed", "tracking", "serve", "--port", port, "--no-auth")
     _start_clients(start, faces, people, address, tracked)
     start("synth", "facefed", "data", "synth", "--layout", "celeba", "--people", 6, "--pictures", 2, "--out", "drawn")
     serve.wait_for("healthy")

@@ -51,7 +51,7 @@ def server(simulated, tmp_path_factory):
         for name in {*SILENCING, *(name for name in os.environ if name.startswith("PYTEST_"))}:
             patch.delenv(name, raising=False)
         backend, port = f"sqlite:///{simulated.cwd / 'mlflow.db'}", free_port()
-        serve = programs.start("facefed", "tracking", "serve", "--port", port, "--backend", backend)
+        serve = programs.start("facefed", "tracking", "serve", "--port", port, "--backend", backend, "--no-auth")
     serve.wait_for("healthy: ")
     yield f"http://127.0.0.1:{port}"
     programs.close()

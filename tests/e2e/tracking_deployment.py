@@ -75,7 +75,7 @@ def deployed(folder: Path) -> Iterator[Deployment]:
         postgresql, mariadb, store = (
             stack.enter_context(contextlib.closing(kind())) for kind in (PostgreSQL, MariaDB, ObjectStore)
         )
-        with_password = _serve(stack, folder / "sqlite", "--auth", "--host", EVERYWHERE, "--allowed-hosts", "mlflow")
+        with_password = _serve(stack, folder / "sqlite", "--host", EVERYWHERE, "--allowed-hosts", "mlflow")
         option_file = folder / "my.cnf"
         option_file.write_text(f"[client]\nuser={USER}\npassword={PASSWORD}\n")
         option_file.chmod(0o600)
@@ -88,10 +88,10 @@ def deployed(folder: Path) -> Iterator[Deployment]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in store.variables.items():
                 patch.setenv(name, value)
-            options = "--backend", own_address["postgresql"], "--artifacts", f"s3://{store.BUCKET}/facefed"
+            options = "--backend", own_address["postgresql"], "--artifacts", f"s3://{store.BUCKET}/facefed", "--no-auth"
             over_postgresql = _serve(stack, folder / "postgresql", *options)
         _end(*writers["mariadb"])
-        over_mariadb = _serve(stack, folder / "mariadb", "--backend", mariadb.uri())
+        over_mariadb = _serve(stack, folder / "mariadb", "--backend", mariadb.uri(), "--no-auth")
         for server in (with_password, over_postgresql, over_mariadb):
             server.program.wait_for("healthy:", timeout_s=280)
         yield Deployment(

@@ -1,9 +1,11 @@
 """docker-compose.yml: what it promises can be read from it, and what its commands start is really there."""
 
+import asyncio
 import importlib.util
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import clients.cli
 import server.cli
 import simulation.cli
 from common.system.certs import read_client_folder, read_server_folder
+from common.system.processes import can_connect, free_port
 from server.flower.front_door import Door, door_config
 from tests.conftest import skip_or_fail
 
@@ -88,8 +91,6 @@ def test_every_image_is_pinned():
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"${PYTHON_IMAGE}"}, path
         assert "ARG PYTHON_IMAGE=python:3.11-slim" in text, path
-        installs = re.findall(r"pip install [^&\\]*", text)
-        assert all("-c constraints.txt" in line or "--no-deps" in line for line in installs), path
 
 
 @EACH
@@ -142,16 +143,41 @@ def test_no_secret_stands_in_the_environment_or_a_command(name):
 
 def test_only_the_door_and_on_this_machine_mlflow_are_published():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert published == {"proxy": ["8443:8443"], "mlflow": ["127.0.0.1:5000:5000"]}
+    assert published == {"proxy": ["8443:8443"], "mlflow-port": ["127.0.0.1:5000:5000"]}
 
 
-def test_a_site_reaches_the_door_alone():
-    networks = {name: set(service.get("networks", ())) for name, service in SERVICES.items()}
-    assert all(networks[name] == {"sites"} for name in SITES)
-    assert [name for name in SERVICES if "sites" in networks[name] and name not in SITES] == ["proxy"]
-    assert [name for name in SERVICES if "inner" in networks[name]] == ["server", "proxy"]
-    assert COMPOSE["networks"]["sites"] == COMPOSE["networks"]["inner"] == {"internal": True}
+NETWORKS = {name: set(service.get("networks", ())) for name, service in SERVICES.items()}
+
+
+def _in(network):
+    return [name for name in SERVICES if network in NETWORKS[name]]
+
+
+def test_a_site_reaches_the_door_alone_and_no_other_site():
+    assert _in("inner") == ["server", "proxy"]
+    for name in SITES:
+        own = name.removesuffix("-gpu")
+        assert NETWORKS[name] == {own}
+        assert set(_in(own)) - {f"{own}-gpu"} == {"proxy", own}
     assert SERVICES["server"]["networks"]["inner"] == {"aliases": ["superlink"]}
+
+
+def test_only_the_published_ports_have_a_way_out():
+    """Docker routes nothing out of an internal network, and publishes no port of a container that is in no other."""
+    ways_out = {name for name, network in COMPOSE["networks"].items() if network != {"internal": True}}
+    assert ways_out == {"outside"}
+    assert [name for name in SERVICES if NETWORKS[name] & ways_out] == ["mlflow-port", "proxy"]
+    assert {name for name, service in SERVICES.items() if "ports" in service} == {"mlflow-port", "proxy"}
+    assert not mounts("mlflow-port")
+
+
+def test_mlflow_asks_for_a_password_that_only_it_and_the_server_read():
+    assert "--no-auth" not in words("mlflow")
+    assert mounts("mlflow")["/tracking-key"] == ("tracking-key", "rw")
+    assert mounts("server")["/tracking-key"] == ("tracking-key", "ro")
+    assert [name for name in SERVICES if "/tracking-key" in mounts(name)] == ["mlflow", "server"]
+    password = str(program("run_server").PASSWORD)
+    assert words("mlflow")[4] == password == str(program("health").PASSWORD)
 
 
 def test_each_sees_its_own_keys_and_pictures_only():
@@ -170,7 +196,9 @@ def test_each_sees_its_own_keys_and_pictures_only():
 def test_every_volume_is_named_and_its_mount_point_belongs_to_the_images_user():
     """Docker gives a new volume the owner of the folder that it covers; without one it is root's, and unwritable."""
     made = {
-        path.name: set(re.findall(r"(/(?:var/lib/facefed|certs|database-key|data)[\w/]*)", path.read_text("utf-8")))
+        path.name: set(
+            re.findall(r"(/(?:var/lib/facefed|certs|database-key|tracking-key|data)[\w/]*)", path.read_text("utf-8"))
+        )
         for path in (ROOT / "docker").glob("*ockerfile")
     }
     used = set()
@@ -193,9 +221,10 @@ def test_the_programs_know_their_flags():
     assert (given.address, given.front_door, given.tls) == ("superlink:8000", False, "/certs/server")
     assert given.config == "demo"
     line = words("mlflow")
-    simulation.cli.facefed_parser().parse_args(["tracking", "serve", *line[4:]])
+    given = simulation.cli.facefed_parser().parse_args(["tracking", "serve", *line[5:]])
+    assert given.auth
     with pytest.raises(SystemExit):
-        simulation.cli.facefed_parser().parse_args(["tracking", "serve", *line[4:], "--no-such-flag"])
+        simulation.cli.facefed_parser().parse_args(["tracking", "serve", *line[5:], "--no-such-flag"])
 
 
 # -- the files of docker/ ----------------------------------------------------------------------------------------------
@@ -270,6 +299,57 @@ def test_mlflow_uses_postgres_where_its_key_is(tmp_path):
     assert not uses(key, sqlite)
     key.touch()
     assert uses(key, sqlite)
+
+
+def test_mlflows_password_is_made_once_and_is_how_the_server_logs_in(tmp_path):
+    file = tmp_path / "password"
+    assert program("run_server").login(file) == {}
+    password = program("run_tracking").password_in(file)
+    assert len(password) >= 12
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert program("run_tracking").password_in(file) == password
+    assert program("run_server").login(file) == {
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+
+
+def test_the_relay_hands_on_both_ways_and_both_ends():
+    """What is sent, then what is answered once the end has come; and an address at which nothing listens."""
+    relay = program("run_relay")
+
+    async def echo(reader, writer):
+        writer.write((await reader.read())[::-1])
+        writer.close()
+
+    async def ask(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"abc" * 100_000)
+        writer.write_eof()
+        try:
+            return await reader.read()
+        except ConnectionResetError:  # what was sent lies there unread
+            return b""
+        finally:
+            writer.close()
+
+    async def both():
+        answers = []
+        for behind in (free_port(), free_port()):
+            port = free_port()
+            task = asyncio.ensure_future(relay.serve(port, ("127.0.0.1", behind), "127.0.0.1"))
+            async with await asyncio.start_server(echo, "127.0.0.1", behind) as server:
+                if answers:
+                    server.close()
+                    await server.wait_closed()
+                while not can_connect("127.0.0.1", port):
+                    await asyncio.sleep(0.01)
+                answers.append(await ask(port))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return answers
+
+    assert asyncio.run(both()) == [b"cba" * 100_000, b""]
 
 
 def test_the_door_leads_to_a_superlink_elsewhere():

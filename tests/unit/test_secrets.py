@@ -111,8 +111,9 @@ def test_whoever_begins_a_run_finds_the_whole_address_in_its_folder_only(tmp_pat
     assert asked == [ADDRESS, ADDRESS, "http://127.0.0.1:8"]
 
 
-@pytest.mark.parametrize("given", ["flag", "environment", "file"])
-def test_the_door_tells_settings_and_password_apart(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("given", ["flag", "set", "environment", "file"])
+def test_the_door_tells_settings_and_password_apart(tmp_path, monkeypatch, caplog, given):
+    """What was typed can be read by every account of the machine, so it is told where a password belongs."""
     file = tmp_path / "a.toml"
     file.write_text(f'[tracking]\nuri = "{ADDRESS if given == "file" else "sqlite:///a.db"}"\n', encoding="utf-8")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow's client in another test leaves it behind
@@ -120,9 +121,20 @@ def test_the_door_tells_settings_and_password_apart(tmp_path, monkeypatch, given
         monkeypatch.setenv("MLFLOW_TRACKING_URI", ADDRESS)
     parser = argparse.ArgumentParser()
     add_run_settings(parser)
-    argv = ["--config", str(file), *(["--tracking-uri", ADDRESS] if given == "flag" else [])]
-    settings, address = read_run(parser.parse_args(argv))
+    typed = {"flag": ["--tracking-uri", ADDRESS], "set": ["--set", f"tracking.uri={ADDRESS}"]}
+    settings, address = read_run(parser.parse_args(["--config", str(file), *typed.get(given, [])]))
     assert (settings.tracking.uri, address) == (SHOWN, ADDRESS)
+    assert_silent(caplog.text)
+    told = [line for line in caplog.messages if "every account of this machine can read the password" in line]
+    assert len(told) == (given in typed)
+    assert all(f"{SHOWN}:" in line and "MLFLOW_TRACKING_PASSWORD" in line for line in told)
+
+
+def test_a_name_without_a_password_is_no_secret(caplog):
+    parser = argparse.ArgumentParser()
+    add_run_settings(parser)
+    read_run(parser.parse_args(["--tracking-uri", "postgresql://researcher@127.0.0.1/runs"]))
+    assert not caplog.messages
 
 
 def test_another_password_beside_resume_is_refused_without_a_word_of_either(tmp_path, settings):

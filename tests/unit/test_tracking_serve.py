@@ -1,6 +1,8 @@
 """`facefed tracking serve`: what it refuses, whom its server answers, and a real server from start to end."""
 
+import base64
 import http.client
+import json
 import os
 import signal
 import socket
@@ -137,14 +139,18 @@ def test_the_line_and_what_the_server_inherits(tmp_path):
     assert plan.environment["MLFLOW_DISABLE_TELEMETRY"] == plan.environment["DO_NOT_TRACK"] == "true"
     assert plan.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert plan.command[plan.command.index("--artifacts-destination") + 1] == str(tmp_path / "mlartifacts")
+    assert plan.command[-2:] == ("--app-name", "basic-auth")
     assert not any("warning" in note for note in plan.notes)
-    open_to_all = plan_server(ServeOptions(port=plan.port, host=EVERYWHERE[0]), given, tmp_path)
-    assert any("can read and delete every run" in note for note in open_to_all.notes)
+    for host in ("127.0.0.1", EVERYWHERE[0]):  # loopback is every account's of this machine
+        open_to_all = plan_server(ServeOptions(port=plan.port, host=host, auth=False), given, tmp_path)
+        assert "basic-auth" not in open_to_all.command
+        [line] = [note for note in open_to_all.notes if "--no-auth" in note]
+        assert "can read, change and delete each run and model" in line
 
 
 def test_the_secrets_of_auth(tmp_path, monkeypatch):
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda _name: None)
-    assert "pip install Flask-WTF" in refused(tmp_path, auth=True)
+    assert "pip install Flask-WTF; or give --no-auth" in refused(tmp_path)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
     variables, note = serve.auth_variables(tmp_path / "auth", {})
     again, _ = serve.auth_variables(tmp_path / "auth", {})
@@ -155,8 +161,15 @@ def test_the_secrets_of_auth(tmp_path, monkeypatch):
     kept = tmp_path / "auth/secrets.json"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
-    own, _ = serve.auth_variables(tmp_path / "auth", {"MLFLOW_AUTH_ADMIN_PASSWORD": "chosen by the user"})
+    login = tmp_path / "auth/login.env"
+    assert stat.S_IMODE(login.stat().st_mode) == 0o600
+    assert f"source {login}" in note
+    ask = f"source {login} && printf '%s %s' $MLFLOW_TRACKING_USERNAME $MLFLOW_TRACKING_PASSWORD"
+    assert subprocess.check_output(["bash", "-c", ask], text=True) == f"admin {password}"
+    own, note = serve.auth_variables(tmp_path / "auth", {"MLFLOW_AUTH_ADMIN_PASSWORD": "chosen by the user"})
     assert own["MLFLOW_AUTH_ADMIN_PASSWORD"] == "chosen by the user"
+    assert not login.exists()
+    assert "chosen" not in note
     with pytest.raises(UserError, match="shorter than 12"):
         serve.auth_variables(tmp_path / "auth", {"MLFLOW_AUTH_ADMIN_PASSWORD": "short"})
     kept.write_text("{")
@@ -205,11 +218,9 @@ class Served:
     def text(self) -> str:
         return self.output.read_text()
 
-    def status(self, method: str, path: str, **headers: str) -> int:
+    def status(self, method: str, path: str, body: str = '{"max_results": 1}', **headers: str) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request(
-            method, path, body='{"max_results": 1}', headers={"Content-Type": "application/json"} | headers
-        )
+        connection.request(method, path, body=body, headers={"Content-Type": "application/json"} | headers)
         status = connection.getresponse().status
         connection.close()
         return status
@@ -223,6 +234,18 @@ class Served:
             process.kill()
         self.process.wait()
 
+    def attacks(self) -> dict[str, int]:
+        """What another account tries: to register a model of its own and to make it the champion; and each answer."""
+        model, registered = {"name": "m"}, "/api/2.0/mlflow/registered-models"
+        version = {"name": "m", "source": "s3://elsewhere/model"}
+        tried = {
+            "register": ("POST", f"{registered}/create", model),
+            "version": ("POST", "/api/2.0/mlflow/model-versions/create", version),
+            "champion": ("POST", f"{registered}/alias", {**model, "alias": "champion", "version": "1"}),
+            "replace": ("PUT", "/api/2.0/mlflow-artifacts/artifacts/0/models/m-1/artifacts/MLmodel", {}),
+        }
+        return {what: self.status(method, path, json.dumps(body)) for what, (method, path, body) in tried.items()}
+
 
 @pytest.fixture
 def served(tmp_path):
@@ -231,18 +254,37 @@ def served(tmp_path):
     program.kill()
 
 
+def test_without_a_password_anybody_puts_a_champion_in_its_place(tmp_path):
+    """The control of the attack that the next test sees refused."""
+    program = Served(tmp_path, "--no-auth")
+    try:
+        assert program.attacks() == dict.fromkeys(("register", "version", "champion", "replace"), 200)
+        assert "warning: --no-auth: every account of this machine" in program.text
+        assert not (tmp_path / "mlflow-auth").exists()
+    finally:
+        program.kill()
+
+
 def test_a_real_server_from_start_to_end(served, tmp_path):
     """Healthy, answers to its names only, keeps runs and files where it said, and leaves no process."""
     search = "/ajax-api/2.0/mlflow/experiments/search"
+    assert served.status("POST", search) == 401
+    assert served.attacks() == dict.fromkeys(("register", "version", "champion", "replace"), 401)
+    lines = (tmp_path / "mlflow-auth" / "login.env").read_text().splitlines()
+    login = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+    password = login["MLFLOW_TRACKING_PASSWORD"]
+    assert password not in served.text
+    assert not [one for child in served.children for one in child.cmdline() if password in one]
+    basic = {"Authorization": f"Basic {base64.b64encode(f'admin:{password}'.encode()).decode()}"}
     for host in (f"localhost:{served.port}", "mlflow:5000", "gpu1.example.org"):
-        assert served.status("POST", search, Host=host, Origin=f"http://{host}") == 200
+        assert served.status("POST", search, Host=host, Origin=f"http://{host}", **basic) == 200
     assert served.status("POST", search, Host="evil.example") == 403
     assert served.status("POST", search, Host="mlflow", Origin="http://evil.example") == 403
 
     doctor = subprocess.run(
         [sys.executable, "-m", "simulation.cli", "tracking", "doctor"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{served.port}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{served.port}", **login},
         capture_output=True,
         text=True,
         timeout=200,
