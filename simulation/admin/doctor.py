@@ -6,6 +6,7 @@ Its write test does what a run does on its tracking server, in an experiment of 
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import ssl
@@ -141,14 +142,14 @@ def _server(uri: str) -> Iterator[Finding]:
         yield _write_test(uri)
 
 
-def _ask(url: str, host: str = "") -> tuple[int, bytes, str]:
-    """Of a GET the status and the first bytes, or 0 and why there was no answer."""
+def _ask(url: str, host: str = "", login: tuple[str, str] | None = None) -> tuple[int, bytes, str]:
+    """Of a GET the status and the first bytes, or 0 and why there was no answer.  login: user name and password."""
     parts = urlsplit(url)  # a user name in it is MLflow's affair
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     trusted = ssl.create_default_context()  # with the authorities of this machine
     try:
         with (
-            httpx.Client(verify=trusted, follow_redirects=True, timeout=ANSWER_WITHIN_S) as client,
+            httpx.Client(verify=trusted, follow_redirects=True, timeout=ANSWER_WITHIN_S, auth=login) as client,
             client.stream("GET", bare, headers={"Host": host} if host else {}) as answer,
         ):
             return answer.status_code, next(answer.iter_bytes(200), b""), ""
@@ -157,7 +158,8 @@ def _ask(url: str, host: str = "") -> tuple[int, bytes, str]:
 
 
 def _server_version(uri: str) -> Finding:
-    status, body, _ = _ask(f"{uri}/version")
+    login = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    status, body, _ = _ask(f"{uri}/version", login=login if all(login) else None)
     theirs, ours = body.decode(errors="replace").strip(), importlib.metadata.version("mlflow")
     if status in (401, 403):
         return Finding(name="server's version", state=OK, text="not told before a login")
