@@ -95,6 +95,7 @@ def program_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {facefed_version()}")
     return parser
 
+
 _ADDRESS: Final = "tracking.uri"
 _LOGIN: Final = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in a configuration's tracking.uri,"
 
