@@ -50,7 +50,7 @@ class StandIns:
             self._waiting[ids[-1]] = (message, task)
         return ids
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:  # noqa: ARG002
         original, task = self._waiting.pop(message_id)
         if task.kind == "join":
             return answer(wire.site_content(site(original.metadata.dst_node_id)), original)

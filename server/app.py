@@ -28,7 +28,7 @@ from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.receipts import ReceiptMailbox
 from server.exchange.roster import MOST_TOLD_APART, Roster
 from server.flower.grid import GridMailbox, ask_soon
-from server.flower.superlink import NODES_FILE, read_nodes
+from server.flower.superlink import NODES_FILE, read_nodes, write_model_bytes
 from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import public_scorer
 from server.record.checkpoint import RunCheckpoints
@@ -49,6 +49,8 @@ class Surroundings:
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
     git_commit: str
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
+    # Is told the bytes of the flat model as float32: no reply has more, beside its counts.
+    expect: Callable[[int], None] = lambda _num_bytes: None
 
 
 def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
@@ -128,8 +130,7 @@ def _federate(
     settings: Settings, mailbox: Mailbox, surroundings: Surroundings, tracked: TrackedRun, events: EventLog
 ) -> dict[str, object]:
     recogniser, manifest = initial_model(settings)
-    if isinstance(mailbox, GridMailbox):
-        mailbox.expect(manifest.num_bytes)
+    surroundings.expect(manifest.num_bytes)
     limit = settings.federation.run_timeout_s
     waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
@@ -182,13 +183,16 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(given) if given else new_run_folder(settings)
     if given:  # Flower hands the run config to every client, so it has no secrets
         settings, _ = config.load_of_run(folder / CONFIG_FILE)
+    home = (folder / NODES_FILE).parent  # of flower-server, which gave the folder
+    mailbox = GridMailbox(grid, tell=partial(write_model_bytes, home)) if given else GridMailbox(grid)
     federate(
         settings,
-        GridMailbox(grid),
+        mailbox,
         Surroundings(
             run_folder=folder,
             stopped=(folder / STOP_FILE).exists,
             all_nodes_are_here=lambda: False,
             git_commit=str(context.run_config.get("git-commit", "")) or "unknown",
+            expect=mailbox.expect,
         ),
     )

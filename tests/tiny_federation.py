@@ -168,10 +168,11 @@ class ScriptedMailbox:
             self.tasks.append((node, task))
             self.models.append(None if shared is None else shared.copy())
             ids.append(f"message-{len(self.tasks)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]  # a reply says to which message it is one
             self._waiting[ids[-1]] = message
         return ids
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:  # noqa: ARG002
         message = self._waiting[message_id]
         script = self.nodes.get(message.metadata.dst_node_id)
         return None if script is None else script(wire.read_task(message.content)[0], message)
@@ -302,7 +303,7 @@ class InProcessMailbox:
         self._sent += messages
         return [str(number) for number in range(first, len(self._sent))]
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:  # noqa: ARG002
         message = self._sent[int(message_id)]
         site = self.sites[message.metadata.dst_node_id]
         return self._tamper(site.name, wire.read_task(message.content)[0], handle(site, message))

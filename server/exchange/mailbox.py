@@ -24,8 +24,11 @@ class Mailbox(Protocol):
         """Send, and return an id for each message, "" where it could not be sent."""
         ...
 
-    def receive(self, message_id: str) -> Message | None:
-        """The reply to that message, or None while there is none."""
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:
+        """The reply to that message, or None while there is none.
+
+        deadline: until when to wait for parts of one that has begun to come (time.monotonic()); None: what is there.
+        """
         ...
 
 

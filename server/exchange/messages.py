@@ -102,7 +102,7 @@ class Exchange:
             here = set(self.mailbox.node_ids())
             self._lost |= {member.node_id for member in self._members.values()} - here
             self._looked = time.monotonic()
-        message = self.mailbox.receive(message_id)
+        message = self.mailbox.receive(message_id, self._deadline)
         if message is not None:
             self.clock.lap("receive")
         elif node_id in self._lost:

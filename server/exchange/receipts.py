@@ -61,10 +61,10 @@ class ReceiptMailbox:
         self._sent |= {message_id: task for message_id, task in zip(ids, tasks, strict=True) if message_id}
         return ids
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:
         """The reply to that message, whose line is being written, or None while there is none."""
         self.settle()  # so that the next reply does not lie in memory beside the one before
-        message = self._mailbox.receive(message_id)
+        message = self._mailbox.receive(message_id, deadline)
         if message is not None and message_id in self._sent:
             self._at_work = self._hasher.submit(self._take_down, self._sent.pop(message_id), message)
         return message

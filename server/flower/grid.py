@@ -6,9 +6,10 @@ piece of 8 MiB and a list of a million zeros would be 8 TiB in the server's memo
 
 import contextlib
 import json
+import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flwr.app import Array, Error, Message, MessageType, Metadata
@@ -22,9 +23,14 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_children_ids_from_object_content,
 )
 
+from server.flower.superlink import COUNTS_BYTES
+
+log = logging.getLogger("facefed.server")
+
 UNREADABLE = 501  # our error code in Flower's Error
-QUICK_RETRY_S = 0.1  # of an object that a client is still sending
-COUNTS_BYTES = 2**21  # all counts of a reply with two splits take less than half of it
+UNDELIVERED = "Reply message objects are unavailable"  # Flower's words for a reply of which parts are missing
+QUICK_RETRY_S = 0.1  # of an object that is on its way into the SuperLink's store
+LEAST_PULL_S = 1.0  # a reply that is whole is never given up for what its transfer takes, even at the deadline
 
 
 class _Limit(threading.local):
@@ -75,14 +81,16 @@ def bounded(model_bytes: int) -> Iterator[None]:
 class GridMailbox:
     """A Mailbox over Flower's Grid."""
 
-    def __init__(self, grid: Grid) -> None:
-        """grid: as the ServerApp got it."""
-        self._grid = grid
+    def __init__(self, grid: Grid, *, tell: Callable[[int], None] = lambda _num_bytes: None) -> None:
+        """grid: as the ServerApp got it.  tell: who else wants to know how large a model is, in bytes."""
+        self._grid, self._tell = grid, tell
         self._model_bytes: int | None = None
+        self.num_dropped = 0  # messages that answer nothing that was asked for
 
     def expect(self, model_bytes: int) -> None:
         """From now on a reply may hold a flat model of so many bytes, float32, beside its counts."""
         self._model_bytes = model_bytes
+        self._tell(model_bytes)
 
     def node_ids(self) -> list[int]:
         """The nodes that are connected now."""
@@ -92,15 +100,42 @@ class GridMailbox:
         """Push all messages at once: equal arrays then travel to the SuperLink once."""
         return [message_id or "" for message_id in self._grid.push_messages(list(messages))]
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:
         """Pull one reply only, so that the others wait in the SuperLink's store and not in our memory."""
+        _pull_until(deadline)
         try:
             with bounded(self._model_bytes) if self._model_bytes is not None else contextlib.nullcontext():
-                return next(iter(self._grid.pull_messages([message_id])), None)
+                found = self._own(message_id, self._grid.pull_messages([message_id]))
         except Exception as error:
             if not _is_of_the_bytes(error):
                 raise
             return _unreadable(message_id, f"the reply cannot be unpacked: {type(error).__name__}: {error}")
+        if found is not None and found.has_error() and UNDELIVERED in (found.error.reason or ""):
+            return _unreadable(message_id, "no answer: a reply was announced, and not all of it came")
+        return found
+
+    def _own(self, message_id: str, messages: Iterable[Message]) -> Message | None:
+        """The reply to that message; Flower gives what a node sent to the SuperLink unasked beside it."""
+        found = None
+        for message in messages:
+            if found is None and message.metadata.reply_to_message_id == message_id:
+                found = message
+                continue
+            self.num_dropped += 1
+            if self.num_dropped == 1:
+                node = message.metadata.src_node_id
+                log.warning("a message of node %d answers nothing that was asked; it and its like are dropped", node)
+        return found
+
+
+def _pull_until(deadline: float | None) -> None:
+    """How long Flower's next pull waits for parts that are announced and not there; its own limit is two hours.
+
+    deadline: a time.monotonic(), or None for what is there now.
+    """
+    left = 0.0 if deadline is None else deadline - time.monotonic()
+    defaults: Any = inflatable_utils.pull_objects.__kwdefaults__
+    defaults["max_time"] = max(left, LEAST_PULL_S)
 
 
 def _is_of_the_bytes(error: Exception) -> bool:

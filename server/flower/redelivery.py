@@ -1,44 +1,39 @@
-"""The SuperLink's process: Flower's own, but an answer that was lost on its way to a node is given again.
+"""The SuperLink's process: Flower's own, but a site speaks for itself only, and a message that was lost is given again.
 
-Two of Flower's calls work once only, and a cut connection may lose what they said:
+Flower's PullMessages marks the message that it hands out as delivered, and a cut connection may lose it.  The node
+never hears of it; the ServerApp waits until the round's deadline.  A node asks for the next message only after it
+confirmed the last, so one that asks and has not confirmed has lost it.  What a node may say: server/flower/fleet_guard.
 
-    PullMessages    marks the message that it hands out as delivered.  The node never hears of it; the ServerApp waits
-                    until the round's deadline.  A node asks for the next message only after it confirmed the last, so
-                    one that asks and has not confirmed has lost it.
-    PushMessages    says which parts of a reply are wanted.  Asked again, once the ServerApp has seen that there is a
-                    reply, it says none; the node takes its reply for sent, and the ServerApp waits for the parts.
-
-Started as `python -m server.flower.redelivery ARGUMENT...`; the arguments are flower-superlink's.
+Started as `python -m server.flower.redelivery HOME ARGUMENT...`; HOME is Flower's folder of the run, the arguments are
+flower-superlink's.
 """
 
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from flwr.proto.fleet_pb2 import (
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 
 from common.system.runtime import go_silent
+from server.flower.fleet_guard import stand_guard
+from server.flower.superlink import read_model_bytes
 
 MOST_TIMES = 20  # one that a node cannot take for another reason must not keep the next from it
 
 
 class Redelivery:
-    """Stands in for Flower's two calls, and remembers the last answer of each to each node."""
+    """Stands in for Flower's call, and remembers its last answer to each node."""
 
-    def __init__(self, pull: Callable[..., PullMessagesResponse], push: Callable[..., PushMessagesResponse]) -> None:
-        """pull, push: Flower's own, for what is asked for the first time."""
-        self._pull, self._push = pull, push
+    def __init__(self, pull: Callable[..., PullMessagesResponse]) -> None:
+        """pull: Flower's own, for what is asked for the first time."""
+        self._pull = pull
         self._given: dict[int, PullMessagesResponse] = {}
         self._times: dict[int, int] = {}
-        self._wanted: dict[int, tuple[str, PushMessagesResponse]] = {}  # by node: the reply, and what was wanted of it
 
     def pull_messages(self, request: PullMessagesRequest, state: LinkState, store: ObjectStore) -> PullMessagesResponse:
         """The last answer again where its message is still wanted and was not confirmed; else Flower's."""
@@ -52,16 +47,6 @@ class Redelivery:
             self._given[node], self._times[node] = response, 1
         else:
             self._given.pop(node, None)
-        return response
-
-    def push_messages(self, request: PushMessagesRequest, state: LinkState) -> PushMessagesResponse:
-        """What was wanted of this reply, if it is known; else Flower's."""
-        node, reply = request.node.node_id, "".join(message.metadata.message_id for message in request.messages_list)
-        known, wanted = self._wanted.get(node, ("", None))
-        if wanted is not None and known == reply:
-            return wanted
-        response = self._push(request=request, state=state)
-        self._wanted[node] = reply, response
         return response
 
 
@@ -82,8 +67,7 @@ def redeliver() -> None:
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     handlers: Any = fleet_handlers
-    mended = Redelivery(handlers.pull_messages, handlers.push_messages)
-    handlers.pull_messages, handlers.push_messages = mended.pull_messages, mended.push_messages
+    handlers.pull_messages = Redelivery(handlers.pull_messages).pull_messages
 
 
 def main(arguments: list[str]) -> None:
@@ -91,8 +75,10 @@ def main(arguments: list[str]) -> None:
     go_silent()
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    home, *flowers = arguments
+    stand_guard(partial(read_model_bytes, Path(home)))
     redeliver()
-    sys.argv = ["flower-superlink", *arguments]
+    sys.argv = ["flower-superlink", *flowers]
     flower_superlink()
 
 

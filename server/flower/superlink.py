@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import FaceFedError
 from common.system.certs import ServerFiles
-from common.system.files import read_json, write_json, write_new
+from common.system.files import read_json, write_bytes, write_json, write_new
 from common.system.processes import child_environment, host_port, is_healthy, reached_at
 
 CONNECTION = "facefed"
@@ -20,6 +20,8 @@ HEALTHY_WITHIN_S = 2.0
 # In Flower's folder of the run: the secret, the id of our run once it is submitted, a mark that the keys are admitted,
 # a mark that the ServerApp has ended.
 SECRET, RUN_ID, ADMITTED, APP_ENDED = "superexec.key", "run-id", "admitted", "app-ended"
+MODEL_BYTES = "model-bytes"  # there too: of the flat model as float32, from the ServerApp
+COUNTS_BYTES = 2**21  # all counts of a reply with two splits take less than half of it
 NODES_FILE = Path("flwr") / "nodes.json"  # in the run's folder: which key is whose
 TOKEN = ".token"  # noqa: S105 - ends the name of a task's token
 
@@ -28,7 +30,7 @@ def write_secret(home: Path) -> Path:
     """A new secret for whoever takes tasks, readable by this user only; marks of an earlier start go."""
     home.mkdir(parents=True, exist_ok=True)
     forget_secrets(home)
-    for name in (RUN_ID, ADMITTED, APP_ENDED):
+    for name in (RUN_ID, ADMITTED, APP_ENDED, MODEL_BYTES):
         (home / name).unlink(missing_ok=True)
     return write_new(home / SECRET, secrets.token_bytes(32))
 
@@ -37,6 +39,19 @@ def forget_secrets(home: Path) -> None:
     """Delete what is of no use once the SuperLink has ended."""
     for path in (home / SECRET, *home.glob(f"*{TOKEN}")):
         path.unlink(missing_ok=True)
+
+
+def write_model_bytes(home: Path, num_bytes: int) -> None:
+    """Tell the SuperLink's process how large a model is that a site may answer with."""
+    write_bytes(home / MODEL_BYTES, str(num_bytes).encode())
+
+
+def read_model_bytes(home: Path) -> int | None:
+    """What the ServerApp has told, or None as long as it has not."""
+    try:
+        return int((home / MODEL_BYTES).read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return None
 
 
 def write_nodes(path: Path, names: Mapping[int, str]) -> None:
@@ -66,7 +81,7 @@ class Superlink:
 
     def command(self, secret: Path) -> list[str]:
         """secret: the file of what whoever takes a task must know; without it any caller could take one."""
-        command = [sys.executable, "-P", "-m", "server.flower.redelivery"]
+        command = [sys.executable, "-P", "-m", "server.flower.redelivery", str(self.home)]
         command += ["--host", self.host, "--port", str(self.port)]
         command.append("--disable-runtime-dependency-installation")  # it would ask a package index
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]

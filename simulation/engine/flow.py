@@ -60,10 +60,10 @@ class WindowedMailbox:
         self._refill()
         return ids
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:
         """The reply to that message, or None while there is none."""
         sent = self._sent.get(message_id, "")
-        reply = self._mailbox.receive(sent) if sent else None
+        reply = self._mailbox.receive(sent, deadline) if sent else None
         if reply is not None:
             del self._sent[message_id]
             self._heavy.discard(message_id)

@@ -52,7 +52,8 @@ def _server_app(
 
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
-        mailbox = WindowedMailbox(GridMailbox(grid), MESSAGES_PER_ACTOR * cluster.num_actors)
+        over_grid = GridMailbox(grid)
+        mailbox = WindowedMailbox(over_grid, MESSAGES_PER_ACTOR * cluster.num_actors)
         federate(
             settings,
             mailbox,
@@ -62,6 +63,7 @@ def _server_app(
                 all_nodes_are_here=lambda: len(mailbox.node_ids()) >= len(sites),
                 git_commit=git_commit(),
                 clients_keep_the_model=sites[0].share is None,
+                expect=over_grid.expect,
             ),
         )
         if cluster.is_ours:

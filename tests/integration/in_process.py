@@ -89,7 +89,7 @@ class LocalMailbox(Mailbox):
                 self._replies[names[-1]] = handle(self._sites[message.metadata.dst_node_id], message)
         return names
 
-    def receive(self, message_id: str) -> Message | None:
+    def receive(self, message_id: str, deadline: float | None = None) -> Message | None:  # noqa: ARG002
         """The answer, if there is one."""
         return self._replies.pop(message_id, None)
 

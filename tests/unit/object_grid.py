@@ -21,17 +21,21 @@ Tamper = Callable[[int, Objects, ObjectTree], None]  # of that node, in place
 
 
 class FakeRuntime:
-    """The SuperLink's side of a Grid: holds one message."""
+    """The SuperLink's side of a Grid: holds one message; an object without a byte is announced and not there."""
 
     def __init__(self):
         self.listed, self.objects, self.tree = None, {}, None
+        self.unasked = []  # what Flower would hand out beside it: [(announcement, tree)]
 
     def PullMessages(self, _request):  # noqa: N802
-        return SimpleNamespace(messages_list=[self.listed], message_object_trees=[self.tree])
+        messages, trees = zip(*[*self.unasked, (self.listed, self.tree)], strict=True)
+        return SimpleNamespace(messages_list=list(messages), message_object_trees=list(trees))
 
     def PullObject(self, request):  # noqa: N802
         content = self.objects.get(request.object_id)
-        return SimpleNamespace(object_found=content is not None, object_available=True, object_content=content or b"")
+        return SimpleNamespace(
+            object_found=content is not None, object_available=content != b"", object_content=content or b""
+        )
 
     def ConfirmMessageReceived(self, _request):  # noqa: N802
         return None
@@ -51,15 +55,15 @@ class ObjectMailbox(ScriptedMailbox):
     ):
         super().__init__(nodes)
         self._tamper, self._through = tamper, through
-        self._runtime = FakeRuntime()
+        self.runtime = FakeRuntime()
         grid = HttpGrid("127.0.0.1:1", insecure=True, token="none")
-        grid._client, grid._run = self._runtime, SimpleNamespace(run_id=1)
+        grid._client, grid._run = self.runtime, SimpleNamespace(run_id=1)
         self._grid = GridMailbox(grid)
         self._grid.expect(MANIFEST.num_bytes)
 
-    def receive(self, message_id):
+    def receive(self, message_id, deadline=None):
         node = self._waiting[message_id].metadata.dst_node_id
-        message = super().receive(message_id)
+        message = super().receive(message_id, deadline)
         kind = message.metadata.message_type if message else ""
         if not self._through(node, kind):
             return message
@@ -68,6 +72,6 @@ class ObjectMailbox(ScriptedMailbox):
             objects = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
             tree = get_object_tree(message)
         self._tamper(node, objects, tree)
-        self._runtime.listed = message_to_proto(remove_content_from_message(message))
-        self._runtime.objects, self._runtime.tree = objects, tree
-        return self._grid.receive(message_id)
+        self.runtime.listed = message_to_proto(remove_content_from_message(message))
+        self.runtime.objects, self.runtime.tree = objects, tree
+        return self._grid.receive(message_id, deadline)

@@ -3,12 +3,21 @@
 import dataclasses
 import json
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
 from flwr.app import Array, Message
 from flwr.app.message.arraychunk import ArrayChunk
-from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body, get_object_body
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+    get_object_body,
+    get_object_tree,
+    no_object_id_recompute,
+)
 from malformed import damaged_bytes
 from object_grid import ObjectMailbox
 from tiny_federation import MANIFEST, client, federation_over, reply_to, settings_with, site_named
@@ -99,6 +108,58 @@ def test_a_small_reply_that_unpacks_to_terabytes_is_refused_before_it_does(tmp_p
     federation = run(tmp_path, bomb)
     assert federation.model.received.tolist() == honest_model()
     assert f"more than {MANIFEST.num_bytes + COUNTS_BYTES} bytes" in federation.record.reasons(1)["m00"]
+
+
+# ---- announced and not delivered, and unasked
+
+
+def test_a_reply_that_is_announced_and_not_delivered_is_no_answer_at_the_deadline(tmp_path):
+    """Flower would wait for its parts for two hours."""
+
+    def keep_back(_node, objects, tree):
+        objects[tree.children[0].object_id] = b""
+
+    began = time.monotonic()
+    federation = run(tmp_path, keep_back, federation__round_timeout_s=2.0)
+    assert 2.0 <= time.monotonic() - began < 10
+    assert federation.record.reasons(1) == {"m00": "no answer: a reply was announced, and not all of it came"}
+    assert federation.model.received.tolist() == honest_model()
+
+
+def test_parts_that_come_before_the_deadline_are_waited_for(tmp_path):
+    ready = {}
+
+    def late(_node, objects, tree):
+        name = tree.children[0].object_id
+        ready["timer"] = threading.Timer(0.3, objects.__setitem__, (name, objects[name]))
+        objects[name] = b""
+        ready["timer"].start()
+
+    federation = run(tmp_path, late, federation__round_timeout_s=20.0)
+    ready["timer"].join()
+    assert federation.record.reasons(1) == {}
+
+
+def test_what_answers_nothing_is_dropped_counted_and_said_once(tmp_path, caplog):
+    """A node's message that the SuperLink took for an order to the ServerApp, before and beside the reply."""
+    nodes = honest() | {100: client("m00")}
+    mailbox = ObjectMailbox(nodes, through=lambda node, kind: node >= 100 and kind == "train")
+
+    def inject(_node, objects, _tree):
+        forged = Message(wire.RecordDict({}), 1, "train")
+        with no_object_id_recompute():
+            forged.metadata.__dict__["_message_id"] = forged.object_id
+            objects |= {name: one.deflate() for name, one in get_all_nested_objects(forged).items()}
+            mailbox.runtime.unasked = [(message_to_proto(forged), get_object_tree(forged))] * 2
+
+    mailbox._tamper = inject
+    federation = federation_over(mailbox, settings_with(federation__rounds=1), tmp_path)
+    federation.farewell = False
+    federation.run()
+    assert federation.record.reasons(1) == {}
+    assert federation.model.received.tolist() != honest_model()  # m00's change is in it
+    assert mailbox._grid.num_dropped == 2
+    assert sum("answers nothing that was asked" in record.getMessage() for record in caplog.records) == 1
 
 
 # ---- in another's name

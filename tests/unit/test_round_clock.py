@@ -46,13 +46,13 @@ class SlowMailbox(ScriptedMailbox):
         time.sleep(0.05 if self._is_slow() else 0.0)
         return sent
 
-    def receive(self, message_id):
+    def receive(self, message_id, deadline=None):
         if self._is_slow():
             self.looks += 1
             if self.looks % 6:
                 return None
             time.sleep(0.1)
-        return super().receive(message_id)
+        return super().receive(message_id, deadline)
 
 
 @pytest.fixture(scope="module")

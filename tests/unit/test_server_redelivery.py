@@ -6,9 +6,7 @@ import time
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import Metadata
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
@@ -26,7 +24,7 @@ class Post:
 
     def __init__(self):
         self.store, self.waiting = InMemoryObjectStore(), {NODE: [], OTHER: []}
-        self.redelivery, self.pushed = Redelivery(self.pull, self.push), []
+        self.redelivery = Redelivery(self.pull)
 
     def send(self, node, *, ttl=60.0):
         message = Message(RecordDict(), node, "train", ttl=ttl)
@@ -42,20 +40,6 @@ class Post:
         assert store is self.store
         waiting = self.waiting[request.node.node_id]
         return waiting.pop(0) if waiting else PullMessagesResponse()
-
-    def push(self, *, request, state):  # noqa: ARG002 - Flower names it
-        """Wants the parts of a reply the first time only, as Flower does when the ServerApp was quick."""
-        reply = request.messages_list[0].metadata.message_id
-        self.pushed.append(reply)
-        wanted = [f"part of {reply}"] if self.pushed.count(reply) == 1 else []
-        return PushMessagesResponse(objects_to_push=wanted, session_id=str(len(self.pushed)))
-
-    def reply(self, message_id, node=NODE):
-        message = ProtoMessage(metadata=Metadata(message_id=message_id))
-        answer = self.redelivery.push_messages(
-            PushMessagesRequest(node=Node(node_id=node), messages_list=[message]), None
-        )
-        return list(answer.objects_to_push), answer.session_id
 
     def ask(self, node=NODE):
         answer = self.redelivery.pull_messages(PullMessagesRequest(node=Node(node_id=node)), None, self.store)
@@ -97,27 +81,10 @@ def test_nor_does_one_that_a_node_cannot_take():
     assert post.ask() == [second]
 
 
-def test_a_reply_that_is_announced_again_is_wanted_again():
-    post = Post()
-    assert [post.reply("a"), post.reply("a"), post.reply("b")] == [
-        (["part of a"], "1"), (["part of a"], "1"), (["part of b"], "2")
-    ]  # fmt: skip
-    assert post.pushed == ["a", "b"]
-
-
-def test_no_node_learns_what_was_wanted_of_another():
-    post = Post()
-    post.reply("a")
-    assert post.reply("a", OTHER) == ([], "2")
-
-
 def test_it_stands_where_flower_asks(monkeypatch):
-    for name in ("pull_messages", "push_messages"):
-        monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
+    monkeypatch.setattr(fleet_handlers, "pull_messages", fleet_handlers.pull_messages)
     redeliver()
     assert fleet_handlers.pull_messages.__func__ is Redelivery.pull_messages
-    assert fleet_handlers.push_messages.__func__ is Redelivery.push_messages
-    assert "fleet_handlers.push_messages(request=request, state=state)" in inspect.getsource(router.fleet_push_messages)
     source = inspect.getsource(router.fleet_pull_messages)
     assert "fleet_handlers.pull_messages(\n        request=request, state=state, store=state.object_store\n" in source
     assert "store.delete(request.message_object_id)" in inspect.getsource(fleet_handlers.confirm_message_received)
