@@ -49,6 +49,8 @@ from flwr.supercore.object_store import ObjectStore
 
 from server.flower.superlink import COUNTS_BYTES
 
+log = logging.getLogger("flwr")  # the SuperLink's
+
 MOST_ASKED = 32  # messages of a node that it may still answer: it is asked one at a time, the others are out of date
 MOST_UNREAD = 2  # whole replies of a node in the store; the ServerApp reads one before it asks for the next
 MOST_WORDS_BYTES = 2**20  # of a reply's announcement, which holds the words of an error
@@ -167,7 +169,17 @@ class FleetGuard:
         )
 
     def push_object(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
-        """Take a part of the reply that this node has announced; with the last one Flower gets all of it."""
+        """Take a part of the reply that this node has announced; with the last one Flower gets all of it.
+
+        A part that is refused is not stored, and that is no error: one would keep its megabytes in a cycle of frames.
+        """
+        try:
+            return self._take(request, state)
+        except _Refusal as refusal:
+            log.error("%s", refusal.message)  # noqa: TRY400 - nobody wants to see where
+            return PushObjectResponse(stored=False)
+
+    def _take(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
         node, name = request.node.node_id, request.object_id
         with self._lock:
             taken, reply = self._taken.get(node), self._making.get(node)
@@ -270,9 +282,12 @@ def _check_part(node: int, name: str, content: bytes, children: tuple[str, ...])
         _refuse(node, "announces a tree of objects that is not that of its reply")
 
 
-def _refuse(node: int, reason: str) -> NoReturn:
+class _Refusal(FlowerError):
     """403; Flower writes the line into its log."""
-    raise FlowerError(ApiErrorCode.NO_PERMISSIONS, f"node {node}, {SAYS} {reason}")
+
+
+def _refuse(node: int, reason: str) -> NoReturn:
+    raise _Refusal(ApiErrorCode.NO_PERMISSIONS, f"node {node}, {SAYS} {reason}")
 
 
 class _Once(logging.Filter):
@@ -307,4 +322,4 @@ def stand_guard(model_bytes: Callable[[], int | None]) -> None:
     handlers.pull_messages, handlers.push_messages = guard.pull_messages, guard.push_messages
     handlers.pull_object, handlers.push_object = guard.pull_object, guard.push_object
     handlers.confirm_message_received = guard.confirm_message_received
-    logging.getLogger("flwr").addFilter(_Once())
+    log.addFilter(_Once())

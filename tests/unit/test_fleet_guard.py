@@ -3,6 +3,7 @@
 Each attack is tried twice: `alone` on Flower's handlers, where it succeeds, and `guarded`.
 """
 
+import contextlib
 import hashlib
 import inspect
 import logging
@@ -65,6 +66,10 @@ class Superlink:
         self.task = SimpleNamespace(run_id=self.run_id)
         self.model_bytes = MODEL_BYTES
         self.fleet = FleetGuard(fleet_handlers, lambda: self.model_bytes) if guarded else fleet_handlers
+        self.told, told = [], logging.Handler()
+        told.emit = lambda record: self.told.append(record.getMessage())
+        fleet_guard.log.addHandler(told)
+        self.close = lambda: fleet_guard.log.removeHandler(told)
         self.honest, self.hostile = self.node(b"honest"), self.node(b"hostile")
 
     def node(self, key):
@@ -124,7 +129,10 @@ class Superlink:
             node=Node(node_id=node), run_id=self.run_id, session_id=pushed.session_id, object_id=name,
             object_content=body,
         )  # fmt: skip
-        return self.fleet.push_object(request=request, state=self.state).stored
+        stored = self.fleet.push_object(request=request, state=self.state).stored
+        if not stored:  # the log says why
+            raise FlowerError(0, self.told.pop())
+        return stored
 
     def send(self, node, message, most=1000):
         """Announce a message and deliver so many of its parts."""
@@ -157,12 +165,14 @@ def forged(message, **metadata):
 
 @pytest.fixture
 def alone():
-    return Superlink(guarded=False)
+    with contextlib.closing(Superlink(guarded=False)) as link:
+        yield link
 
 
 @pytest.fixture
 def guarded():
-    return Superlink(guarded=True)
+    with contextlib.closing(Superlink(guarded=True)) as link:
+        yield link
 
 
 def refused(words):
