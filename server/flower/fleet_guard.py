@@ -14,6 +14,7 @@ only then does Flower hear of it.  So the ServerApp sees whole replies only, and
 small parts (a histogram of zeros) can be guessed, and Flower would take the children that the first one names.
 """
 
+import gc
 import hashlib
 import logging
 import re
@@ -57,6 +58,7 @@ MOST_WORDS_BYTES = 2**20  # of a reply's announcement, which holds the words of 
 SOME_OBJECTS = 64  # a reply to training has 10, and one for each 5 MiB of its model
 BYTES_OF_AN_OBJECT = 2**20
 UNKNOWN_MODEL_BYTES = 2**30  # until the ServerApp has said how large its model is
+MOST_THROWN_AWAY_BYTES = 2**25
 MOST_LINES = 1000  # without keys a site may call itself any node
 TRAIN = "train"  # the only kind of message whose reply holds a model
 OBJECT_ID = re.compile(r"[0-9a-f]{64}")
@@ -101,6 +103,7 @@ class FleetGuard:
         self._asked: dict[int, dict[str, _Asked]] = {}  # by node and message id, the newest last
         self._making: dict[int, _Reply] = {}  # by node
         self._taken: dict[int, _Reply] = {}  # by node: its last whole reply, without its parts
+        self._thrown_away = 0  # bytes that were refused since Python last looked for cycles
         self._unread: dict[int, list[str]] = {}  # by node: replies that may be in the store, the newest last
 
     def pull_messages(self, request: PullMessagesRequest, state: LinkState, store: ObjectStore) -> PullMessagesResponse:
@@ -163,7 +166,8 @@ class FleetGuard:
                     _refuse(node, f"announces a reply by more than {MOST_WORDS_BYTES} bytes")
                 most = self._most_bytes(asked.kind)
                 reply = _Reply(request, asked, most, _children(node, tree, about.message_id, most))
-                self._making[node] = reply
+                replaced, self._making[node] = self._making.get(node), reply
+                self._throw_away(replaced.num_bytes if replaced else 0)
         return PushMessagesResponse(
             results={about.message_id: 0}, objects_to_push=list(reply.children), session_id=reply.session
         )
@@ -171,12 +175,13 @@ class FleetGuard:
     def push_object(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
         """Take a part of the reply that this node has announced; with the last one Flower gets all of it.
 
-        A part that is refused is not stored, and that is no error: one would keep its megabytes in a cycle of frames.
+        A part that is refused is not stored, which is no error: SuperNode and log need none for each part.
         """
         try:
             return self._take(request, state)
         except _Refusal as refusal:
             log.error("%s", refusal.message)  # noqa: TRY400 - nobody wants to see where
+            self._throw_away(len(request.object_content))
             return PushObjectResponse(stored=False)
 
     def _take(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
@@ -206,6 +211,13 @@ class FleetGuard:
             self._taken[node], reply.asked.answered = reply, reply.message_id
         self._hand_over(node, reply, state)
         return PushObjectResponse(stored=True)
+
+    def _throw_away(self, num_bytes: int) -> None:
+        """A request is part of a cycle in Flower's server, so its bytes go when Python looks for such: seldom."""
+        self._thrown_away += num_bytes
+        if self._thrown_away > MOST_THROWN_AWAY_BYTES:
+            self._thrown_away = 0
+            gc.collect()
 
     def _most_bytes(self, kind: str) -> int:
         """Twice the counts of a reply, for its names and numbers, and a model where it was asked for."""
