@@ -17,6 +17,7 @@ from common.errors import ConfigError, unknown_name
 from common.models.table import ATTENTIONS, BACKBONES, HEADS, VITS
 from common.settings import ModelSettings, Settings
 from common.strategies import STRATEGIES
+from common.system.files import read_text
 
 # Settings that name a row of a table, which says what they may be.
 TABLES: Mapping[str, Collection[str]] = {
@@ -270,7 +271,7 @@ def without_gone(raw: Mapping[str, object]) -> dict[str, object]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
     except (ValueError, RecursionError) as error:  # also no UTF-8, numbers of thousands of digits, deep nesting

@@ -13,7 +13,7 @@ from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
-from common.runs import CONFIG_FILE, new_run_folder, unfinished_run
+from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, new_run_folder, unfinished_run
 from common.settings import Settings
 from common.system.console import Follower, RunView, summary_lines, tracking_line
 from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
@@ -25,7 +25,15 @@ from simulation.alone.studies import MODES
 from simulation.alone.sweep_plan import SweepPlan, plan_of_run
 from simulation.alone.twin_results import twin_lines
 from simulation.engine.virtual import IDENTITY, VirtualSites, divide, parse_partition
-from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, parse_clients, site_of
+from simulation.sites import (
+    USUAL_CLIENTS,
+    ClientOption,
+    data_options,
+    names_client,
+    pack_at_the_door,
+    parse_clients,
+    site_of,
+)
 
 _GOES_ON = {"twins": MODES}  # command -> the modes of the runs that it resumes, where they are not its own name
 
@@ -76,7 +84,7 @@ def federate_here(
         lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
         out.write("\n".join(lines) + "\n")
     else:
-        err.write(f"flower-simulation: {_failure(run_folder)}\n")
+        err.write(f"flower-simulation: {_failure(run_folder)} {_what_is_kept(run_folder)}\n")
     return exit_code
 
 
@@ -135,6 +143,16 @@ def _failure(run_folder: Path) -> str:
         return f"the run ended without a word; see {run_folder}."
 
 
+def _what_is_kept(run_folder: Path) -> str:
+    """A simulation that has ended before its end cannot go on: its clients' own state is not saved with the rounds."""
+    again = "a simulation cannot be resumed, and the same command begins a new run."
+    try:
+        state = read_json(run_folder / CHECKPOINTS / STATE_FILE)
+    except CheckpointError:
+        return f"No round had ended: {again}"
+    return f"Kept in {run_folder}: the model of round {state.get('round')} and the record up to it; {again}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the command line says beside the settings."""
@@ -158,7 +176,7 @@ class _Resumed:
 
 def several_options(machine: Machine) -> list[ClientOption]:
     """The clients that are meant where several may be: those named, or celeba and vggface2.  Raises UserError."""
-    named = machine.clients or sorted(text.partition("=")[0] for text in machine.data_dirs if "=" in text)
+    named = machine.clients or sorted(text.partition("=")[0] for text in machine.data_dirs if names_client(text, ()))
     return data_options(named or USUAL_CLIENTS, machine.data_dirs)
 
 

@@ -94,13 +94,22 @@ def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> Fac
     return pack
 
 
+def names_client(text: str, clients: Sequence[str]) -> bool:
+    """Whether a `--data-dir` is NAME=DIR, and no plain DIR with a "=" in its own name.  clients: those of --client."""
+    name, equals, _ = text.partition("=")
+    if not (equals and CLIENT_NAME.fullmatch(name)):
+        return False
+    known = {client.partition("=")[0].partition(":")[0] for client in clients}
+    return name in known or not Path(text).expanduser().is_dir()
+
+
 def data_options(clients: Sequence[str], data_dirs: Sequence[str]) -> list[ClientOption]:
     """`--client NAME` with `--data-dir`: NAME=DIR for several, a plain DIR for one, else data/NAME.
 
     A `--client NAME=DIR` carries its folder itself.  Raises UserError, also for a client with two folders.
     """
-    named = dict(text.split("=", 1) for text in data_dirs if "=" in text)
-    plain = [text for text in data_dirs if "=" not in text]
+    named = dict(text.split("=", 1) for text in data_dirs if names_client(text, clients))
+    plain = [text for text in data_dirs if not names_client(text, clients)]
     names = list(clients) or sorted(named)
     if len(plain) > 1 or (plain and len(names) != 1):
         raise UserError(f"--data-dir {plain[0]}: with {len(names)} clients write --data-dir NAME=DIR for each.")

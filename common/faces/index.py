@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from common.errors import DataError, unknown_name
 from common.faces.account import NOTHING, PARTS, Account, Listing, account_of, ending_of, is_picture, walk
 from common.faces.datasets import DATASETS
+from common.system.files import read_text
 
 CHUNK_LINES = 100_000  # numbers are parsed so many lines at a time: memory stays bounded on VGGFace2's 3.1 M lines
 
@@ -47,7 +48,7 @@ def malformed(file: Path, number: int, line: str, wanted: str) -> DataError:
 def read_lines(file: Path) -> list[str]:
     """All lines without their ends (LF or CRLF) and without trailing empty lines.  Raises DataError."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}); fetch the official file again.") from None
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.faces.index import OFFICIAL_TEST, OFFICIAL_TRAIN, FaceIndex, build_index
+from common.system.files import read_text
 
 PICTURES_FILE, PAIRS_FILE = "{part}_dataset_infor.json", "{part}_twin_pairs.json"
 PARTS = {"train": OFFICIAL_TRAIN, "test": OFFICIAL_TEST}
@@ -124,7 +125,7 @@ def _checked_pair(file: Path, number: int, pair: object, part_of: dict[str, str]
 
 def _read_json(file: Path, wanted: str) -> Any:  # noqa: ANN401 - whatever the file holds
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
+        return json.loads(read_text(file), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; the twins' layout needs it, {wanted}.") from None
     except OSError as error:

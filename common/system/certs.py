@@ -10,6 +10,7 @@ TLS proves the server to the sites; a site proves itself with its P-384 key, whi
 """
 
 import base64
+import codecs
 import datetime as dt
 import ipaddress
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def read_client_folder(folder: Path) -> ClientFiles:
     path = folder / CLIENT_KEY
     _check_private(path)
     try:
-        key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+        key = serialization.load_ssh_private_key(path.read_bytes().removeprefix(codecs.BOM_UTF8), password=None)
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -130,7 +131,7 @@ def accepted_keys(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:
 def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     """A site's P-384 key in OpenSSH's format.  Raises CertificateError."""
     try:
-        key = serialization.load_ssh_public_key(path.read_bytes())
+        key = serialization.load_ssh_public_key(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, UnsupportedAlgorithm):

@@ -3,6 +3,7 @@
 Apart from `common/system/checkpoints.py`, so that programs without a model do not import torch for them.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -75,6 +76,16 @@ def write_new(path: Path, content: bytes, mode: int = 0o600) -> Path:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
     return path
+
+
+def read_text(path: Path) -> str:
+    """A text that somebody wrote: UTF-8, with or without a byte order mark, or UTF-16 with one (Windows' editors).
+
+    Raises OSError, and UnicodeDecodeError (a ValueError).
+    """
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -6,6 +6,7 @@ Torch is imported inside the functions that need it, so that `--help` stays quic
 import functools
 import hashlib
 import importlib.metadata
+import io
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from _typeshed import ReadableBuffer
 
 # Read by the libraries when they are imported and by every child process; MLflow takes the word "true" only.
 SILENCE: Mapping[str, str] = {
@@ -58,14 +60,54 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 def go_silent() -> None:
     """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them.
 
-    From then on this machine is reached without a proxy, and libraries start no more threads than may run at once.
+    From then on this machine is reached without a proxy, libraries start no more threads than may run at once, and
+    whatever is printed can be: none of it ends the work.
     """
+    _keep_streams()
     os.environ.update(SILENCE)
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     reach_directly(*LOOPBACK)
     if (cores := num_cores()) < _cores_of_affinity():  # which is what libraries look at
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+class _KeptStream(io.FileIO):
+    """Goes on into nothing once whoever read it has gone: a training does not end with `| head`."""
+
+    def write(self, content: "ReadableBuffer", /) -> int | None:  # type: ignore[override]
+        """As a file's."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.fileno())
+            os.close(nothing)
+            return super().write(content)
+
+
+def _keep_streams() -> None:
+    """Standard streams that take every line: closed ones lead into nothing, a character unknown there is escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number: else the next file would, and get our output
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue  # a test's
+        raw = io.BufferedWriter(_KeptStream(number, "w", closefd=False))
+        kept = io.TextIOWrapper(
+            raw,
+            encoding=stream.encoding if stream else "utf-8",
+            errors="backslashreplace",
+            line_buffering=name == "stderr" or raw.raw.isatty(),
+            write_through=bool(stream and stream.write_through),
+        )
+        if stream:
+            stream.flush()
+        setattr(sys, name, kept)
 
 
 def reach_directly(*hosts: str) -> None:

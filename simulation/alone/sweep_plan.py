@@ -23,6 +23,7 @@ from common import config
 from common.errors import ConfigError, unknown_name
 from common.metrics.figures import AUC, validated
 from common.settings import Settings
+from common.system.files import read_text
 
 DEFAULT_METRIC: Final = f"val_{AUC}"
 DIRECTIONS: Final = ("maximize", "minimize")  # Optuna's words
@@ -71,7 +72,7 @@ class SweepPlan:
 def load_plan(path: Path) -> SweepPlan:
     """The plan in a file.  Raises ConfigError with all problems at once."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         raw = tomllib.loads(text)
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None

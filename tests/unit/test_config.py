@@ -325,3 +325,11 @@ def test_a_setting_that_went_is_unknown_and_harms_no_earlier_run_that_left_it_al
     for read, path in ((config.load, own), (config.load_of_run, other)):
         with pytest.raises(ConfigError, match=rf"setting = '{name}' is unknown"):
             read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_of_windows_editors_is_read(tmp_path, encoding):
+    """With a byte order mark; PowerShell's `>` writes UTF-16."""
+    file = tmp_path / "a.toml"
+    file.write_bytes("[run]\r\nseed = 7\r\n".encode(encoding))
+    assert config.load(file).run.seed == 7

@@ -205,3 +205,32 @@ def test_nobody_counts_cores_elsewhere():
     sources = [path for top in ("common", "server", "clients", "simulation") for path in (ROOT / top).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in sources if any(word in path.read_text() for word in counting)}
     assert found == {"common/system/runtime.py"}
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+PRINTS = """
+import sys
+from common.system.runtime import go_silent
+go_silent()
+with open(sys.argv[1], "w") as file:
+    print("Zoë \N{CJK UNIFIED IDEOGRAPH-9762}", flush=True)
+    print("again", flush=True)
+    sys.stderr.write("Zoë\\n")
+    file.write("reached, and alone in here")
+"""
+
+
+@pytest.mark.parametrize("how", ["", ">&-", ">&- 2>&-", "| head -c 1", "| true"])
+def test_what_cannot_be_printed_ends_no_work(tmp_path, how):
+    """A terminal that knows no such character, a stream that is closed, and a reader that has gone."""
+    (tmp_path / "prints.py").write_text(PRINTS, encoding="utf-8")
+    file = tmp_path / "file"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
+    command = f"set -o pipefail; '{sys.executable}' '{tmp_path}/prints.py' '{file}' {how}"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert file.read_text() == "reached, and alone in here"
+    if not how:
+        assert done.stdout == "Zo\\xeb \\u9762\nagain\n"

@@ -117,3 +117,23 @@ def test_a_sites_folders_are_absolute(tmp_path, monkeypatch):
     assert site.pack_workers >= 1
     with pytest.raises(UserError, match="--device tpu is not on this machine"):
         site_of(option("a", "folder", "d"), device="tpu", cache_dir=Path("c"), state_dir=Path("s"))
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    """As Hive's, Spark's and DVC's do (split=train)."""
+    folder = tmp_path / "split=train" / "celeba"
+    folder.mkdir(parents=True)
+    [option] = parse_clients([f"celeba={folder}"])
+    assert option.data_dir == folder
+    for given in (str(folder), f"celeba={folder}"):
+        [option] = data_options(["celeba"], [given])
+        assert option.data_dir == folder
+
+
+def test_a_folder_here_may_have_one_too(tmp_path, monkeypatch):
+    (tmp_path / "split=train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    [option] = data_options(["celeba"], ["split=train"])
+    assert str(option.data_dir) == "split=train"
+    with pytest.raises(UserError, match=r"--data-dir split=\.\.\.: there is no --client split"):
+        data_options(["celeba"], ["split=nowhere"])
