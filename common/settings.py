@@ -151,6 +151,8 @@ class FederationSettings:
     trim_fraction: float = setting(0.2, low=0.0, high=0.49)  # fedtrimmedavg: cut at each end of each element
     num_malicious: int = setting(1, low=0)  # krum, multikrum: f, with at least 2 f + 3 clients
     norm_factor: float | str = setting("off", above=1.0, word="off")  # times the median norm; longer is left out
+    max_weight_factor: float | str = setting(10.0, low=1.0, word="off")  # times the median client's pictures count
+    max_change_factor: float | str = setting(10.0, above=0.0, word="off")  # times the model's norm; longer is refused
     refusals_in_a_row: int | str = setting(3, low=1, word="off")  # after so many a client is set aside
     min_clients: int = setting(2, low=1)  # to begin with, and usable replies of each round
     clients_per_round: int | str = setting("all", low=1, word="all")  # so many are drawn for each round

@@ -49,7 +49,7 @@ class ServerOptimiser:
 
     def __init__(self, strategy: Strategy, rates: Rates, spans: tuple[Span, ...]) -> None:
         """spans: of `trainable_spans`."""
-        self._strategy, self._rates, self._spans = strategy, rates, spans
+        self._strategy, self._rates, self.spans = strategy, rates, spans
         size = spans[-1][0].stop if spans else 0
         self.moments: dict[str, Buffer] = {
             name: np.full(size, value, dtype=np.float32) for name, value in strategy.first_moments(rates).items()
@@ -71,7 +71,7 @@ class ServerOptimiser:
         """Make the next global model of this one and the clients' mean change, in place; both [size] float32."""
         weights, change = torch.from_numpy(model), torch.from_numpy(mean_change)
         moments = {name: torch.from_numpy(buffer) for name, buffer in self.moments.items()}
-        for span, is_trainable in self._spans:  # one after the other, so that scratch space is a layer's, not a model's
+        for span, is_trainable in self.spans:  # one after the other, so that scratch space is a layer's, not a model's
             if is_trainable:
                 here = {name: moment[span] for name, moment in moments.items()}
                 self._strategy.step(weights[span], change[span], here, self._rates)

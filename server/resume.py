@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import CheckpointError
-from common.protocol.parameters import buffer_sha256
-from server.global_model import GlobalModel
 from server.record.history import History
 from server.rounds import Federation
 
@@ -31,15 +29,15 @@ def resume(federation: Federation) -> None:
             if last - back not in counts or history.best_round > last - back:
                 continue
             _check_counts(federation, counts[last - back], last - back)
-            _take_model(federation, last - back)
+            federation.take_model(last - back)
         except CheckpointError as error:
             first = first or error
             continue
-        for lost in [step for step in history.rounds if step > last - back]:
-            del history.rounds[lost]
+        history.forget_after(last - back)
         if first is not None:
             log.warning("%s What was saved before is taken; on after round %d.", first, last - back)
-        federation.checkpoints.take(path, history)
+        kept = {step: counted for step, counted in counts.items() if step <= last - back}
+        federation.checkpoints.take(path, history, kept)
         _go_on(federation, history, counts[last - back], last - back)
         return
     raise first or CheckpointError("the checkpoint's state.json is not one of ours (it counts no round).")
@@ -67,14 +65,3 @@ def _check_counts(federation: Federation, counts: Mapping[str, float], step: int
     """Raise CheckpointError unless what the record goes on from is there, whole and finite."""
     if not (federation.record.counts().keys() <= counts.keys() and all(map(math.isfinite, counts.values()))):
         raise CheckpointError(f"the checkpoint's state.json lacks the counts of round {step}; it is damaged.")
-
-
-def _take_model(federation: Federation, step: int) -> None:
-    """The model and the moments after that round, which must belong together.  Raises CheckpointError."""
-    received = federation.checkpoints.load(step)
-    sha256 = buffer_sha256(received)
-    keeps = bool(federation.optimiser.moments) or bool(federation.model.remembered())
-    kept = federation.checkpoints.load_moments(step, sha256) if keeps else {}
-    model = GlobalModel.restored(received, kept, federation.settings.federation.download_codec)
-    federation.optimiser.restore(kept)
-    federation.model, federation.sha256 = model, sha256

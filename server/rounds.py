@@ -1,29 +1,39 @@
 """The loop: gather, send one message to each client, add the replies in order, keep the best, evaluate at the end."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
 from common import config
-from common.errors import NotEnoughClients
+from common.errors import CheckpointError, NotEnoughClients
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, encode, num_bytes
-from common.protocol.parameters import Manifest
+from common.protocol.parameters import Manifest, buffer_sha256
 from common.protocol.wire import Reply, Task
 from common.settings import Settings
 from common.strategies import check_number, fewest_clients
 from common.training.autotune import threads_for
 from server.aggregate import Aggregate, aggregate_for
 from server.exchange.clock import RoundClock
+from server.exchange.guard import ChangeBound, blames_the_model
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.messages import Download, Exchange
-from server.exchange.roster import Member, Roster, is_sampled, replies_needed, sample, waves
+from server.exchange.roster import (
+    Member,
+    Roster,
+    is_sampled,
+    replies_needed,
+    sample,
+    share_of_each,
+    waves,
+)
 from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
-from server.record.history import History, Tally
+from server.record.history import History, Tally, longest_first, named_norms, standing_out
 from server.record.tell import Record
 
 
@@ -59,27 +69,45 @@ class Federation:
     sha256: str = ""  # of the model that was saved last
     first_round: int = 1  # larger for a run that goes on
     farewell: bool = True  # whether the best model is handed out when nothing of it is to be scored
+    bound: ChangeBound = field(init=False)
+    _left_out: dict[int, dict[str, str]] = field(default_factory=dict)  # round -> client -> why it is not asked again
+    _gone_back: Counter[int] = field(default_factory=Counter)  # round -> how often its model was of no use
+    _blamed: Counter[str] = field(default_factory=Counter)  # client -> how often that was its doing
+
+    def __post_init__(self) -> None:
+        self.bound = ChangeBound(self.optimiser.spans, self.model.received, self.settings.federation.max_change_factor)
 
     def run(self) -> Outcome:
         """All rounds and the final evaluation.
 
         Raises NotEnoughClients, InterruptedRun; the checkpoint of the last whole round is on disk then.
         """
-        last_round, rounds = self.first_round - 1, self.settings.federation.rounds
+        last_round, is_over = self.first_round - 1, False
         if last_round == 0:
             self._save(0)
         try:
-            while last_round < rounds and not self._is_out_of_patience():
-                last_round += 1
-                self._round(last_round)
-            if last_round < rounds:
-                self.record.stopped_early(last_round, self.history)
-            self._evaluate_at_end(last_round)
+            while not is_over:
+                try:
+                    last_round = self._train(last_round)
+                    self._evaluate_at_end(last_round)
+                    is_over = True
+                except _WentBack as back:
+                    last_round = back.step
         finally:
             self.waiter.do_work()
         # With the scores that came last.
         self.checkpoints.write_state(last_round, self.sha256, self.history, self.record.counts())
         return Outcome(history=self.history, last_round=last_round, sha256=self.sha256)
+
+    def _train(self, last_round: int) -> int:
+        """The rounds after that one; returns the number of the last.  Raises _WentBack."""
+        rounds = self.settings.federation.rounds
+        while last_round < rounds and not self._is_out_of_patience():
+            last_round += 1
+            self._round(last_round)
+        if last_round < rounds:
+            self.record.stopped_early(last_round, self.history)
+        return last_round
 
     def _save(self, step: int) -> None:
         moments = {**self.optimiser.moments, **self.model.remembered()}
@@ -101,22 +129,27 @@ class Federation:
         num_tasks = 0
         while not replies:
             attempts -= 1
-            replies, num_asked = self._attempt(server_round, is_last=attempts == 0)
+            replies, norms, num_asked = self._attempt(server_round, is_last=attempts == 0)
             num_tasks += num_asked
-        clients = {name: self._costs(name, reply) for name, reply in replies.items()}
+        clients = {name: self._costs(name, reply) | norms[name] for name, reply in replies.items()}
         self.waiter.leave_work(partial(self._round_is_whole, server_round, replies, clients, num_tasks, clock))
 
     def _attempts(self) -> int:
         return self.settings.federation.round_attempts if self.roster.others_may_come() else 1
 
-    def _attempt(self, server_round: int, *, is_last: bool) -> tuple[dict[str, Reply], int]:
-        """Have a round's model trained, and make the step.  Returns the replies and how many clients were asked.
+    def _attempt(
+        self, server_round: int, *, is_last: bool
+    ) -> tuple[dict[str, Reply], dict[str, dict[str, float]], int]:
+        """Have a round's model trained, and make the step.
 
-        No replies: too few can be used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
+        Returns the replies, the norms of their changes, and how many clients were asked.  No replies: too few can be
+        used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
         """
         members = self.roster.gather()
         self.clock.lap("wait")
         self.record.members(members)
+        left_out = self._left_out.get(server_round, {})
+        members = {name: member for name, member in members.items() if name not in left_out}
         members = sample(members, self.settings.federation, seed=self.settings.run.seed, server_round=server_round)
         self.clock.lap("log")
         splits = self._splits_to_score(server_round - 1)
@@ -124,7 +157,9 @@ class Federation:
             check_number(self.settings.federation, len(members))
         tasks = self._tasks("train", server_round, members, splits)
         with closing(self._aggregate()) as change:
-            replies = self._exchange(tasks, members, self.model.coded, change)
+            self.bound.receive(self.model.received)
+            replies, exchange = self._exchange(tasks, members, self.model.coded, change)
+            self._go_back_from(server_round - 1, exchange.reasons, num_asked=len(tasks))
             for name, reason in change.outliers().items():
                 del replies[name]
                 self.record.refused(server_round, name, reason)
@@ -135,12 +170,13 @@ class Federation:
                 if is_last:
                     raise
                 self.record.repeated(str(few))
-                return {}, len(tasks)
+                return {}, {}, len(tasks)
             self._score(server_round - 1, replies, splits)
             self.clock.lap("evaluate")
             self.model.step(self.optimiser, change.mean())
             self.clock.lap("aggregate")
-        return replies, len(tasks)
+        norms = {name: named_norms(*exchange.norms[name]) for name in replies}
+        return replies, norms, len(tasks)
 
     def _aggregate(self) -> Aggregate:
         return aggregate_for(self.settings.federation, self.manifest.size, self.checkpoints.replies_folder)
@@ -183,7 +219,7 @@ class Federation:
 
     def _exchange(
         self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
-    ) -> dict[str, Reply]:
+    ) -> tuple[dict[str, Reply], Exchange]:
         """Send every task and take the replies; with `change`, as those of training, which are added to it."""
         exchange = Exchange(
             federation=self.settings.federation,
@@ -192,12 +228,15 @@ class Federation:
             waiter=self.waiter,
             clock=self.clock,
             refused=self.record.refused,
+            bound=self.bound,
+            share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
+            limited=self.record.limited,
         )
         exchange.send(tasks, members, model)
         self.waiter.do_work()
         self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
-        return exchange.replies(change)
+        return exchange.replies(change), exchange
 
     def _score_public(self, task: Task | None, model: Download) -> None:
         """Score the model that was just sent on the public pairs, while the clients work on it."""
@@ -213,13 +252,65 @@ class Federation:
         federation = self.settings.federation
         wanted = max(replies_needed(federation), fewest_clients(federation) if kept < step else 0)
         if len(replies) < wanted:
-            reasons = self.record.reasons(step)
+            reasons = {**self._left_out.get(step, {}), **self.record.reasons(step)}
             raise NotEnoughClients(
                 f"{'round' if kept < step else 'evaluation of round'} {step}: {len(replies)} of {len(members)} clients"
                 f" gave a usable reply, {wanted}"
                 f" are needed ({'; '.join(f'{name}: {reason}' for name, reason in reasons.items())})."
                 f" The model of round {kept} is kept in {self.checkpoints.path(kept)}."
             )
+
+    def _go_back_from(self, step: int, reasons: Mapping[str, str], *, num_asked: int) -> None:
+        """Raise _WentBack where most clients can make nothing of the model of round `step`, for it is to blame then.
+
+        The run is where the round before left it, and whose change stood out in round `step` is not asked for it again.
+        Nothing happens where nobody's stood out, where there is no round before, or after `round_attempts`.
+        reasons: of those that gave no usable reply, of the `num_asked`.
+        """
+        failed = [name for name, reason in reasons.items() if blames_the_model(reason)]
+        if 2 * len(failed) <= num_asked or step < max(self.history.rounds, default=0) or step < 1:
+            return
+        clients = self.history.at(step).clients
+        odd = standing_out(clients)
+        if odd is None or self._gone_back[step] + 1 >= self.settings.federation.round_attempts:
+            return
+        try:
+            counts = self.checkpoints.counts(step - 1)
+            self.take_model(step - 1)
+        except CheckpointError:
+            return
+        self._gone_back[step] += 1
+        norms = "; ".join(f"{name} {' and '.join(told)}" for name, told in longest_first(clients).items())
+        line = (
+            f"round {step}'s model gave no numbers at {len(failed)} of {num_asked} clients ({failed[0]}:"
+            f" {reasons[failed[0]]}). Norms of the changes that made it: {norms}. Back to round {step - 1};"
+            f" round {step} is repeated without {odd}."
+        )
+        self._left_out.setdefault(step, {})[odd] = f"left out of the repeated round {step}, as its change stood out"
+        self.history.forget_after(step - 1)
+        self.record.went_back(step, line, counts)
+        self.checkpoints.write_state(step - 1, self.sha256, self.history, self.record.counts())
+        self._blame(odd)
+        raise _WentBack(step - 1)
+
+    def _blame(self, name: str) -> None:
+        """Count against a client that a model was of no use because of it."""
+        limit = self.settings.federation.refusals_in_a_row
+        self._blamed[name] += 1
+        if isinstance(limit, int) and self._blamed[name] >= limit:
+            self.roster.set_aside(
+                name, f"{name} made the model useless {limit} times and is set aside; start it again to let it in"
+            )
+
+    def take_model(self, step: int) -> None:
+        """The model and the moments after that round, which must belong together.  Raises CheckpointError."""
+        received = self.checkpoints.load(step)
+        sha256 = buffer_sha256(received)
+        keeps = bool(self.optimiser.moments) or bool(self.model.remembered())
+        kept = self.checkpoints.load_moments(step, sha256) if keeps else {}
+        model = GlobalModel.restored(received, kept, self.settings.federation.download_codec)
+        self.optimiser.restore(kept)
+        self.model, self.sha256 = model, sha256
 
     def _costs(self, client: str, reply: Reply) -> dict[str, float]:
         """Bytes each way and seconds of one client's answer to a training task."""
@@ -256,17 +347,19 @@ class Federation:
         self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
     ) -> list[Tally]:
         """As many clients are asked at once as in a round, and their sums merged at once.  Raises NotEnoughClients."""
-        tallies, replied = [Tally(split) for split in splits.split()], set[str]()
+        tallies, replied, reasons = [Tally(split) for split in splits.split()], set[str](), dict[str, str]()
         for wave in waves(members, self.settings.federation):
             tasks = {
                 name: dataclasses.replace(task, last=last)
                 for name, task in self._tasks("evaluate", step, wave, splits).items()
             }
-            replies = self._exchange(tasks, wave, model, None)
+            replies, exchange = self._exchange(tasks, wave, model, None)
             replied |= replies.keys()
+            reasons |= exchange.reasons
             for tally in tallies:
                 tally.add(replies)
         if splits:
+            self._go_back_from(step, reasons, num_asked=len(members))
             self._require_enough(replied, members, step, kept=step)
         return tallies
 
@@ -287,6 +380,14 @@ class Federation:
             self._evaluate(best, "val test", self.roster.gather(), model, last=True)
         elif self.farewell:  # the run is whole without it, so nobody is waited for
             self._evaluate(best, "", self.roster.members(), model, last=True)
+
+
+class _WentBack(Exception):
+    """The model of the round after `step` was of no use, and all is as it was after `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 def _tasks_for(members: Mapping[str, Member], task: Task, settings: Settings) -> dict[str, Task]:

@@ -197,14 +197,14 @@ def roster_over(
     )
 
 
-def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path) -> Federation:
-    """A Federation of the model of seven numbers, all zero, recorded in `folder`."""
+def federation_over(mailbox: ScriptedMailbox, settings: Settings, folder: Path, first: float = 0.0) -> Federation:
+    """A Federation of the model of seven numbers, all `first`, recorded in `folder`."""
     waiter = Waiter(lambda: False)
     return Federation(
         settings=settings,
         run_id=folder.name,
         manifest=MANIFEST,
-        model=GlobalModel(np.zeros(MANIFEST.size, dtype=np.float32), settings.federation.download_codec),
+        model=GlobalModel(np.full(MANIFEST.size, first, dtype=np.float32), settings.federation.download_codec),
         optimiser=ServerOptimiser.of(settings.federation, MANIFEST, {entry.name for entry in MANIFEST.entries}),
         mailbox=mailbox,
         roster=roster_over(mailbox, settings, folder, waiter=waiter),

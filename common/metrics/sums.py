@@ -7,7 +7,7 @@ A new sum is a field here, with its shape in COUNTS or its name among the number
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +44,22 @@ class ClosedSetSums:
     recall_sum: float
     f1_sum: float
 
+    def at_most(self, num_pictures: int) -> "ClosedSetSums":
+        """The same shares of so many pictures, and of so many classes, at most; itself where there are no more."""
+        if max(self.num_examples, self.num_classes) <= num_pictures:
+            return self
+        examples, classes = min(self.num_examples, num_pictures), min(self.num_classes, num_pictures)
+        of_examples, of_classes = examples / max(self.num_examples, 1), classes / max(self.num_classes, 1)
+        return ClosedSetSums(
+            num_examples=examples,
+            correct=int(self.correct * of_examples),
+            loss_sum=self.loss_sum * of_examples,
+            num_classes=classes,
+            precision_sum=self.precision_sum * of_classes,
+            recall_sum=self.recall_sum * of_classes,
+            f1_sum=self.f1_sum * of_classes,
+        )
+
     def __add__(self, other: "ClosedSetSums") -> "ClosedSetSums":
         values: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return ClosedSetSums(**values)
@@ -72,6 +88,21 @@ class EvaluationSums:
         """Both clients' sums. Their people differ, so there is no common confusion matrix."""
         merged = {name: getattr(self, name) + getattr(other, name) for name, shape in COUNTS.items() if shape}
         return EvaluationSums(closed=self.closed + other.closed, **merged)
+
+    def at_most(self, num_pictures: int) -> "EvaluationSums":
+        """The same shares, counted as if the pictures were so many at most; itself where they can be.
+
+        So many pictures have n (n - 1) / 2 pairs. Counts are rounded down.
+        """
+        most = num_pictures * (num_pictures - 1) // 2
+        counts = {name: _scaled(getattr(self, name), most) for name in ("pairs", "folds")}
+        closed = self.closed.at_most(num_pictures)
+        if closed is self.closed and all(counts[name] is getattr(self, name) for name in counts):
+            return self
+        # By the factor of all pairs, so that no bin has more of them than pairs.
+        share = min(1.0, most / max(float(self.pairs.sum(dtype=np.float64)), 1.0))
+        twins = np.minimum(np.floor(self.twins * share).astype(np.int64), counts["pairs"])
+        return replace(self, closed=closed, twins=twins, **counts)
 
     def numbers(self) -> dict[str, float]:
         """The sums that are single numbers, by name."""
@@ -103,6 +134,12 @@ class EvaluationSums:
     def has_kinds(self) -> bool:
         """Whether there are genuine and impostor pairs of each of KINDS."""
         return all(bool(self.of_kind(kind).any(axis=1).all()) for kind in KINDS)
+
+
+def _scaled(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """The counts, or as many times fewer of each as makes `most` of them all."""
+    total = float(counts.sum(dtype=np.float64))
+    return counts if total <= most else np.floor(counts * (most / total)).astype(np.int64)
 
 
 def pooled(by_client: Mapping[str, EvaluationSums]) -> EvaluationSums:

@@ -1,26 +1,40 @@
 """Checks of what clients send before it touches the run; each refusal says what was wrong."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from flwr.app import Message
+from torch import Tensor
 
 from common.errors import ReplyRefused
 from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.names import CLIENT_NAME, NAME_RULE
 from common.protocol import wire
-from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude
+from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude, pieces
 from common.protocol.parameters import Manifest
 from common.protocol.wire import TRAIN_FIELDS, Reply, Site
 from common.settings import PRECISIONS
+from server.global_model import Buffer, Span
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
 MOST_COUNTED = 10**9  # pictures, people or cores of one client
 LONGEST_TEXT = 128  # of what a client tells of itself
 MEMORY_FORMATS = ("contiguous", "channels_last")
+# As the guard and common.errors.TrainingFailed say it.
+NO_NUMBERS = re.compile(r"\b(nan|inf)\b|\bnot (all )?finite\b|^the change holds ", re.IGNORECASE)
 LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
+
+
+class ChangeNorms(NamedTuple):
+    """The Euclidean norms of a model's or a change's two parts; 0 for a part that is not there."""
+
+    parameters: float
+    statistics: float  # the running mean and variance of normalisation layers
 
 
 def read_site(message: Message) -> Site:
@@ -55,6 +69,51 @@ def _check_site_counts(site: Site) -> None:
                 f"the answer to join is malformed: {part} is {getattr(site, part)}, more than {whole},"
                 f" {getattr(site, whole)}"
             )
+
+
+class ChangeBound:
+    """How long a change may be beside the model, of trainable parameters and of running statistics apart.
+
+    Relative to the longer of the received and the run's first model: a model that somebody made short must not turn
+    the honest changes into long ones. Where both are zero there is no scale, and no bound.
+    """
+
+    def __init__(self, spans: tuple[Span, ...], first: Buffer, factor: float | str) -> None:
+        """first: the model of round 0, [size] float32.  factor: `federation.max_change_factor`."""
+        self._spans, self._factor = spans, factor
+        self._first = self.received = self._norms([(slice(0, len(first)), torch.from_numpy(first))])
+
+    def receive(self, model: Buffer) -> None:
+        """The changes that come next are of this model, [size] float32."""
+        self.received = self._norms([(slice(0, len(model)), torch.from_numpy(model))])
+
+    def check(self, change: Coded) -> ChangeNorms:
+        """The norms of a change that is finite.  Raises ReplyRefused when one is too long."""
+        found = self._norms(pieces(change))
+        for what, norm, here, first in zip(ChangeNorms._fields, found, self.received, self._first, strict=True):
+            beside = max(here, first)
+            if not isinstance(self._factor, str) and norm > self._factor * beside > 0.0:
+                raise ReplyRefused(
+                    f"the change of {what} has the norm {norm:.4g}, more than {self._factor:g} times the model's"
+                    f" {beside:.4g} (federation.max_change_factor)"
+                )
+        return found
+
+    def _norms(self, parts: Iterable[tuple[slice, Tensor]]) -> ChangeNorms:
+        """parts: the buffer in order, as `common.protocol.codec.pieces` gives it."""
+        squares = {True: 0.0, False: 0.0}
+        for where, values in parts:
+            for span, is_trainable in self._spans:
+                start, stop = max(span.start, where.start), min(span.stop, where.stop)
+                if start < stop:
+                    norm = torch.linalg.vector_norm(values[start - where.start : stop - where.start])
+                    squares[is_trainable] += float(norm) ** 2
+        return ChangeNorms(parameters=math.sqrt(squares[True]), statistics=math.sqrt(squares[False]))
+
+
+def blames_the_model(reason: str) -> bool:
+    """Whether a client left out for this reason says, or shows, that numbers came of the model that are none."""
+    return NO_NUMBERS.search(reason) is not None
 
 
 def check_sender(message: Message, node_id: int) -> None:

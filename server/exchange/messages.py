@@ -15,9 +15,15 @@ from common.protocol.wire import Reply, Task
 from common.settings import FederationSettings
 from server.aggregate import Aggregate
 from server.exchange.clock import RoundClock
-from server.exchange.guard import check_evaluation_reply, check_sender, check_train_reply
+from server.exchange.guard import (
+    ChangeBound,
+    ChangeNorms,
+    check_evaluation_reply,
+    check_sender,
+    check_train_reply,
+)
 from server.exchange.mailbox import Mailbox, Waiter
-from server.exchange.roster import Member
+from server.exchange.roster import Member, Share
 
 Download = Callable[[], Coded]
 TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
@@ -34,6 +40,11 @@ class Exchange:
     waiter: Waiter
     clock: RoundClock
     refused: Callable[[int, str, str], None]  # is told the round, the client, the reason
+    bound: ChangeBound  # of the model that is sent
+    share: Share | None = None  # None: all that a client holds is counted
+    limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
+    reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
+    norms: dict[str, ChangeNorms] = field(default_factory=dict)  # client -> of its change
     _tasks: Mapping[str, Task] = field(default_factory=dict)
     _members: Mapping[str, Member] = field(default_factory=dict)
     _sent: dict[str, str] = field(default_factory=dict)  # client -> message id
@@ -66,6 +77,7 @@ class Exchange:
             try:
                 replies[name] = self._receive(name, task, change)
             except ReplyRefused as refusal:
+                self.reasons[name] = str(refusal)
                 self.refused(task.server_round, name, str(refusal))
         return replies
 
@@ -82,14 +94,38 @@ class Exchange:
         check_sender(message, member.node_id)
         if change is None:
             check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
-            return reply
+            return self._in_share(name, reply)
         codec = self.federation.upload_codec
         check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
+        if reply.change is not None:
+            self.norms[name] = self.bound.check(reply.change)
+        reply = self._in_share(name, reply)
         self.clock.lap("receive")
         if reply.change is not None:
             change.add(reply.change, reply.num_examples, name)
         self.clock.lap("aggregate")
         return dataclasses.replace(reply, change=None)
+
+    def _in_share(self, name: str, reply: Reply) -> Reply:
+        """The reply, counting for no more pictures and pairs than one client may; whoever counts for less is told of.
+
+        It is told of what it joined with, and not of what each reply counts.
+        """
+        if self.share is None:
+            return reply
+        site, share = self._members[name].site, self.share
+        if site.num_training_pictures > share.num_examples or site.num_pictures > share.num_pictures:
+            self.limited(
+                name,
+                f"{name} holds {site.num_training_pictures} training pictures of {site.num_pictures}, and counts for"
+                f" {share.num_examples} of {share.num_pictures} at most: {self.federation.max_weight_factor:g} times"
+                " the median client's (federation.max_weight_factor)",
+            )
+        return dataclasses.replace(
+            reply,
+            num_examples=min(reply.num_examples, share.num_examples),
+            evaluations={split: sums.at_most(share.num_pictures) for split, sums in reply.evaluations.items()},
+        )
 
     def _look(self, message_id: str, node_id: int) -> Message | None:
         """The reply if it is there; pulling it is no waiting.  Raises ReplyRefused where none can come any more.

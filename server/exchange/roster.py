@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Final, TypeVar
 
 from flwr.app import Message
@@ -104,12 +105,17 @@ class Roster:
             node = member.node_id
             self._in_a_row[node] = 0 if name in answered else self._in_a_row.get(node, 0) + 1
             if isinstance(limit, int) and self._in_a_row[node] >= limit and name in self._members:
-                reason = (
-                    f"{name} gave no usable reply {limit} times running and is set aside; start it again to let it in"
+                self.set_aside(
+                    name,
+                    f"{name} gave no usable reply {limit} times running and is set aside; start it again to let it in",
                 )
-                self._refused[node] = reason
-                del self._members[name]
-                self._events.emit("warning", line=reason)
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """A client is asked no more; it comes back when it is started again, as another node.  reason: one line."""
+        member = self._members.pop(name, None)
+        if member is not None:
+            self._refused[member.node_id] = reason
+            self._events.emit("warning", line=reason)
 
     def others_may_come(self) -> bool:
         """Whether a client that is missing can come back: not in a simulation."""
@@ -247,6 +253,29 @@ def waves(members: Mapping[str, T], federation: FederationSettings) -> Iterator[
     size = wanted if isinstance(wanted, int) else max(1, len(names))
     for start in range(0, len(names), size):
         yield {name: members[name] for name in names[start : start + size]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How much of one client is counted: so many pictures."""
+
+    num_examples: int  # in the mean of the changes
+    num_pictures: int  # in pooled scores, with the pairs that so many have
+
+
+def share_of_each(members: Mapping[str, Member], federation: FederationSettings) -> Share | None:
+    """`federation.max_weight_factor` times the median of what the members hold; None: there is no bound.
+
+    The lower of the middle two where they are even, or of two members the larger would raise its own bound.
+    """
+    factor = federation.max_weight_factor
+    if isinstance(factor, str) or not members:
+        return None
+    sites = [member.site for member in members.values()]
+    return Share(
+        num_examples=max(1, int(factor * median_low(site.num_training_pictures for site in sites))),
+        num_pictures=max(2, int(factor * median_low(site.num_pictures for site in sites))),
+    )
 
 
 def replies_needed(federation: FederationSettings) -> int:

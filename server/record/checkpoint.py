@@ -134,8 +134,15 @@ class RunCheckpoints:
             raise CheckpointError(f"{path} is of another model; resume with the run's own settings.")
         return state
 
-    def take(self, path: Path, history: History) -> None:
-        """Go on from that state: it is the newest from now on."""
+    def counts(self, step: int) -> dict[str, float]:
+        """What the record had counted after round `step`, one of the last two.  Raises CheckpointError."""
+        if str(step) not in self._counts:
+            raise CheckpointError(f"the checkpoint in {self._folder} does not reach back to round {step}.")
+        return dict(self._counts[str(step)])
+
+    def take(self, path: Path, history: History, counts: Mapping[int, Mapping[str, float]]) -> None:
+        """Go on from that state: it is the newest from now on.  counts: those of the rounds that it can go back to."""
+        self._counts = {str(step): dict(counted) for step, counted in counts.items()}
         if path.name != STATE_FILE:  # else the next state would take its place, before there is another
             write_bytes(self._folder / STATE_FILE, path.read_bytes())
         self._best = [history.best_round] * 2

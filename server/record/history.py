@@ -1,8 +1,9 @@
 """What is known of each round's global model, which round is the best so far, and what a checkpoint keeps of it.
 
-All clients' sums are merged, then turned into ratios, never the other way round.  A checkpoint holds every figure as
-JSON, and the sums that the run's end still needs: those of the untrained and of the best model, a file for each,
-written when they change.
+All clients' sums are merged, then turned into ratios, never the other way round; but for the choice of the best round,
+which takes the median over the clients: of merged pairs one client could invent more than all others have. A checkpoint
+holds every figure as JSON, and the sums that the run's end still needs: those of the untrained and of the best model, a
+file for each, written when they change.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from common.protocol.wire import Reply
 from common.system.checkpoints import read_sealed, write_sealed
 from server.exchange.roster import MOST_TOLD_APART
 
+BY_CLIENT_AUC = "round_val_auc_median"  # over the clients that have one; it chooses the best round
+CHANGE_NORMS = ("change_norm", "change_norm_statistics")  # of a client's change: of parameters, of running statistics
+STANDS_OUT = 3.0  # times the median of the others' norms; honest ones differ by less, see docs/SECURITY.md
 _ALL = ""  # the name under which the sums of all clients stand; no client has it
 
 
@@ -52,6 +56,11 @@ class Tally:
     by_client: dict[str, EvaluationSums] = field(default_factory=dict)  # empty for more than MOST_TOLD_APART
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client -> `client_metrics`, of all
 
+    def aucs(self) -> list[float]:
+        """Each client's AUC, of those that have genuine and impostor pairs."""
+        name = f"{self.split}_{AUC}"
+        return [own[name] for own in self.metrics.values() if name in own]
+
     def add(self, replies: Mapping[str, Reply]) -> None:
         """Add the sums of other clients, which are half a megabyte each."""
         for name, reply in replies.items():
@@ -77,6 +86,36 @@ def quantiles(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
+def named_norms(parameters: float, statistics: float) -> dict[str, float]:
+    """The norms of a client's change by the names of its figures; nothing of statistics that are not shared."""
+    return dict(zip(CHANGE_NORMS, (parameters, statistics) if statistics else (parameters,), strict=False))
+
+
+def longest_first(clients: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """Of each client that has a change its norms as text, the longest first.  clients: of a `RoundRecord`."""
+    found = {name: [own[norm] for norm in CHANGE_NORMS if norm in own] for name, own in clients.items()}
+    order = sorted((name for name in found if found[name]), key=lambda name: found[name], reverse=True)
+    return {name: [f"{norm:.4g}" for norm in found[name]] for name in order}
+
+
+def standing_out(clients: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The client whose change was longest beside the others', if it was STANDS_OUT times their median or more.
+
+    Of parameters or of running statistics, whichever stands out more.  clients: of a `RoundRecord`.
+    """
+    most, odd = STANDS_OUT, None
+    for norm in CHANGE_NORMS:
+        lengths = {name: own[norm] for name, own in clients.items() if norm in own}
+        if len(lengths) < 2:
+            continue
+        name = max(lengths, key=lambda client: lengths[client])
+        usual = float(np.median([length for other, length in lengths.items() if other != name]))
+        ratio = lengths[name] / usual if usual > 0.0 else float("inf") if lengths[name] > 0.0 else 0.0
+        if ratio >= most:
+            most, odd = ratio, name
+    return odd
+
+
 @dataclass
 class RoundRecord:
     """Round `step`: the figures of its training and of the model after it (round 0: the initial model)."""
@@ -91,21 +130,21 @@ class RoundRecord:
 
 @dataclass
 class History:
-    """All rounds, and the choice among them: by pooled validation AUC, never by test."""
+    """All rounds, and the choice among them: by the median of the clients' validation AUC, never by test."""
 
     rounds: dict[int, RoundRecord] = field(default_factory=dict)
     best_round: int = 0
-    best_val_auc: float = float("-inf")
+    best_val_auc: float = float("-inf")  # pooled, of the best round
 
     def at(self, step: int) -> RoundRecord:
         """The record of a round, made when it is first asked for."""
         return self.rounds.setdefault(step, RoundRecord(step))
 
     def score(self, step: int, tally: Tally) -> dict[str, float]:
-        """Keep the sums of the model of round `step`; returns its pooled metrics (round_val_auc, ...).
+        """Keep the sums of the model of round `step`; returns its metrics (round_val_auc, ...), pooled but for one.
 
-        An equal validation AUC leaves the earlier round the best. Round 0 is never the best: it is untrained. The best
-        round's model may be scored again, by more clients; then that score is its own.
+        An equal median of the clients' validation AUC leaves the earlier round the best. Round 0 is never the best: it
+        is untrained. The best round's model may be scored again, by more clients; then that score is its own.
         """
         if tally.total is None:
             return {}
@@ -113,11 +152,34 @@ class History:
         record.sums[split], record.totals[split] = tally.by_client, tally.total
         record.scored.add(split)
         metrics = round_metrics(split, tally.total)
+        aucs = tally.aucs()
+        if split == "val" and aucs:
+            metrics[BY_CLIENT_AUC] = float(np.median(aucs))
+        better = metrics.get(BY_CLIENT_AUC, 0.0) > self._best_by_client()
         record.metrics |= metrics
-        val_auc = known_scores(tally.total).get(AUC, 0.0)
-        if split == "val" and step > 0 and (val_auc > self.best_val_auc or step == self.best_round):
-            self.best_round, self.best_val_auc = step, val_auc
+        if split == "val" and step > 0 and (better or step == self.best_round):
+            self.best_round, self.best_val_auc = step, known_scores(tally.total).get(AUC, 0.0)
         return metrics
+
+    def _best_by_client(self) -> float:
+        """What chose the best round."""
+        if self.best_round == 0:
+            return float("-inf")
+        metrics = self.at(self.best_round).metrics
+        return metrics.get(BY_CLIENT_AUC, metrics.get("round_val_auc", 0.0))  # of a run begun before there were medians
+
+    def median_of_clients(self, step: int, name: str) -> float | None:
+        """The median of a figure of that round's model over the clients that have it; one client does not move it far.
+
+        None: nobody has it.
+        """
+        values = [own[name] for own in self.at(step).clients.values() if name in own]
+        return float(np.median(values)) if values else None
+
+    def forget_after(self, step: int) -> None:
+        """Drop what is known of later rounds, none of which is the best: they are repeated."""
+        for later in [number for number in self.rounds if number > step]:
+            del self.rounds[later]
 
     def validations_since_best(self) -> int:
         """How many models after the best one were scored on validation and were no better."""

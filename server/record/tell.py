@@ -61,6 +61,8 @@ class Record:
         self._refused_so_far: dict[int, int] = {}  # by round, where some were and it is not told yet
         self._are_many = False  # more clients than are told apart
         self._budget = TimeBudget(DRAWING_FRACTION)
+        self._limited: dict[str, str] = {}  # client -> what it says and what it counts for
+        self._went_back: list[str] = []  # for each time that a round's model was of no use, what was done
         self._restored = History()  # of a run that goes on
 
     def counts(self) -> dict[str, float]:
@@ -74,11 +76,15 @@ class Record:
 
     def go_on(self, history: History, counts: Mapping[str, float]) -> None:
         """Continue where a checkpoint stands.  All that was saved is told again; the run skips what it was told."""
-        self._num_pictures, self._num_steps = counts["num_pictures"], counts["num_steps"]
-        self._num_warmup_pictures, self._num_refused = counts["num_warmup_pictures"], int(counts["num_refused"])
+        self._count_on_from(counts)
+        self._num_refused = int(counts["num_refused"])
         self._restored = history
         for step, record in sorted(history.rounds.items()):
             self._tracked.log_metrics(record.metrics, step=step)
+
+    def _count_on_from(self, counts: Mapping[str, float]) -> None:
+        self._num_pictures, self._num_steps = counts["num_pictures"], counts["num_steps"]
+        self._num_warmup_pictures = counts["num_warmup_pictures"]
 
     def members(self, members: Mapping[str, Member]) -> None:
         """Begin a nested run for each client that is new, while they are few; of many, say once that there are none."""
@@ -156,6 +162,24 @@ class Record:
         for step in [step for step in self._refused_so_far if step < before]:
             self._tracked.log_metrics({"refused_replies": float(self._refused_so_far.pop(step))}, step=step)
 
+    def limited(self, client: str, line: str) -> None:
+        """A client counts for less than it says: told once, of the first clients."""
+        if client in self._limited or len(self._limited) >= MOST_TOLD_APART:
+            return
+        self._limited[client] = line
+        self._tracked.set_tags({f"limited.{client}": line[:400]})
+        self._events.emit("warning", line=line)
+
+    def went_back(self, step: int, line: str, counts: Mapping[str, float]) -> None:
+        """The model of round `step` was of no use, and the run is where the round before had left it.
+
+        What was refused since stays counted.
+        """
+        self._count_on_from(counts)
+        self._went_back.append(line)
+        self._tracked.set_tags({f"went_back.{len(self._went_back)}": f"round {step}: {line}"[:400]})
+        self._events.emit("warning", line=line)
+
     def repeated(self, line: str) -> None:
         """A round is tried again."""
         self._events.emit("warning", line=f"{line} The round is tried again.")
@@ -196,8 +220,8 @@ class Record:
     ) -> None:
         """A round is whole: its training figures and bytes.
 
-        sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, and answer_seconds
-        from the sending of its task until its reply was taken.
+        sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, the norms of its
+        change, and answer_seconds from the sending of its task until its reply was taken.
         """
         self._tell_refused(before=server_round)
         merged = merged_train(replies)
@@ -258,10 +282,13 @@ class Record:
             "model_sha256": sha256,
             "refused_replies": self.num_refused,
             "refusals": self._refusals,
+            "limited": self._limited,
+            "went_back": self._went_back,
             "untrained": self._test_scores(history, 0),
             "best": self._test_scores(history, best),
             "last": self._test_scores(history, last_round),
             "best_val_auc": history.best_val_auc,
+            "test_roc_auc_median": history.median_of_clients(best, f"test_{AUC}"),
             "num_pictures_processed": self._num_pictures,
             "num_gradient_steps": self._num_steps,
             "num_warmup_pictures": self._num_warmup_pictures,
@@ -276,6 +303,8 @@ class Record:
         for name, scores in summary["clients"].items():
             final |= {f"{name}_{key}": value for key, value in scores.items()}
         final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
+        if summary["test_roc_auc_median"] is not None:
+            final["test_roc_auc_median"] = summary["test_roc_auc_median"]
         budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
         final |= {name: summary[name] for name in budget}
         self._tracked.log_metrics(final, step=best)

@@ -648,7 +648,8 @@ def liar(task):
 def test_a_robust_strategy_is_not_moved_by_one_liar_and_leaves_no_replies_behind(tmp_path, strategy):
     nodes = {n: client(f"c{n}", lambda task, n=n: reply_to(task, change=1.0 + n / 100)) for n in range(1, 6)}
     nodes[6] = client("liar", liar)
-    federation, _ = run(tmp_path, nodes, federation__strategy=strategy, federation__rounds=2, federation__min_clients=6)
+    values = {"strategy": strategy, "rounds": 2, "min_clients": 6, "max_change_factor": "off"}
+    federation, _ = run(tmp_path, nodes, **{f"federation__{name}": value for name, value in values.items()})
     assert federation.model.received == pytest.approx(2 * 1.03, abs=0.05)
     assert not (tmp_path / "replies").exists()
 
