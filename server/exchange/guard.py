@@ -22,6 +22,7 @@ from server.global_model import Buffer, Span
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
+STATISTICS_FACTOR = 100.0  # how much longer running statistics may be beside theirs: they follow the activations
 MOST_COUNTED = 10**9  # pictures, people or cores of one client
 LONGEST_TEXT = 128  # of what a client tells of itself
 MEMORY_FORMATS = ("contiguous", "channels_last")
@@ -90,11 +91,15 @@ class ChangeBound:
     def check(self, change: Coded) -> ChangeNorms:
         """The norms of a change that is finite.  Raises ReplyRefused when one is too long."""
         found = self._norms(pieces(change))
-        for what, norm, here, first in zip(ChangeNorms._fields, found, self.received, self._first, strict=True):
+        if isinstance(self._factor, str):
+            return found
+        factors = (self._factor, self._factor * STATISTICS_FACTOR)
+        parts = zip(ChangeNorms._fields, factors, found, self.received, self._first, strict=True)
+        for what, factor, norm, here, first in parts:
             beside = max(here, first)
-            if not isinstance(self._factor, str) and norm > self._factor * beside > 0.0:
+            if norm > factor * beside > 0.0:
                 raise ReplyRefused(
-                    f"the change of {what} has the norm {norm:.4g}, more than {self._factor:g} times the model's"
+                    f"the change of {what} has the norm {norm:.4g}, more than {factor:g} times the model's"
                     f" {beside:.4g} (federation.max_change_factor)"
                 )
         return found

@@ -690,6 +690,28 @@ def test_what_is_done_about_odd_changes_changes_the_aggregate(tmp_path, strategy
     assert aggregates[0] != aggregates[1]
 
 
+@proves("federation.max_weight_factor", "federation.max_change_factor")
+@pytest.mark.parametrize(
+    ("name", "expected"), [("max_weight_factor", {"off": 3.5, 2.0: 3.0}), ("max_change_factor", {"off": 3.5, 1.0: 1.0})]
+)
+def test_what_one_client_weighs_and_how_far_it_pulls_is_bounded(tmp_path, name, expected):
+    """50 pictures of 1 and 250 of 4 make 3.5, and with 100 of the 250 no more than (50 + 400) / 150 = 3.
+
+    The model is 1 long in each element, so that a change of 4 is refused where it may be as long as the model.
+    """
+    for value, change in expected.items():
+        nodes = {
+            1: client("alpha", lambda task: reply_to(task, change=1.0, num_examples=50)),
+            2: client("beta", lambda task: reply_to(task, change=4.0, num_examples=250), num_training_pictures=250,
+                      num_pictures=500),
+        }  # fmt: skip
+        values = {"rounds": 1, "min_clients": 1, name: value}
+        settings = settings_with(**{f"federation__{key}": one for key, one in values.items()})
+        federation = federation_over(ScriptedMailbox(nodes), settings, tmp_path / f"{value}", 1.0)
+        federation.run()
+        assert federation.model.received == pytest.approx(1.0 + change)
+
+
 @proves("federation.round_attempts")
 def test_a_round_of_which_too_little_can_be_used_is_tried_so_often(tmp_path):
     asked = {}

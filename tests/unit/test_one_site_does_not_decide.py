@@ -32,7 +32,11 @@ ENORMOUS = dict.fromkeys(("num_pictures", "num_training_pictures", "num_people",
 
 def run(folder, nodes, first=1.0, **settings):
     federation = federation_over(ScriptedMailbox(nodes), settings_with(**settings), folder, first)
-    return federation, federation.run()
+    try:
+        return federation, federation.run()
+    except NotEnoughClients:
+        federation.record._tracked.finish("FAILED")  # so that the run can go on
+        raise
 
 
 def warnings_of(folder):
@@ -159,15 +163,15 @@ SPANS = ((slice(0, 3), True), (slice(3, 7), False))
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
 def test_parameters_and_running_statistics_have_a_bound_each(codec):
-    """The model's parameters are 1, its statistics 100 long; each factor 2 is asked of its own part."""
-    model = np.float32([1, 0, 0, 100, 0, 0, 0])
+    """The model's parameters are 1, its statistics 10 long: 2 times its own, and 100 times as much of statistics."""
+    model = np.float32([1, 0, 0, 10, 0, 0, 0])
     bound = ChangeBound(SPANS, model, 2.0)
     norms = bound.check(encode(np.float32([0, 1.5, 0, 0, 0, 150, 0]), codec))
     assert norms == pytest.approx((1.5, 150.0), rel=0.02, abs=0.6)
     with pytest.raises(ReplyRefused, match=r"change of parameters has the norm \d.* more than 2 times the model's 1 "):
         bound.check(encode(np.float32([0, 40, 0, 0, 0, 0, 0]), codec))
-    with pytest.raises(ReplyRefused, match=r"change of statistics has the norm 4\d\d"):
-        bound.check(encode(np.float32([0, 0, 0, 0, 400, 0, 0]), codec))
+    with pytest.raises(ReplyRefused, match=r"change of statistics .* more than 200 times the model's 10 "):
+        bound.check(encode(np.float32([0, 0, 0, 0, 4000, 0, 0]), codec))
 
 
 def test_a_model_that_was_made_short_does_not_turn_honest_changes_into_long_ones():
@@ -283,7 +287,7 @@ def test_one_site_that_says_so_turns_nothing_back(tmp_path):
     assert not [line for line in warnings_of(tmp_path) if "Back to" in line]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
 def test_a_run_whose_last_whole_round_was_poisoned_goes_on_when_it_is_resumed(tmp_path, strategy):
     """It ended, or was killed, when round 2's model was on disk; the site that made it is gone when it goes on."""
     free = {**FREE, "federation__strategy": strategy}

@@ -8,12 +8,13 @@ from tiny_federation import sums_with
 
 from common.metrics.figures import scores
 from common.metrics.sums import pooled
-from server.record.history import History, Tally
+from server.record.history import History, Tally, client_metrics
 
 
 def score(history, step, split, by_client):
     total = pooled(by_client)
-    return history.score(step, Tally(split, total, by_client))
+    metrics = {name: client_metrics(split, sums) for name, sums in by_client.items()}
+    return history.score(step, Tally(split, total, by_client, metrics))
 
 
 def test_the_best_is_the_first_of_the_highest_validation_auc_and_never_round_0():
