@@ -19,16 +19,7 @@ from common.errors import FaceFedError, InterruptedRun, UserError, one_line
 from common.system.certs import ClientFiles
 from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
 from common.system.files import InUse, lock
-from common.system.processes import (
-    can_connect,
-    child_environment,
-    free_port,
-    host_port,
-    is_healthy,
-    proxy_before,
-    start,
-    stop,
-)
+from common.system.processes import can_connect, child_environment, host_port, is_healthy, proxy_before, start, stop
 
 log = logging.getLogger("facefed.client")
 
@@ -286,7 +277,6 @@ class Launch:
             "clients.flower.supernode",
             str(meeting),
             self._site.name,
-            str(free_port()),
             str(self._last_node()),
             *self._trust(),
             "--superlink",

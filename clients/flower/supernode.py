@@ -7,12 +7,17 @@ stands in for Flower's SuperExec and for the ClientApp process that it starts fo
 it runs what this site installed and nothing else: the bundle that comes with a run is never unpacked, let alone
 imported (docs/adr/0017-executor.md).
 
-Started as `python -m clients.flower.supernode MEETING NAME PORT LAST ARGUMENT...`; LAST is the file with the node id of
-the site's last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
+The two speak through a socket in the folder where the trainer is met, which is this user's alone: a port would be there
+for any account of the machine, to take before the SuperNode has it or to ask afterwards.
+
+Started as `python -m clients.flower.supernode MEETING NAME LAST ARGUMENT...`; LAST is the file with the node id of the
+site's last connection, beside which the egress ledger lies, and the arguments are flower-supernode's.
 """
 
 import argparse
+import functools
 import logging
+import ssl
 import sys
 import threading
 import time
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Error, Message
@@ -33,7 +39,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -47,20 +53,41 @@ from clients.flower.trainer import CLIENT_FAILED, KEY, TrainerGone, hand_over
 from common.system.runtime import go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
+API = "supernode"  # in the folder where the trainer is met: the socket of the SuperNode's own API
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
 GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
 
 log = logging.getLogger("facefed.client")
 
 
-def own_arguments(meeting: Path, port: int) -> list[str]:
+def own_arguments(meeting: Path) -> list[str]:
     """What flower-supernode is told beside what its caller says: whoever takes a message from it must know the key."""
     return [
         "--isolation", "process",
         "--superexec-auth-secret-file", str(meeting / KEY),
         "--host", "127.0.0.1",
-        "--port", str(port),
     ]  # fmt: skip
+
+
+def serve_in(meeting: Path) -> None:
+    """Let Flower's SuperNode in this process serve its API through a socket of that folder, and at no port."""
+    program: Any = uvicorn  # Flower says uvicorn.Config(...)
+    program.Config = functools.partial(uvicorn.Config, uds=str(meeting / API))
+
+
+class ThroughSocket:
+    """Of a client of the SuperNode's API, and the last: sends what it is given through the socket."""
+
+    def __init__(self, meeting: Path) -> None:
+        """meeting: the folder with the socket."""
+        # Both: whatever the environment says of proxies, and of authorities, is of no use here.
+        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        way = httpx.HTTPTransport(uds=str(meeting / API), verify=trusted)
+        self._line = httpx.Client(transport=way, verify=trusted, trust_env=False)
+
+    def intercept(self, context: ProtobufRequestContext, _call_next: ProtobufCall) -> httpx.Response:
+        """The answer to one request."""
+        return self._line.send(context.request)
 
 
 def leave_last(last: Path, arguments: list[str]) -> None:
@@ -105,14 +132,13 @@ def _interceptors(private_key: str) -> list[Any]:
 class Executor:
     """Answers one message after the other, for as long as its SuperNode lives."""
 
-    def __init__(self, meeting: Path, *, name: str, port: int, pace: Pace, ledger: Path) -> None:
-        """meeting: the folder where the trainer is met.  name: the site's.  port: of the SuperNode's own API.
+    def __init__(self, meeting: Path, *, name: str, pace: Pace, ledger: Path) -> None:
+        """meeting: the folder where the trainer and the SuperNode are met.  name: the site's.
 
         ledger: the folder of the egress ledger, for what is said here in the trainer's place.
         """
         self._meeting, self._name, self._pace, self._ledger = meeting, name, pace, ledger
-        self._address = f"127.0.0.1:{port}"
-        self._secret = (meeting / KEY).read_bytes()
+        self._secret, self._through = (meeting / KEY).read_bytes(), ThroughSocket(meeting)
 
     def serve(self) -> None:
         """Take what comes, for ever; whatever one message brings about, the next is taken."""
@@ -129,10 +155,10 @@ class Executor:
 
     def _client(self, *more: ProtobufClientInterceptor) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
-            server_address=self._address,
-            insecure=True,  # its address is 127.0.0.1, and either side proves itself
+            server_address="supernode",  # only the name in the request; the way is the socket
+            insecure=True,
             root_certificates=None,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *more],
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), *more, self._through],
             retry_invoker=None,
         )
 
@@ -170,7 +196,7 @@ def _beats(client: RuntimeHttpClient) -> bool:
     return True
 
 
-def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) -> None:
+def main(meeting: Path, name: str, last: Path, arguments: list[str]) -> None:
     """Serve until the SuperNode ends."""
     go_silent()
     logging.getLogger("flwr").addHandler(FlowerTold(mark_of((meeting / KEY).read_bytes()), sys.stderr.fileno()))
@@ -178,11 +204,12 @@ def main(meeting: Path, name: str, port: int, last: Path, arguments: list[str]) 
     leave_last(last, arguments)
     pace = Pace()
     quicken(pace)
-    executor = Executor(meeting, name=name, port=port, pace=pace, ledger=last.parent / LEDGER)
+    serve_in(meeting)
+    executor = Executor(meeting, name=name, pace=pace, ledger=last.parent / LEDGER)
     threading.Thread(target=executor.serve, name="executor", daemon=True).start()
-    sys.argv = ["flower-supernode", *own_arguments(meeting, port), *arguments]
+    sys.argv = ["flower-supernode", *own_arguments(meeting), *arguments]
     flower_supernode()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

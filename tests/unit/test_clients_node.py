@@ -3,13 +3,17 @@
 import inspect
 import json
 import re
+import stat
+import sys
 import threading
 import time
 
 import httpx
+import psutil
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from tiny_federation import site_settings
 
 from clients.egress import UNRECORDED
@@ -17,6 +21,7 @@ from clients.flower import patches, supernode
 from clients.flower.patches import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
 from clients.flower.supernode import Executor
 from clients.flower.trainer import CLIENT_FAILED, KEY, Trainer, TrainerGone
+from common.system.processes import child_environment, free_port, start, stop
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -69,7 +74,7 @@ def executed(tmp_path, monkeypatch):
         monkeypatch.setattr(supernode, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
         monkeypatch.setattr(supernode, "hand_over", hand_over)
         monkeypatch.setattr(supernode, "LOOK_EVERY_S", 0.01)
-        serving = Executor(tmp_path, name="alpha", port=1, pace=Pace(), ledger=tmp_path / "egress")
+        serving = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
         threading.Thread(target=serving.serve, daemon=True).start()
         assert stand_in.over.wait(60)
         return stand_in
@@ -137,10 +142,45 @@ def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(execute
 
 
 def test_whoever_takes_a_message_from_the_supernode_must_know_the_key(tmp_path):
-    told = supernode.own_arguments(tmp_path, 1234)
+    told = supernode.own_arguments(tmp_path)
     assert told[told.index("--isolation") + 1] == "process"
     assert told[told.index("--superexec-auth-secret-file") + 1] == str(tmp_path / KEY)
     assert told[told.index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets of other processes are looked at")
+def test_the_supernode_is_met_in_the_folder_and_at_no_port(tmp_path):
+    """A port stood in the command line seconds before it was bound, for any account of the machine to take."""
+    (tmp_path / KEY).write_bytes(b"k" * 32)
+    address, last = f"127.0.0.1:{free_port()}", tmp_path / "site" / "node-id"
+    command = [sys.executable, "-P", "-m", "clients.flower.supernode", tmp_path, "alpha", last]
+    with (tmp_path / "log").open("wb") as log:
+        started = start(
+            [*map(str, command), "--insecure", "--superlink", address],
+            environment=child_environment(tmp_path / "flwr"),
+            output=log,
+        )
+    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
+    try:
+        deadline, status = time.monotonic() + 120, None
+        while status is None:
+            ports = [one for one in psutil.Process(started.pid).net_connections("inet") if one.status == "LISTEN"]
+            assert ports == []
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            if not (tmp_path / supernode.API).exists():
+                time.sleep(0.05)
+                continue
+            try:
+                executor._client().AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"]))
+            except httpx.HTTPStatusError as refused:
+                status = refused.response.status_code
+            except httpx.TransportError:
+                time.sleep(0.05)
+        assert status == 401  # it is Flower's API: it wants the key
+        assert stat.S_ISSOCK((tmp_path / supernode.API).stat().st_mode)
+    finally:
+        executor._through._line.close()
+        stop(started, 0.1)
 
 
 # ---- the pace
