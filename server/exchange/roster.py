@@ -43,11 +43,11 @@ class Roster:
         events: EventLog,
         waiter: Waiter,
         all_nodes_are_here: Callable[[], bool],
-        keys: Callable[[], Mapping[int, str]] = dict,
+        keys: Callable[[], Mapping[int, str] | None] = lambda: None,
     ) -> None:
         """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation).
 
-        keys: the names of the registered keys by node, where nodes have keys.
+        keys: the names of the admitted keys by node, or None where nodes have no keys.
         """
         self._mailbox, self._federation, self._task = mailbox, federation, task
         self._events, self._waiter = events, waiter
@@ -152,6 +152,9 @@ class Roster:
 
     def _refresh(self) -> None:
         online = set(self._mailbox.node_ids())
+        keys = self._keys()
+        if keys is not None:
+            online &= keys.keys()  # a node whose key nobody admitted is not asked, so it is sent nothing
         self._members = {name: m for name, m in self._members.items() if m.node_id in online}
         self._asked = {node: message for node, message in self._asked.items() if node in online}
         # With a key of its own a client that is started again is the node that it was.
@@ -180,7 +183,7 @@ class Roster:
         except ReplyRefused as error:
             said = "a client that is no member says: " if reply.has_error() else ""
             self._refused[node_id] = f"{said}{error}"
-            self._events.emit("refused", client=self._keys().get(node_id, ""), reason=self._refused[node_id])
+            self._events.emit("refused", client=(self._keys() or {}).get(node_id, ""), reason=self._refused[node_id])
             return
         if site.name in self._members and not self._complete:
             raise UserError(
@@ -209,7 +212,7 @@ class Roster:
 
     def _check_name(self, name: str, node_id: int) -> None:
         """Raises ReplyRefused unless the name is the node's own: with a key the key's, and like nobody else's."""
-        keys = self._keys()
+        keys = self._keys() or {}
         own = keys.get(node_id)
         if own is not None and name != own:
             whose = "that of another client's key" if name in keys.values() else "not its key's"

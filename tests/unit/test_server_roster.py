@@ -148,6 +148,17 @@ def test_a_name_that_ends_in_a_blank_is_refused_in_one_line(tmp_path):
     assert "the name 'celeba ' cannot be used" in refused
 
 
+def test_with_keys_a_node_that_nobody_admitted_is_not_even_asked(tmp_path):
+    """What it would be asked with are the run's settings, and in the next round the model."""
+    mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta"), 3: client("sneaky")})
+    roster = roster_over(mailbox, settings_with(), tmp_path)
+    roster._keys = lambda: {1: "alpha", 2: "beta"}
+    assert list(roster.gather()) == ["alpha", "beta"]
+    assert 3 not in [node for node, _ in mailbox.tasks]
+    roster._keys = lambda: {2: "beta", 3: "sneaky"}  # alpha was turned out, and sneaky's key was added
+    assert list(roster.gather()) == ["beta", "sneaky"]
+
+
 def test_in_a_simulation_every_node_joins_before_the_first_round(tmp_path):
     """Otherwise the members of round 1, and with them the bits of the model, would depend on who was quick."""
     slow = []
