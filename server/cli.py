@@ -88,6 +88,11 @@ def _say_where(options: "ServerOptions", wanted: int) -> None:
         where += f" with TLS, for {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         if (options.tls.ca.parent / CA_KEY).exists():
             sys.stdout.write(f"note: {options.tls.ca.parent / CA_KEY} can make other servers; keep it elsewhere\n")
+    elif is_loopback(options.host):
+        sys.stdout.write(
+            "note: plain text on loopback: any account on this machine can take part as any site, and has the model"
+            " then; --tls DIR keeps others out (`facefed certs init` makes it)\n"
+        )
     sys.stdout.write(f"{where}; waiting for {wanted} clients\n")
     sys.stdout.flush()
 

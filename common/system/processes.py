@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import ipaddress
 import os
 import signal
@@ -23,6 +24,8 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: between fork and exec it might lock
 STOP_GRACE_S = 10.0
 STOP_APART_GRACE_S = 2.0
+LISTEN_BACKLOG = 2048  # connections that wait to be accepted; uvicorn's
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def child_environment(flwr_home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -50,9 +53,12 @@ def be_killed_with_parent() -> None:
 
 
 def start(
-    command: Sequence[str], *, environment: Mapping[str, str], output: IO[bytes] | int
+    command: Sequence[str], *, environment: Mapping[str, str], output: IO[bytes] | int, sockets: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a process group of its own, which ends when we end."""
+    """Start a program in a process group of its own, which ends when we end.
+
+    sockets: the numbers of open ones that it gets, under the same numbers.
+    """
     return subprocess.Popen(
         list(command),
         env=dict(environment),
@@ -60,6 +66,7 @@ def start(
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=tuple(sockets),
         preexec_fn=_die_with_parent,  # noqa: PLW1509 - prctl is all it does, and it takes no lock
     )
 
@@ -209,10 +216,40 @@ def require_free_port(host: str, port: int, option: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"{option} {host_port(host, port)} cannot be used ({error.strerror}); stop what listens there, or"
-                " choose another port."
-            ) from None
+            raise _cannot_be_used(host, port, option, error) from None
+
+
+def listen(host: str, port: int, option: str) -> list[socket.socket]:
+    """Open sockets that listen at each address of a host name, from now on and for nobody else.
+
+    port: 0 for one that is free, at an address that is a number.  Raises UserError as `require_free_port`.
+    """
+    listeners: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = dict.fromkeys((family, address[:2]) for family, _, _, _, address in found)
+        for family, address in addresses:
+            try:
+                listeners.append(socket.create_server(address, family=family, backlog=LISTEN_BACKLOG))
+            except OSError as error:  # localhost is ::1 as well, where the machine has no such address
+                if error.errno not in _NO_SUCH_ADDRESS or len(addresses) == 1:
+                    raise
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise _cannot_be_used(host, port, option, error) from None
+    if not listeners:
+        raise UserError(
+            f"{option} {host_port(host, port)} cannot be used (no address of this machine); choose another."
+        )
+    return listeners
+
+
+def _cannot_be_used(host: str, port: int, option: str, error: OSError) -> UserError:
+    reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    return UserError(
+        f"{option} {host_port(host, port)} cannot be used ({reason}); stop what listens there, or choose another port."
+    )
 
 
 def free_port() -> int:

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,24 @@ from common.settings import Settings
 from common.system.certs import ServerFiles
 from common.system.events import OUTCOME_FILE, STOP_FILE
 from common.system.files import read_json, write_bytes
-from common.system.processes import child_environment, free_port, require_free_port, start, stop
+from common.system.processes import child_environment, listen, require_free_port, start, stop
 from common.system.runtime import facefed_version, git_commit
 from server.flower.front_door import Door, FrontDoor
-from server.flower.superlink import ADMITTED, APP_ENDED, CONNECTION, RUN_ID, Superlink, forget_secrets, write_secret
-
-log = logging.getLogger("facefed.server")
+from server.flower.superlink import (
+    ADMITTED,
+    APP_ENDED,
+    BUNDLE,
+    REFUSAL,
+    RUN_ENDED,
+    RUN_ID,
+    SUBMISSION,
+    Superlink,
+    forget_secrets,
+    write_secret,
+)
 
 HEALTHY_WITHIN_S = 60.0
 LOOK_EVERY_S = 0.2
-ASK_STATUS_EVERY_S = 15.0
 STOP_WITHIN_S = 20.0
 # The app bundle that Flower wants from whoever submits a run: the packages as they are installed here.
 PACKAGES = ("common", "server", "clients")  # by name: the server's code never imports the clients'
@@ -75,13 +82,7 @@ class Launch:
         self._settings, self._options, self._folder = settings, options, run_folder
         self._stop = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._superlink = Superlink(
-            host="127.0.0.1" if options.front_door else options.host,
-            port=free_port() if options.front_door else options.port,
-            home=run_folder / "flwr",
-            tls=options.tls,
-            database=options.database,
-        )
+        self._home = run_folder / "flwr"
 
     def request_stop(self) -> None:
         """Ask the run to end; safe in a signal handler."""
@@ -93,18 +94,19 @@ class Launch:
         with ExitStack() as started:
             try:
                 self._start(started)
-                return self._watch(self._submit())
+                self._submit()
+                return self._watch()
             except InterruptedRun as error:
                 return {"exit_code": EXIT_INTERRUPTED, "line": str(error)}
 
     def _start(self, started: ExitStack) -> None:
         """The SuperLink and its SuperExec, and once all keys are admitted the front door."""
-        link, log_path = self._superlink, self._folder / "logs" / "superlink.log"
+        log_path = self._folder / "logs" / "superlink.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         output = started.enter_context(log_path.open("ab"))
-        started.callback(forget_secrets, link.home)
-        self._add(started, "the SuperLink", link.command(write_secret(link.home)), output)
-        self._add(started, "the SuperLink's steward", self._superexec_command(), output)
+        started.callback(forget_secrets, self._home)
+        link = self._start_superlink(started, output)
+        self._add(started, "the SuperLink's steward", superexec_command(link), output)
         self._wait_until(lambda: self._lives() and link.answers(), "the SuperLink did not start")
         admitted = link.home / ADMITTED
         self._wait_until(lambda: self._lives() and admitted.exists(), "the sites' keys were not admitted")
@@ -115,19 +117,29 @@ class Launch:
             self._running["nginx, the front door,"] = door.process
             self._wait_until(lambda: self._lives() and door.is_open(), "the front door did not open")
 
-    def _add(self, started: ExitStack, name: str, command: list[str], output: IO[bytes]) -> None:
-        process = start(command, environment=child_environment(self._superlink.home), output=output)
+    def _start_superlink(self, started: ExitStack, output: IO[bytes]) -> Superlink:
+        """With sockets that listen before its command line tells the port: no other account can take it first."""
+        options = self._options
+        host, port = ("127.0.0.1", 0) if options.front_door else (options.host, options.port)
+        sockets = [started.enter_context(one) for one in listen(host, port, "--address")]
+        port = sockets[0].getsockname()[1]
+        link = Superlink(host=host, port=port, home=self._home, tls=options.tls, database=options.database)
+        numbers = [one.fileno() for one in sockets]
+        self._add(started, "the SuperLink", link.command(write_secret(link.home), numbers), output, numbers)
+        for one in sockets:
+            one.close()  # the SuperLink's now: whoever connects after its end is to hear that it has ended
+        return link
+
+    def _add(
+        self, started: ExitStack, name: str, command: list[str], output: IO[bytes], sockets: Sequence[int] = ()
+    ) -> None:
+        process = start(command, environment=child_environment(self._home), output=output, sockets=sockets)
         started.callback(stop, process)
         self._running[name] = process
 
-    def _superexec_command(self) -> list[str]:
-        link = self._superlink
-        command = [sys.executable, "-P", "-m", "server.flower.superexec", str(link.home), link.address]
-        return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
-
     def _dead(self) -> str:
         """What has ended of what should run, in a sentence, or nothing."""
-        if (self._superlink.home / APP_ENDED).exists():
+        if (self._home / APP_ENDED).exists():
             return f"the ServerApp ended without a word (see {self._folder}/logs/superlink.log)."
         for name, process in self._running.items():
             if process.poll() is not None:
@@ -148,28 +160,23 @@ class Launch:
             if time.monotonic() > deadline:
                 raise FaceFedError(f"{failure} within {HEALTHY_WITHIN_S:g} s (see {self._folder}/logs).")
 
-    def _submit(self) -> int:
-        """Submit the bundle, and tell our SuperExec that this run is ours; returns Flower's run id."""
-        link = self._superlink
-        link.write_connection()
+    def _submit(self) -> None:
+        """Have the SuperLink's steward submit the bundle; it tells itself by that which run is ours."""
+        write_bundle(self._home / BUNDLE, facefed_version())
         run_config = {
             "settings": config.to_json(self._settings),
             "run-folder": str(self._folder),
             "git-commit": git_commit(),
         }
-        config_file = link.home / "run-config.toml"
-        config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()), encoding="utf-8")
-        bundle = write_bundle(link.home / "facefed", facefed_version())
-        answer = link.flwr("run", str(bundle), CONNECTION, "--run-config", str(config_file), "--format", "json")
-        if not answer.get("success"):
-            raise FaceFedError(f"Flower refused the run: {answer.get('error-message', answer)}")
-        write_bytes(link.home / RUN_ID, str(answer["run-id"]).encode())
-        return int(answer["run-id"])
+        run_id, refusal = self._home / RUN_ID, self._home / REFUSAL
+        write_bytes(self._home / SUBMISSION, json.dumps(run_config).encode(), 0o600)
+        self._wait_until(lambda: self._lives() and (run_id.exists() or refusal.exists()), "Flower did not take the run")
+        if refusal.exists():
+            raise FaceFedError(f"Flower refused the run: {' '.join(refusal.read_text(encoding='utf-8').split())}")
 
-    def _watch(self, flower_run: int) -> dict[str, Any]:
+    def _watch(self) -> dict[str, Any]:
         """Wait for the outcome file; Flower's own status tells of a ServerApp that died without writing one."""
-        outcome = self._folder / OUTCOME_FILE
-        ask_at = time.monotonic() + ASK_STATUS_EVERY_S
+        outcome, ended = self._folder / OUTCOME_FILE, self._home / RUN_ENDED
         give_up_at = float("inf")
         while not outcome.exists():
             if self._stop.wait(LOOK_EVERY_S) and give_up_at == float("inf"):
@@ -181,23 +188,17 @@ class Launch:
                 return {"exit_code": EXIT_INTERRUPTED, "line": "stopped by the user"}
             if (dead := self._dead()) and not outcome.exists():
                 return {"exit_code": EXIT_FAILED, "line": dead}
-            if time.monotonic() > ask_at:
-                ask_at = time.monotonic() + ASK_STATUS_EVERY_S
-                status = self._status(flower_run)
-                if status.startswith("finished") and not outcome.exists():
-                    line = f"the ServerApp ended as {status!r} without a word (see {self._folder}/logs/superlink.log)."
-                    return {"exit_code": EXIT_FAILED, "line": line}
+            if ended.exists() and not outcome.exists():
+                status = ended.read_text(encoding="utf-8")
+                line = f"the ServerApp ended as {status!r} without a word (see {self._folder}/logs/superlink.log)."
+                return {"exit_code": EXIT_FAILED, "line": line}
         return read_json(outcome)
 
-    def _status(self, flower_run: int) -> str:
-        try:
-            runs = self._superlink.flwr("ls", CONNECTION, "--run-id", str(flower_run), "--format", "json").get(
-                "runs", []
-            )
-        except FaceFedError as error:
-            log.warning("the run's status is unknown: %s", error)
-            return "unknown"
-        return str(runs[0]["status"]) if runs else "unknown"
+
+def superexec_command(link: Superlink) -> list[str]:
+    """How to start the SuperLink's steward."""
+    command = [sys.executable, "-P", "-m", "server.flower.superexec", str(link.home), link.address]
+    return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
 
 
 def write_bundle(folder: Path, version: str) -> Path:

@@ -4,8 +4,8 @@ Flower's PullMessages marks the message that it hands out as delivered, and a cu
 never hears of it; the ServerApp waits until the round's deadline.  A node asks for the next message only after it
 confirmed the last, so one that asks and has not confirmed has lost it.  What a node may say: server/flower/fleet_guard.
 
-Started as `python -m server.flower.redelivery HOME ARGUMENT...`; HOME is Flower's folder of the run, the arguments are
-flower-superlink's.
+Started as `python -m server.flower.redelivery HOME SOCKETS ARGUMENT...`: Flower's folder of the run, the numbers of the
+open sockets to serve on, with commas (server/flower/access.py), and what flower-superlink is told.
 """
 
 import sys
@@ -20,8 +20,9 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 
 from common.system.runtime import go_silent
+from server.flower.access import let_keys_return, serve_on
 from server.flower.fleet_guard import stand_guard
-from server.flower.superlink import read_model_bytes
+from server.flower.superlink import SECRET, read_model_bytes
 
 MOST_TIMES = 20  # one that a node cannot take for another reason must not keep the next from it
 
@@ -70,17 +71,18 @@ def redeliver() -> None:
     handlers.pull_messages = Redelivery(handlers.pull_messages).pull_messages
 
 
-def main(arguments: list[str]) -> None:
+def main(home: Path, sockets: list[int], arguments: list[str]) -> None:
     """Serve until stopped."""
     go_silent()
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
-    home, *flowers = arguments
-    stand_guard(partial(read_model_bytes, Path(home)))
+    stand_guard(partial(read_model_bytes, home))
     redeliver()
-    sys.argv = ["flower-superlink", *flowers]
+    let_keys_return()
+    serve_on(sockets, (home / SECRET).read_bytes())
+    sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), [int(number) for number in sys.argv[2].split(",")], sys.argv[3:])

@@ -1,10 +1,12 @@
-"""Beside the SuperLink, in a process of its own: admits the sites' keys, and runs the run that flower-server submitted.
+"""Beside the SuperLink, in a process of its own: admits the sites' keys, submits flower-server's run, and runs it.
 
-It stands in for Flower's SuperExec, which runs whatever bundle anyone on this machine submits, and shows each task's
-token in its command line.  Started as `python -m server.flower.superexec FOLDER ADDRESS [CA KEYS]`; in the folder lie
-the secret that the SuperLink asks of whoever takes a task, and, once there is one, the id of our run.
+It alone speaks to Control, for which Flower's own command line would do if it could prove who it is (access.py).  And
+it stands in for Flower's SuperExec, which runs whatever bundle was submitted, and shows each task's token in its
+command line.  Started as `python -m server.flower.superexec FOLDER ADDRESS [CA KEYS]`; in the folder lie the secret
+that the SuperLink asks for, and the files by which this process and flower-server agree (superlink.py).
 """
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -18,8 +20,18 @@ from typing import TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StopRunRequest, UnregisterNodeRequest
+from flwr.cli.build import build_fab_from_disk
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.transport_pb2 import Scalar
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
@@ -29,15 +41,29 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from common.system.certs import CertificateError, read_public_key
 from common.system.console import set_up_logging
-from common.system.files import write_new
+from common.system.files import read_json, write_bytes, write_new
 from common.system.processes import child_environment, start
 from common.system.runtime import go_silent
-from server.flower.superlink import ADMITTED, APP_ENDED, NODES_FILE, RUN_ID, SECRET, TOKEN, write_nodes
+from server.flower.access import SendPassword
+from server.flower.superlink import (
+    ADMITTED,
+    APP_ENDED,
+    BUNDLE,
+    NODES_FILE,
+    REFUSAL,
+    RUN_ENDED,
+    RUN_ID,
+    SECRET,
+    SUBMISSION,
+    TOKEN,
+    write_nodes,
+)
 
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
+ASK_STATUS_EVERY_S = 15.0
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
-UNREGISTERED = "unregistered"  # Flower's word for a node that was
+UNREGISTERED, FINISHED = "unregistered", "finished"  # Flower's words for a node and for a run that was
 
 AnyClient = TypeVar("AnyClient", bound=ProtobufClient)
 
@@ -50,29 +76,28 @@ class Register:
 
     client: ControlHttpClient
     folder: Path
-    node_ids: dict[bytes, int] = field(default_factory=dict)  # by key
-    names: dict[bytes, str] = field(default_factory=dict)
+    names: dict[bytes, str] = field(default_factory=dict)  # by key
     complained: set[str] = field(default_factory=set)
     told: Callable[[Mapping[int, str]], object] = dict  # is told the keys' names by node, when they change
-    _last_told: dict[int, str] = field(default_factory=dict)
-
-    def open(self) -> None:
-        """Begin with those whom the SuperLink's database knows from before."""
-        for node in self.client.ListNodes(ListNodesRequest()).nodes_info:
-            if node.status != UNREGISTERED:
-                self.node_ids[node.public_key] = node.node_id
+    _admitted: set[bytes] = field(default_factory=set)  # and not turned out since
+    _last_told: dict[int, str] | None = None
 
     def look(self) -> None:
-        """First out with those whose file is gone, then in with the new."""
+        """Compare the SuperLink's nodes with the files: first out with all others, then in with the new."""
+        known = {
+            node.public_key: node.node_id
+            for node in self.client.ListNodes(ListNodesRequest()).nodes_info
+            if node.status != UNREGISTERED
+        }
         wanted = self._wanted()
-        for key in [key for key in self.node_ids if key not in wanted]:
-            self.client.UnregisterNode(UnregisterNodeRequest(node_id=self.node_ids.pop(key)))
-            log.warning("the key of %s is accepted no more", self.names.get(key, "a site of an earlier run"))
+        for key in [key for key in known if key not in wanted]:
+            self._turn_out(key, known.pop(key))
         for key, name in wanted.items():
             self.names[key] = name
-            if key not in self.node_ids:
-                self._admit(key, name)
-        names = {node: self.names[key] for key, node in self.node_ids.items()}
+            if key not in known:
+                known |= self._admit(key, name)
+        self._admitted = set(known)
+        names = {node: self.names[key] for key, node in known.items()}
         if names != self._last_told:
             self.told(names)
             self._last_told = names
@@ -87,12 +112,26 @@ class Register:
                 self._complain(str(error))
         return found
 
-    def _admit(self, key: bytes, name: str) -> None:
+    def _turn_out(self, key: bytes, node: int) -> None:
+        self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+        if key in self.names:
+            log.warning("the key of %s is accepted no more", self.names[key])
+        elif self._last_told is None:
+            log.warning("the key of a site of an earlier run is accepted no more (node %d)", node)
+        else:
+            log.warning("node %d was registered by somebody else, with a key that nobody admitted; it is removed", node)
+
+    def _admit(self, key: bytes, name: str) -> dict[bytes, int]:
+        """The node of the key, or nothing where the SuperLink refuses it."""
+        if key in self._admitted:
+            log.warning("somebody else took the key of %s out of the SuperLink; it is admitted anew", name)
         try:
-            self.node_ids[key] = self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
-            log.info("the key of %s is accepted", name)
+            node = self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
         except httpx.HTTPStatusError as error:
             self._complain(f"the SuperLink refuses the key of {name} ({error.response.text.strip()[:200]})")
+            return {}
+        log.info("the key of %s is accepted", name)
+        return {key: node}
 
     def _complain(self, line: str) -> None:
         if line not in self.complained:
@@ -106,14 +145,14 @@ class Superexec:
     def __init__(self, folder: Path, address: str, ca: Path | None, keys: Path | None) -> None:
         """folder: Flower's of this run.  ca, keys: with TLS, whom to trust and whom to admit."""
         self._folder, self._address, self._ca = folder, address, ca
-        self._control = self._connect(ControlHttpClient)
-        guard = SuperExecAuthHttpInterceptor(
-            master_secret=(folder / SECRET).read_bytes(), protected_methods=frozenset({ACQUIRE_TASK})
-        )
+        secret = (folder / SECRET).read_bytes()
+        self._control = self._connect(ControlHttpClient, SendPassword(secret))
+        guard = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE_TASK}))
         self._runtime = self._connect(RuntimeHttpClient, guard)
         told = partial(write_nodes, folder.parent / NODES_FILE)
         self._register = Register(self._control, keys, told=told) if keys else None
         self._apps: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self._ask_status_at = 0.0
 
     def _connect(self, kind: type[AnyClient], *more: ProtobufClientInterceptor) -> AnyClient:
         return kind.from_server_address(
@@ -126,16 +165,53 @@ class Superexec:
 
     def serve(self) -> None:
         """Until the process ends."""
-        if self._register:
-            self._register.open()
         look_at_keys = 0.0
         while True:
             if self._register and time.monotonic() >= look_at_keys:
                 self._register.look()
                 look_at_keys = time.monotonic() + LOOK_AT_KEYS_EVERY_S
             (self._folder / ADMITTED).touch()
+            self.submit()
             self.take_task()
+            if time.monotonic() >= self._ask_status_at:
+                self.ask_status()
+                self._ask_status_at = time.monotonic() + ASK_STATUS_EVERY_S
             time.sleep(LOOK_EVERY_S)
+
+    def submit(self) -> None:
+        """Submit flower-server's bundle with its configuration, once, and leave Flower's id of the run or a refusal."""
+        order, run_id, refusal = (self._folder / name for name in (SUBMISSION, RUN_ID, REFUSAL))
+        if not order.exists() or run_id.exists() or refusal.exists():
+            return
+        content = build_fab_from_disk(self._folder / BUNDLE)
+        request = StartRunRequest(
+            fab=Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content),
+            override_config={name: Scalar(string=text) for name, text in read_json(order).items()},
+        )
+        try:
+            answer = self._control.StartRun(request)
+            reason = f"a bundle of {len(content):,} bytes, or its configuration"
+        except httpx.HTTPStatusError as error:
+            write_bytes(refusal, error.response.text.strip()[:400].encode())
+            return
+        if answer.HasField("run_id"):
+            write_bytes(run_id, str(answer.run_id).encode())
+        else:
+            write_bytes(refusal, reason.encode())
+
+    def ask_status(self) -> None:
+        """Leave a word where Flower takes our run for ended: a ServerApp may have died without one."""
+        run_id = self._folder / RUN_ID
+        if not run_id.exists():
+            return
+        flower_run = int(run_id.read_text(encoding="utf-8"))
+        try:
+            status = self._control.ListRuns(ListRunsRequest(run_id=flower_run)).run_dict[flower_run].status
+        except httpx.HTTPError as error:
+            log.warning("the run's status is unknown: %s", error)
+            return
+        if status.status == FINISHED:
+            write_bytes(self._folder / RUN_ENDED, f"{status.status}:{status.sub_status}".encode())
 
     def take_task(self) -> None:
         """Start the ServerApp of our run; stop any other run."""

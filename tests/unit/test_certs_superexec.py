@@ -1,16 +1,30 @@
 """Our SuperExec: whom it admits and turns out, which run it starts, and that no command line holds a secret."""
 
+import hashlib
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from flwr.proto.control_pb2 import ListRunsResponse, StartRunResponse
+from flwr.proto.run_pb2 import Run, RunStatus
 
 from common.system.certs import read_public_key
+from common.system.files import write_json
 from server.flower import superexec as superexec_module
 from server.flower.superexec import Register, Superexec
-from server.flower.superlink import APP_ENDED, RUN_ID, read_nodes, write_nodes, write_secret
+from server.flower.superlink import (
+    APP_ENDED,
+    BUNDLE,
+    REFUSAL,
+    RUN_ENDED,
+    RUN_ID,
+    SUBMISSION,
+    read_nodes,
+    write_nodes,
+    write_secret,
+)
 from simulation.admin import certs as new_certs
 
 TOKEN = "ab" * 128
@@ -29,6 +43,8 @@ class Superlink:
         if self.refuses:
             answer = httpx.Response(409, text="already in use", request=httpx.Request("POST", "http://a"))
             raise httpx.HTTPStatusError("no", request=answer.request, response=answer)
+        if any(node.public_key == request.public_key for node in self.nodes.values() if node.status != "unregistered"):
+            raise AssertionError("registered twice")
         node = SimpleNamespace(
             node_id=len(self.nodes) + 1, public_key=request.public_key, name=request.name, status="registered"
         )
@@ -52,9 +68,7 @@ def tls(tmp_path):
 
 
 def register(superlink, tls):
-    made = Register(superlink, tls / "clients")
-    made.open()
-    return made
+    return Register(superlink, tls / "clients")
 
 
 def test_keys_are_admitted_and_turned_out_as_their_files_come_and_go(tls):
@@ -79,6 +93,42 @@ def test_whose_a_node_is_stands_in_a_file_as_long_as_its_key_is_accepted(tls, tm
     new_certs.revoke_client(tls, "celeba")
     kept.look()
     assert read_nodes(tmp_path / "nodes.json") == {2: "vggface2"}
+
+
+def test_a_node_that_somebody_else_registered_goes_and_is_told(tls, caplog):
+    superlink = Superlink()
+    kept = register(superlink, tls)
+    kept.look()
+    superlink.RegisterNode(SimpleNamespace(public_key=b"nobody's", name="sneaky"))
+    kept.look()
+    kept.look()
+    assert superlink.accepted() == ["celeba", "vggface2"]
+    assert caplog.text.count("node 3 was registered by somebody else") == 1
+
+
+def test_a_site_that_somebody_else_turned_out_is_admitted_anew(tls, tmp_path, caplog):
+    superlink = Superlink()
+    kept = register(superlink, tls)
+    kept.told = lambda names: write_nodes(tmp_path / "nodes.json", names)
+    kept.look()
+    superlink.UnregisterNode(SimpleNamespace(node_id=1))
+    kept.look()
+    kept.look()
+    assert superlink.accepted() == ["vggface2", "celeba"]
+    assert read_nodes(tmp_path / "nodes.json") == {2: "vggface2", 3: "celeba"}
+    assert caplog.text.count("somebody else took the key of celeba out of the SuperLink") == 1
+
+
+def test_where_there_are_no_keys_yet_there_is_a_file_that_says_so(tls, tmp_path):
+    """Without the file nodes have no keys, and whoever connects may join."""
+    for path in (tls / "clients").iterdir():
+        path.unlink()
+    kept = register(Superlink(), tls)
+    kept.told = lambda names: write_nodes(tmp_path / "nodes.json", names)
+    assert read_nodes(tmp_path / "nodes.json") is None
+    kept.look()
+    assert read_nodes(tmp_path / "nodes.json") == {}
+    assert (tmp_path / "nodes.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_no_key_keeps_nobody_from_being_turned_out(tls, caplog):
@@ -160,6 +210,76 @@ def test_our_run_is_started_without_its_token_in_the_command_line(superexec, tmp
     assert (tmp_path / APP_ENDED).exists()  # flower-server looks for it: Flower tells of a killed one after a minute
     write_secret(tmp_path)  # the run goes on
     assert not (tmp_path / APP_ENDED).exists()
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    (tmp_path / BUNDLE / "app").mkdir(parents=True)
+    (tmp_path / BUNDLE / "app" / "__init__.py").write_text("app = 1\n")
+    (tmp_path / BUNDLE / "pyproject.toml").write_text(
+        '[project]\nname = "a"\nversion = "1.0.0"\nlicense = "Apache-2.0"\ndependencies = []\n[tool.flwr.app]\n'
+        'publisher = "a"\nfab-include = ["app/**/*.py"]\n[tool.flwr.app.components]\nserverapp = "app:app"\n'
+        'clientapp = "app:app"\n'
+    )
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+@pytest.mark.usefixtures("bundle")
+def test_the_bundle_is_submitted_once_when_flower_server_says_so(superexec, tmp_path):
+    submitted = []
+
+    def start_run(request):
+        submitted.append(request)
+        return StartRunResponse(run_id=7)
+
+    superexec._control.StartRun = start_run
+    superexec.submit()
+    assert submitted == []
+    write_json(tmp_path / SUBMISSION, {"settings": "{}"})
+    superexec.submit()
+    superexec.submit()
+    assert (tmp_path / RUN_ID).read_text() == "7"
+    [request] = submitted
+    assert request.override_config["settings"].string == "{}"
+    assert request.fab.hash_str == hashlib.sha256(request.fab.content).hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+@pytest.mark.usefixtures("bundle")
+def test_a_bundle_that_flower_refuses_is_told_to_flower_server(superexec, tmp_path):
+    write_json(tmp_path / SUBMISSION, {})
+    superexec._control.StartRun = lambda _: StartRunResponse()
+    superexec.submit()
+    assert "a bundle of" in (tmp_path / REFUSAL).read_text()
+    (tmp_path / REFUSAL).unlink()
+
+    def refuse(_):
+        answer = httpx.Response(400, text="no such key", request=httpx.Request("POST", "http://a"))
+        raise httpx.HTTPStatusError("no", request=answer.request, response=answer)
+
+    superexec._control.StartRun = refuse
+    superexec.submit()
+    assert (tmp_path / REFUSAL).read_text() == "no such key"
+    assert not (tmp_path / RUN_ID).exists()
+
+
+def test_a_run_that_flower_takes_for_ended_is_told_to_flower_server(superexec, tmp_path, caplog):
+    status = RunStatus(status="running")
+    superexec._control.ListRuns = lambda _: ListRunsResponse(run_dict={7: Run(run_id=7, status=status)})
+    superexec.ask_status()
+    (tmp_path / RUN_ID).write_text("7")
+    superexec.ask_status()
+    assert not (tmp_path / RUN_ENDED).exists()
+    status = RunStatus(status="finished", sub_status="failed")
+    superexec.ask_status()
+    assert (tmp_path / RUN_ENDED).read_text() == "finished:failed"
+
+    def lost(_):
+        raise httpx.ConnectError("no way")
+
+    superexec._control.ListRuns = lost
+    superexec.ask_status()
+    assert "the run's status is unknown: no way" in caplog.text
 
 
 def test_a_run_that_somebody_else_submitted_is_stopped_and_not_started(superexec, tmp_path, caplog):

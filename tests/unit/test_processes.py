@@ -190,3 +190,35 @@ def test_an_address_of_another_machine_cannot_be_listened_on():
 
 def test_a_free_port_is_free():
     processes.require_free_port("127.0.0.1", processes.free_port(), "--address")
+
+
+def test_who_listens_accepts_at_once_and_nobody_else_can():
+    [listener] = processes.listen("127.0.0.1", 0, "--address")
+    with listener:
+        host, port = listener.getsockname()
+        assert processes.can_connect(host, port)
+        with pytest.raises(UserError, match=rf"^--address 127.0.0.1:{port} cannot be used \(Address already in use\)"):
+            processes.listen("127.0.0.1", port, "--address")
+
+
+def test_a_name_is_listened_for_at_each_of_its_addresses(monkeypatch):
+    found = [(socket.AF_INET6, 1, 6, "", ("2001:db8::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr("common.system.processes.socket.getaddrinfo", lambda *_, **__: found)
+    [listener] = processes.listen("localhost", 0, "--address")  # the first is no address of this machine
+    listener.close()
+    monkeypatch.setattr("common.system.processes.socket.getaddrinfo", lambda *_, **__: found[:1])
+    with pytest.raises(UserError, match="--address localhost:9 cannot be used"):
+        processes.listen("localhost", 9, "--address")
+
+
+def test_a_program_gets_the_sockets_that_it_is_given(tmp_path):
+    [listener] = processes.listen("127.0.0.1", 0, "--address")
+    with listener:
+        code = f"import socket; print(socket.socket(fileno={listener.fileno()}).getsockname()[1])"
+        child = processes.start(
+            [sys.executable, "-c", code],
+            environment=processes.child_environment(tmp_path),
+            output=subprocess.PIPE,
+            sockets=[listener.fileno()],
+        )
+        assert int(child.communicate(timeout=60)[0]) == listener.getsockname()[1]

@@ -20,7 +20,7 @@ from common.runs import (
 )
 from server.app import Surroundings, federate
 from server.flower.launch import Launch, ServerOptions
-from server.flower.superlink import Superlink
+from server.flower.superlink import SUBMISSION
 
 ADDRESS = "http://researcher:hunter2@127.0.0.1:9"
 SHOWN = "http://***@127.0.0.1:9"
@@ -89,9 +89,10 @@ def test_flowers_run_config_which_clients_get_is_without_it(tmp_path, monkeypatc
     settings = settings_with(tracking__uri=ADDRESS, run__out=str(tmp_path))
     run = new_run_folder(settings, ADDRESS)
     launch = Launch(settings, ServerOptions(host="127.0.0.1", port=9, database=None), run)
-    monkeypatch.setattr(Superlink, "flwr", lambda *_: {"success": True, "run-id": 7})
-    assert launch._submit() == 7
-    told = (run / "flwr" / "run-config.toml").read_text()
+    (run / "flwr").mkdir()
+    monkeypatch.setattr(launch, "_wait_until", lambda *_: None)
+    launch._submit()
+    told = (run / "flwr" / SUBMISSION).read_text()
     assert "127.0.0.1:9" in told
     assert_silent(told)
     assert config.load_with_address(run / "config.toml") == (settings, ADDRESS)

@@ -1,16 +1,15 @@
 """What `flower-server` refuses at the door, before anything is started."""
 
-import os
 import socket
-import sys
+from contextlib import ExitStack
 
 import pytest
 
 import server.cli
-from common.errors import FaceFedError
 from common.system.certs import ServerFiles
-from server.flower.launch import Launch, ServerOptions
-from server.flower.superlink import Superlink, forget_secrets, write_secret
+from common.system.processes import free_port
+from server.flower.launch import Launch, ServerOptions, superexec_command
+from server.flower.superlink import SECRET, Superlink, forget_secrets, write_secret
 
 
 @pytest.fixture
@@ -90,39 +89,84 @@ def test_a_folder_that_is_none_of_ours_is_refused(nothing_starts, capsys):
     assert len(said.splitlines()) == 1
 
 
-def launch(folder, **options):
-    return Launch(None, ServerOptions(**{"host": "127.0.0.1", "port": 8123, **options}), folder)
+class Started:
+    """A launch of which nothing really starts: the commands, by the name of what they would start."""
+
+    def __init__(self, folder, **options):
+        self.commands, self.look = {}, lambda *_: None
+        self.launch = Launch(None, ServerOptions(**{"host": "127.0.0.1", "port": free_port(), **options}), folder)
+        self.launch._add = self._add
+
+    def _add(self, _started, name, command, _output, sockets=()):
+        self.commands[name] = command
+        self.look(command, sockets)
+
+    def __call__(self):
+        with ExitStack() as started:
+            self.link = self.launch._start_superlink(started, None)
+        return self.commands["the SuperLink"]
+
+
+def commanded(folder, **options):
+    return Started(folder, **options)()
 
 
 def test_flowers_own_programs_get_the_address_and_no_package_index(tmp_path):
-    command = launch(tmp_path, database=tmp_path / "state.db")._superlink.command(tmp_path / "secret")
+    port = free_port()
+    command = commanded(tmp_path, port=port, database=tmp_path / "state.db")
     assert command[1:4] == ["-P", "-m", "server.flower.redelivery"]
-    assert command[command.index("--port") + 1] == "8123"
+    assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--database") + 1] == str(tmp_path / "state.db")
     assert "--disable-runtime-dependency-installation" in command
 
 
 def test_whoever_takes_a_task_must_know_a_secret(tmp_path):
-    command = launch(tmp_path)._superlink.command(tmp_path / "secret")
+    command = commanded(tmp_path)
+    secret = tmp_path / "flwr" / SECRET
     assert command[command.index("--isolation") + 1] == "process"
-    assert command[command.index("--superexec-auth-secret-file") + 1] == str(tmp_path / "secret")
+    assert command[command.index("--superexec-auth-secret-file") + 1] == str(secret)
+    assert command[4] == str(secret.parent)  # where it lies for whoever asks anything of Control
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert secret.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_with_tls_sites_must_prove_who_they_are(tmp_path):
     files = {name: tmp_path / name for name in ("ca", "certificate", "key", "clients")}
-    made = launch(tmp_path, tls=ServerFiles(**files))
-    command = made._superlink.command(tmp_path / "secret")
+    made = Started(tmp_path, tls=ServerFiles(**files))
+    command = made()
     assert "--enable-supernode-auth" in command
     assert "--insecure" not in command
     for option, name in (("--ssl-ca-certfile", "ca"), ("--ssl-certfile", "certificate"), ("--ssl-keyfile", "key")):
         assert command[command.index(option) + 1] == str(files[name])
-    assert made._superexec_command()[-2:] == [str(files["ca"]), str(files["clients"])]
+    assert superexec_command(made.link)[-2:] == [str(files["ca"]), str(files["clients"])]
 
 
 def test_behind_a_front_door_the_superlink_is_on_loopback_at_a_port_of_its_own(tmp_path):
-    command = launch(tmp_path, host="0.0.0.0", front_door=True)._superlink.command(tmp_path / "secret")  # noqa: S104
+    port = free_port()
+    command = commanded(tmp_path, host="0.0.0.0", port=port, front_door=True)  # noqa: S104
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--port") + 1] != "8123"
+    assert command[command.index("--port") + 1] not in (str(port), "0")
+
+
+@pytest.mark.parametrize("front_door", [True, False])
+def test_a_port_is_taken_before_a_command_line_tells_it(tmp_path, front_door):
+    """Any account of the machine reads it there; it takes seconds until the SuperLink serves."""
+    made, refused = Started(tmp_path, front_door=front_door), []
+
+    def squat(command, sockets):
+        port = int(command[command.index("--port") + 1])
+        assert command[5] == ",".join(map(str, sockets))
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            refused.append(port)
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()  # it waits for the SuperLink
+
+    made.look = squat
+    made()
+    assert len(refused) == 1
 
 
 def test_secrets_are_this_users_and_go_with_the_superlink(tmp_path):
@@ -133,31 +177,6 @@ def test_secrets_are_this_users_and_go_with_the_superlink(tmp_path):
     (tmp_path / "task-7.token").write_text("token")
     forget_secrets(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def flwr(tmp_path, monkeypatch):
-    """A stand-in for Flower's command line; returns the function that writes its text."""
-
-    def write(text):
-        program = tmp_path / "bin" / "flwr"
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!{sys.executable} -I\nimport os, sys\n{text}\n")
-        program.chmod(0o755)
-        monkeypatch.setattr("server.flower.superlink.child_environment", lambda _home: {"PATH": str(program.parent)})
-        return Superlink(host="127.0.0.1", port=1, home=tmp_path)
-
-    return write
-
-
-def test_ctrl_c_in_a_terminal_does_not_cut_flowers_command_line_short(flwr):
-    answer = flwr("""print('{"group": %d}' % os.getpgrp())""").flwr("ls")
-    assert answer["group"] != os.getpgrp()
-
-
-def test_a_failure_of_flowers_command_line_is_one_line(flwr):
-    with pytest.raises(FaceFedError, match=r"^flwr ls failed: two lines$"):
-        flwr("sys.exit('two\\nlines')").flwr("ls")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +196,6 @@ def test_flowers_programs_reach_the_superlink_as_flower_writes_addresses(tmp_pat
     link = Superlink(host=host, port=8402, home=tmp_path)
     assert link.address == where
     assert parse_address(link.address)[1] == 8402
-    assert link.command(tmp_path / "key")[link.command(tmp_path / "key").index("--host") + 1] == host
-    link.write_connection()
-    assert f'address = "{where}"' in (tmp_path / "config.toml").read_text()
+    command = link.command(tmp_path / "key", [3])
+    assert command[command.index("--host") + 1] == host
+    assert superexec_command(link)[-1] == where
