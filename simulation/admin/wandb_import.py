@@ -238,6 +238,10 @@ NO_PROJECT: Final = "uncategorized"  # as wandb itself calls it
 _log = logging.getLogger("facefed.tracking")
 
 
+DOUBLED_TAG: Final = "facefed.wandb_doubled"  # the log that brought points beside those of another log
+Steps = Mapping[str, set[int]]  # of each metric
+
+
 class Imported(NamedTuple):
     """What became of one log."""
 
@@ -249,6 +253,9 @@ class Imported(NamedTuple):
     num_params: int
     num_files: int
     num_apart: int  # logged values that are no metrics, kept in an artifact
+    num_replaced: int  # points that were left out for those of the same step in a later log of the run
+    num_doubled: int  # points at steps that the run has already, from a log that was imported by itself
+    former: str  # the id of MLflow's run that this one stands in for, which is deleted there; "" where there was none
     outside: tuple[str, ...]  # files that were left out: links that lead out of the run's folder
     damages: tuple[Damage, ...]
     not_carried: Mapping[str, int]
@@ -269,10 +276,53 @@ class Importer:
         with self._one_line():
             self._client = open_client(uri)
 
-    def send(self, log: Path, facts: RunFacts) -> Imported:
-        """Send what of a log MLflow has not.  facts: from `read_facts`.  Raises TrackingError: MLflow takes nothing."""
+    def send_run(self, logs: Mapping[Path, RunFacts]) -> Iterator[Imported]:
+        """`send` the logs of a run that was resumed offline, as one curve: at equal steps the later log's value wins.
+
+        logs: in order of time.  Where MLflow has values of an earlier log that a later one replaces, the run is
+        imported afresh: MLflow takes no value back.
+        """
+        steps = {log: steps_of(log, facts) for log, facts in logs.items()} if len(logs) > 1 else {}
+        order = list(logs)
+        later = {
+            log: _merged(steps[other] for other in order[number + 1 :] if _source(other) != _source(log))
+            for number, log in enumerate(order)
+            if steps
+        }
         with self._one_line():
-            return self._send(log, facts)
+            former = self._give_way(logs, steps)
+        for log, facts in logs.items():
+            done = self.send(log, facts, later.get(log, {}))
+            yield done._replace(former=former)
+            former = ""
+
+    def _give_way(self, logs: Mapping[Path, RunFacts], steps: Mapping[Path, Steps]) -> str:
+        """Delete MLflow's run where it has points that a later log replaces now; returns its id, or ""."""
+        if not steps:
+            return ""
+        facts = next(iter(logs.values()))
+        project = facts.project or NO_PROJECT
+        found = self._find(self._experiment or nearest_name(project), run_name(facts.entity, project, facts.run_id))
+        if found is None:
+            return ""
+        run_id, tags = found
+        sent = dict[str, set[int]]()
+        for log, facts in logs.items():
+            read = _read_to(tags, log)
+            if DOUBLED_TAG in tags or _num_shared(sent, steps_of(log, facts, read) if read else steps[log]):
+                self._client.delete_run(run_id)
+                return run_id
+            if read:
+                sent = _merged([sent, steps[log]])
+        return ""
+
+    def send(self, log: Path, facts: RunFacts, later: Steps | None = None) -> Imported:
+        """Send what of a log MLflow has not.  facts: from `read_facts`.  Raises TrackingError: MLflow takes nothing.
+
+        later: the steps of each metric in later logs of the run, whose values stand there instead.
+        """
+        with self._one_line():
+            return self._send(log, facts, later or {})
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -287,7 +337,7 @@ class Importer:
                 "`facefed tracking doctor` tells more; then import again: what it has is not sent twice."
             ) from error
 
-    def _send(self, log: Path, facts: RunFacts) -> Imported:
+    def _send(self, log: Path, facts: RunFacts, later: Steps) -> Imported:
         project = facts.project or NO_PROJECT
         # Names from the file go into filters and paths.
         name = run_name(facts.entity, project, facts.run_id)
@@ -300,11 +350,15 @@ class Importer:
         before = tags.get(read_tag, "")
         if before == state:
             return self._imported(log, name, experiment, run_id, facts)._replace(outside=outside)
+        read_to = _read_to(tags, log)
+        doubled = self._num_doubled(run_id, log, facts, tags, read_to)
+        if doubled:
+            self._log(run_id, "tags", _tags({DOUBLED_TAG: source}))
         params = self._send_params(run_id, params_of(facts, Names()))
         self._log(run_id, "tags", _tags(tags_of(facts)))
         with tempfile.TemporaryDirectory() as folder:
             kept = Path(folder)
-            points, apart = self._send_history(log, facts, run_id, int(before.partition(" ")[0] or 0), kept)
+            points, apart, replaced = self._send_history(log, facts, run_id, read_to, kept, later)
             _keep(kept / "config.json", facts.config)
             _keep(kept / "summary.json", facts.summary)
             metadata = log.parent / "files" / METADATA_FILE
@@ -317,26 +371,43 @@ class Importer:
         self._log(run_id, "tags", _tags({read_tag: state}))  # last: only now it is all there
         done = self._imported(log, name, experiment, run_id, facts)
         return done._replace(
-            num_points=points, num_params=params, num_files=len(files), num_apart=apart, outside=outside
-        )
+            num_points=points, num_params=params, num_files=len(files), num_apart=apart, outside=outside,
+            num_replaced=replaced, num_doubled=doubled,
+        )  # fmt: skip
 
     @staticmethod
     def _imported(log: Path, name: str, experiment: str, run_id: str, facts: RunFacts) -> Imported:
-        return Imported(log, name, experiment, run_id, 0, 0, 0, 0, (), tuple(facts.damages), facts.not_carried)
+        return Imported(
+            log, name, experiment, run_id, 0, 0, 0, 0, 0, 0, "", (), tuple(facts.damages), facts.not_carried
+        )
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def _find_or_create(self, experiment: str, name: str, facts: RunFacts) -> tuple[str, Mapping[str, str]]:
         """MLflow's id and tags of the run."""
         number = experiment_id(self._client, self._uri, experiment, Path.cwd())
-        found = self._client.search_runs([number], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
-        if found:
-            return found[0].info.run_id, found[0].data.tags
+        if found := self._find(experiment, name):
+            return found
         tags = {RUN_TAG: name}
         made = self._client.create_run(
             number, start_time=facts.start_ms or None, tags=tags, run_name=facts.name or facts.run_id
         )
         return made.info.run_id, tags
+
+    def _find(self, experiment: str, name: str) -> tuple[str, Mapping[str, str]] | None:
+        number = experiment_id(self._client, self._uri, experiment, Path.cwd())
+        found = self._client.search_runs([number], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        return (found[0].info.run_id, found[0].data.tags) if found else None
+
+    def _num_doubled(self, run_id: str, log: Path, facts: RunFacts, tags: Mapping[str, str], read_to: int) -> int:
+        """New points of a log at steps where MLflow has another's, of a log of this run that was imported before it."""
+        own = nearest_name(f"{READ_TAG}.{_source(log)}")
+        if not any(tag.startswith(f"{READ_TAG}.") and tag != own for tag in tags):
+            return 0
+        number = 0
+        for key, steps in steps_of(log, facts, read_to).items():
+            number += len(steps & {point.step for point in self._client.get_metric_history(run_id, key)})
+        return number
 
     def _end(self, log: Path, facts: RunFacts, run_id: str) -> None:
         """A run whose end the log does not tell was stopped, as far as anybody knows."""
@@ -347,14 +418,19 @@ class Importer:
 
     # -- values ----------------------------------------------------------------------------------------------------
 
-    def _send_history(self, log: Path, facts: RunFacts, run_id: str, read_to: int, kept: Path) -> tuple[int, int]:
-        """Send the points that begin at `read_to` or behind, and the summary's; how many, and how many kept apart."""
+    def _send_history(
+        self, log: Path, facts: RunFacts, run_id: str, read_to: int, kept: Path, later: Steps
+    ) -> tuple[int, int, int]:
+        """Send the points that begin at `read_to` or behind, and the summary's, but for those that `later` has.
+
+        Returns how many, how many values were kept apart, and how many points a later log replaces.
+        """
         names, last, infinite = Names(), dict[str, Point](), set[str]()
-        num_apart = step = 0
+        num_apart = num_replaced = step = 0
         time_ms = facts.start_ms
 
         def new_points(lines: TextIO) -> Iterator[Point]:
-            nonlocal num_apart, step, time_ms
+            nonlocal num_apart, num_replaced, step, time_ms
             for row in read_history(log, facts.start_ms):
                 step, time_ms = row.step, row.time_ms
                 for value in split_row(row, names):
@@ -364,11 +440,14 @@ class Importer:
                         infinite.update([value.key] if is_infinite(value.value) else [])
                         continue
                     last[value.key] = value
-                    if row.offset >= read_to:
+                    if value.step in later.get(value.key, ()):
+                        num_replaced += 1
+                    elif row.offset >= read_to:
                         yield value
             if read_to < facts.end:
                 whole = facts.exit_code is not None and not facts.damages
-                yield from final_points(facts.summary, last, names, step, time_ms, whole=whole)
+                final = final_points(facts.summary, last, names, step, time_ms, whole=whole)
+                yield from (point for point in final if point.key.removeprefix(SUMMARY_PREFIX) not in later)
 
         with (kept / "no_metrics.jsonl").open("w", encoding="utf-8") as lines:
             count = self._send_points(run_id, new_points(lines))
@@ -376,7 +455,7 @@ class Importer:
             _keep(kept / "renamed.json", names.changed())
         if infinite:
             self._log(run_id, "tags", _tags({NONFINITE_TAG: ", ".join(sorted(infinite))}))
-        return count, num_apart
+        return count, num_apart, num_replaced
 
     def _send_points(self, run_id: str, points: Iterable[Point]) -> int:
         from mlflow.entities import Metric
@@ -430,6 +509,33 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while block := list(itertools.islice(rest, size)):
         yield block
+
+
+def steps_of(log: Path, facts: RunFacts, read_to: int = 0) -> dict[str, set[int]]:
+    """The steps of each metric in a log's history, from `read_to` on."""
+    steps, names = dict[str, set[int]](), Names()
+    for row in read_history(log, facts.start_ms):
+        for value in split_row(row, names):
+            if not isinstance(value, Apart) and row.offset >= read_to:
+                steps.setdefault(value.key, set()).add(value.step)
+    return steps
+
+
+def _merged(parts: Iterable[Steps]) -> dict[str, set[int]]:
+    merged = dict[str, set[int]]()
+    for part in parts:
+        for key, steps in part.items():
+            merged.setdefault(key, set()).update(steps)
+    return merged
+
+
+def _num_shared(one: Steps, other: Steps) -> int:
+    return sum(len(steps & other.get(key, set())) for key, steps in one.items())
+
+
+def _read_to(tags: Mapping[str, str], log: Path) -> int:
+    """Bytes of a log that an earlier import has read."""
+    return int(tags.get(nearest_name(f"{READ_TAG}.{_source(log)}"), "").partition(" ")[0] or 0)
 
 
 def _source(log: Path) -> str:
@@ -512,9 +618,13 @@ def import_folders(
     if num_logs == 1 and refused:
         raise TrackingError(refused[0])
     importer = Importer(uri, experiment, follow_links=follow_links)
-    for log, facts in found.items():
-        out.writelines(f"{escaped(line)}\n" for line in _report(importer.send(log, facts)))
-        out.flush()
+    runs = dict[str, dict[Path, RunFacts]]()
+    for log, facts in sorted(found.items(), key=lambda one: one[1].start_ms):
+        runs.setdefault(run_name(facts.entity, facts.project or NO_PROJECT, facts.run_id), {})[log] = facts
+    for logs_of_run in runs.values():
+        for done in importer.send_run(logs_of_run):
+            out.writelines(f"{escaped(line)}\n" for line in _report(done))
+            out.flush()
     if refused:
         err.writelines(f"{escaped(line)}\n" for line in refused)
         raise TrackingError(f"{len(refused)} of {num_logs} files could not be read; the others are imported.")
@@ -556,6 +666,18 @@ def _report(done: Imported) -> Iterator[str]:
         yield f"{place}: {done.num_points:,} points, {done.num_params:,} params, {done.num_files:,} files"
     else:
         yield f"{place}: nothing new"
+    if done.former:
+        yield (
+            f"  imported afresh, for the run was resumed and its later values win: what MLflow had of it is the deleted"
+            f" run {done.former} there (`mlflow runs restore --run-id {done.former}` brings it back)"
+        )
+    if done.num_replaced:
+        yield f"  {done.num_replaced:,} points are left out: the run was resumed, and has later values at their steps"
+    if done.num_doubled:
+        yield (
+            f"  {done.num_doubled:,} points stand beside others of the same step, of a log of this run that was"
+            " imported by itself: import all folders of the run together for one curve"
+        )
     if done.num_apart:
         yield f"  {done.num_apart:,} logged values are no metrics: no_metrics.jsonl among its artifacts has them"
     if done.outside:

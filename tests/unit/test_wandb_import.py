@@ -391,3 +391,64 @@ def test_a_deleted_experiment_is_one_line(uri, client, tmp_path):
 
     with pytest.raises(TrackingError, match=r"'thrown away' of .* was deleted; bring it back"):
         bring(uri, "thrown away", tmp_path)
+
+
+def resumed_rows(first, last):
+    return [row_record(step, {"loss": 100.0 + step}, T0 + 1000 + step) for step in range(first, last)]
+
+
+def write_resumed(folder):
+    """A run of steps 0 to 5 that was resumed at step 3 and went on to 8, as wandb offline leaves it."""
+    first = [run_record(), *some_rows(0, 6), summary_record({"loss": 0.5, "best": 3}), exit_record(1)]
+    later = [run_record(seconds=1_700_001_000), *resumed_rows(3, 9), exit_record()]
+    one = write_log(folder, first, name="run-20260102_000000-r1")  # by its name it would come last
+    return one, write_log(folder, later, name="offline-run-20260103_000000-r1")
+
+
+ONE_CURVE = [(step, 1 / (step + 1)) for step in range(3)] + [(step, 100.0 + step) for step in range(3, 9)]
+
+
+def curve(client, experiment):
+    return [(step, value) for step, value, _ in points(client, only_run(client, experiment), "loss")]
+
+
+def test_a_resumed_run_is_one_curve(uri, client, tmp_path):
+    """Two values at one step would be a line that goes back: the later one wins, as in wandb, and that is told."""
+    write_resumed(tmp_path)
+    said = bring(uri, "one curve", tmp_path)
+    assert curve(client, "one curve") == ONE_CURVE
+    assert only_run(client, "one curve").data.metrics["best"] == 3.0
+    assert "3 points are left out: the run was resumed, and has later values at their steps" in said
+    before = everything(client, "one curve")
+    assert "points are left out" not in bring(uri, "one curve", tmp_path)
+    assert everything(client, "one curve") == before
+
+
+def test_a_run_that_is_resumed_after_its_import_is_imported_afresh(uri, client, tmp_path):
+    one, _ = write_resumed(tmp_path)
+    bring(uri, "afresh", one.parent)
+    former = only_run(client, "afresh").info.run_id
+    said = bring(uri, "afresh", tmp_path)
+    assert curve(client, "afresh") == ONE_CURVE
+    assert "imported afresh, for the run was resumed and its later values win" in said
+    assert client.get_run(former).info.lifecycle_stage == "deleted"
+    assert former in said
+    assert "imported afresh" not in bring(uri, "afresh", tmp_path)
+
+
+def test_a_later_part_that_is_imported_by_itself_is_told(uri, client, tmp_path):
+    one, later = write_resumed(tmp_path)
+    bring(uri, "doubled", one.parent)
+    said = bring(uri, "doubled", later.parent)
+    assert "3 points stand beside others of the same step" in said
+    assert "import all folders of the run together for one curve" in said
+    assert len(curve(client, "doubled")) == 12
+    bring(uri, "doubled", tmp_path)
+    assert curve(client, "doubled") == ONE_CURVE
+
+
+def test_a_copy_of_a_log_replaces_nothing(uri, client, tmp_path):
+    for name in ("a", "b"):
+        write_log(tmp_path / name, [run_record(), *some_rows(0, 4), exit_record()])
+    bring(uri, "copies", tmp_path / "a", tmp_path / "b")
+    assert [step for step, _ in curve(client, "copies")] == list(range(4))
