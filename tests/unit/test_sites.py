@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.system.files import write_json
+from simulation.commands import _what_is_kept
 from simulation.sites import ClientOption, data_options, parse_client, parse_clients, site_of
 
 
@@ -137,3 +139,13 @@ def test_a_folder_here_may_have_one_too(tmp_path, monkeypatch):
     assert str(option.data_dir) == "split=train"
     with pytest.raises(UserError, match=r"--data-dir split=\.\.\.: there is no --client split"):
         data_options(["celeba"], ["split=nowhere"])
+
+
+def test_a_stopped_simulation_says_what_it_keeps_and_that_it_does_not_go_on(tmp_path):
+    folder = tmp_path / "run"
+    assert _what_is_kept(folder).startswith("No round had ended: a simulation cannot be resumed")
+    write_json(folder / "checkpoints" / "state.json", {"round": 7})
+    assert _what_is_kept(folder) == (
+        f"Kept in {folder}: the model of round 7 and the record up to it; a simulation cannot be resumed, and the same"
+        " command begins a new run."
+    )
