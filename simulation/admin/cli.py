@@ -233,7 +233,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging("info")
     from simulation.admin.tracking_server import ServeOptions, plan_server, serve
 
-    tell_of_password("--backend", arguments.backend or "", "MLFLOW_BACKEND_STORE_URI")
     options = ServeOptions(
         host=arguments.host,
         port=arguments.port,
@@ -243,6 +242,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         allowed_hosts=[name for name in arguments.allowed_hosts.replace(" ", "").split(",") if name],
     )
     plan = plan_server(options, os.environ, Path.cwd())
+    tell_of_password("--backend", arguments.backend or "", "MLFLOW_BACKEND_STORE_URI")
     if not arguments.shared_files:
         warn_of_open_files("facefed", plan.kept, sys.stderr)
 
