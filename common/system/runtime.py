@@ -15,13 +15,12 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from _typeshed import ReadableBuffer
 
 # Read by the libraries when they are imported and by every child process; MLflow takes the word "true" only.
 SILENCE: Mapping[str, str] = {
@@ -75,7 +74,7 @@ def go_silent() -> None:
 class _KeptStream(io.FileIO):
     """Goes on into nothing once whoever read it has gone: a training does not end with `| head`."""
 
-    def write(self, content: "ReadableBuffer", /) -> int | None:  # type: ignore[override]
+    def write(self, content: Any, /) -> int:  # noqa: ANN401 - whatever holds bytes
         """As a file's."""
         try:
             return super().write(content)
