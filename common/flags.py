@@ -224,14 +224,15 @@ def read_run(arguments: argparse.Namespace, *, default_config: str | None = None
         overrides[(section, key)] = config.value_of(dotted, text)
     typed = {dotted: text for dotted, text in vars(arguments).items() if dotted == _ADDRESS and text}
     typed |= {item.partition("=")[0]: item.partition("=")[2] for item in arguments.set}
-    tell_of_password("--tracking-uri", typed.get(_ADDRESS, ""), _LOGIN)
     if arguments.no_mlflow:
         overrides[("tracking", "enabled")] = False
     try:
-        return config.load_with_address(path, overrides)
+        loaded = config.load_with_address(path, overrides)
     except ConfigError as error:
         source = f"{path or 'settings'}: "
         raise ConfigError([_blamed(problem, source, _flags_given(arguments)) for problem in error.problems]) from None
+    tell_of_password("--tracking-uri", typed.get(_ADDRESS, ""), _LOGIN)
+    return loaded
 
 
 def _flags_given(arguments: argparse.Namespace) -> dict[str, str]:
