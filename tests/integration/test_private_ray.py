@@ -128,7 +128,8 @@ def test_sockets_fit_where_the_folder_of_temporary_files_is_deep(tmp_path, monke
     session = "/session_2026-11-28_11-48-16_589870_4194304/sockets/plasma_store"
     for usual, taken in ((Path("/tmp"), "/tmp"), (tmp_path / ("deep" * 12), "/tmp")):  # noqa: S108 - what is tested
         usual.mkdir(exist_ok=True, parents=True)
-        monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda usual=usual: str(usual))
+        monkeypatch.setattr("tempfile.gettempdir", lambda usual=usual: str(usual))
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
         with cluster._private_folder() as folder:
             assert str(folder.parent) == taken
             assert len(os.fsencode(f"{folder}/ray{session}")) <= 107
