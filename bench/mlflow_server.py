@@ -26,7 +26,9 @@ class MlflowServer:
         self.database, self.artifacts = folder / "mlflow.db", folder / "artifacts"
         if migrated:
             shutil.copyfile(migrated, self.database)
-        options = ServeOptions(port=free_port(), backend=f"sqlite:///{self.database}", artifacts=str(self.artifacts))
+        options = ServeOptions(
+            port=free_port(), backend=f"sqlite:///{self.database}", artifacts=str(self.artifacts), auth=False
+        )
         self._plan = plan_server(options, os.environ, folder)
         self.uri = self._plan.address
         self.hosts = self._plan.command[self._plan.command.index("--allowed-hosts") + 1]
