@@ -128,7 +128,7 @@ def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here):
     made = here.run("facefed", "certs", "init", "tls", *names, "--client", "celeba", "--client", "vggface2")
     assert made.code == 0, made
     inside = network["server"].wrapper
-    here.start("facefed", "tracking", "serve", "--port", MLFLOW, wrapper=inside)
+    here.start("facefed", "tracking", "serve", "--no-auth", "--port", MLFLOW, wrapper=inside)
     server = here.start(
         "flower-server", "--address", f"{network['server'].address}:{DOOR}", "--tls", "tls", *same,
         "--tracking-uri", f"http://127.0.0.1:{MLFLOW}", wrapper=inside,
