@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.faces.account import Account
-from common.faces.decode import alignment_note, check_quarantine, plan, quarantine, scan, with_duplicates
+from common.faces.decode import Done, alignment_note, check_quarantine, plan, quarantine, scan, with_duplicates
 from common.faces.index import OFFICIAL_NONE, FaceIndex, read_index, take, without_missing
 from common.faces.pack import value_notes
 from common.faces.splits import Split, assign_splits
@@ -199,6 +199,25 @@ class OverlapReport:
         ]
 
 
+def _told(scanned: Iterable[Done]) -> tuple[list[str], list[bytes], Counter[str]]:
+    """Reasons and digests, one for each picture in order, and how often each note fell; the pictures are dropped."""
+    reasons: list[str] = []
+    digests: list[bytes] = []
+    values: Counter[str] = Counter()
+    for done in scanned:
+        reasons += done.reasons
+        digests += done.digests
+        values.update(note for note in done.notes if note)
+    return reasons, digests, values
+
+
+def _by_split(index: FaceIndex, split: NDArray[np.int8]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many people and how many pictures each split has, by its name.  split: [N], one for each picture."""
+    chosen = {code.name.lower(): split == code for code in Split}
+    people = {name: len(np.unique(index.person[rows])) for name, rows in chosen.items()}
+    return people, {name: int(rows.sum()) for name, rows in chosen.items()}
+
+
 def audit(
     dataset: str,
     root: Path,
@@ -221,13 +240,7 @@ def audit(
     rows = np.arange(len(there)) if problem else np.flatnonzero(split != Split.UNUSED)
     index, split = take(there, rows), split[rows]
     recipe, points = plan(index, data)
-    reasons: list[str] = []
-    digests: list[bytes] = []
-    values: Counter[str] = Counter()
-    for done in scan(index, recipe, points, workers=workers, progress=progress):
-        reasons += done.reasons
-        digests += done.digests
-        values.update(note for note in done.notes if note)
+    reasons, digests, values = _told(scan(index, recipe, points, workers=workers, progress=progress))
     copies = _copies(index, split, digests)
     hashes = {path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest}
     kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
@@ -243,15 +256,13 @@ def audit(
         split, fewer = _splits(index, data)
         problem = problem or fewer
     count = np.bincount(named.person, minlength=len(named.people))
-    codes = [(code, code.name.lower()) for code in Split]
-    pictures = {name: int((split == code).sum()) for code, name in codes}
+    people, pictures = _by_split(index, split)
     return AuditReport(
         dataset=dataset,
         root=str(root),
         num_people=len(named.people),
         num_pictures=len(named),
-        people={name: len(np.unique(index.person[split == code])) for code, name in codes}
-        | {"unused": len(named.people) - len(np.unique(index.person[split != Split.UNUSED]))},
+        people=people | {"unused": len(named.people) - len(np.unique(index.person[split != Split.UNUSED]))},
         pictures=pictures | {"unused": pictures["unused"] + unused},
         pictures_per_person={"min": int(count.min()), "median": float(np.median(count)), "max": int(count.max())},
         histogram=_histogram(count),
