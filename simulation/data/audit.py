@@ -20,6 +20,7 @@ from common.faces.pack import value_notes
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 
+_LeftOut = Sequence[tuple[str, str]]  # (path, reason)
 # The closed set's parts are of the people trained on.
 _SIDES = {"train": Split.TRAIN, "val_people": Split.VAL_PEOPLE, "test_people": Split.TEST_PEOPLE}
 
@@ -211,6 +212,16 @@ def _told(scanned: Iterable[Done]) -> tuple[list[str], list[bytes], Counter[str]
     return reasons, digests, values
 
 
+def _excess(index: FaceIndex, quarantined: _LeftOut, missing: _LeftOut, num_named: int, data: DataSettings) -> str:
+    """Why more is left out than `data.max_quarantined_fraction` allows, or nothing.  missing: of the num_named."""
+    try:
+        check_quarantine(index, missing, num_named, data.max_quarantined_fraction)
+        check_quarantine(index, quarantined, len(index) + len(missing), data.max_quarantined_fraction)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def _by_split(index: FaceIndex, split: NDArray[np.int8]) -> tuple[dict[str, int], dict[str, int]]:
     """How many people and how many pictures each split has, by its name.  split: [N], one for each picture."""
     chosen = {code.name.lower(): split == code for code in Split}
@@ -245,11 +256,8 @@ def audit(
     hashes = {path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest}
     kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
     quarantined = tuple(sorted((*unusable, *missing)))
-    try:
-        check_quarantine(index, missing, len(named), data.max_quarantined_fraction)
-        check_quarantine(index, quarantined, len(index) + len(missing), data.max_quarantined_fraction)
-    except DataError as error:
-        problem = str(error) if missing or not problem else problem
+    if (excess := _excess(index, quarantined, missing, len(named), data)) and (missing or not problem):
+        problem = excess
     unused = len(there) - len(index)
     if unusable:
         index = take(index, np.flatnonzero(kept))
