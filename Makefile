@@ -2,7 +2,14 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# What is installed: to run FaceFed, and to test it as well.
+RUN    := $(VENV)/.installed-to-run
 STAMP  := $(VENV)/.installed
+# TORCH=cpu takes PyTorch's build without CUDA; TORCH_INDEX=URL that of another index. Both are pinned by version alone, since
+# requirements/ has the hashes of the usual files; all else is installed by its hash.
+TORCH  ?=
+TORCH_INDEX ?= $(if $(filter cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # Test files run side by side: unit tests in processes of one thread each, whole programs in one more than two cores, as
 # they wait for each other a third of the time.
 UNIT_WORKERS ?= auto
@@ -18,17 +25,31 @@ RUNS  ?= 10
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
-LOCKS  := requirements/run.txt requirements/develop.txt
-
-$(STAMP): pyproject.toml $(LOCKS)
+# How large: docs/INSTALL.md. Where pip shows a bar only on a terminal, it names each file as it comes.
+$(RUN): pyproject.toml requirements/run.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 		{ echo "FaceFed needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.11 ..." >&2; exit 2; }
+	@case "$(TORCH)" in ""|cpu) ;; *) echo "TORCH=$(TORCH) is unknown: give TORCH=cpu, or TORCH_INDEX=URL, or neither." >&2; exit 2;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes $(LOCKS:%=-r %)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+ifeq ($(TORCH_INDEX),)
+	@echo "Installing into $(VENV): about 3.3 GB to download where nothing is cached, 6.9 GB on disk; 4.3 GB of that is CUDA, which make demo TORCH=cpu leaves out."
+	$(PIP) --require-hashes -r requirements/run.txt
+else
+	@echo "Installing into $(VENV), with PyTorch from $(TORCH_INDEX): about 0.3 GB to download beside it."
+	$(BIN)/python requirements/without_torch.py requirements/run.txt >$(VENV)/others.txt
+	$(PIP) --require-hashes -r $(VENV)/others.txt
+	grep -E '^(torch|torchvision)==' constraints.txt >$(VENV)/torch.txt
+	$(PIP) --index-url "$(TORCH_INDEX)" -r $(VENV)/torch.txt
+endif
+	$(PIP) --quiet --no-deps --no-build-isolation -e .
+	@touch $@
 
-setup: $(STAMP) ## create .venv and install the pinned dependencies, each file by its hash
+$(STAMP): $(RUN) requirements/develop.txt
+	@echo "Installing the test tools into $(VENV): about 0.1 GB to download where nothing is cached."
+	$(PIP) --no-deps --require-hashes -r requirements/develop.txt
+	@touch $@
+
+setup: $(STAMP) ## create .venv and install the pinned dependencies and the test tools, each file by its hash
 
 lock: $(STAMP) ## after a change of pyproject.toml or constraints.txt: write requirements/ anew, asking pip's index
 	$(BIN)/python requirements/lock.py
@@ -36,7 +57,7 @@ lock: $(STAMP) ## after a change of pyproject.toml or constraints.txt: write req
 system: ## install the databases, the browser and the tracer that some end-to-end tests use (Debian, as root)
 	@tests/system-packages install
 
-demo: $(STAMP) ## two synthetic face data sets, federated, tracked: the main job, in a few minutes
+demo: $(RUN) ## two synthetic face data sets, federated, tracked: the main job, in a few minutes (TORCH=cpu: without CUDA)
 	$(BIN)/facefed data synth --layout celeba --out data/celeba
 	$(BIN)/facefed data synth --layout vggface2 --out data/vggface2
 	$(BIN)/flower-simulation --config demo --client celeba=data/celeba --client vggface2=data/vggface2

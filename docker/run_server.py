@@ -2,7 +2,7 @@
 
 python run_server.py --address HOST:PORT --tls DIR -- RUN_SETTING ...
 
-So a restart after a fault resumes, and `docker-compose up` after a finished run begins the next one.  A run that goes
+So a restart after a fault resumes, and `docker compose up` after a finished run begins the next one.  A run that goes
 on has its own settings; those given count for a new one only.
 """
 

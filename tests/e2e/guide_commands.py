@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CTRL_C = "# in the server's terminal: Ctrl-C"
 ANYTHING = "…"  # in an expected line: any text; a line of its own: any lines
 # A server, and the path under which it answers when it is up.
-SERVERS = {r"facefed tracking serve\b": "/health", r"mlflow ui\b": "/health", r"tensorboard\b": "/"}
+SERVERS = {r"facefed tracking serve\b": "/health", r"tensorboard\b": "/"}
 PROGRAMS = (
     "facefed", "flower-simulation", "mlflow", "python", "tensorboard", "psql", "pg_dump", "pg_restore",
     "export", "source", "unset", "du", "mkdir", "cp", "grep", "printf", "strace", "unshare",

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]  # one block alone nee
 GUIDE = (ROOT / "docs" / "TRACKING.md").read_text(encoding="utf-8")
 PROSE = FENCE.sub("", GUIDE)
 BLOCKS = blocks_of(GUIDE)
-PORTS = (5000, 5001, 5002, 5433, 6006)
+PORTS = (5000, 5002, 5433, 6006)
 NEEDED = ("bash", "psql", "pg_dump", "pg_restore", "strace", "unshare", "ip", "du")
 NO_DRIVER = """\
 import importlib.util
