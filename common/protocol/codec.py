@@ -124,7 +124,10 @@ def pieces(coded: Coded) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, coded.size, PIECE):
         piece = codes[start : start + PIECE].float()
         scale = scales[start // BLOCK : start // BLOCK + num_blocks(len(piece))]
-        yield slice(start, start + len(piece)), piece.mul_(scale.repeat_interleave(BLOCK)[: len(piece)])
+        whole = len(piece) // BLOCK  # the last block may be a part of one
+        piece[: whole * BLOCK].view(whole, BLOCK).mul_(scale[:whole, None])
+        piece[whole * BLOCK :].mul_(scale[whole:])
+        yield slice(start, start + len(piece)), piece
 
 
 def decode(coded: Coded) -> Buffer:
