@@ -34,15 +34,18 @@ def register_models(
     val_people: str,
     last: Trained,
     best: Trained,
+    held_back: str = "",
 ) -> list[str]:
     """Register the best after the last model under `name`; returns what was registered, for the summary.
 
     unit: of their steps, "round" or "epoch".  val_people: a digest of the people who were validated on.
+    held_back: why the best shall not become champion, as `worse_than_untrained` says it; "": it may.
     The recogniser holds the best model afterwards, where tracking is enabled.
     """
     done = []
     for role, model in (("last", last), ("best", best)) if settings.tracking.enabled else ():
         model.load()
+        words: list[str] = []
         version = register_model(
             tracked,
             EmbeddingModel(recogniser.backbone).eval(),
@@ -53,10 +56,26 @@ def register_models(
             val_auc=model.val_auc,
             val_people=val_people,
             metrics=model.metrics,
+            held_back=held_back if role == "best" else "",
+            tell=words.append,
         )
         if version is not None:
-            done.append(f"models:/{name}/{version} ({role}, {unit} {model.step})")
+            done.append("; ".join([f"models:/{name}/{version} ({role}, {unit} {model.step})", *words]))
     return done
+
+
+def worse_than_untrained(untrained: Mapping[str, float | None], trained: Mapping[str, float | None]) -> str:
+    """What training made worse, in words; "" where nothing is worse.
+
+    untrained, trained: AUC by split, as far as it is known: {"validation": 0.61, "test": 0.58}.  Such a model does not
+    become champion.  Nothing is chosen by this: of all rounds or epochs the best is still the one of validation.
+    """
+    worse = []
+    for split, before in untrained.items():
+        after = trained.get(split)
+        if before is not None and after is not None and after < before:
+            worse.append(f"{split} AUC {before:.3f} -> {after:.3f}")
+    return f"training ended below the untrained model ({', '.join(worse)})" if worse else ""
 
 
 def draw_scores(tracked: TrackedRun, compared: Mapping[str, NDArray[np.int64]], label: str) -> None:

@@ -68,8 +68,11 @@ def initial_model(settings: Settings) -> tuple[Recogniser, Manifest]:
     return recogniser, manifest_of({name: state[name] for name in names})
 
 
-def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> list[str]:
-    """Register the last, then the best, global model; returns what was registered, for the summary."""
+def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, held_back: str) -> list[str]:
+    """Register the last, then the best, global model; returns what was registered, for the summary.
+
+    held_back: why the best shall not become champion; "": it may.
+    """
     settings = federation.settings
     if settings.model.normalisation == "private":
         return [
@@ -101,6 +104,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome) -> 
         val_people=val_people,
         last=trained(outcome.last_round),
         best=trained(outcome.history.best_round),
+        held_back=held_back,
     )
 
 
@@ -165,7 +169,7 @@ def _federate(
     summary: dict[str, object] = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
     if settings.tracking.enabled:
         events.emit("saving")
-    summary["registered"] = _register(tracked, federation, outcome)
+    summary["registered"] = _register(tracked, federation, outcome, str(summary["below_untrained"]))
     return summary
 
 

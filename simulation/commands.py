@@ -13,6 +13,7 @@ from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
+from common.metrics.figures import AUC
 from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, new_run_folder, unfinished_run
 from common.settings import Settings
 from common.system.console import Follower, RunView, summary_lines, tracking_line
@@ -214,10 +215,12 @@ def _check_same_data(resumed: _Resumed, packs: Mapping[str, FacePack]) -> None:
 
 def _show(summary: BaselineSummary, label: str, settings: Settings, out: TextIO) -> int:
     out.write(
-        f"\ntest AUC on people never seen: untrained {summary.untrained_auc:.3f} -> {label} {summary.test_auc:.3f}\n"
+        f"\ntest AUC on people never seen: untrained {summary.untrained[AUC]:.3f} -> {label} {summary.test[AUC]:.3f}\n"
     )
     out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
     out.writelines(f"registered: {name}\n" for name in summary.registered)
+    if summary.below_untrained:
+        out.write(f"warning: {summary.below_untrained}\n")
     out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
     return 0
 

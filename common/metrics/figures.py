@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KINDS: Final = ("all", "twins", "strangers")  # of pairs; see `common.metrics.pairs`
 # Which of the sums a figure is made of: a field of `EvaluationSums`, or the pairs as they are judged by a threshold.
 CLOSED, PAIRS, FOLDS, JUDGED = "closed", "pairs", "folds", "judged"
+FEW_PEOPLE: Final = 10  # with fewer behind a figure, other people would give quite another
 AUC: Final = "roc_auc"  # by which the best round, epoch and model is chosen
 _DEVIATIONS: Final = 1.959964  # of a 95 % interval
 
@@ -353,6 +354,20 @@ FIGURES: Final[tuple[Figure, ...]] = (
         title="F1\nown identities",
     ),
 )
+
+
+def people_behind(histogram: "NDArray[np.int64]") -> int:
+    """How many people all pairs of their pictures, [2, NUM_BINS], are of, if each has equally many pictures.
+
+    N pictures make N (N - 1) / 2 pairs; with k_i pictures of each person G genuine ones are the sum of
+    k_i (k_i - 1) / 2, so that of n people with N / n pictures each N^2 = n (2 G + N).  With unequal numbers the result
+    is smaller than the number of people (Cauchy-Schwarz), as those with few pictures weigh little.  0: no pairs.
+    """
+    genuine, impostor = (int(total) for total in histogram.sum(axis=1))
+    if genuine + impostor == 0:
+        return 0
+    pictures = (1.0 + math.sqrt(1.0 + 8.0 * (genuine + impostor))) / 2.0
+    return max(1, round(pictures * pictures / (2.0 * genuine + pictures)))
 
 
 def figures_of(*sums: str) -> list[Figure]:

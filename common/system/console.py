@@ -263,6 +263,8 @@ def summary_lines(summary: Mapping[str, Any], *, folder: str, tracking: str) -> 
         lines += ["", table(rows)]
     lines += ["", f"model SHA-256 {summary['model_sha256']}"]
     lines += [f"registered: {name}" for name in summary.get("registered", [])]
+    if summary.get("below_untrained"):
+        lines.append(f"warning: {summary['below_untrained']}")
     if summary.get("refused_replies"):
         lines.append(f"replies left out: {summary['refused_replies']} (see {folder}/metrics.json)")
     lines.append(f"run folder: {folder} (config.toml, metrics.json, plots/, checkpoints/)")

@@ -379,7 +379,10 @@ class Delivery:
         # Registering in a database takes the tracking address from here; every other call of ours names it.
         mlflow.set_tracking_uri(self._uri)
         mlflow.set_registry_uri(self._uri)
-        self._sent.versions[entry["model_key"]] = deliver_model(self._client, self._run_id(run), folder, entry)
+        key = entry["model_key"]
+        self._sent.versions[key], self._sent.verdicts[key] = deliver_model(
+            self._client, self._run_id(run), folder, entry
+        )
 
 
 def _parts(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
@@ -406,8 +409,15 @@ PEOPLE_TAG = "val_people"
 MODEL_KEY_TAG = "facefed.model_key"
 
 
-def deliver_model(client: Any, run_id: str, folder: Path, entry: Mapping[str, Any]) -> str:  # noqa: ANN401 - MlflowClient
-    """Upload the exported model, register it, link its metrics, move the champion; returns the version.
+def deliver_model(
+    client: Any,  # noqa: ANN401 - MlflowClient
+    run_id: str,
+    folder: Path,
+    entry: Mapping[str, Any],
+) -> tuple[str, str]:
+    """Upload the exported model, register it, link its metrics, move the champion.
+
+    Returns the version, and what became of the champion in words ("" for a model that is no candidate).
 
     folder: what `mlflow.pytorch.save_model` wrote.  entry: the spool's event "model".  Raises what MLflow raises.
     """
@@ -421,9 +431,9 @@ def deliver_model(client: Any, run_id: str, folder: Path, entry: Mapping[str, An
         _upload(client, run_id, model, folder, entry["step"])
     _link_metrics(client, run_id, model.model_id, entry)
     version = _register(client, run_id, model.model_id, entry)
-    if entry["people"]:
-        _crown(client, entry["name"], version, float(entry["tags"][AUC_TAG]), entry["people"])
-    return version
+    if not entry["people"]:
+        return version, ""
+    return version, _crown(client, entry["name"], version, float(entry["tags"][AUC_TAG]), entry["people"])
 
 
 def _upload(client: Any, run_id: str, model: Any, folder: Path, step: int) -> None:  # noqa: ANN401 - MlflowClient
@@ -471,13 +481,23 @@ def _register(client: Any, run_id: str, model_id: str, entry: Mapping[str, Any])
     return str(version.version)
 
 
-def _crown(client: Any, name: str, version: str, val_auc: float, val_people: str) -> None:  # noqa: ANN401 - MlflowClient
-    """Move the alias when this version's AUC is higher than the champion's on the same validation people."""
-    if not math.isfinite(val_auc):
-        return
+def _crown(client: Any, name: str, version: str, val_auc: float, val_people: str) -> str:  # noqa: ANN401 - MlflowClient
+    """Move the alias when this version's AUC is higher than the champion's on the same validation people.
+
+    Returns in words whether it did, and why not.
+    """
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    if str(champion) == version:  # sent a second time
+        return "it is the champion"
+    stays = "there is no champion" if champion is None else f"version {champion} stays champion"
+    if not math.isfinite(val_auc):
+        return f"{stays}: this one has no validation AUC"
     if champion is not None:
         tags = client.get_model_version(name, champion).tags
-        if tags.get(PEOPLE_TAG) != val_people or not val_auc > float(tags.get(AUC_TAG, "-inf")):
-            return
+        if tags.get(PEOPLE_TAG) != val_people:
+            return f"{stays}: it was validated on other people, so the two cannot be compared"
+        former = float(tags.get(AUC_TAG, "-inf"))
+        if not val_auc > former:
+            return f"{stays}: its validation AUC is {former:.4f}, this one's {val_auc:.4f}"
     client.set_registered_model_alias(name, CHAMPION, version)
+    return "it is the champion now" + ("" if champion is None else f", instead of version {champion}")

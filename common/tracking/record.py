@@ -196,6 +196,10 @@ class TrackedRun:
         """The registered version of a model that `log_model` gave this key; empty while MLflow has not taken it."""
         return self._sender.version(key) if self._sender else ""
 
+    def verdict_on(self, key: str) -> str:
+        """Whether that version is the champion now, in words; empty where it was no candidate, or is not taken yet."""
+        return self._sender.verdict(key) if self._sender else ""
+
     def _is_mine(self, entry: Mapping[str, object]) -> bool:
         return entry["run"] == self._name and "event" not in entry
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from common.models.recogniser import EmbeddingModel
 
 MODELS = "models"  # below the run's folder
+HELD_BACK_TAG = "held_back"  # of a version: why it did not become champion
 FLUSH_TIMEOUT_S = 120.0
 
 _log = logging.getLogger("facefed.tracking")
@@ -51,12 +52,16 @@ def register_model(
     val_auc: float,
     val_people: str,
     metrics: Mapping[str, float],
+    held_back: str = "",
+    tell: Callable[[str], object] = str,
 ) -> str | None:
     """Export the model, log it with the run, register it as a version of `name`, and move the champion if it is better.
 
     model: float32 [B, 3, image_size, image_size] in [-1, 1] -> float32 [B, D]; its mode is left as it was found.
     step: the round or epoch it stands for.  role: "best" (may become champion) or "last".
     val_auc: on the validation people whose digest is `val_people`.  metrics: recorded with the model, at `step`.
+    held_back: why a best model shall not become champion, for its version's tags; "": it may.
+    tell: is told in words what became of the champion, as far as that is known.
     It is exported to RUN/models first; the sending thread brings it to MLflow, or later `facefed tracking sync` does.
     Returns the version, or None when tracking is off or MLflow is away (then with one warning: nothing is raised).
     """
@@ -65,6 +70,8 @@ def register_model(
     if not run.reaches_mlflow:
         return None
     tags = {"role": role, "step": str(step), AUC_TAG: repr(float(val_auc)), PEOPLE_TAG: val_people}
+    if held_back:
+        tags[HELD_BACK_TAG] = held_back
     folder = run.folder / MODELS / f"{name}_{role}_{step}_{now_ms()}"
     try:
         _export(model, folder, image_size)
@@ -74,10 +81,12 @@ def register_model(
             "Tracking: model %s (%s) is not registered (%s); its checkpoint is kept.", name, role, short_reason(error)
         )
         return None
-    people = val_people if role == "best" else ""
+    people = val_people if role == "best" and not held_back else ""
     key = run.log_model(folder, name=name, step=step, tags=tags, metrics=metrics, people=people)
     if not run.flush(FLUSH_TIMEOUT_S):
         _log.warning("Tracking: model %s is not registered yet, since MLflow is away; it is kept in %s.", name, folder)
+    elif verdict := f"it does not become champion: {held_back}" if held_back else run.verdict_on(key):
+        tell(verdict)
     return run.version_of(key) or None
 
 

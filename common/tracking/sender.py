@@ -196,6 +196,10 @@ class Sender:
         """The registered version of the model whose event has this key; empty while there is none."""
         return self._sent.versions.get(key, "")
 
+    def verdict(self, key: str) -> str:
+        """What became of the champion when that version was registered; empty where it was no candidate."""
+        return self._sent.verdicts.get(key, "")
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is sent; False when an attempt fails meanwhile or the time is up."""
         deadline = time.monotonic() + timeout_s

@@ -271,6 +271,7 @@ class Sent:
     aside: list[int] = dataclasses.field(default_factory=list)  # where lines begin that the server did not take yet
     nonfinite: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name in the spool -> metric names
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # key of a model's event -> registered version
+    verdicts: dict[str, str] = dataclasses.field(default_factory=dict)  # likewise -> what became of the champion
 
     def forget(self) -> None:
         """Start from the spool's first line again."""
@@ -279,6 +280,7 @@ class Sent:
         self.run_ids = {}
         self.nonfinite = {}
         self.versions = {}
+        self.verdicts = {}
 
 
 def load_sent(folder: Path, uri: str) -> Sent:
@@ -299,13 +301,13 @@ def load_sent(folder: Path, uri: str) -> Sent:
 
 def _sound(sent: Sent) -> Sent:
     """The same.  Raises TypeError where a field is of another kind, as in a damaged file."""
-    tables: tuple[object, ...] = (sent.run_ids, sent.versions, sent.nonfinite)
+    tables: tuple[object, ...] = (sent.run_ids, sent.versions, sent.verdicts, sent.nonfinite)
     sound = (
         _are([sent.uri, sent.run_key], str)
         and _are([sent.offset], int)
         and _are(sent.aside, int)
         and all(isinstance(table, dict) for table in tables)
-        and _are([*sent.run_ids.values(), *sent.versions.values()], str)
+        and _are([*sent.run_ids.values(), *sent.versions.values(), *sent.verdicts.values()], str)
         and all(_are(names, str) for names in sent.nonfinite.values())
     )
     if not sound or min([sent.offset, *sent.aside]) < 0:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.metrics.figures import AUC, known_scores, own_seconds, train_metrics
+from common.metrics.figures import AUC, FEW_PEOPLE, known_scores, own_seconds, people_behind, train_metrics
 from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
 from common.protocol.wire import Reply, Site
-from common.results import draw_scores
+from common.results import draw_scores, worse_than_untrained
 from common.runs import federated_kind, write_run_file
 from common.settings import Settings
 from common.system.events import EventLog
@@ -286,6 +286,8 @@ class Record:
             "went_back": self._went_back,
             "untrained": self._test_scores(history, 0),
             "best": self._test_scores(history, best),
+            "below_untrained": self._below_untrained(history, best),
+            "few_people": self._few_people(history.at(best).sums.get("test", {})),
             "last": self._test_scores(history, last_round),
             "best_val_auc": history.best_val_auc,
             "test_roc_auc_median": history.median_of_clients(best, f"test_{AUC}"),
@@ -309,8 +311,33 @@ class Record:
         final |= {name: summary[name] for name in budget}
         self._tracked.log_metrics(final, step=best)
         self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
+        if summary["below_untrained"]:
+            self._tracked.set_tags({"below_untrained": summary["below_untrained"]})
         self._tracked.log_dict(summary, "metrics.json")
         return summary
+
+    def _below_untrained(self, history: History, best: int) -> str:
+        untrained, trained = (
+            {
+                "validation": history.at(step).metrics.get("round_val_auc"),
+                "test": self._test_scores(history, step).get(AUC),
+            }
+            for step in (0, best)
+        )
+        return worse_than_untrained(untrained, trained)
+
+    def _few_people(self, tested: Mapping[str, EvaluationSums]) -> dict[str, int]:
+        """Of each client whose test figures stand on fewer than FEW_PEOPLE people, how many these are.
+
+        A site does not say how many it tests on, but how many it does not train on: where these are many, a small
+        number of pairs is a choice among them.
+        """
+        found = {}
+        for name, sums in tested.items():
+            number, site = people_behind(sums.pairs), self._sites[name]
+            if 0 < number < FEW_PEOPLE and site.num_people - site.num_training_people < 4 * FEW_PEOPLE:
+                found[name] = number
+        return found
 
     def _test_scores(self, history: History, step: int) -> dict[str, float]:
         if not history.tested(step):

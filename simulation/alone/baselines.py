@@ -10,15 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from clients.site import SiteSettings
 from common.errors import DataError
 from common.faces.pack import FacePack
-from common.metrics.figures import AUC, known_scores
+from common.faces.splits import Split
+from common.metrics.figures import AUC, FEW_PEOPLE, known_scores
 from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.private_figures import private_pictures
-from common.results import Trained, draw_scores, register_models
+from common.results import Trained, draw_scores, register_models, worse_than_untrained
 from common.runs import CHECKPOINTS, RunKind, recorded
 from common.settings import Settings
 from common.tracking.run import TrackedRun
@@ -38,8 +41,11 @@ class BaselineSummary:
     epochs: int
     best_epoch: int
     best_val_auc: float
-    untrained_auc: float
-    test_auc: float
+    untrained: Mapping[str, float]  # test figures
+    test: Mapping[str, float]  # of the best model, over all clients
+    clients: Mapping[str, Mapping[str, float]]  # likewise of each
+    below_untrained: str  # what training made worse, in words; "" where nothing is
+    few_people: Mapping[str, int]  # client -> how many people its test figures stand on, where these are few
     twins: Mapping[str, Any]  # as in metrics.json; empty where there are no families
     registered: list[str]
 
@@ -156,18 +162,23 @@ def train_and_test(
         after_epoch=after_epoch,
     )
     show_graph(trainee, tracked)
-    untrained = trainee.evaluate("test")
+    untrained = score_untrained(trainee)
     epochs.restore()
     epochs.run(out)
-    registered = register_trained(epochs, model_name) if model_name else []
-    results = record_results(epochs, label, untrained)
+    tested = score_best(epochs)
+    worse = below_untrained(epochs, untrained, tested)
+    registered = register_trained(epochs, model_name, worse) if model_name else []
+    results = record_results(epochs, label, untrained, tested)
     return BaselineSummary(
         folder=tracked.folder,
         epochs=epochs.progress.epoch,
         best_epoch=epochs.progress.best_epoch,
         best_val_auc=epochs.progress.best_val_auc,
-        untrained_auc=results["untrained"][AUC],
-        test_auc=results["test"][AUC],
+        untrained=results["untrained"],
+        test=results["test"],
+        clients=results["clients"],
+        below_untrained=worse,
+        few_people=few_people(trainee),
         twins=results.get("twins", {}),
         registered=registered,
     )
@@ -185,15 +196,54 @@ def record_datasets(tracked: TrackedRun, trainee: Trainee) -> None:
             )
 
 
-def record_results(epochs: Epochs, label: str, untrained: Mapping[str, EvaluationSums]) -> dict[str, Any]:
-    """Score the best model on test, draw, and write metrics.json; returns its content.
+@dataclass(frozen=True, kw_only=True)
+class Untrained:
+    """The sums of the model before training."""
 
-    label: "local" or "centralized".  untrained: the test sums of the model before training, by client.
-    The recogniser holds the best model afterwards.
+    val: EvaluationSums  # over all clients
+    test: Mapping[str, EvaluationSums]  # by client
+
+
+def score_untrained(trainee: Trainee) -> Untrained:
+    """Score the model as it is before anything is trained or restored."""
+    return Untrained(val=trainee.evaluate_pooled("val"), test=trainee.evaluate("test"))
+
+
+def score_best(epochs: Epochs) -> dict[str, EvaluationSums]:
+    """Put the best model into the recogniser and score it on test: client -> sums."""
+    epochs.load("best")
+    return epochs.trainee.evaluate("test")
+
+
+def below_untrained(epochs: Epochs, untrained: Untrained, tested: Mapping[str, EvaluationSums]) -> str:
+    """What training made worse, as `worse_than_untrained` says it; also a tag of the run."""
+    progress = epochs.progress
+    best = next((row for row in progress.rows if row["step"] == progress.best_epoch), {})
+    worse = worse_than_untrained(
+        {"validation": known_scores(untrained.val).get(AUC), "test": known_scores(pooled(untrained.test)).get(AUC)},
+        {"validation": best.get(VAL_AUC), "test": known_scores(pooled(tested)).get(AUC)},
+    )
+    if worse:
+        epochs.tracked.set_tags({"below_untrained": worse})
+    return worse
+
+
+def few_people(trainee: Trainee) -> dict[str, int]:
+    """Of each client whose test figures stand on fewer than FEW_PEOPLE people, how many these are."""
+    tested = {
+        name: len(np.unique(pack.person[pack.indices(Split.TEST_PEOPLE)])) for name, pack in trainee.clients.items()
+    }
+    return {name: number for name, number in tested.items() if 0 < number < FEW_PEOPLE}
+
+
+def record_results(
+    epochs: Epochs, label: str, untrained: Untrained, tested: Mapping[str, EvaluationSums]
+) -> dict[str, Any]:
+    """Tell the best model's test figures, draw, and write metrics.json; returns its content.
+
+    label: "local" or "centralized".  tested: its test sums by client.  The recogniser holds the best model.
     """
     trainee, tracked, progress = epochs.trainee, epochs.tracked, epochs.progress
-    epochs.load("best")
-    tested = trainee.evaluate("test")
     scores = {name: known_scores(sums) for name, sums in tested.items()}
     total = known_scores(pooled(tested))
     logged = {f"test_{name}": value for name, value in total.items()}
@@ -210,13 +260,14 @@ def record_results(epochs: Epochs, label: str, untrained: Mapping[str, Evaluatio
         "num_warmup_pictures": progress.num_warmup_pictures,
         "test": total,
         "clients": scores,
-        "untrained": known_scores(pooled(untrained)),
+        "untrained": known_scores(pooled(untrained.test)),
+        "untrained_val_auc": known_scores(untrained.val).get(AUC),
         "test_pairs": {name: people_digest(pack, "test") for name, pack in trainee.clients.items()},
         "epochs": progress.rows,
         **twins,
     }
     if trainee.settings.tracking.plots != "none":
-        _draw(epochs, label, {"untrained": pooled(untrained), label: pooled(tested)}, scores)
+        _draw(epochs, label, {"untrained": pooled(untrained.test), label: pooled(tested)}, scores)
     tracked.log_dict(results, "metrics.json")
     return results
 
@@ -255,9 +306,10 @@ def _draw(
             tracked.log_figure(figure, f"plots/{name}" if len(scores) == 1 else f"plots/{client}/{name}")
 
 
-def register_trained(epochs: Epochs, name: str) -> list[str]:
+def register_trained(epochs: Epochs, name: str, held_back: str) -> list[str]:
     """Register the last, then the best, model under `name`; returns what was registered, for the summary.
 
+    held_back: why the best shall not become champion; "": it may.
     The recogniser holds the best model afterwards, where tracking is enabled.
     """
     trainee, progress = epochs.trainee, epochs.progress
@@ -275,4 +327,5 @@ def register_trained(epochs: Epochs, name: str) -> list[str]:
         val_people=trainee.val_people,
         last=trained("last", progress.epoch),
         best=trained("best", progress.best_epoch),
+        held_back=held_back,
     )

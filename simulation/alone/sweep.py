@@ -31,7 +31,15 @@ from common.settings import RunSettings, Settings, TrackingSettings
 from common.system.files import read_json, write_bytes
 from common.system.runtime import stream_seed
 from common.tracking.run import TrackedRun
-from simulation.alone.baselines import check_twins, record_datasets, record_results, register_trained
+from simulation.alone.baselines import (
+    below_untrained,
+    check_twins,
+    record_datasets,
+    record_results,
+    register_trained,
+    score_best,
+    score_untrained,
+)
 from simulation.alone.epochs import PROGRESS_FILE, Epochs, Progress
 from simulation.alone.studies import COMMAND, checkpoints_of, csv_text, nested_run, study_kind
 from simulation.alone.sweep_plan import PLAN_FILE, Scalar, Span, SweepPlan
@@ -60,6 +68,7 @@ class SweepSummary:
     params: dict[str, Scalar]
     twins: dict[str, Any]  # as in metrics.json
     registered: list[str]
+    below_untrained: str  # what training made worse, in words; "" where nothing is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +286,11 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
     trainee = local_trainee(settings, sweep.site, sweep.pack)
     epochs = Epochs(trainee=trainee, tracked=parent, folder=sweep.checkpoints(best.number))
     epochs.progress = Progress(**read_json(epochs.folder / "resume" / PROGRESS_FILE))
-    untrained = trainee.evaluate("test")
-    registered = register_trained(epochs, f"{settings.model.backbone}_twins")
-    results = record_results(epochs, trial_name(best.number), untrained)
+    untrained = score_untrained(trainee)
+    tested = score_best(epochs)
+    worse = below_untrained(epochs, untrained, tested)
+    registered = register_trained(epochs, f"{settings.model.backbone}_twins", worse)
+    results = record_results(epochs, trial_name(best.number), untrained, tested)
     told = {"metric": sweep.plan.metric, "best_trial": best.number, "best_value": best.value, "params": best.params}
     parent.log_dict(results | {"sweep": told | {"trials": trial_rows(sweep.plan, sweep.finished())}}, "metrics.json")
     return SweepSummary(
@@ -290,6 +301,7 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
         params=best.params,
         twins=results["twins"],
         registered=registered,
+        below_untrained=worse,
     )
 
 

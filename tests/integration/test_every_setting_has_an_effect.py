@@ -289,8 +289,11 @@ def _no_summary(tracked):
         epochs=0,
         best_epoch=0,
         best_val_auc=0.0,
-        untrained_auc=0.0,
-        test_auc=0.0,
+        untrained={},
+        test={},
+        clients={},
+        below_untrained="",
+        few_people={},
         twins={},
         registered=[],
     )

@@ -195,15 +195,27 @@ def test_the_champion_moves_only_for_a_better_auc_on_the_same_people(client, run
     assert champion() is None  # only a best model is a candidate
     assert _register(run, model, name=name, val_auc=float("nan")) == "2"
     assert champion() is None
-    for auc, people, expected in (
-        (0.80, "p1", "3"),  # the first
-        (0.79, "p1", "3"),  # worse
-        (0.80, "p1", "3"),  # equal is not higher
-        (0.90, "p2", "3"),  # other people: not comparable
-        (0.81, "p1", "7"),  # better
+    others = "it was validated on other people, so the two cannot be compared"
+    for auc, people, expected, verdict in (
+        (0.80, "p1", "3", "it is the champion now"),  # the first
+        (0.79, "p1", "3", "version 3 stays champion: its validation AUC is 0.8000, this one's 0.7900"),
+        (0.80, "p1", "3", "version 3 stays champion: its validation AUC is 0.8000, this one's 0.8000"),
+        (0.90, "p2", "3", f"version 3 stays champion: {others}"),
+        (0.81, "p1", "7", "it is the champion now, instead of version 3"),
     ):
-        _register(run, model, name=name, val_auc=auc, val_people=people)
+        told = []
+        _register(run, model, name=name, val_auc=auc, val_people=people, tell=told.append)
         assert champion() == expected, (auc, people)
+        assert told == [verdict]
+
+
+def test_a_model_below_the_untrained_one_is_registered_and_does_not_become_champion(client, run, model):
+    told = []
+    why = "training ended below the untrained model (test AUC 0.783 -> 0.593)"
+    assert _register(run, model, name="below", held_back=why, tell=told.append) == "1"
+    assert client.get_registered_model("below").aliases == {}
+    assert client.get_model_version("below", "1").tags["held_back"] == why
+    assert told == [f"it does not become champion: {why}"]
 
 
 def test_a_model_that_cannot_be_exported_costs_one_warning(run, caplog):

@@ -248,3 +248,21 @@ def test_every_row_is_whole_and_names_are_unique_among_what_they_stand() -> None
     assert all(figure.is_best in ("highest", "lowest") for figure in FIGURES)
     assert all((figure.ends is None) == (not figure.ends_method) for figure in FIGURES)
     assert not [figure.name for figure in FIGURES if figure.kinds and figure.of != PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "people"),
+    [
+        ([3, 3, 3, 3], 4),  # N = 12, G = 12, 144 / (24 + 12)
+        ([2] * 25, 25),
+        ([4, 1, 1], 2),  # N = 6, G = 6, 36 / 18: those with one picture weigh little
+        ([], 0),
+        ([1], 0),  # no pair
+    ],
+)
+def test_the_people_behind_a_histogram_are_counted_from_its_pairs(pictures, people):
+    genuine = sum(count * (count - 1) // 2 for count in pictures)
+    total = sum(pictures) * (sum(pictures) - 1) // 2
+    histogram = np.zeros((2, NUM_BINS), dtype=np.int64)
+    histogram[:, 7] = genuine, total - genuine
+    assert figures.people_behind(histogram) == people
