@@ -94,6 +94,11 @@ def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> Fac
     return pack
 
 
+def usual_folder(name: str) -> Path:
+    """Where a client's pictures are when nobody says."""
+    return Path("data") / name
+
+
 def names_client(text: str, clients: Sequence[str]) -> bool:
     """Whether a `--data-dir` is NAME=DIR, and no plain DIR with a "=" in its own name.  clients: those of --client."""
     name, equals, _ = text.partition("=")
@@ -118,7 +123,7 @@ def data_options(clients: Sequence[str], data_dirs: Sequence[str]) -> list[Clien
         name = text.partition("=")[0].partition(":")[0]
         if "=" in text and (plain or name in named):
             raise UserError(f"--client {text} names its folder already; leave --data-dir out.")
-        folder = plain[0] if plain else named.pop(name, f"data/{name}")
+        folder = plain[0] if plain else named.pop(name, str(usual_folder(name)))
         texts.append(text if "=" in text else f"{text}={folder}")
     unknown = sorted(named)
     if unknown:

@@ -106,7 +106,7 @@ class Launch:
         output = started.enter_context(log_path.open("ab"))
         started.callback(forget_secrets, self._home)
         link = self._start_superlink(started, output)
-        self._add(started, "the SuperLink's steward", superexec_command(link), output)
+        self._add(started, "the SuperExec", superexec_command(link), output)
         self._wait_until(lambda: self._lives() and link.answers(), "the SuperLink did not start")
         admitted = link.home / ADMITTED
         self._wait_until(lambda: self._lives() and admitted.exists(), "the sites' keys were not admitted")
@@ -161,7 +161,7 @@ class Launch:
                 raise FaceFedError(f"{failure} within {HEALTHY_WITHIN_S:g} s (see {self._folder}/logs).")
 
     def _submit(self) -> None:
-        """Have the SuperLink's steward submit the bundle; it tells itself by that which run is ours."""
+        """Have the SuperExec submit the bundle; it tells itself by that which run is ours."""
         write_bundle(self._home / BUNDLE, facefed_version())
         run_config = {
             "settings": config.to_json(self._settings),
@@ -196,7 +196,7 @@ class Launch:
 
 
 def superexec_command(link: Superlink) -> list[str]:
-    """How to start the SuperLink's steward."""
+    """How to start the SuperExec."""
     command = [sys.executable, "-P", "-m", "server.flower.superexec", str(link.home), link.address]
     return [*command, str(link.tls.ca), str(link.tls.clients)] if link.tls else command
 

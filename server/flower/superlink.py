@@ -1,6 +1,6 @@
 """The SuperLink of a run: how it is started and reached, and the files by which the programs beside it agree.
 
-Nobody but its steward (server/flower/superexec.py) speaks to its Control interface: what flower-server wants of that,
+Nobody but the SuperExec (server/flower/superexec.py) speaks to its Control interface: what flower-server wants of that,
 and what came of it, stands in files of Flower's folder of the run, which is this user's alone.
 """
 
@@ -17,7 +17,7 @@ from common.system.processes import host_port, is_healthy, reached_at
 
 HEALTHY_WITHIN_S = 2.0
 # In Flower's folder of the run, by flower-server: the secret; the run's configuration, once it is to be submitted; the
-# bundle.  By the steward: a mark that the keys are admitted; the id of our run once it is submitted, or why it was
+# bundle.  By the SuperExec: a mark that the keys are admitted; the id of our run once it is submitted, or why it was
 # refused; a mark that the ServerApp has ended; how the run ended, where Flower says that it has.
 SECRET, SUBMISSION, BUNDLE = "superexec.key", "submission.json", "facefed"
 ADMITTED, RUN_ID, REFUSAL, APP_ENDED, RUN_ENDED = "admitted", "run-id", "refusal", "app-ended", "run-ended"

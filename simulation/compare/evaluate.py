@@ -1,5 +1,6 @@
 """`facefed evaluate` between its flags and the work: find, check, score, show, record."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from simulation.compare.comparison import Comparison, check_same_pairs, describe
 from simulation.compare.model_lookup import FoundModel, Search, explicit_runs, find_models, wanted_models
 from simulation.compare.report import csv_text, has_kinds, json_content, metrics, page, terminal_lines
 from simulation.compare.scoring import Scored, score
-from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of
+from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of, usual_folder
 
 _KIND = {"all": "all pairs", "twins": "pairs of twins", "strangers": "pairs of strangers"}  # for the plots
 
@@ -55,8 +56,13 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     names = tuple(option.name for option in options)
     settings, address = with_absolute_tracking(settings, request.address or settings.tracking.uri, Path.cwd())
     runs = explicit_runs(request.runs, names)
-    options_told = _command_options(settings, request)
-    search = Search(settings=settings, clients=names, command_options=options_told, address=address)
+    search = Search(
+        settings=settings,
+        clients=names,
+        told={option.name: _client_told(option) for option in options},
+        command_options=_command_options(settings, request),
+        address=address,
+    )
     models = find_models(search, wanted_models(request.compare, names, runs), runs)
     packs = _packs(models, options, settings, request, out)
     check_same_pairs(models, packs, names)
@@ -82,10 +88,15 @@ def _options(request: Request) -> list[ClientOption]:
 
 def _command_options(settings: Settings, request: Request) -> str:
     """What a training command needs besides its kind, its clients and the backbone, to be like this command."""
-    parts = [f"--config {request.config_name}"] if request.config_name else []
-    parts += [f"--data-dir {text}" for text in request.data_dirs]
-    parts += [f"--out {settings.run.out}"] if settings.run.out != RunSettings().out else []
+    parts = [f"--config {shlex.quote(request.config_name)}"] if request.config_name else []
+    parts += [f"--out {shlex.quote(settings.run.out)}"] if settings.run.out != RunSettings().out else []
     return " ".join(parts)
+
+
+def _client_told(option: ClientOption) -> str:
+    """The `--client` of a training command that means the same pictures."""
+    label = option.name if option.dataset == option.name else f"{option.name}:{option.dataset}"
+    return label if option.data_dir == usual_folder(option.name) else shlex.quote(f"{label}={option.data_dir}")
 
 
 def _device(settings: Settings, request: Request) -> str:

@@ -5,6 +5,7 @@ that trains what is missing
 """
 
 import logging
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any, Final
 
 from common import config
 from common.errors import CheckpointError, UserError, unknown_name
+from common.faces.datasets import OF_FAMILIES
 from common.models.table import ATTENTIONS, BACKBONES
+from common.runs import CONFIG_FILE
 from common.settings import Settings
 from common.strategies import STRATEGIES
 from common.system.events import RUN_FILE
 from common.system.files import read_json
 from common.tracking.registry import Registered, find_registered, read_registered
+from simulation.sites import USUAL_CLIENTS
 
 FEDERATED: Final = (*STRATEGIES, "fedbn")
 TWINS: Final = "twins"  # one holder's, trained on batches of twins
@@ -86,7 +90,8 @@ class Search:
 
     settings: Settings  # of the command: the backbone, --out, the tracking address
     clients: tuple[str, ...]  # whose test people the models meet
-    command_options: str = ""  # what `facefed train` needs besides, such as --config and --data-dir
+    told: Mapping[str, str] = field(default_factory=dict)  # client -> its --client for `facefed train`; else its name
+    command_options: str = ""  # what `facefed train` needs besides, such as --config
     address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
     @property
@@ -149,7 +154,7 @@ def find_models(search: Search, wanted: Sequence[Wanted], runs: Mapping[str, str
         else:
             found.append(model)
     if missing:
-        raise UserError(_missing_line(search, missing))
+        raise UserError(_missing_line(search, wanted, missing, found))
     _check_alike(search, found)
     return found
 
@@ -227,6 +232,15 @@ def _finished(want: Wanted, folder: Path, flag: str) -> FoundModel:
 
 def _newest(search: Search, want: Wanted) -> FoundModel | None:
     """The newest finished run that fits, or the registered model; None when there is neither."""
+    model = _newest_folder(search, want)
+    if model is not None or not search.registry or want.kind == FEDBN:  # each of its clients has a backbone of its own
+        return model
+    registered = find_registered(search.registry, registered_name(want, search.settings.model.backbone))
+    return None if registered is None else _from_registry(want, registered)
+
+
+def _newest_folder(search: Search, want: Wanted) -> FoundModel | None:
+    """The newest finished run that fits.  Raises CheckpointError or ConfigError."""
     out = Path(search.settings.run.out).expanduser()
     folders = sorted(out.iterdir(), key=lambda path: path.name, reverse=True) if out.is_dir() else []
     for folder in folders:
@@ -241,10 +255,7 @@ def _newest(search: Search, want: Wanted) -> FoundModel | None:
             model = _from_folder(want, folder.resolve())
             if model is not None:
                 return model
-    if not search.registry or want.kind == FEDBN:  # each of its clients has a backbone of its own
-        return None
-    registered = find_registered(search.registry, registered_name(want, search.settings.model.backbone))
-    return None if registered is None else _from_registry(want, registered)
+    return None
 
 
 def registered_name(want: Wanted, backbone: str) -> str:
@@ -314,25 +325,67 @@ def _best_step(want: Wanted, metrics: Mapping[str, Any], where: str) -> int:
     return step
 
 
-def _missing_line(search: Search, missing: Sequence[Wanted]) -> str:
+def _missing_line(
+    search: Search, wanted: Sequence[Wanted], missing: Sequence[Wanted], found: Sequence[FoundModel]
+) -> str:
+    """What is missing, the commands that make it, alike to what is there, and what can be compared without it."""
     backbone, out = search.settings.model.backbone, search.settings.run.out
     where = f"{out} and the registry" if search.registry else out
-    commands = "; ".join(f"{want.name}: `{_command(search, want)}`" for want in missing)
-    return f"no trained {backbone} model in {where} of {', '.join(w.name for w in missing)}. Train {commands}."
+    pattern = _pattern(search, found)
+    commands = "; ".join(f"{want.name}: `{_command(search, want, pattern)}`" for want in missing)
+    line = f"no trained {backbone} model in {where} of {', '.join(w.name for w in missing)}. Train {commands}."
+    whole = dict.fromkeys(want.kind for want in wanted if want.kind not in {other.kind for other in missing})
+    if sum(model.wanted.kind in whole for model in found) > 1:
+        line += f" Or compare what is there: --compare {','.join(whole)}."
+    return line
 
 
-def _command(search: Search, want: Wanted) -> str:
+def _pattern(search: Search, found: Sequence[FoundModel]) -> FoundModel | None:
+    """The run that the missing models should be like: of those found one of several holders, else any such run."""
+    here = [model for model in found if model.folder is not None]
+    several = [model for model in here if model.wanted.kind in ("centralized", *FEDERATED)]
+    kinds = [Wanted(kind=kind) for kind in (*FEDERATED, "centralized")]
+    for want in () if several else kinds:
+        model = _newest_folder(search, want)
+        several += [] if model is None else [model]
+    newest = sorted(several or here, key=lambda model: model.source)
+    return newest[-1] if newest else None
+
+
+def _command(search: Search, want: Wanted, pattern: FoundModel | None) -> str:
     """The command that makes such a model."""
     parts = [f"facefed train {want.mode}"]
-    if want.kind == "local":
-        parts.append(f"--client {want.client}")
-    elif want.kind != TWINS:
-        parts += [f"--client {name}" for name in search.clients]
+    parts += [f"--client {search.told.get(name, name)}" for name in _clients_of(search, want, pattern)]
     if want.kind == FEDBN:
         parts.append("--set model.normalisation=private")
     elif want.mode == "federated":
         parts.append(f"--method {want.kind}")
-    return " ".join([*parts, f"--model {search.settings.model.backbone}", search.command_options]).strip()
+    if "--config " in search.command_options or pattern is None:
+        parts.append(f"--model {search.settings.model.backbone}")
+    else:
+        parts.append(f"--config {shlex.quote(str(_as_told(search, pattern)))}")
+    return " ".join([*parts, search.command_options]).strip()
+
+
+def _clients_of(search: Search, want: Wanted, pattern: FoundModel | None) -> Sequence[str]:
+    """Whose pictures such a model learns from: of one that several hold, not only those that are compared on."""
+    if want.kind == "local":
+        return (want.client,)
+    if want.kind == TWINS:
+        return search.clients if len(search.clients) == 1 else OF_FAMILIES
+    if pattern is not None and len(pattern.clients) > 1:
+        return pattern.clients
+    if len(search.clients) > 1:
+        return search.clients
+    others = [name for name in USUAL_CLIENTS if name not in search.clients]
+    return (*search.clients, *(others if set(search.clients) <= set(USUAL_CLIENTS) else ["OTHER=DIR"]))
+
+
+def _as_told(search: Search, model: FoundModel) -> Path:
+    """The settings of a run, by the short path where it is in --out."""
+    out, folder = Path(search.settings.run.out), model.folder or Path()
+    short = out / folder.name
+    return (short if short.expanduser().resolve() == folder else folder) / CONFIG_FILE
 
 
 def _check_alike(search: Search, found: Sequence[FoundModel]) -> None:

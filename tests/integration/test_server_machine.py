@@ -1,6 +1,6 @@
 """Another account on the server's machine: it reaches the SuperLink's port, and nobody behind it does what it asks.
 
-A SuperLink and its steward as flower-server starts them, with TLS and keys; the stranger is another user id.  The same
+A SuperLink and its SuperExec as flower-server starts them, with TLS and keys; the stranger is another user id.  The same
 is tried without what keeps the stranger out: each attack then succeeds.
 """
 
@@ -82,7 +82,7 @@ BUNDLE_FILES = {
 
 
 class Machine:
-    """A SuperLink and its steward, with the keys of two sites."""
+    """A SuperLink and its SuperExec, with the keys of two sites."""
 
     def __init__(self, folder, started, *, guarded=True, database=None):
         new_certs.make_folder(folder / "tls", ["localhost", "127.0.0.1"], ["celeba", "vggface2"])
@@ -126,12 +126,12 @@ class Machine:
     def nodes(self):
         return read_nodes(self.home / "nodes.json") or {}
 
-    def steward(self):
+    def superexec(self):
         """A client that knows the secret."""
         return ControlHttpClient.from_server_address(
             self.link.address, insecure=False, root_certificates=self.tls.ca.read_bytes(),
             interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="steward"),
+                RuntimeVersionHttpInterceptor(component_name="superexec"),
                 SendPassword((self.home / SECRET).read_bytes()),
             ],
         )  # fmt: skip
@@ -175,7 +175,7 @@ def read_as_nobody(path):
 
 @needs_root
 def test_what_asks_for_the_secret_is_what_keeps_it_out_and_the_register_is_mended(tmp_path):
-    """Without it everything succeeds; and the steward sees within seconds what was done to the register."""
+    """Without it everything succeeds; and the SuperExec sees within seconds what was done to the register."""
     with ExitStack() as started:
         machine = Machine(tmp_path, started, guarded=False, database=tmp_path / "state.db")
         nodes, run = machine.nodes(), machine.submitted()
@@ -188,16 +188,16 @@ def test_what_asks_for_the_secret_is_what_keeps_it_out_and_the_register_is_mende
 
 
 def test_a_node_that_nobody_admitted_goes_and_an_evicted_site_comes_back(machine):
-    with machine.steward() as steward:
-        known = {node.node_id for node in steward.ListNodes(ListNodesRequest()).nodes_info}
+    with machine.superexec() as superexec:
+        known = {node.node_id for node in superexec.ListNodes(ListNodesRequest()).nodes_info}
         assert known >= set(machine.nodes())
         evicted, other = machine.nodes()
-        stranger = steward.RegisterNode(
+        stranger = superexec.RegisterNode(
             RegisterNodeRequest(public_key=public_key_to_bytes(generate_key_pairs()[1]), name="sneaky")
         ).node_id
-        steward.UnregisterNode(UnregisterNodeRequest(node_id=evicted))
+        superexec.UnregisterNode(UnregisterNodeRequest(node_id=evicted))
         machine.wait(lambda: len(machine.nodes()) == 2 and evicted not in machine.nodes() and other in machine.nodes())
-        status = {node.node_id: node.status for node in steward.ListNodes(ListNodesRequest()).nodes_info}
+        status = {node.node_id: node.status for node in superexec.ListNodes(ListNodesRequest()).nodes_info}
     assert status[stranger] == status[evicted] == "unregistered"
     assert sorted(machine.nodes().values()) == ["celeba", "vggface2"]
 
@@ -206,7 +206,10 @@ def test_a_node_that_nobody_admitted_goes_and_an_evicted_site_comes_back(machine
 def test_control_and_runtime_answer_nobody_without_the_secret(machine, given):
     """Each path that the SuperLink has, but for the sites' own and /health; two headers are one too many as well."""
     headers = {"content-type": "application/protobuf", **given}
-    with machine.steward() as steward, httpx.Client(verify=steward._client._transport._pool._ssl_context) as anyone:
+    with (
+        machine.superexec() as superexec,
+        httpx.Client(verify=superexec._client._transport._pool._ssl_context) as anyone,
+    ):
         base = f"https://{machine.link.address}"
         proof = SendPassword((machine.home / SECRET).read_bytes())._password
         described = anyone.get(f"{base}/openapi.json", headers={"facefed-secret": proof}).json()["paths"]
@@ -227,7 +230,7 @@ def test_control_and_runtime_answer_nobody_without_the_secret(machine, given):
         assert anyone.post(f"{base}/v1/control/list-runs", headers=doubled).status_code == 401
 
 
-def test_with_the_secret_the_steward_is_heard(machine):
-    with machine.steward() as steward, pytest.raises(httpx.HTTPStatusError) as refused:
-        steward.StopRun(StopRunRequest(run_id=1))
+def test_with_the_secret_the_superexec_is_heard(machine):
+    with machine.superexec() as superexec, pytest.raises(httpx.HTTPStatusError) as refused:
+        superexec.StopRun(StopRunRequest(run_id=1))
     assert refused.value.response.status_code != 401

@@ -1,11 +1,17 @@
 """Which models a comparison finds, and what it says about those that it does not."""
 
+import dataclasses
 import json
+import re
+import shlex
 
 import pytest
 
+from common import config
 from common.errors import CheckpointError, TrackingError, UserError
+from simulation.compare.evaluate import _client_told
 from simulation.compare.model_lookup import Search, Wanted, explicit_runs, find_models, wanted_models
+from simulation.sites import data_options
 from tests.comparable_models import write_run
 from tests.tiny_federation import settings_with
 
@@ -89,6 +95,54 @@ def test_all_missing_kinds_are_named_with_the_commands_that_make_them(search, tm
     ):
         assert command in line
     assert "local-alpha" not in line
+    assert "Or compare" not in line  # one model is no comparison
+
+
+def without_config(search):
+    return dataclasses.replace(search, command_options="")
+
+
+def test_what_is_missing_is_to_be_trained_like_what_is_there(search, tmp_path):
+    """After the demo, without --config: the default's backbone is that of the demo, and all else is not."""
+    _federated(tmp_path, "1")
+    _federated(tmp_path, "2")
+    write_run(tmp_path, "3")
+    with pytest.raises(UserError) as error:
+        find_models(without_config(search), wanted_models("local,centralized,fedavg", BOTH, {}), {})
+    like = f"--config {tmp_path}/2/config.toml"
+    assert f"local-beta: `facefed train local --client beta {like}`;" in str(error.value)
+    assert f"centralized: `facefed train centralized --client alpha --client beta {like}`." in str(error.value)
+    assert "Or compare" not in str(error.value)  # of the local models one is missing
+    write_run(tmp_path, "4", clients=("beta",))
+    with pytest.raises(UserError, match=r"`\. Or compare what is there: --compare local,fedavg\.$"):
+        find_models(search, wanted_models("local,centralized,fedavg", BOTH, {}), {})
+
+
+def test_such_a_configuration_is_one(search, tmp_path):
+    """The command's --config is what a run wrote of itself."""
+    _federated(tmp_path, "1", model__embedding_size=24)
+    with pytest.raises(UserError) as error:
+        find_models(without_config(search), wanted_models("local,fedavg", ("alpha",), {}), {})
+    path = re.search(r"--config (\S+)`", str(error.value))[1]
+    assert config.load(config.find_config(path)).model.embedding_size == 24
+
+
+@pytest.mark.parametrize(
+    ("runs", "clients", "told"),
+    [
+        ((), ("celeba",), "--client celeba --client vggface2"),  # the usual two
+        ((("alpha", "gamma"),), ("alpha",), "--client alpha=x --client gamma"),  # those of the federation that is there
+        ((), ("alpha",), "--client alpha=x --client OTHER=DIR"),  # nobody knows with whom
+    ],
+)
+def test_to_compare_on_one_client_is_no_federation_of_one(search, tmp_path, runs, clients, told):
+    for number, holders in enumerate(runs):
+        write_run(tmp_path, str(number), mode="federated", clients=holders, strategy="fedavg")
+    alone = dataclasses.replace(search, clients=clients, told={"alpha": "alpha=x"})
+    with pytest.raises(UserError) as error:
+        find_models(alone, wanted_models("centralized,fedprox", clients, {}), {})
+    assert f"`facefed train centralized {told} --model cnn --config tiny`" in str(error.value)
+    assert f"`facefed train federated {told} --method fedprox --model cnn --config tiny`" in str(error.value)
 
 
 def test_a_run_is_named_by_id_by_folder_and_beyond_the_default_rules(search, tmp_path):
@@ -133,3 +187,18 @@ def test_a_metrics_file_cut_short_is_named(search, tmp_path):
     (tmp_path / "1" / "metrics.json").write_text(whole[:-3])
     with pytest.raises(CheckpointError, match=r"1/metrics.json cannot be read"):
         find_models(search, [LOCAL], {})
+
+
+@pytest.mark.parametrize(
+    ("client", "told"),
+    [
+        ("celeba", "celeba"),
+        ("mine:folder=data/mine", "mine:folder"),
+        ("celeba=/faces/celeba", "celeba=/faces/celeba"),
+        ("mine:folder=my faces", "'mine:folder=my faces'"),
+    ],
+)
+def test_a_client_is_told_as_a_training_command_takes_it(client, told):
+    [option] = data_options([client], [])
+    assert _client_told(option) == told
+    assert data_options(shlex.split(told), []) == [option]

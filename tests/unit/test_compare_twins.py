@@ -201,7 +201,7 @@ def test_the_newest_twins_run_of_a_compared_client_is_found(tmp_path):
     assert find(tmp_path, TWINS, runs={"twins": "2"})[0].source == "2"
     with pytest.raises(UserError, match=r"--run twins=3: that run is local \['twins'\], not twins"):
         find(tmp_path, TWINS, runs={"twins": "3"})
-    with pytest.raises(UserError, match=r"Train twins: `facefed train twins --model cnn --config t`\."):
+    with pytest.raises(UserError, match=r"Train twins: `facefed train twins --client alpha --model cnn --config t`\."):
         find(tmp_path, TWINS, clients=("alpha",))
     assert registered_name(TWINS, "vit_tiny") == "vit_tiny_twins"
 
