@@ -1,6 +1,6 @@
 """Another account on the server's machine: it reaches the SuperLink's port, and nobody behind it does what it asks.
 
-A SuperLink and its SuperExec as flower-server starts them, with TLS and keys; the stranger is another user id.  The same
+A SuperLink and its SuperExec as flower-server starts them, with TLS and keys; the stranger is another user id. The same
 is tried without what keeps the stranger out: each attack then succeeds.
 """
 
