@@ -9,6 +9,7 @@ from typing import Any
 from common.redact import shown_uri
 
 INFERENCES = ("sa", "glca", "both")
+PACKS = ("auto", "raw", "jpeg")
 ALIGNMENTS = ("landmarks", "box", "resize")
 CODECS = ("float32", "float16", "int8")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
@@ -46,6 +47,7 @@ class DataSettings:
     image_size: int = setting(112, low=32, high=512)  # px, width and height
     alignment: str = setting("landmarks", choices=ALIGNMENTS)
     box_margin: float = setting(0.0, low=0.0, high=1.0)  # fraction of the box's longer side added around it
+    pack: str = setting("auto", choices=PACKS)  # how aligned pictures are kept; auto: raw up to 8 GB, jpeg above
     min_pictures_per_person: int = setting(2, low=1)
     max_people: int | str = setting("all", low=2, word="all")  # the first so many by hash
     max_quarantined_fraction: float = setting(0.05, low=0.0, high=1.0)

@@ -195,7 +195,7 @@ def training_batches(
     """
     order = chosen[torch.randperm(len(chosen), generator=stream).numpy()]
     parts = np.array_split(order, num_batches(len(chosen), batch_size))
-    # in file order, so that reading the memory map moves forward
+    # in file order, so that reading moves forward
     read = ((pictures[rows], labels[rows]) for rows in map(np.sort, parts))
     for batch, targets in on_device(read, device):
         yield augment(to_float(batch), augmentation, stream), targets
@@ -234,7 +234,7 @@ def twin_batches(
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
     pairs = pair_up(chosen, person, family, twins, random)
     parts = into_batches(pairs, person, family, num_batches(len(chosen), batch_size), random)
-    # in file order, so that reading the memory map moves forward
+    # in file order, so that reading moves forward
     in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
     read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
     for batch, targets, partners in on_device(read, device):

@@ -1,16 +1,11 @@
-"""Decode and align once: a data set on disk -> a memory-mapped array that every epoch reads at memory speed."""
+"""Decode and align once: a data set on disk -> its pictures in shards that every epoch reads, and what each is for."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
-import stat
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,20 +16,14 @@ from numpy.typing import NDArray
 from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.account import NOTHING, Account, PassedOver
-from common.faces.decode import (
-    Recipe,
-    alignment_note,
-    check_quarantine,
-    plan,
-    quarantine,
-    scan,
-    with_duplicates,
-)
-from common.faces.index import FaceIndex, read_index, take, without_missing
+from common.faces.decode import RAW, alignment_note, check_quarantine, plan, quarantine, with_duplicates
+from common.faces.index import read_index, take, without_missing
+from common.faces.pack_progress import Progress, StateFile
+from common.faces.packing import Changed, Task, fill, stamps_of
+from common.faces.shards import FORMAT, PLACE, StoredPictures
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 
-Progress = Callable[[int, int], None]
 _VALUES = "values: "  # how a line begins that says what was done to the values of pictures
 _CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
 logger = logging.getLogger("facefed.faces")
@@ -55,7 +44,7 @@ class Pictures(Protocol):
 class FacePack:
     """The aligned pictures of one data set, ready for training.
 
-    pictures: uint8 RGB [N, S, S, 3], memory-mapped and read-only; quarantined pictures and unused people are left out.
+    pictures: uint8 RGB [N, S, S, 3], read when they are asked for; quarantined pictures and unused people are left out.
     person: [N] int64, index into people (all people of the data set).  split: [N] int8 `Split` codes; UNUSED is rare:
     people that fell below the limits through quarantine.  key: SHA-256 hex of index and settings.
     quarantined: (path, reason), sorted by path.  family: [P] int64, as in FaceIndex; None: everyone their own.
@@ -114,6 +103,9 @@ class FacePack:
         return indices, person, self.families[person]
 
 
+_TRIES = 3  # to pack a data folder that changes meanwhile
+
+
 def open_pack(
     dataset: str,
     root: Path,
@@ -125,11 +117,28 @@ def open_pack(
 ) -> FacePack:
     """The pack of a data set: found in cache_dir/KEY, or made there by `workers` processes (1: in this one).
 
-    progress: called with (pictures done, pictures in all) while packing.  The key covers paths, people, families,
-    landmarks, boxes, splits, sizes and times of the pictures, and the settings, so a change of any of them packs anew.
+    progress: called with (pictures done, pictures in all) while packing, or while another program packs the same.  The
+    key covers paths, people, families, landmarks, boxes, splits, sizes and times of the pictures, and the settings. A
+    change of any of them makes a new pack, which takes over every picture that did not change.
     Raises DataError: as read_index and assign_splits; too many quarantined pictures; no space; a cache folder that
-    cannot be written. Raises CheckpointError when cache_dir/KEY holds a pack of another key.
+    cannot be written; data that change all the while. Raises CheckpointError when cache_dir/KEY holds a pack of another
+    key.
     """
+    for _ in range(_TRIES):
+        try:
+            return _open_once(dataset, root, data, cache_dir, workers=workers, progress=progress)
+        except Changed as error:
+            number, first = error.args
+            logger.warning("%s: %d pictures changed while they were packed, such as %s", root, number, first)
+    raise DataError(
+        f"{root}: {number} pictures changed while they were packed, such as {first}, {_TRIES} times running; wait "
+        "until nothing writes there and pack again: what is packed stays."
+    )
+
+
+def _open_once(
+    dataset: str, root: Path, data: DataSettings, cache_dir: Path, *, workers: int, progress: Progress | None
+) -> FacePack:
     index = read_index(dataset, root)
     missing = index.account.missing
     check_quarantine(index, missing, len(index), data.max_quarantined_fraction)
@@ -140,17 +149,16 @@ def open_pack(
     recipe, points = plan(index, data)
     account = dataclasses.replace(index.account, notes=(*index.account.notes, *alignment_note(index, recipe, data)))
     index = dataclasses.replace(index, account=account)
-    stamps = _stamps(index)
-    key = _key(index, split, stamps, recipe, data)
+    task = Task(index=index, stamps=stamps_of(index), recipe=recipe, points=points)
+    key = _key(task, split, data)
     pack = _load_whole(cache_dir / key)
     if pack is None:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with pack_store.locked(cache_dir, key):
+            with pack_store.locked(cache_dir, key, progress) as has_locks:
                 pack = _load_whole(cache_dir / key)
                 if pack is None:
-                    shutil.rmtree(cache_dir / key, ignore_errors=True)  # damaged; nobody else removes it meanwhile
-                    _write(index, split, recipe, points, data, cache_dir / key, workers=workers, progress=progress)
+                    _write(task, split, data, cache_dir, key, workers=workers, progress=progress, has_locks=has_locks)
         except OSError as error:
             raise DataError(f"{cache_dir}: cannot be written: {error.strerror}; choose another cache folder.") from None
         pack = pack or load_pack(cache_dir / key)
@@ -168,18 +176,19 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
     """
     manifest = pack_store.read_manifest(folder, key or folder.name)
     try:
-        pictures = np.load(folder / pack_store.PICTURES, mmap_mode="r", allow_pickle=False)
-        person, split = (np.load(folder / name, allow_pickle=False) for name in (pack_store.PERSON, pack_store.SPLIT))
+        places, person, split = (np.load(folder / name, allow_pickle=False) for name in pack_store.ARRAYS)
     except Exception as error:  # digests were altered with the files; for an odd header NumPy raises even SyntaxError
         raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder and pack again.") from None
-    if not all(isinstance(one, np.ndarray) for one in (pictures, person, split)):  # a zip, which NumPy opens too
+    if not all(isinstance(one, np.ndarray) for one in (places, person, split)):  # a zip, which NumPy opens too
         raise CheckpointError(f"{folder}: cannot be read as arrays; delete the folder and pack again.")
-    if not len(pictures) == len(person) == len(split) or (
-        len(person) and not 0 <= person.min() <= person.max() < len(manifest["people"])
+    if (
+        not len(places) == len(person) == len(split)
+        or not _fit(places, manifest)
+        or (len(person) and not 0 <= person.min() <= person.max() < len(manifest["people"]))
     ):
         raise CheckpointError(f"{folder}: its files do not go together; delete the folder and pack again.")
     return FacePack(
-        pictures=pictures,
+        pictures=StoredPictures(folder, manifest["shards"], places, manifest["image_size"], manifest["coding"]),
         person=person,
         people=tuple(manifest["people"]),
         split=split,
@@ -189,6 +198,20 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
         account=_account_in(manifest),
         family=None if manifest["family"] is None else np.array(manifest["family"], dtype=np.int64),
     )
+
+
+def _fit(places: NDArray[np.void], manifest: Mapping[str, Any]) -> bool:
+    """Whether every picture lies inside its shard."""
+    if places.dtype != PLACE:
+        return False
+    if not len(places):
+        return True
+    if int(places["shard"].max()) >= len(manifest["shards"]):
+        return False
+    sizes = np.array([manifest["files"][f"{name}.pictures"]["bytes"] for name in manifest["shards"]], dtype=np.uint64)
+    inside = places["start"] + places["size"] <= sizes[places["shard"]]
+    raw = manifest["image_size"] ** 2 * 3
+    return bool(inside.all() and (manifest["coding"] != RAW or (places["size"] == raw).all()))
 
 
 def _account_in(manifest: Mapping[str, Any]) -> Account:
@@ -214,30 +237,16 @@ def _load_whole(folder: Path) -> FacePack | None:
         return None
 
 
-def _stamps(index: FaceIndex) -> NDArray[np.int64]:
-    """Size in bytes and modification time in ns of each picture, [N, 2] int64; -1 where it is missing."""
-    stamps = np.full((len(index), 2), -1, dtype=np.int64)
-    prefix = f"{index.root}{os.sep}"
-    for row, path in enumerate(index.paths):
-        try:
-            about = os.stat(prefix + path)  # noqa: PTH116 - a Path for each of 3 million pictures takes seconds
-        except OSError:
-            continue
-        stamps[row] = (about.st_size if stat.S_ISREG(about.st_mode) else 0, about.st_mtime_ns)
-    return stamps
-
-
-def _key(
-    index: FaceIndex, split: NDArray[np.int8], stamps: NDArray[np.int64], recipe: Recipe, data: DataSettings
-) -> str:
+def _key(task: Task, split: NDArray[np.int8], data: DataSettings) -> str:
     """SHA-256 hex over all that decides the pack's content; each part goes in with its length."""
+    index, recipe = task.index, task.recipe
     settings = dataclasses.asdict(data) | dataclasses.asdict(recipe)
-    del settings["max_quarantined_fraction"]  # checked whenever a pack is opened
+    del settings["max_quarantined_fraction"], settings["pack"]  # checked at each opening; the recipe says its coding
     if recipe.alignment != "box":
         del settings["box_margin"]
-    arrays = [index.person, index.landmarks, index.boxes, split, stamps, index.family]
+    arrays = [index.person, index.landmarks, index.boxes, split, task.stamps, index.family]
     parts = [
-        json.dumps([pack_store.FORMAT, index.dataset, settings], sort_keys=True).encode(),
+        json.dumps([FORMAT, index.dataset, settings], sort_keys=True).encode(),
         "\n".join(index.people).encode("utf-8", "surrogateescape"),
         "\n".join(index.paths).encode("utf-8", "surrogateescape"),
         *(b"" if array is None else np.ascontiguousarray(array).tobytes() for array in arrays),
@@ -250,52 +259,49 @@ def _key(
 
 
 def _write(
-    index: FaceIndex,
+    task: Task,
     split: NDArray[np.int8],
-    recipe: Recipe,
-    points: NDArray[np.float32] | None,
     data: DataSettings,
-    folder: Path,
+    cache_dir: Path,
+    key: str,
     *,
     workers: int,
     progress: Progress | None,
+    has_locks: bool,
 ) -> None:
-    """Decode everything into a new pack at `folder`."""
-    size = recipe.image_size
-    need_bytes = len(index) * (size * size * 3 + 64) + 2**16
-    with pack_store.new_folder(folder.parent, folder.name, need_bytes) as temporary:
-        reasons: list[str] = []
-        digests: list[bytes] = []
-        values: Counter[str] = Counter()
-        path = temporary / pack_store.PICTURES
-        results = scan(index, recipe, points, workers=workers, progress=progress)
-        with path.open("wb") as file, contextlib.closing(results):
-            pack_store.write_header(file, len(index), size)
-            for done in results:
-                file.write(done.pictures.tobytes())
-                reasons += done.reasons
-                digests += done.digests
-                values.update(note for note in done.notes if note)
-        written = np.array([not reason for reason in reasons])
-        kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
-        missing = index.account.missing
+    """Make the pack cache_dir/key: take over what there is, decode the rest, leave out what cannot be used."""
+    index, missing = task.index, task.index.account.missing
+    origin = pack_store.Origin.of(index.dataset, index.root, task.recipe)
+    with pack_store.growing(cache_dir, key, origin, has_locks=has_locks) as folder:
+        state = StateFile(folder / pack_store.STATE, progress)
+        others = [other for other in pack_store.folders_of(cache_dir, origin) if other != folder]
+        filled = fill(folder, task, others, workers=workers, progress=state)
+        kept, unusable = quarantine(index, with_duplicates(index, split, filled.reasons, filled.files))
         quarantined = tuple(sorted((*unusable, *missing)))
         check_quarantine(index, quarantined, len(index) + len(missing), data.max_quarantined_fraction)
-        account = {
-            "num_found": index.account.num_found,
-            "passed_over": [vars(one) for one in index.account.passed_over],
-            "notes": [*index.account.notes, *value_notes(values)],
-        }
         if unusable:
             # one picture less may leave a person without a training picture: decide again, on what is left
             index = take(index, np.flatnonzero(kept))
             split = assign_splits(index, data)
-            pack_store.keep_rows(path, kept[written], size)
-        np.save(temporary / pack_store.PERSON, index.person, allow_pickle=False)
-        np.save(temporary / pack_store.SPLIT, split, allow_pickle=False)
-        about = {"key": folder.name, "dataset": index.dataset, "people": index.people, "quarantined": quarantined}
-        family = None if index.family is None else index.family.tolist()
-        pack_store.write_manifest(temporary, {**about, "account": account, "family": family})
+        for name, array in zip(pack_store.ARRAYS, (filled.places[kept], index.person, split), strict=True):
+            np.save(folder / name, array, allow_pickle=False)
+        about = {
+            "key": key,
+            "dataset": index.dataset,
+            "people": index.people,
+            "quarantined": quarantined,
+            "family": None if index.family is None else index.family.tolist(),
+            "image_size": task.recipe.image_size,
+            "coding": task.recipe.coding,
+            "account": {
+                "num_found": index.account.num_found,
+                "passed_over": [vars(one) for one in index.account.passed_over],
+                "notes": [*index.account.notes, *value_notes(filled.notes)],
+            },
+        }
+        state.close()
+        pack_store.write_manifest(folder, filled.shards, about)
+    pack_store.remove_taken_over(cache_dir, origin)
 
 
 def value_notes(values: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,105 +1,182 @@
 """The folder of a pack on disk: written beside its place, renamed when whole, checked whenever it is opened.
 
-    KEY/pictures.npy    uint8 [N, S, S, 3], memory-mapped
+    KEY/NNNNN.*         the shards of pictures (`shards.py`)
+    KEY/places.npy      PLACE [N]: in which shard each picture lies, and where
     KEY/person.npy      int64 [N]
     KEY/split.npy       int8 [N]
+    KEY/origin.json     what the pictures were made of: data set, folder, recipe; later packs of the same take over
     KEY/manifest.json   written last: format, key, people, families, what was quarantined, length and digest of each
                         file above
+    .KEY.tmp/           a pack that is not whole yet: a packer that was stopped goes on there
 
 Nothing here is pickled.
 """
 
 import contextlib
+import dataclasses
 import errno
-import hashlib
 import json
 import logging
-import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from common.errors import CheckpointError, DataError
+from common.faces.decode import JPEG, RAW, Recipe
+from common.faces.pack_progress import Progress, read_state
+from common.faces.shards import FORMAT, digest
 from common.system.files import InUse, bring_to_disk, lock, write_bytes
 
-FORMAT = 2  # 2: families of people
-MANIFEST, PICTURES, PERSON, SPLIT = "manifest.json", "pictures.npy", "person.npy", "split.npy"
+MANIFEST, PLACES, PERSON, SPLIT = "manifest.json", "places.npy", "person.npy", "split.npy"
+ARRAYS = (PLACES, PERSON, SPLIT)
+STATE = "state.json"  # of a packer at work, in its folder
+_ORIGIN = "origin.json"
+_LOOK_EVERY_S = 1.0
 
 
 class ForeignPack(CheckpointError):
     """The folder holds the pack of another key."""
 
 
-_BLOCK = 2**20
-_MAX_BLOCKS = 256  # a digest reads at most so many blocks: a pack of 7.6 GB must open in under a second
 logger = logging.getLogger("facefed.faces")
 
 
-@contextlib.contextmanager
-def locked(cache_dir: Path, key: str) -> Iterator[None]:
-    """Only one process at a time packs one key; also clears what processes that died have left behind.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the pictures of a pack were made of; packs of one origin may take over each other's.
 
-    Where the file system knows no locks, the final rename still lets only one of two packs win.
+    root: the data folder.  recipe: the fields of a `Recipe`.
+    """
+
+    dataset: str
+    root: str
+    recipe: Mapping[str, Any]
+    format: int = FORMAT
+
+    @staticmethod
+    def of(dataset: str, root: Path, recipe: Recipe) -> "Origin":
+        """The origin of pictures below this folder."""
+        return Origin(dataset=dataset, root=str(root.resolve()), recipe=dataclasses.asdict(recipe))
+
+    def write(self, folder: Path) -> None:
+        """Leave it in a pack's folder."""
+        write_bytes(folder / _ORIGIN, json.dumps(dataclasses.asdict(self)).encode())
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """The origin of a pack's folder; None where it says nothing, as in packs of earlier versions."""
+    try:
+        return Origin(**json.loads((folder / _ORIGIN).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def work_folder(cache_dir: Path, key: str) -> Path:
+    """Where the pack of this key grows."""
+    return cache_dir / f".{key}.tmp"
+
+
+@contextlib.contextmanager
+def locked(cache_dir: Path, key: str, progress: Progress | None = None) -> Iterator[bool]:
+    """Only one process at a time packs one key.  Yields whether the file system knows locks.
+
+    Who waits says so, and sees the progress of the one who works.  Where the file system knows no locks, the final
+    rename still lets only one of two packs win.
     """
     with (cache_dir / f".{key}.lock").open("wb") as file:
-        try:
-            without_locks = lock(file)
-        except InUse:
-            logger.info("another process is packing these pictures; waiting for it")
-            without_locks = lock(file, within_s=math.inf)
+        told = False
+        while True:
+            try:
+                without_locks = lock(file, within_s=_LOOK_EVERY_S if told else 0.0)
+                break
+            except InUse:
+                state = read_state(work_folder(cache_dir, key) / STATE)
+                if not told:
+                    far = f" ({state.words()})" if state is not None else ""
+                    logger.warning("another program is packing these pictures; waiting for it%s", far)
+                told = True
+                if state is not None and progress is not None and state.total:
+                    progress(state.done, state.total)
         if without_locks:
             logger.warning("%s: the file system has no locks; two processes may pack the same pictures", cache_dir)
-        _remove_stale(cache_dir, key)
-        yield
+        _remove_stale(cache_dir)
+        yield not without_locks
 
 
-def _remove_stale(cache_dir: Path, key: str) -> None:
-    """Remove temporary folders that no process holds the lock of; `key` is the one that this process holds."""
-    for folder in cache_dir.glob(".*.tmp"):
-        other = folder.name.split(".")[1]
-        if other == key:
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
-        with (cache_dir / f".{other}.lock").open("wb") as file, contextlib.suppress(InUse):
+def _remove_stale(cache_dir: Path) -> None:
+    """Remove unfinished packs of earlier versions, and of file systems without locks, that nobody works on."""
+    for folder in cache_dir.glob(".*.*.tmp"):
+        with (cache_dir / f".{folder.name.split('.')[1]}.lock").open("ab") as file, contextlib.suppress(InUse):
             if lock(file) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def new_folder(cache_dir: Path, key: str, need_bytes: int) -> Iterator[Path]:
-    """A temporary folder that becomes cache_dir/key when the block ends well and vanishes when it does not.
+def remove_taken_over(cache_dir: Path, origin: Origin) -> None:
+    """Remove the unfinished packs of this origin that nobody works on; a whole one has what was good in them."""
+    for folder in cache_dir.glob(".*.tmp"):
+        if origin_of(folder) == origin:
+            place = cache_dir / f"{folder.name.removesuffix('.tmp')}.lock"
+            with place.open("ab") as file, contextlib.suppress(InUse):
+                if lock(file) is None:
+                    shutil.rmtree(folder, ignore_errors=True)
 
-    Raises DataError, with the bytes that are needed, when the disk is or becomes full.
+
+def folders_of(cache_dir: Path, origin: Origin) -> list[Path]:
+    """The packs of this origin, whole and unfinished."""
+    every = sorted(path for path in cache_dir.iterdir() if path.is_dir())
+    return [folder for folder in every if origin_of(folder) == origin]
+
+
+@contextlib.contextmanager
+def growing(cache_dir: Path, key: str, origin: Origin, *, has_locks: bool) -> Iterator[Path]:
+    """The folder where a pack grows, which becomes cache_dir/key when the block ends well.
+
+    When it does not, what is whole in it stays, so that the next packer goes on.  A damaged pack of this key is taken
+    as the beginning.  Raises DataError when the disk becomes full.
     """
-    free = shutil.disk_usage(cache_dir).free
-    if free < need_bytes:
-        raise DataError(_no_space(cache_dir, need_bytes, free))
-    temporary = cache_dir / f".{key}.{uuid.uuid4().hex}.tmp"
+    folder = work_folder(cache_dir, key)
+    if not has_locks:
+        folder = cache_dir / f".{key}.{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir()
-        yield temporary
-        bring_to_disk(temporary)
-        _take_place(temporary, cache_dir / key)
+        if origin_of(folder) != origin:
+            shutil.rmtree(folder, ignore_errors=True)
+        if (cache_dir / key).exists() and not folder.exists():
+            (cache_dir / key).rename(folder)
+            (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(cache_dir / key, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        if origin_of(folder) != origin:
+            shutil.rmtree(folder)  # the damaged pack was of an earlier version
+            folder.mkdir()
+        origin.write(folder)
+        yield folder
+        bring_to_disk(folder)
+        _take_place(folder, cache_dir / key)
         bring_to_disk(cache_dir)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise DataError(_no_space(cache_dir, need_bytes, shutil.disk_usage(cache_dir).free)) from None
+            raise DataError(
+                f"{cache_dir}: no space left while packing ({shutil.disk_usage(cache_dir).free} bytes are free); free "
+                "some and pack again: what is packed so far stays."
+            ) from None
         raise DataError(f"{cache_dir}: cannot be written: {error.strerror}; choose another cache folder.") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not has_locks:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _no_space(cache_dir: Path, need_bytes: int, free: int) -> str:
-    return (
-        f"{cache_dir}: no space left: packing needs {need_bytes} bytes and {free} are free; free some, or choose "
-        "another cache folder, a smaller data.image_size or fewer people."
-    )
+def require_space(cache_dir: Path, num_pictures: int, picture_bytes: int) -> None:
+    """Raise DataError, with the sizes, when so many pictures will not fit.  picture_bytes: of one, at most."""
+    need = num_pictures * (picture_bytes + 192) + 2**16
+    free = shutil.disk_usage(cache_dir).free
+    if free < need:
+        raise DataError(
+            f"{cache_dir}: no space left: packing needs {need} bytes and {free} are free; free some, or choose another "
+            f'cache folder, a smaller data.image_size, fewer people, or data.pack = "{JPEG}" (a sixth of "{RAW}").'
+        )
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
@@ -111,37 +188,17 @@ def _take_place(temporary: Path, folder: Path) -> None:
         # another process was first and had the same key, so its pack holds the same
 
 
-def write_header(file: BinaryIO, num_pictures: int, image_size: int) -> None:
-    """The .npy header of uint8 [num_pictures, image_size, image_size, 3]; NumPy pads it to one length for any count."""
-    shape = (num_pictures, image_size, image_size, 3)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+def write_manifest(folder: Path, shards: Sequence[str], about: Mapping[str, Any]) -> None:
+    """Write manifest.json, the last file of a pack; every other file is on the disk before.
 
-
-def keep_rows(path: Path, kept: NDArray[np.bool_], image_size: int) -> None:
-    """Drop pictures from pictures.npy, in place, and correct its header.  kept: [number of pictures in the file]."""
-    rows = np.flatnonzero(kept)
-    one = image_size * image_size * 3
-    offset = path.stat().st_size - len(kept) * one
-    pictures = np.memmap(path, dtype=np.uint8, mode="r+", offset=offset, shape=(len(kept), one))
-    step = max(1, 2**26 // one)
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        if block[0] != start or block[-1] != start + len(block) - 1:  # up to the first dropped one, all stay in place
-            pictures[start : start + len(block)] = pictures[block]  # indexing by an array copies first
-    pictures.flush()
-    del pictures
-    with path.open("r+b") as file:
-        write_header(file, len(rows), image_size)
-        file.truncate(offset + len(rows) * one)
-
-
-def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write manifest.json, the last file of a pack; every other file is on the disk before."""
+    shards: the names of those in use, by number.
+    """
     files = {}
-    for name in (PICTURES, PERSON, SPLIT):
+    for name in (*ARRAYS, *(f"{shard}.pictures" for shard in shards)):
         bring_to_disk(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "digest": digest(folder / name)}
-    write_bytes(folder / MANIFEST, json.dumps({"format": FORMAT, **about, "files": files}).encode())
+    content = {"format": FORMAT, **about, "shards": list(shards), "files": files}
+    write_bytes(folder / MANIFEST, json.dumps(content).encode())
 
 
 def read_manifest(folder: Path, key: str) -> dict[str, Any]:
@@ -164,8 +221,8 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
             f"{manifest.get('key')!s:.12}, wanted {key:.12}); pack again with these settings."
         )
     _check_form(folder, manifest)
-    for name in (PICTURES, PERSON, SPLIT):
-        about, path = manifest["files"][name], folder / name
+    for name, about in manifest["files"].items():
+        path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size != about["bytes"]:
             raise CheckpointError(f"{path}: cut short ({size} bytes, its manifest says {about['bytes']}); {again}.")
@@ -177,11 +234,8 @@ def read_manifest(folder: Path, key: str) -> dict[str, Any]:
 def _check_form(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless every part of the manifest is of its kind; what it says is used unseen."""
     people, family, quarantined = (manifest.get(name) for name in ("people", "family", "quarantined"))
-    files = manifest.get("files")
     sound = (
-        isinstance(files, dict)
-        and all(isinstance(files.get(name), dict) for name in (PICTURES, PERSON, SPLIT))
-        and all({"bytes", "digest"} <= files[name].keys() for name in (PICTURES, PERSON, SPLIT))
+        _has_files(manifest)
         and isinstance(manifest.get("dataset"), str)
         and isinstance(people, list)
         and all(isinstance(one, str) for one in people)
@@ -193,6 +247,21 @@ def _check_form(folder: Path, manifest: Mapping[str, Any]) -> None:
     )
     if not sound:
         raise CheckpointError(f"{folder / MANIFEST}: is not one of ours; delete the folder and pack again.")
+
+
+def _has_files(manifest: Mapping[str, Any]) -> bool:
+    """Whether it names the shards and files there must be, none outside the folder, and says how they are coded."""
+    files, shards, size = (manifest.get(name) for name in ("files", "shards", "image_size"))
+    return (
+        isinstance(files, dict)
+        and isinstance(shards, list)
+        and all(isinstance(name, str) and name.isascii() and name.isdigit() for name in shards)
+        and files.keys() == {*ARRAYS, *(f"{name}.pictures" for name in shards)}
+        and all(isinstance(about, dict) and {"bytes", "digest"} <= about.keys() for about in files.values())
+        and manifest.get("coding") in (RAW, JPEG)
+        and type(size) is int
+        and 0 < size <= 2**14
+    )
 
 
 def _is_account(account: object) -> bool:
@@ -221,16 +290,3 @@ def _is_family(family: object, num_people: int) -> bool:
         and len(family) == num_people
         and all(type(one) is int and 0 <= one < num_people for one in family)
     )
-
-
-def digest(path: Path) -> str:
-    """SHA-256 hex of a file's length and content; of a file above 256 MiB, of 256 blocks of 1 MiB spread over it."""
-    size = path.stat().st_size
-    blocks = -(-size // _BLOCK)
-    chosen = np.unique(np.linspace(0, max(blocks - 1, 0), min(blocks, _MAX_BLOCKS)).astype(np.int64)).tolist()
-    total = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for block in chosen:
-            file.seek(block * _BLOCK)
-            total.update(file.read(_BLOCK))
-    return total.hexdigest()

@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.faces.account import Account
-from common.faces.decode import Done, alignment_note, check_quarantine, plan, quarantine, scan, with_duplicates
+from common.faces.decode import (
+    NO_PICTURES,
+    Done,
+    alignment_note,
+    check_quarantine,
+    plan,
+    quarantine,
+    same_files,
+    scan,
+    with_duplicates,
+)
 from common.faces.index import OFFICIAL_NONE, FaceIndex, read_index, take, without_missing
 from common.faces.pack import value_notes
 from common.faces.splits import Split, assign_splits
@@ -200,14 +210,19 @@ class OverlapReport:
         ]
 
 
-def _told(scanned: Iterable[Done]) -> tuple[list[str], list[bytes], Counter[str]]:
-    """Reasons and digests, one for each picture in order, and how often each note fell; the pictures are dropped."""
-    reasons: list[str] = []
-    digests: list[bytes] = []
+def _told(scanned: Iterable[Done], total: int) -> tuple[dict[int, str], NDArray[np.uint8], Counter[str]]:
+    """Reasons by row, digests [total, 32] (zeros where nothing was read), and how often each note fell."""
+    reasons: dict[int, str] = {}
+    digests = np.zeros((total, 32), dtype=np.uint8)
     values: Counter[str] = Counter()
+    row = 0
     for done in scanned:
-        reasons += done.reasons
-        digests += done.digests
+        for reason, digest in zip(done.reasons, done.digests, strict=True):
+            if reason:
+                reasons[row] = reason
+            if digest:
+                digests[row] = np.frombuffer(digest, dtype=np.uint8)
+            row += 1
         values.update(note for note in done.notes if note)
     return reasons, digests, values
 
@@ -251,9 +266,11 @@ def audit(
     rows = np.arange(len(there)) if problem else np.flatnonzero(split != Split.UNUSED)
     index, split = take(there, rows), split[rows]
     recipe, points = plan(index, data)
-    reasons, digests, values = _told(scan(index, recipe, points, workers=workers, progress=progress))
+    looked_at = dataclasses.replace(recipe, coding=NO_PICTURES)
+    reasons, digests, values = _told(scan(index, looked_at, points, workers=workers, progress=progress), len(index))
     copies = _copies(index, split, digests)
-    hashes = {path: digest.hex() for path, digest in zip(index.paths, digests, strict=True) if digest}
+    read = np.flatnonzero(digests.any(axis=1)).tolist()
+    hashes = {index.paths[row]: digests[row].tobytes().hex() for row in read}
     kept, unusable = quarantine(index, with_duplicates(index, split, reasons, digests))
     quarantined = tuple(sorted((*unusable, *missing)))
     if (excess := _excess(index, quarantined, missing, len(named), data)) and (missing or not problem):
@@ -340,18 +357,13 @@ def _in_two_parts(index: FaceIndex) -> tuple[str, ...]:
     return tuple(index.people[i] for i in people[number > 1].tolist())
 
 
-def _copies(index: FaceIndex, split: NDArray[np.int8], digests: Sequence[bytes]) -> tuple[Copies, ...]:
+def _copies(index: FaceIndex, split: NDArray[np.int8], digests: NDArray[np.uint8]) -> tuple[Copies, ...]:
     """Groups of equal files, by the splits they would have if all were used."""
-    rows_of: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        if digest:
-            rows_of.setdefault(digest, []).append(row)
     return tuple(
         Copies(
             paths=tuple(index.paths[row] for row in rows),
             people=tuple(index.people[index.person[row]] for row in rows),
             splits=tuple(Split(int(split[row])).name.lower() for row in rows),
         )
-        for rows in rows_of.values()
-        if len(rows) > 1
+        for rows in same_files(digests)
     )

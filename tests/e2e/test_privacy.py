@@ -17,6 +17,7 @@ from programs import Programs, mlflow_status
 from sealed_runs import LOG, PERSON, Sealed, deploy, name_people, simulate
 from stored import holding, stored
 
+from common.faces.pack import load_pack
 from common.system.runtime import SILENCE
 
 pytestmark = pytest.mark.e2e
@@ -233,8 +234,9 @@ def pixels(faces):
     for path in (*faces.celeba.rglob("*.jpg"), *faces.vggface2.rglob("*.jpg")):
         content = path.read_bytes()
         yield content[len(content) // 2 :][:64]
-    for path in (faces.folder / "packs").glob("*/pictures.npy"):
-        for picture in np.load(path):
+    for path in (faces.folder / "packs").glob("*/manifest.json"):
+        pack = load_pack(path.parent)
+        for picture in pack.pictures[np.arange(len(pack))]:
             row = picture[16]
             if len(np.unique(row[:, 0])) > 8:  # no plain background
                 yield row.tobytes()

@@ -99,7 +99,7 @@ def test_another_account_reads_nothing_of_pictures_people_heads_ledger_and_track
     """It may enter the folder that the program was started in, as under the usual umask."""
     cwd = simulated.cwd
     ours = [str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file() and path.parent != cwd]
-    kinds = ("packs/.*/pictures.npy", "packs/.*/manifest.json", "clients/celeba/private/", "clients/celeba/egress/")
+    kinds = ("packs/.*/00000.pictures", "packs/.*/manifest.json", "clients/celeba/private/", "clients/celeba/egress/")
     for kind in (*kinds, "runs/.*/checkpoints/", "mlruns/"):
         assert [path for path in ours if re.search(kind, path)], (kind, ours)
     cwd.chmod(0o755)

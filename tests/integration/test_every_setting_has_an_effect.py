@@ -229,6 +229,19 @@ def test_the_margin_around_boxes_chooses_the_pixels(celeba, tmp_path):
     assert not np.array_equal(tight, wide)
 
 
+@proves("data.pack")
+def test_how_pictures_are_kept_chooses_their_size_on_disk_and_their_pixels_a_little(celeba, tmp_path):
+    by_default, raw, jpeg = (
+        pack_of("celeba", celeba, changed(BASE, data__pack=name), tmp_path) for name in ("auto", "raw", "jpeg")
+    )
+    assert by_default.key == raw.key
+    assert raw.key != jpeg.key
+    apart = np.abs(np.asarray(raw.pictures).astype(int) - np.asarray(jpeg.pictures)).mean()
+    assert 0 < apart < 8
+    on_disk = [sum(file.stat().st_size for file in (tmp_path / key).glob("*.pictures")) for key in (raw.key, jpeg.key)]
+    assert on_disk[1] < on_disk[0]
+
+
 @proves("data.max_quarantined_fraction")
 def test_the_share_of_unreadable_pictures_decides_between_a_pack_and_an_error(tmp_path):
     random = np.random.default_rng(1)

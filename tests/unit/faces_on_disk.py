@@ -1,11 +1,13 @@
 """Small face data sets on disk, in the official layouts, for the tests of common.faces."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from common.faces.pack import FacePack, open_pack
+from common.faces.shards import PLACE, ShardWriter
 from common.settings import DataSettings
 
 POINTS = "70 112 108 111 88 131 72 153 106 154"  # a face in CelebA's aligned place
@@ -61,6 +63,30 @@ def opened(folder: Path, data: DataSettings = SMALL, *, workers: int = 1) -> Fac
     return open_pack("folder", folder, data, folder.parent / "cache", workers=workers)
 
 
+def pixels(pack: FacePack) -> bytes:
+    """All pictures of a pack, one after the other."""
+    return pack.pictures[np.arange(len(pack))].tobytes()
+
+
 def in_cache(folder: Path) -> set[str]:
-    """What lies in that cache, locks aside."""
-    return {path.name for path in (folder.parent / "cache").iterdir() if not path.name.endswith(".lock")}
+    """What lies in that cache, locks and unfinished packs aside."""
+    return {path.name for path in (folder.parent / "cache").iterdir() if not path.name.startswith(".")}
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """The unfinished packs in that cache."""
+    return sorted((folder.parent / "cache").glob(".*.tmp"))
+
+
+def write_shard(folder: Path, pictures: "np.ndarray[Any, Any]") -> dict[str, object]:
+    """One raw shard, 00000, and places.npy of these pictures [N, S, S, 3].  Returns what a manifest says of them."""
+    writer = ShardWriter(folder, 0)
+    none = [""] * len(pictures)
+    entries = np.arange(2 * len(pictures), dtype=np.uint64).reshape(-1, 2)
+    writer.add(entries, [one.tobytes() for one in pictures], [b""] * len(pictures), none, none)
+    writer.close()
+    places = np.zeros(len(pictures), dtype=PLACE)
+    places["size"] = pictures[0].size
+    places["start"] = np.arange(len(pictures)) * pictures[0].size
+    np.save(folder / "places.npy", places)
+    return {"image_size": pictures.shape[1], "coding": "raw"}

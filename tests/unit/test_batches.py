@@ -91,7 +91,7 @@ def test_augmented_batches_are_the_streams():
 
 
 def test_read_only_pictures_are_no_trouble():
-    """A pack is memory-mapped read-only; PyTorch would warn, and pytest makes that an error."""
+    """A pack may be memory-mapped read-only; PyTorch would warn, and pytest makes that an error."""
     fixed, labels = pictures(8), np.arange(8)
     fixed.flags.writeable = labels.flags.writeable = False
     arguments = {"chosen": labels, "batch_size": 4, "augmentation": STRONG, "stream": stream(), "device": "cpu"}

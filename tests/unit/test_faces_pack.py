@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faces_on_disk import SMALL, in_cache, make_celeba, make_folder, opened, people_in, picture
+from faces_on_disk import SMALL, in_cache, make_celeba, make_folder, opened, people_in, picture, pixels, unfinished_in
 
 from common.errors import DataError
-from common.faces import pack
+from common.faces import packing
 from common.faces.pack import open_pack
 from common.faces.splits import Split
 from common.settings import DataSettings
@@ -26,8 +26,6 @@ def folder(tmp_path: Path) -> Path:
 def test_a_pack_holds_the_aligned_pictures_of_their_people(folder: Path) -> None:
     found = opened(folder)
     assert found.pictures.shape == (72, 32, 32, 3)
-    assert isinstance(found.pictures, np.memmap)
-    assert not found.pictures.flags.writeable
     expected = np.asarray(picture(1, 64, 64).resize((32, 32))).astype(int)
     assert np.abs(found.pictures[0].astype(int) - expected).mean() < 6
     assert [found.people[p] for p in found.person[:7]] == ["p00"] * 6 + ["p01"]
@@ -51,13 +49,13 @@ def test_workers_give_the_same_bytes_in_the_same_order(folder: Path) -> None:
     two = open_pack("folder", folder, SMALL, folder.parent / "cache", workers=2, progress=lambda *c: calls.append(c))
     assert two.key == one.key
     np.testing.assert_array_equal(two.split, one.split)
-    assert two.pictures.tobytes() == one.pictures.tobytes()
+    assert pixels(two) == pixels(one)
     assert calls == [(32, 72), (64, 72), (72, 72)]
 
 
 def test_a_second_open_decodes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = opened(folder)
-    monkeypatch.setattr(pack, "scan", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(packing, "scan", lambda *_, **__: pytest.fail("decoded again"))
     assert opened(folder).key == first.key
 
 
@@ -151,7 +149,9 @@ def test_a_copy_in_two_splits_stays_out_of_training(folder: Path) -> None:
     assert [path for path, _ in after.quarantined] == [name[0].relative_to(folder).as_posix()]
 
 
-def test_too_many_quarantined_is_one_line_and_leaves_nothing(folder: Path) -> None:
+def test_too_many_quarantined_is_one_line_and_nothing_is_decoded_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage(folder)
     with pytest.raises(DataError) as caught:
         opened(folder)
@@ -162,6 +162,9 @@ def test_too_many_quarantined_is_one_line_and_leaves_nothing(folder: Path) -> No
     assert "p00/001.jpg, p01/002.jpg, p02/003.jpg" in line
     assert "\n" not in line
     assert in_cache(folder) == set()
+    monkeypatch.setattr(packing, "scan", lambda *_, **__: pytest.fail("decoded again"))
+    assert len(opened(folder, DataSettings(image_size=32, max_quarantined_fraction=0.2))) == 67
+    assert unfinished_in(folder) == []
 
 
 def test_the_limit_holds_for_a_pack_that_is_there(folder: Path) -> None:
@@ -174,7 +177,7 @@ def test_the_limit_holds_for_a_pack_that_is_there(folder: Path) -> None:
 def test_absent_pictures_are_told_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_celeba(tmp_path / "c", {i: (i % 3, 3) for i in range(9)})
     shutil.rmtree(root / "img_align_celeba")
-    monkeypatch.setattr(pack, "scan", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(packing, "scan", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(DataError, match=r"27 of 27 pictures cannot be used \(missing 27\)"):
         open_pack("celeba", root, SMALL, tmp_path / "cache", workers=1)
 

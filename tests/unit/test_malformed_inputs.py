@@ -18,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from faces_on_disk import make_celeba, make_folder, picture, write
+from faces_on_disk import make_celeba, make_folder, picture, write, write_shard
 from malformed import damaged_bytes, damaged_json, damaged_text
 from PIL import Image
 from tiny_federation import (
@@ -397,17 +397,18 @@ def test_state_of_a_client_and_given_weights(inside):
 def test_packs(inside):
     pack, folder = tiny_pack("alpha"), inside / ("0" * 64)
     folder.mkdir()
-    for name, array in (("pictures", pack.pictures), ("person", pack.person), ("split", pack.split)):
+    for name, array in (("person", pack.person), ("split", pack.split)):
         np.save(folder / f"{name}.npy", array)
     about = {
+        **write_shard(folder, pack.pictures),
         "key": folder.name,
         "dataset": "folder",
         "people": list(pack.people),
         "quarantined": [["a", "b"]],
         "family": None,
     }
-    pack_store.write_manifest(folder, about)
-    files = [folder / name for name in (pack_store.MANIFEST, pack_store.PICTURES, pack_store.PERSON, pack_store.SPLIT)]
+    pack_store.write_manifest(folder, ["00000"], about)
+    files = [folder / name for name in (pack_store.MANIFEST, *pack_store.ARRAYS)]
     assert len(load_pack(folder)) == len(pack)
     for case in range(100):
         file = files[case % 4]
@@ -415,7 +416,7 @@ def test_packs(inside):
         is_manifest = file.suffix == ".json"
         file.write_bytes((damaged_json if is_manifest and case % 8 else damaged_bytes)(whole[file], case))
         if not is_manifest and case % 3 == 0:  # whoever altered the file altered its digest too
-            pack_store.write_manifest(folder, about)
+            pack_store.write_manifest(folder, ["00000"], about)
         found = check("pack", f"{file.name} {case}", lambda: load_pack(folder))
         if found is not None:
             assert len(found.pictures) == len(found.person) == len(found.split)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faces_on_disk import write_shard
 from tiny_federation import MANIFEST, settings_with, tiny_pack, tiny_workplace
 
 from clients.private_state import load_private, load_residue
@@ -235,18 +236,18 @@ def test_pretrained_weights(evil, tmp_path):
             load_pretrained(place.recogniser.backbone, name="cnn", pretrained=str(path))
 
 
-@pytest.mark.parametrize("name", ["pictures.npy", "person.npy", "split.npy"])
+@pytest.mark.parametrize("name", ["places.npy", "person.npy", "split.npy"])
 def test_packs_even_with_a_manifest_that_vouches_for_the_file(evil, tmp_path, name):
     from common.faces import pack_store
 
     pack, folder = tiny_pack("alpha"), tmp_path / ("0" * 64)
     folder.mkdir()
-    np.save(folder / "pictures.npy", pack.pictures)
+    form = write_shard(folder, pack.pictures)
     np.save(folder / "person.npy", pack.person)
     np.save(folder / "split.npy", pack.split)
     evil(folder / name)
     about = {"key": folder.name, "dataset": "folder", "people": list(pack.people), "quarantined": [], "family": None}
-    pack_store.write_manifest(folder, about)
+    pack_store.write_manifest(folder, ["00000"], {**about, **form})
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_pack(folder)
 
