@@ -129,6 +129,8 @@ shards.SHARD_BYTES = 1  # each job is a shard
 def slow(done, total):
     print(done, flush=True)
     time.sleep(float(sys.argv[3]))
+    while len(sys.argv) > 5 and not Path(sys.argv[5]).exists():
+        time.sleep(0.05)
 if __name__ == "__main__":
     root, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
     data = DataSettings(image_size=32)
@@ -136,10 +138,12 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, pause_s: float, workers: int = 1) -> "subprocess.Popen[str]":
+def start(folder: Path, pause_s: float, workers: int = 1, gate: Path | None = None) -> "subprocess.Popen[str]":
+    """A packer that stands still after its first pictures until the gate is there."""
     script = folder.parent / "pack_it.py"
     script.write_text(_PACK)
     command = [sys.executable, str(script), str(folder), str(folder.parent / "cache"), str(pause_s), str(workers)]
+    command += [] if gate is None else [str(gate)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -347,16 +351,20 @@ def test_data_that_change_while_they_are_packed(folder: Path, caplog: pytest.Log
 
 
 def test_two_processes_at_once_both_end_well(folder: Path) -> None:
-    first = start(folder, 0.3)
+    gate = folder.parent / "gate"
+    first = start(folder, 0.0, gate=gate)
     assert first.stdout is not None
     assert first.stdout.readline() == "32\n"
     second = start(folder, 0.0)
+    assert second.stderr is not None
+    told = second.stderr.readline()
+    assert told.startswith("another program is packing these pictures; waiting for it (packing 44 %")
+    gate.touch()
     out_1, _ = first.communicate(timeout=60)
-    out_2, told = second.communicate(timeout=60)
+    out_2, _ = second.communicate(timeout=60)
     key = out_1.split()[-1]
     assert (first.returncode, second.returncode) == (0, 0)
     assert out_2.split()[-1] == key
-    assert "another program is packing these pictures; waiting for it" in told
     assert in_cache(folder) == {key}
 
 
