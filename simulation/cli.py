@@ -154,9 +154,43 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command = data.add_parser(name, help=text)
         if name == "audit":
             command.add_argument("--json", action="store_true", help="print the report as JSON")
+        else:
+            command.add_argument(
+                "--verify",
+                action="store_true",
+                help="look at each picture's file, read the pack whole, and make anew what is damaged or changed",
+            )
         _add_data_sources(command)
         _add_site_options(command)
         add_run_settings(command, without=("--epochs", "--rounds"))
+    _packs_parser(data)
+
+
+def _packs_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    packs = data.add_parser("packs", help="list and remove the packs that were made").add_subparsers(
+        dest="packs_action", required=True
+    )
+    for name, text in (("list", "which packs there are, of what, and how large"), ("remove", "remove packs")):
+        command = packs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name == "remove":
+            command.add_argument(
+                "packs", nargs="*", metavar="PACK", help="the beginning of its name, as the list shows it"
+            )
+            command.add_argument(
+                "--earlier", action="store_true", help="all packs of earlier versions, which are not used any more"
+            )
+        command.add_argument(
+            "--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept"
+        )
+
+
+def _packs(arguments: argparse.Namespace) -> int:
+    from simulation.data.packs import list_packs, remove_packs
+
+    cache_dir = Path(arguments.cache_dir).expanduser()
+    if arguments.packs_action == "list":
+        return list_packs(cache_dir, sys.stdout)
+    return remove_packs(cache_dir, arguments.packs, sys.stdout, earlier=arguments.earlier)
 
 
 def _add_data_sources(parser: argparse.ArgumentParser) -> None:
@@ -320,9 +354,11 @@ def _data(arguments: argparse.Namespace, name: str) -> int:
     device, cache_dir = arguments.device, Path(arguments.cache_dir)
     if name == "prepare":
         _warn_of_open_files("facefed", arguments, settings)
-        return sites.prepare(settings, options, device=device, cache_dir=cache_dir, out=sys.stdout)
+        return sites.prepare(
+            settings, options, device=device, cache_dir=cache_dir, out=sys.stdout, verify=arguments.verify
+        )
     shape = "json" if arguments.json else "text"
-    return sites.audit_data(settings, options, shape=shape, out=sys.stdout)
+    return sites.audit_data(settings, options, shape=shape, out=sys.stdout, err=sys.stderr)
 
 
 def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
@@ -385,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("data", "synth"): lambda: _synth(arguments),
         ("data", "prepare"): lambda: _data(arguments, "prepare"),
         ("data", "audit"): lambda: _data(arguments, "audit"),
+        ("data", "packs"): lambda: _packs(arguments),
         **{
             ("train", name): partial(_train, arguments, name) for name in ("local", "centralized", "federated", "twins")
         },

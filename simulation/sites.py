@@ -18,7 +18,7 @@ from common.names import CLIENT_NAME
 from common.settings import Settings
 from common.system.console import PackProgress, counts
 from common.system.runtime import num_cores, resolve_device
-from simulation.data.audit import audit, audit_overlap
+from simulation.data.audit import AuditReport, audit, audit_overlap
 from simulation.data.synthetic import SynthSettings, write_dataset
 
 # Where several may be meant and none is named; twins are trained for by themselves.
@@ -76,12 +76,18 @@ def site_of(option: ClientOption, *, device: str, cache_dir: Path, state_dir: Pa
     )
 
 
-def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO) -> FacePack:
+def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO, *, verify: bool = False) -> FacePack:
     """Check and pack a site's pictures before anything starts, and say in one line what it holds."""
     progress = PackProgress(f"packing {site.name}", out)
     try:
         pack = open_pack(
-            site.dataset, site.data_dir, settings.data, site.cache_dir, workers=site.pack_workers, progress=progress
+            site.dataset,
+            site.data_dir,
+            settings.data,
+            site.cache_dir,
+            workers=site.pack_workers,
+            progress=progress,
+            verify=verify,
         )
     finally:
         progress.close()
@@ -172,18 +178,28 @@ def synth(
     return 0
 
 
-def prepare(settings: Settings, options: Sequence[ClientOption], *, device: str, cache_dir: Path, out: TextIO) -> int:
-    """Align and pack data sets, so that training starts at once."""
+def prepare(
+    settings: Settings, options: Sequence[ClientOption], *, device: str, cache_dir: Path, out: TextIO, verify: bool
+) -> int:
+    """Align and pack data sets, so that training starts at once.  verify: packs that are there are read whole."""
     for option in options:
         site = site_of(option, device=device, cache_dir=cache_dir, state_dir=cache_dir)
-        pack = pack_at_the_door(site, settings, out)
+        pack = pack_at_the_door(site, settings, out, verify=verify)
         out.write(f"{option.name}: packed as {pack.key[:16]} in {cache_dir}\n")
     return 0
 
 
-def audit_data(settings: Settings, options: Sequence[ClientOption], *, shape: str, out: TextIO) -> int:
-    """Report what is in each data set, and what two data sets share."""
-    reports = {option.name: audit(option.dataset, option.data_dir, settings.data) for option in options}
+def _audited(option: ClientOption, settings: Settings, err: TextIO) -> AuditReport:
+    progress = PackProgress(f"reading {option.name}", err)
+    try:
+        return audit(option.dataset, option.data_dir, settings.data, workers=num_cores(), progress=progress)
+    finally:
+        progress.close()
+
+
+def audit_data(settings: Settings, options: Sequence[ClientOption], *, shape: str, out: TextIO, err: TextIO) -> int:
+    """Report what is in each data set, and what two data sets share; how far it is, is shown on `err`."""
+    reports = {option.name: _audited(option, settings, err) for option in options}
     overlaps = audit_overlap(list(reports.values())) if len(reports) > 1 else None
     if shape == "json":
         content = {name: json.loads(report.to_json()) for name, report in reports.items()}

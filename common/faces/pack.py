@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from common.faces.account import NOTHING, Account, PassedOver
 from common.faces.decode import RAW, alignment_note, check_quarantine, plan, quarantine, with_duplicates
 from common.faces.index import read_index, take, without_missing
 from common.faces.pack_progress import Progress, StateFile
-from common.faces.packing import Changed, Task, fill, stamps_of
+from common.faces.packing import Changed, Task, damaged_in, fill, remove_shard, stamps_of
+from common.faces.reopen import LOOK_AT_EACH, NOTE, key_by_folders, remember
 from common.faces.shards import FORMAT, PLACE, StoredPictures
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
@@ -114,22 +116,34 @@ def open_pack(
     *,
     workers: int,
     progress: Progress | None = None,
+    verify: bool = False,
 ) -> FacePack:
     """The pack of a data set: found in cache_dir/KEY, or made there by `workers` processes (1: in this one).
 
     progress: called with (pictures done, pictures in all) while packing, or while another program packs the same.  The
     key covers paths, people, families, landmarks, boxes, splits, sizes and times of the pictures, and the settings. A
-    change of any of them makes a new pack, which takes over every picture that did not change.
+    change of any of them makes a new pack, which takes over every picture that did not change.  verify: a pack that is
+    there is read whole, and what is damaged in it is made anew.
     Raises DataError: as read_index and assign_splits; too many quarantined pictures; no space; a cache folder that
     cannot be written; data that change all the while. Raises CheckpointError when cache_dir/KEY holds a pack of another
     key.
     """
+    if not verify and (key := key_by_folders(dataset, root, data, cache_dir)) is not None:
+        pack = _load_whole(cache_dir / key)
+        if pack is not None:
+            account = dataclasses.replace(pack.account, notes=(*pack.account.notes, NOTE))
+            return dataclasses.replace(pack, account=account)
+    began = time.time()
     for _ in range(_TRIES):
         try:
-            return _open_once(dataset, root, data, cache_dir, workers=workers, progress=progress)
+            pack = _open_once(dataset, root, data, cache_dir, workers=workers, progress=progress, verify=verify)
         except Changed as error:
             number, first = error.args
             logger.warning("%s: %d pictures changed while they were packed, such as %s", root, number, first)
+        else:
+            if len(pack) >= LOOK_AT_EACH:
+                remember(dataset, root, data, cache_dir, pack.key, began=began)
+            return pack
     raise DataError(
         f"{root}: {number} pictures changed while they were packed, such as {first}, {_TRIES} times running; wait "
         "until nothing writes there and pack again: what is packed stays."
@@ -137,7 +151,14 @@ def open_pack(
 
 
 def _open_once(
-    dataset: str, root: Path, data: DataSettings, cache_dir: Path, *, workers: int, progress: Progress | None
+    dataset: str,
+    root: Path,
+    data: DataSettings,
+    cache_dir: Path,
+    *,
+    workers: int,
+    progress: Progress | None,
+    verify: bool,
 ) -> FacePack:
     index = read_index(dataset, root)
     missing = index.account.missing
@@ -151,6 +172,10 @@ def _open_once(
     index = dataclasses.replace(index, account=account)
     task = Task(index=index, stamps=stamps_of(index), recipe=recipe, points=points)
     key = _key(task, split, data)
+    for shard in damaged_in(cache_dir / key) if verify else ():
+        logger.warning("%s: its content was altered; it is packed anew", shard.pictures)
+        (cache_dir / key / pack_store.MANIFEST).unlink(missing_ok=True)
+        remove_shard(shard)
     pack = _load_whole(cache_dir / key)
     if pack is None:
         try:
@@ -293,6 +318,7 @@ def _write(
             "family": None if index.family is None else index.family.tolist(),
             "image_size": task.recipe.image_size,
             "coding": task.recipe.coding,
+            "num_pictures": len(index),
             "account": {
                 "num_found": index.account.num_found,
                 "passed_over": [vars(one) for one in index.account.passed_over],

@@ -106,6 +106,18 @@ def locked(cache_dir: Path, key: str, progress: Progress | None = None) -> Itera
         yield not without_locks
 
 
+@contextlib.contextmanager
+def locked_by_nobody(cache_dir: Path, key: str) -> Iterator[bool]:
+    """Whether nobody packs this key; nobody can begin while the block lasts."""
+    with (cache_dir / f".{key}.lock").open("ab") as file:
+        try:
+            lock(file)
+        except InUse:
+            yield False
+        else:
+            yield True
+
+
 def _remove_stale(cache_dir: Path) -> None:
     """Remove unfinished packs of earlier versions, and of file systems without locks, that nobody works on."""
     for folder in cache_dir.glob(".*.*.tmp"):

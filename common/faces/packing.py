@@ -83,7 +83,7 @@ def fill(folder: Path, task: Task, others: Sequence[Path], *, workers: int, prog
     looked = np.zeros(total, dtype=np.bool_)
     for shard in list(shards_in(folder)):
         if not entries.mark(shard, looked):
-            _remove(shard)
+            remove_shard(shard)
     writer = ShardWriter(folder, _next_number(folder))
     with _closed_whatever_happens(writer):
         for other in others:
@@ -200,7 +200,13 @@ def _next_number(folder: Path) -> int:
     return 1 + max((int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()), default=-1)
 
 
-def _remove(shard: Shard) -> None:
+def damaged_in(folder: Path) -> list[Shard]:
+    """The shards of a folder that are not what was written; every byte is read."""
+    return [shard for shard in shards_in(folder) if not shard.is_same()]
+
+
+def remove_shard(shard: Shard) -> None:
+    """Remove a shard's files."""
     for path in reversed(shard.files()):  # what makes it whole first
         path.unlink(missing_ok=True)
 

@@ -201,8 +201,14 @@ class RunView:
             self._progress.update(self._task, total=event["round"])  # the bar is full: no round is to come
 
 
+_PLAIN_EVERY_S = 30.0
+
+
 class PackProgress:
-    """Progress of packing pictures: a bar on a terminal, a plain line at the end elsewhere."""
+    """Progress of packing pictures, with rate and time left: a bar on a terminal, elsewhere a plain line now and then.
+
+    Elsewhere the first line comes after half a minute, so that a short work has its last line only.
+    """
 
     def __init__(self, label: str, stream: TextIO) -> None:
         """label: for example "packing celeba"."""
@@ -210,21 +216,50 @@ class PackProgress:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._seen = 0
+        self._began = self._told_at = time.monotonic()
+        self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
         """Called by the packer with the number of pictures done and the number of all."""
         self._seen = done
+        if self._first is None:
+            self._began, self._first = time.monotonic(), done
         if not self._stream.isatty():
+            self._tell(done, total)
             return
         if self._progress is None:
             from rich.console import Console
-            from rich.progress import Progress
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-            self._progress = Progress(console=Console(file=self._stream))
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+                TextColumn("{task.fields[rate]:,.0f} a second,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=Console(file=self._stream),
+            )
             self._progress.start()
-            self._task = self._progress.add_task(self._label, total=total)
+            self._task = self._progress.add_task(self._label, total=total, completed=done, rate=0.0)
         if self._task is not None:
-            self._progress.update(self._task, completed=done)
+            self._progress.update(self._task, completed=done, rate=self._rate(done))
+
+    def _rate(self, done: int) -> float:
+        """Pictures a second since the first call."""
+        return (done - (self._first or 0)) / max(time.monotonic() - self._began, 1e-3)
+
+    def _tell(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told_at < _PLAIN_EVERY_S or done >= total or self._first is None or done <= self._first:
+            return
+        self._told_at = now
+        rate = self._rate(done)
+        left_min = (total - done) / rate / 60
+        line = f"{done:,} of {total:,} pictures, {100 * done // total} %, {rate:,.0f} a second, {left_min:.0f} min left"
+        self._stream.write(f"{self._label}: {line}\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """End the bar; elsewhere say that pictures were packed, if any were."""
