@@ -1,6 +1,7 @@
 """What a person sees: one line for an error, plain lines or a progress bar for a run, and exit codes."""
 
 import logging
+import shlex
 import signal
 import threading
 import time
@@ -312,11 +313,10 @@ def tracking_line(settings: Settings) -> str:
     if not settings.tracking.enabled:
         return "off; the record is spool.jsonl in the run folder"
     uri = settings.tracking.uri
-    return (
-        f"{uri} (to look: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri})"
-        if uri.startswith("sqlite")
-        else uri
-    )
+    if not uri.startswith("sqlite"):
+        return uri
+    of_this_folder = uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}"  # the one that the command takes by itself
+    return f"{uri} (to look: facefed tracking serve{'' if of_this_folder else f' --backend {shlex.quote(uri)}'})"
 
 
 class Follower:

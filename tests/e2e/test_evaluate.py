@@ -3,12 +3,16 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from programs import Programs, assert_one_line
+
+from tests.pages import commands_of
 
 pytestmark = [
     pytest.mark.e2e,
@@ -18,10 +22,11 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Ready:
-    """A folder with trained models, and a federated run elsewhere."""
+    """A folder as the demo leaves it, in which docs/COMPARING.md's trainings were typed, and the same run elsewhere."""
 
     programs: Programs
     base: tuple[object, ...]
+    cache: tuple[object, ...]
     fedavg: Path
 
     @property
@@ -30,6 +35,11 @@ class Ready:
 
     def evaluate(self, *arguments: object):
         return self.programs.run("facefed", "evaluate", *self.base, *arguments)
+
+    def typed(self, mode: str, *arguments: object):
+        """The page's comparison of that mode."""
+        [line] = commands_of("COMPARING", f"facefed evaluate --config demo --mode {mode}")
+        return self.programs.run(*shlex.split(line), *self.cache, *arguments)
 
     def left(self) -> set[str]:
         """The runs that are there."""
@@ -40,20 +50,27 @@ class Ready:
 def ready(faces, simulated, tmp_path_factory):
     programs = Programs(tmp_path_factory.mktemp("evaluate"))
     (programs.cwd / "data").symlink_to(faces.folder / "data")
-    base = (*faces.small, *faces.cache)
-    quick = ("--no-mlflow", "--epochs", 1)
-    for arguments in (("local", "--client", "celeba"), ("local", "--client", "vggface2"), ("centralized",)):
-        ended = programs.run("facefed", "train", *arguments, *base, *quick)
-        assert ended.code == 0, ended
+    (programs.cwd / "configs").mkdir()
+    (programs.cwd / "configs" / "demo.toml").write_text(SMALL)
     assert simulated.ended.code == 0, simulated.ended
     [fedavg] = [path.parent for path in (simulated.cwd / "runs").glob("*/run.json")]
-    yield Ready(programs, base, fedavg)
+    shutil.copytree(simulated.cwd / "runs", programs.cwd / "runs")
+    lines = [
+        line
+        for kind in ("local", "centralized")
+        for line in commands_of("COMPARING", f"facefed train {kind} --config demo")
+    ]
+    assert len(lines) == 3
+    for line in lines:
+        ended = programs.run(*shlex.split(line), *faces.cache, "--no-mlflow", "--epochs", 1)
+        assert ended.code == 0, ended
+    yield Ready(programs, (*faces.small, *faces.cache), faces.cache, fedavg)
     programs.close()
 
 
 def test_all_clients(ready):
     before = ready.left()
-    ended = ready.evaluate("--mode", "all", "--run", f"fedavg={ready.fedavg}", "--compare", "local,centralized,fedavg")
+    ended = ready.typed("all")
     assert ended.code == 0, ended
     assert ended.err == ""
     for model in ("local-celeba", "local-vggface2", "centralized", "fedavg"):
@@ -87,10 +104,7 @@ def test_all_clients(ready):
 
 
 def test_one_client_without_mlflow(ready):
-    ended = ready.evaluate(
-        "--mode", "single", "--client", "celeba", "--run", f"fedavg={ready.fedavg}", "--no-mlflow", "--compare",
-        "local,centralized,fedavg",
-    )  # fmt: skip
+    ended = ready.typed("single", "--no-mlflow")
     assert ended.code == 0, ended
     assert "vggface2" not in ended.out.split("scoring")[0]  # its pictures are not needed
     assert re.search(r"^centralized +0\.\d{3} \[.*\]( +\d\.\d{3}){5}$", ended.out, re.MULTILINE), ended.out
@@ -102,8 +116,8 @@ def test_what_it_refuses_leaves_nothing(ready):
     before = ready.left()
     refused = {
         ("--mode", "all"): (
-            "no trained cnn model in ", "of fedavg, fedprox.", "`facefed train federated --client celeba --client"
-            " vggface2 --method fedprox --model cnn --config ",
+            "no trained cnn model in ", "of fedprox.", "`facefed train federated --client celeba --client"
+            " vggface2 --method fedprox --model cnn --config ", "--compare local,centralized,fedavg.",
         ),
         ("--compare", "local,fedpro"): ("--compare = 'fedpro' is unknown; did you mean 'fedprox'",),
         ("--mode", "single"): ("--mode single", "0 were named", "--client NAME"),

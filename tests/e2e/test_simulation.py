@@ -73,7 +73,7 @@ def test_it_says_what_was_learned_and_where_to_look(simulated, run):
         r"^model SHA-256 [0-9a-f]{64}$",
         rf"^registered: models:/{NAME}/2 \(best, round [12]\)(?:; .*)?$",
         rf"^run folder: {re.escape(str(run))} ",
-        r"^tracking: sqlite:////.*mlflow\.db \(to look: .*mlflow ui --backend-store-uri sqlite:////.*mlflow\.db\)$",
+        r"^tracking: sqlite:////.*mlflow\.db \(to look: facefed tracking serve\)$",
     ):
         assert re.search(line, ended.out, re.MULTILINE), (line, ended.out)
 

@@ -283,7 +283,9 @@ def test_a_summary_without_scores_is_shorter():
     assert not any("AUC" in line or "left out" in line for line in lines)
 
 
-def test_the_tracking_line_tells_how_to_look_and_no_password():
+def test_the_tracking_line_tells_how_to_look_and_no_password(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def line(**values):
         settings = Settings()
         for key, value in values.items():
@@ -291,9 +293,10 @@ def test_the_tracking_line_tells_how_to_look_and_no_password():
         return console.tracking_line(settings)
 
     assert line(enabled=False) == "off; the record is spool.jsonl in the run folder"
-    assert line(uri="sqlite:////a.db") == "sqlite:////a.db " + (
-        "(to look: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri sqlite:////a.db)"
-    )
+    here = f"sqlite:///{tmp_path}/mlflow.db"
+    assert line(uri=here) == f"{here} (to look: facefed tracking serve)"
+    other = "sqlite:////a b/mlflow.db"
+    assert line(uri=other) == f"{other} (to look: facefed tracking serve --backend '{other}')"
     assert line(uri="http://me:secret@host:5000") == "http://***@host:5000"
 
 

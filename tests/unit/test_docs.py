@@ -15,6 +15,7 @@ from common import config
 from common.metrics.sums import CLOSED_FIELDS, COUNTS
 from common.protocol.wire import TRAIN_FIELDS, Site
 from common.settings import Settings
+from tests.pages import FENCE, commands, commands_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -39,16 +40,9 @@ OTHER_PROGRAMS = (
     ".venv/bin/pre-commit",
     ".venv/bin/python",
 )
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SECTIONS = "|".join(config.to_mapping(Settings()))
 SETTING = re.compile(rf"(?<![\w./])(({SECTIONS})\.[a-z_]+)(?![\w/])")
-
-
-def commands(text):
-    """The command lines of the code blocks that name no language; variables set before a program are left out."""
-    lines = [line for language, block in FENCE.findall(text) if not language for line in block.splitlines()]
-    return [re.sub(r"^([A-Z_]+=\S+ )+", "", line) for line in lines if line.strip()]
 
 
 ALL_COMMANDS = [(path.name, line) for path in DOCUMENTS for line in commands(path.read_text(encoding="utf-8"))]
@@ -68,6 +62,18 @@ def test_the_readme_is_two_screens_and_leads_to_every_page():
     assert README.count("\n") <= TWO_SCREENS
     linked = {target.partition("#")[0] for target in LINK.findall(README)}
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_the_demos_data_have_people_for_the_clients_that_a_page_asks_for():
+    """Two sets of 80 people; a client needs two to train on, of those that neither validation nor test takes."""
+    data = config.load(config.find_config("demo")).data
+    for_training = 80 * (1 - data.fraction_val_people - data.fraction_test_people)
+    for line in commands_of("RUNNING", "flower-simulation"):
+        if found := re.search(r"--clients (\d+) .*clients_per_round=(\d+)", line):
+            assert int(found[2]) <= int(found[1]) <= 2 * (for_training // 2) * 0.8
+            break
+    else:
+        pytest.fail("no page shows --clients")
 
 
 def test_no_command_is_that_of_composes_end_of_life():
