@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bench.real_faces import CONFIGS, PROGRAMS, newest_run, run
+from common.metrics.names import BYTES_DOWN, BYTES_UP
 
 FAST = ("training.precision=bfloat16", "training.memory_format=channels_last")
 VARIANTS = {
@@ -41,7 +42,7 @@ def federated(arguments: argparse.Namespace, variant: str, seed: int) -> dict[st
         "auc": summary["best"]["roc_auc"],
         "eer": summary["best"]["eer"],
         "untrained_auc": summary["untrained"]["roc_auc"],
-        "bytes": last["bytes_down"] + last["bytes_up"],
+        "bytes": last[BYTES_DOWN] + last[BYTES_UP],
         "wall_s": cost["wall_s"],
     }
 

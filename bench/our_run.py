@@ -5,8 +5,10 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from common.metrics.names import BYTES_DOWN, BYTES_UP, ROUND_SECONDS, seconds_of
+
 # Of a client's round what is no overhead: training and scoring, by the client's own clock.
-WORK = ("train_seconds", "evaluate_seconds")
+WORK = (seconds_of("train"), seconds_of("evaluate"))
 FIRST_STEADY = 2
 
 
@@ -25,7 +27,7 @@ def _metrics(run: Path) -> tuple[dict[tuple[str, str, int], float], dict[int, fl
         entry = json.loads(text)
         if "key" in entry:
             found[entry["run"], entry["key"], entry["step"]] = entry["value"]
-        if entry.get("key") == "round_seconds":
+        if entry.get("key") == ROUND_SECONDS:
             ends[entry["step"]] = entry["time_ms"] / 1000
     return found, ends
 
@@ -47,14 +49,14 @@ def figures(run: Path) -> dict:
             working[step] = max(working[step], spent)  # of the slowest client: the others wait for it
     for (client, metric, step), value in found.items():
         if step in steady and metric.endswith("_seconds"):
-            phases[f"{'client' if client else 'server'} {metric}"].append(value)
-    rounds = {step: found["", "round_seconds", step] for step in steady}
+            phases[f"{'client' if client else 'server'} {metric.removeprefix('time/')}"].append(value)
+    rounds = {step: found["", ROUND_SECONDS, step] for step in steady}
     return {
         "round_seconds": list(rounds.values()),
         "overhead_seconds": [rounds[step] - working[step] for step in steady],
         "work_seconds": [working[step] for step in steady],
         "from_told_seconds": (ends[steady[-1]] - ends[1]) / len(steady) if steady else None,
         "round_1_ended": ends[1],
-        "bytes_per_round": [found["", "bytes_down", step] + found["", "bytes_up", step] for step in steady],
+        "bytes_per_round": [found["", BYTES_DOWN, step] + found["", BYTES_UP, step] for step in steady],
         "phases": {name: statistics.median(values) for name, values in sorted(phases.items())},
     }

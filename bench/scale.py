@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from common.metrics.names import ROUND_SECONDS, WORK_SECONDS
 from common.system.events import EventReader
 
 PROGRAM = Path(sys.executable).parent / "flower-simulation"
@@ -165,9 +166,9 @@ def results(folder: Path, started: float, options: argparse.Namespace) -> dict:
         point = json.loads(line)
         if point.get("key", "").endswith("_seconds"):
             by_step.setdefault(point["step"], {})[point["key"]] = point["value"]
-    rows = [row for step, row in sorted(by_step.items()) if "round_seconds" in row and step > 1]  # 1 starts the actors
-    work = [row["round_work_seconds"] / options.actors for row in rows]
-    seconds = [row["round_seconds"] for row in rows]
+    rows = [row for step, row in sorted(by_step.items()) if ROUND_SECONDS in row and step > 1]  # 1 starts the actors
+    work = [row[WORK_SECONDS] / options.actors for row in rows]
+    seconds = [row[ROUND_SECONDS] for row in rows]
     kept = [path.stat().st_size for path in (folder / "runs" / "clients").rglob("*") if path.is_file()]
     last = max(event["time"] for event in events if event["kind"] == "round")
     joined = next(event["time"] for event in events if event["kind"] == "members") - started

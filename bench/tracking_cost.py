@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.mlflow_server import MlflowServer
+from common.metrics.names import EPOCH_SECONDS
 from common.system.runtime import go_silent
 
 PROGRAMS = Path(sys.executable).parent
@@ -73,9 +74,9 @@ def trained(folder: Path, uri: str, epochs: int) -> Seconds:
         if done.returncode or done.stderr:
             raise RuntimeError(f"the training said: {done.stdout}{done.stderr}")
         (run,) = Path(out).iterdir()
-        own = [row["epoch_seconds"] for row in json.loads((run / "metrics.json").read_text())["epochs"]]
+        own = [row[EPOCH_SECONDS] for row in json.loads((run / "metrics.json").read_text())["epochs"]]
         entries = [json.loads(line) for line in (run / "spool.jsonl").read_bytes().splitlines()]
-    told = [entry["time_ms"] / 1000 for entry in entries if entry.get("key") == "epoch_seconds"]
+    told = [entry["time_ms"] / 1000 for entry in entries if entry.get("key") == EPOCH_SECONDS]
     if len(told) != epochs or len(own) != epochs:
         raise RuntimeError(f"{len(told)} of {epochs} epochs are in the record")
     first = told[0] - own[0]  # and its validation, which start-up thereby has

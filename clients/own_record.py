@@ -4,11 +4,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 from clients.site import SiteSettings
 from common.errors import FaceFedError
 from common.faces.pack import FacePack
 from common.metrics.figures import scores, train_metrics
+from common.metrics.names import BYTES_DOWN, BYTES_UP
 from common.models.recogniser import Recogniser
 from common.private_figures import private_pictures
 from common.protocol.codec import num_bytes
@@ -17,9 +19,12 @@ from common.settings import Settings, TrackingSettings
 from common.system.checkpoints import write_tensors
 from common.system.runtime import facefed_version, git_commit, resolve_device
 from common.tracking.hardware import gpu_type, sample_hardware
+from common.tracking.notes import NOTE_TAG, data_note, experiment_note, run_note
 from common.tracking.run import SavesFigure, TrackedRun, finishing, open_run
 from common.training.evaluation import evaluate
 from common.training.loop import Compute
+
+_MODE: Final = "federated_client"
 
 log = logging.getLogger("facefed.client")
 
@@ -61,7 +66,7 @@ def keep_round(
                 if reply.change is not None:
                     up = reply.change.nbytes
                     down = num_bytes(settings.federation.download_codec, reply.change.size)
-                sizes = {"bytes_down": float(down), "bytes_up": float(up + counts_nbytes(reply))}
+                sizes = {BYTES_DOWN: float(down), BYTES_UP: float(up + counts_nbytes(reply))}
                 tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
 
         yield told
@@ -96,6 +101,7 @@ def keep_own_record(
 def _open(
     site: SiteSettings, task: Task, settings: Settings, num_pictures: int, device: str, *, delivers: bool
 ) -> TrackedRun:
+    data = data_note(site.dataset, num_pictures)
     return open_run(
         TrackingSettings(enabled=delivers, tensorboard="none"),
         uri=site.tracking_uri,
@@ -103,7 +109,7 @@ def _open(
         experiment=f"{settings.tracking.experiment_prefix}_client_{site.name}",
         run_name=f"{site.name}_{task.run_id}",
         tags={
-            "mode": "federated_client",
+            "mode": _MODE,
             "model_type": settings.model.backbone,
             "dataset": site.dataset,
             "dataset_size": str(num_pictures),
@@ -112,6 +118,10 @@ def _open(
             "facefed_version": facefed_version(),
             "git_commit": git_commit(),
             "run_folder": task.run_id,
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": "flower-client",
+            NOTE_TAG: " ".join([run_note(_MODE, settings.model.backbone, settings.data.image_size), data]),
         },
+        about=experiment_note(_MODE),
         params={"client": site.name, "model": settings.model.backbone, "method": settings.federation.strategy},
     )

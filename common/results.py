@@ -10,7 +10,8 @@ from common.metrics.figures import roc_auc, roc_curve
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
-from common.tracking.registry import register_model
+from common.tracking.notes import registered_note, version_note
+from common.tracking.registry import BEST_AND_LAST, register_model
 from common.tracking.run import TrackedRun
 
 
@@ -36,14 +37,15 @@ def register_models(
     best: Trained,
     held_back: str = "",
 ) -> list[str]:
-    """Register the best after the last model under `name`; returns what was registered, for the summary.
+    """Register the best after the last model under `name`, or once what is both; returns what was, for the summary.
 
     unit: of their steps, "round" or "epoch".  val_people: a digest of the people who were validated on.
     held_back: why the best shall not become champion, as `worse_than_untrained` says it; "": it may.
     The recogniser holds the best model afterwards, where tracking is enabled.
     """
     done = []
-    for role, model in (("last", last), ("best", best)) if settings.tracking.enabled else ():
+    models = [(BEST_AND_LAST, best)] if last.step == best.step else [("last", last), ("best", best)]
+    for role, model in models if settings.tracking.enabled else ():
         model.load()
         words: list[str] = []
         version = register_model(
@@ -56,8 +58,16 @@ def register_models(
             val_auc=model.val_auc,
             val_people=val_people,
             metrics=model.metrics,
-            held_back=held_back if role == "best" else "",
+            held_back=held_back if role != "last" else "",
             tell=words.append,
+            note=version_note(
+                name,
+                settings.model.backbone,
+                settings.data.image_size,
+                data=tracked.described("data"),
+                chosen=f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}.",
+            ),
+            about=registered_note(name, settings.model.backbone),
         )
         if version is not None:
             done.append("; ".join([f"models:/{name}/{version} ({role}, {unit} {model.step})", *words]))

@@ -1,27 +1,32 @@
 """A run of any kind: its folder, what its record is told first, how it ends, and what `--resume RUN` goes on with."""
 
 import contextlib
+import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import config
 from common.errors import EXIT_DONE, ConfigError, InterruptedRun, UserError
+from common.metrics.names import beside
 from common.redact import shown_uri
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, RUN_FILE, STOP_FILE
 from common.system.files import read_json, write_bytes, write_json
 from common.system.runtime import facefed_version, git_commit
 from common.tracking.hardware import gpu_type, sample_hardware
+from common.tracking.notes import data_note, experiment_note, run_note
 from common.tracking.run import TrackedRun, finishing, open_run
 
 CHECKPOINTS = "checkpoints"  # in the run's folder
 STATE_FILE = "state.json"  # in that one, written last
 CONFIG_FILE = "config.toml"  # its settings, resolved
 _SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where that differs
+WEIGHTS_FILE = "pretrained.safetensors"  # what it began with, where that came from another run
 _MAY_DIFFER = ("run.out", "run.log_level")
 
 
@@ -58,6 +63,7 @@ class RunKind:
     trains: bool = True  # with all its settings in the record
     prefixed: bool = True  # whether tracking.experiment_prefix begins the experiment's name
     strategy: str = ""
+    program: str = ""  # that made it
     data: Mapping[str, str] = field(default_factory=dict)  # client -> key of its pack, to go on with the same data
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, object] = field(default_factory=dict)
@@ -79,16 +85,22 @@ def all_params(settings: Settings, kind: RunKind) -> dict[str, object]:
     return {**flat, **_guide_params(settings), **kind.params}
 
 
-def federated_kind(settings: Settings) -> RunKind:
-    """The kind of a federated run."""
+def federated_kind(settings: Settings, program: str = "") -> RunKind:
+    """The kind of a federated run.  program: that made it."""
     federation = settings.federation
     return RunKind(
         mode="federated",
         experiment=f"federated_{federation.strategy}",
         label=f"{settings.model.backbone}_{federation.strategy}",
         strategy=federation.strategy,
+        program=program,
         tags={"strategy": federation.strategy},
-        params={"method": federation.strategy, "rounds": federation.rounds, "epochs": federation.local_epochs},
+        params={
+            "method": federation.strategy,
+            "rounds": federation.rounds,
+            "epochs": settings.total_epochs,  # of each picture: comparable with a run without a federation
+            "local_epochs": federation.local_epochs,
+        },
     )
 
 
@@ -153,16 +165,41 @@ def begin_tracking(settings: Settings, folder: Path, commit: str, kind: RunKind,
             "facefed_version": facefed_version(),
             "git_commit": commit,
             "run_folder": folder.name,
+            **_source(kind.program, commit),
+            **_origin(settings),
             **gpu,
             **kind.tags,
         },
         params=all_params(settings, kind) if kind.trains else kind.params,
         prepare=prepare,
+        beside=partial(beside, kind.mode),
+        about=experiment_note(kind.mode),
     )
+    size = settings.data.image_size if kind.trains else None
+    model = kind.tags.get("model_type", settings.model.backbone)
+    tracked.describe(what=run_note(kind.mode, model, size, kind.strategy))
+    if "dataset" in kind.tags:  # a federation's are known later
+        tracked.describe(data=data_note(kind.tags["dataset"], kind.tags["dataset_size"], len(kind.clients)))
     for file in shown:
         tracked.log_file(file, CONFIG_FILE)
         sample_hardware(tracked, settings.tracking)
     return tracked
+
+
+def _source(program: str, commit: str) -> dict[str, str]:
+    """MLflow's own tags of where a run comes from."""
+    source = {"mlflow.source.type": "LOCAL", "mlflow.source.name": program} if program else {}
+    return source | ({"mlflow.source.git.commit": commit} if re.fullmatch("[0-9a-f]{40}", commit) else {})
+
+
+def _origin(settings: Settings) -> dict[str, str]:
+    """Which model a run began with, where its weights came from another: models:/NAME/VERSION, or a run's id."""
+    path = Path(settings.model.pretrained)
+    if path.name != WEIGHTS_FILE or not path.is_file():
+        return {}
+    from common.system.checkpoints import read_tensors
+
+    return {"pretrained_from": read_tensors(path)[1].get("from", "unknown")}
 
 
 @contextlib.contextmanager

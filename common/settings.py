@@ -78,7 +78,7 @@ class ModelSettings:
     head_scale: float = setting(30.0, above=0.0)
     head_margin: float = setting(0.35, low=0.0, high=1.5)  # cosface: cosine; arcface: radians; softmax: none
     dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
-    pretrained: str = setting("none")  # none | imagenet | a .safetensors file
+    pretrained: str = setting("none")  # none | imagenet | FILE.safetensors | models:/NAME@ALIAS | a run's folder or id
     normalisation: str = setting("shared", choices=("shared", "private"))
     patch_size: int = setting(16, low=2, high=64)  # px, of a ViT
     depth: int = setting(12, low=1, high=64)  # blocks of a ViT

@@ -14,6 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import config
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, one_line
+from common.metrics.figures import AUC
+from common.metrics.names import of_split
 from common.models.recogniser import Recogniser, build_recogniser, shared_names, trainable_names
 from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
 from common.protocol.wire import Task
@@ -48,6 +50,7 @@ class Surroundings:
     stopped: Callable[[], bool]  # asked often; True ends the run
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
     git_commit: str
+    program: str = "flower-server"
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
     # Is told the bytes of the flat model as float32: no reply has more, beside its counts.
     expect: Callable[[int], None] = lambda _num_bytes: None
@@ -90,7 +93,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
         metrics = outcome.history.at(step).metrics
         return Trained(
             step=step,
-            val_auc=metrics.get("round_val_auc", float("nan")),
+            val_auc=metrics.get(of_split("val", AUC), float("nan")),
             load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest),
             metrics=metrics,
         )
@@ -113,8 +116,9 @@ def federate(settings: Settings, mailbox: Mailbox, surroundings: Surroundings) -
     folder = surroundings.run_folder
     events = EventLog(folder)
     exit_code, line = EXIT_FAILED, ""
+    kind = federated_kind(settings, surroundings.program)
     try:
-        with recorded(settings, folder, federated_kind(settings), commit=surroundings.git_commit) as tracked:
+        with recorded(settings, folder, kind, commit=surroundings.git_commit) as tracked:
             with closing(ReceiptMailbox(mailbox, folder, folder.name)) as kept:
                 summary = _federate(settings, kept, surroundings, tracked, events)
             events.emit("finished", **summary)

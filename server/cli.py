@@ -18,7 +18,6 @@ from common.system.console import (
     set_up_logging,
     stopping_on_signals,
     summary_lines,
-    tracking_line,
     warn_of_open_files,
 )
 from common.system.events import EventReader
@@ -151,9 +150,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
     set_up_logging(settings.run.log_level)
-    from common.runs import forget_its_end, new_run_folder
+    from common.runs import forget_its_end
     from common.system.certs import read_server_folder
     from common.tracking.address import local_files
+    from common.weights import begin_run, check_weights
     from server.flower.front_door import find_nginx
     from server.flower.launch import ServerOptions
     from server.locks import database_held, run_held
@@ -173,15 +173,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
         if database:
             held.enter_context(database_held(database))
-        if settings.model.pretrained != "none":
-            from server.app import initial_model
-
-            initial_model(settings)
         _check_public_set(settings)
-        run_folder = resumed or new_run_folder(settings, address)
         if resumed:
+            check_weights(settings)
+            run_folder = resumed
             forget_its_end(resumed)
         else:
+            settings, run_folder = begin_run(settings, address)
             held.enter_context(run_held(run_folder))
         options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
         return _run(settings, options, run_folder)
@@ -189,6 +187,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     """The run from its beginning to the lines that tell its end; returns the exit code."""
+    from common.tracking.page import tracking_line
     from server.flower.launch import Launch
 
     launch = Launch(settings, options, run_folder)
@@ -200,7 +199,8 @@ def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     ):
         outcome = launch.run()
     if outcome["exit_code"] == 0:
-        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
+        tracking = tracking_line(settings, run_folder)
+        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking)
         sys.stdout.write("\n".join(lines) + "\n")
     else:
         sys.stderr.write(

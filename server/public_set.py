@@ -26,8 +26,9 @@ from common.faces.account import ending_of, is_picture, walk
 from common.faces.batches import evaluation_batches
 from common.faces.decode import central_pictures
 from common.faces.index import check_paths, malformed, read_lines, require_folder
-from common.metrics.figures import eer, roc_auc
+from common.metrics.figures import AUC, eer, roc_auc
 from common.metrics.folds import FoldPairs, pair_scores, ten_fold_accuracy_of_scores
+from common.metrics.names import of_split
 from common.metrics.pairs import score_histogram
 from common.models.recogniser import Recogniser
 from common.protocol.parameters import Manifest, load_shared
@@ -299,7 +300,7 @@ class PublicScorer:
 
     @torch.no_grad()
     def scores(self, model: NDArray[np.float32], between: Callable[[], object]) -> dict[str, float]:
-        """round_public_accuracy (ten-fold), round_public_auc and round_public_eer of a global model.
+        """The ten-fold accuracy, AUC and EER of a global model, by their metrics' names.
 
         model: [manifest.size] float32.  between: called between batches; it may raise to end the work.
         Raises TrainingFailed when the scores are not finite.
@@ -311,9 +312,9 @@ class PublicScorer:
         accuracy, _ = ten_fold_accuracy_of_scores(scores, pairs.genuine, pairs.fold)
         histogram = score_histogram(scores, pairs.genuine)
         return {
-            "round_public_accuracy": accuracy,
-            "round_public_auc": float(roc_auc(histogram)),
-            "round_public_eer": float(eer(histogram)),
+            of_split("public", "ten_fold_accuracy"): accuracy,
+            of_split("public", AUC): float(roc_auc(histogram)),
+            of_split("public", "eer"): float(eer(histogram)),
         }
 
     def _embeddings(self, between: Callable[[], object]) -> Iterable[NDArray[np.float32]]:

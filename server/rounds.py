@@ -9,6 +9,8 @@ from functools import partial
 
 from common import config
 from common.errors import CheckpointError, NotEnoughClients
+from common.metrics.figures import AUC
+from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, encode, num_bytes
 from common.protocol.parameters import Manifest, buffer_sha256
@@ -193,8 +195,8 @@ class Federation:
         seconds = clock.metrics()
         self.clock.lap("wait")
         sizes = {
-            "bytes_down": num_tasks * next(iter(clients.values()))["bytes_down"],
-            "bytes_up": sum(costs["bytes_up"] for costs in clients.values()),
+            BYTES_DOWN: num_tasks * next(iter(clients.values()))[BYTES_DOWN],
+            BYTES_UP: sum(costs[BYTES_UP] for costs in clients.values()),
         }
         self.record.trained(self.history, server_round, replies, sizes=sizes, clients=clients)
         self.record.timed(self.history, server_round, seconds)
@@ -243,7 +245,7 @@ class Federation:
         if self.public is None or task is None or "test" not in task.splits.split():
             return
         step = task.server_round - 1 if task.kind == "train" else task.server_round
-        if "round_public_auc" in self.history.at(step).metrics:  # the round is tried again
+        if of_split("public", AUC) in self.history.at(step).metrics:  # the round is tried again
             return
         self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.waiter.check))
 
@@ -316,8 +318,8 @@ class Federation:
         """Bytes each way and seconds of one client's answer to a training task."""
         federation, size = self.settings.federation, self.manifest.size
         return {
-            "bytes_down": float(num_bytes(federation.download_codec, size)),
-            "bytes_up": float(num_bytes(federation.upload_codec, size) + wire.counts_nbytes(reply)),
+            BYTES_DOWN: float(num_bytes(federation.download_codec, size)),
+            BYTES_UP: float(num_bytes(federation.upload_codec, size) + wire.counts_nbytes(reply)),
             "answer_seconds": self.clock.answer_seconds(client),
         }
 

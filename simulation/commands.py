@@ -14,12 +14,14 @@ from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
 from common.metrics.figures import AUC
-from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, new_run_folder, unfinished_run
+from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, unfinished_run
 from common.settings import Settings
-from common.system.console import Follower, RunView, summary_lines, tracking_line
+from common.system.console import Follower, RunView, summary_lines
 from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
 from common.system.files import read_json
 from common.tracking.address import with_absolute_tracking
+from common.tracking.page import tracking_line
+from common.weights import begin_run, check_weights
 from server.public_set import open_public_set, with_absolute_public_set
 from simulation.alone.baselines import BaselineSummary, run_centralized, run_local, run_twins
 from simulation.alone.studies import MODES
@@ -75,14 +77,14 @@ def federate_here(
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
-    check_pretrained(settings)
-    run_folder = new_run_folder(settings, address)
+    settings, run_folder = begin_run(settings, address)
     from simulation.engine.run import simulate
 
     with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
         exit_code = simulate(settings, sites, run_folder, ray_address=engine.ray_address, num_actors=engine.num_actors)
     if exit_code == 0:
-        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking_line(settings))
+        tracking = tracking_line(settings, run_folder)
+        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking)
         out.write("\n".join(lines) + "\n")
     else:
         err.write(f"flower-simulation: {_failure(run_folder)} {_what_is_kept(run_folder)}\n")
@@ -127,14 +129,6 @@ def _virtual_sites(
         )
     out.flush()
     return sites
-
-
-def check_pretrained(settings: Settings) -> None:
-    """Weights that cannot be had are told before a run is begun that would be left behind.  Raises UserError."""
-    if settings.model.pretrained != "none":
-        from server.app import initial_model
-
-        initial_model(settings)
 
 
 def _failure(run_folder: Path) -> str:
@@ -221,7 +215,7 @@ def _show(summary: BaselineSummary, label: str, settings: Settings, out: TextIO)
     out.writelines(f"registered: {name}\n" for name in summary.registered)
     if summary.below_untrained:
         out.write(f"warning: {summary.below_untrained}\n")
-    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings)}\n")
+    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings, summary.folder)}\n")
     return 0
 
 
@@ -255,8 +249,11 @@ def _settled(mode: str, settings: Settings, machine: Machine, resume: str, out: 
     sites, packs = _door(options, settings, machine, out)
     if resumed:
         _check_same_data(resumed, packs)
-    check_pretrained(settings)
-    folder = resumed.folder if resumed else new_run_folder(settings, address)
+    if resumed:
+        check_weights(settings)
+        folder = resumed.folder
+    else:
+        settings, folder = begin_run(settings, address)
     return _Job(settings=settings, sites=sites, packs=packs, folder=folder)
 
 
@@ -297,7 +294,7 @@ def train_twins(
             from simulation.alone.studies import ablation_lines, run_ablation
 
             out.writelines(ablation_lines(run_ablation(settings, site, pack, folder, out)))
-        out.write(f"run folder: {folder}\ntracking: {tracking_line(settings)}\n")
+        out.write(f"run folder: {folder}\ntracking: {tracking_line(settings, folder)}\n")
         return 0
     summary = run_twins(settings, site, pack, folder, out)
     out.writelines(twin_lines(summary.twins))

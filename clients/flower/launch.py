@@ -19,7 +19,16 @@ from common.errors import FaceFedError, InterruptedRun, UserError, one_line
 from common.system.certs import ClientFiles
 from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
 from common.system.files import InUse, lock
-from common.system.processes import can_connect, child_environment, host_port, is_healthy, proxy_before, start, stop
+from common.system.processes import (
+    can_connect,
+    child_environment,
+    has_address,
+    host_port,
+    is_healthy,
+    proxy_before,
+    start,
+    stop,
+)
 
 log = logging.getLogger("facefed.client")
 
@@ -149,7 +158,9 @@ class Launch:
                     f" {self._options.connect_timeout_s:g} s (--connect-timeout); {self._what_to_check()}."
                 )
             if not said:
-                self._say(f"no server at {self._options.where}{self._by_proxy()} yet; trying again")
+                self._say(
+                    f"no server at {self._options.where}{self._by_proxy()} yet{self._unknown_name()}; trying again"
+                )
                 said = True
             if self._stop.wait(min(pause, left)):
                 raise InterruptedRun("stopped by the user")
@@ -166,12 +177,20 @@ class Launch:
             return can_connect(host, port)
         return is_healthy(host, port, ca=tls.ca if tls else None, proxy=self._proxy)
 
+    def _unknown_name(self) -> str:
+        """Where the server's name means nothing to this machine, a word on it."""
+        host = self._options.host
+        if self._proxy is not None or has_address(host):
+            return ""
+        return f": this machine finds no address for the name {host}"
+
     def _by_proxy(self) -> str:
         return f" by way of {self._proxy}" if self._proxy else ""
 
     def _what_to_check(self) -> str:
         if self._proxy is None:
-            return "start flower-server there, or check the address"
+            unknown = self._unknown_name().removeprefix(": ")
+            return f"{unknown}; correct --server" if unknown else "start flower-server there, or check the address"
         host = self._options.host
         return f"start flower-server there, or set no_proxy={host} if this machine reaches it without the proxy"
 

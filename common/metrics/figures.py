@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from common.errors import DataError
+from common.metrics.names import of_split, seconds_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ class Figure:
     values: Callable[[Any], Any]
     is_best: str = "highest"  # or "lowest"
     title: str = ""  # above a panel of a picture; "": its name
-    in_rounds: str = ""  # its name in a round's record, where a sweep may choose by it; "": it is not there
+    in_rounds: bool = False  # stands in the record of each round and epoch, and a sweep may choose by it
     kinds: tuple[str, ...] = ()  # beside all pairs, in records and gaps
     is_compared: bool = True  # stands in comparisons of models
     has_gap: bool = False  # gaps between models are shown
@@ -235,7 +236,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         of=PAIRS,
         values=roc_auc,
         title="ROC AUC\npeople never seen",
-        in_rounds="auc",
+        in_rounds=True,
         told="AUC",
         kinds=("twins", "strangers"),
         has_gap=True,
@@ -252,7 +253,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         values=eer,
         is_best="lowest",
         title="equal error rate\npeople never seen",
-        in_rounds="eer",
+        in_rounds=True,
         told="EER",
         kinds=("twins",),
         has_gap=True,
@@ -295,6 +296,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         name="ten_fold_accuracy",
         of=FOLDS,
         values=ten_fold_accuracy,
+        told="ten-fold accuracy",
         head="ten-fold",
         words={
             "ten-fold": "part of balanced pairs judged rightly, each tenth by the threshold that is best on the other"
@@ -318,7 +320,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         of=CLOSED,
         values=lambda closed: closed.correct / closed.num_examples,
         title="accuracy\nown identities",
-        in_rounds="acc",
+        in_rounds=True,
         told="accuracy",
         head="own people",
         words={"own people": "accuracy among one client's own people, on pictures that were not trained on."},
@@ -331,7 +333,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         values=lambda closed: closed.loss_sum / closed.num_examples,  # the mean over examples
         is_best="lowest",
         title="loss (nats)",
-        in_rounds="loss",
+        in_rounds=True,
         is_compared=False,
     ),
     # Macro averages over classes.
@@ -389,21 +391,20 @@ def kind_of(name: str) -> str:
     return next((kind for kind in KINDS if name.startswith(f"{kind}_")), "all")
 
 
-def recorded() -> Iterator[tuple[str, str, Figure]]:
-    """What a round's or an epoch's record holds of a model: each figure's name, its name there, and its row."""
+def recorded() -> Iterator[tuple[str, Figure]]:
+    """What the record of each round and epoch holds of a model: each figure's name, and its row."""
     for kind in KINDS:
         for figure in figures_of(PAIRS, FOLDS):
             if figure.in_rounds and (kind == "all" or kind in figure.kinds):
-                yield figure_name(kind, figure.name), figure_name(kind, figure.in_rounds), figure
+                yield figure_name(kind, figure.name), figure
     for figure in figures_of(CLOSED):
         if figure.in_rounds:
-            yield figure.name, figure.in_rounds, figure
+            yield figure.name, figure
 
 
 def validated() -> dict[str, tuple[str, Figure]]:
     """Metric of an epoch -> the figure's name among `known_scores`, and its row; a sweep may choose by any."""
-    # Of own people the round's names: val_acc stands beside train_acc.
-    return {f"val_{short if row.of == CLOSED else name}": (name, row) for name, short, row in recorded()}
+    return {of_split("val", name): (name, row) for name, row in recorded()}
 
 
 def compared() -> dict[str, Figure]:
@@ -487,21 +488,21 @@ def known_scores(sums: "EvaluationSums") -> dict[str, float]:
 
 
 def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
-    """train_loss, train_acc, gradient_norm, images_per_second from a reply's (or merged) training sums.
+    """train_loss, train_accuracy, gradient_norm, images_per_second from a reply's (or merged) training sums.
 
     The warm-up of new heads has figures of its own, where there was one.
     """
     pictures, steps = max(train["num_pictures"], 1.0), max(train["num_steps"], 1.0)
-    warmup = {name: train[name] for name in ("num_warmup_pictures", "warmup_seconds")}
+    warmup = {"num_warmup_pictures": train["num_warmup_pictures"], seconds_of("warmup"): train["warmup_seconds"]}
     figures = {
         "train_loss": train["loss_sum"] / pictures,
-        "train_acc": train["correct"] / pictures,
+        "train_accuracy": train["correct"] / pictures,
         "gradient_norm": train["gradient_norm_sum"] / steps,
         "images_per_second": train["num_pictures"] / max(train["seconds"], 1e-9),
-        "receive_seconds": train["receive_seconds"],
-        "evaluate_seconds": train["evaluate_seconds"],
-        "train_seconds": train["seconds"],
-        "send_seconds": train["send_seconds"],
+        seconds_of("receive"): train["receive_seconds"],
+        seconds_of("evaluate"): train["evaluate_seconds"],
+        seconds_of("train"): train["seconds"],
+        seconds_of("send"): train["send_seconds"],
     }
     # Told where it happened: a device had no room for whole batches.
     figures |= {"num_halvings": train["num_halvings"]} if train["num_halvings"] > 0 else {}

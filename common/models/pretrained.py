@@ -82,7 +82,10 @@ def _imagenet_weights(name: str) -> Mapping[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         raise ConfigError(
-            [f'model.pretrained = "{path}" is unknown; write "none", "imagenet", or the path of a .safetensors file.']
+            [
+                f'model.pretrained = "{path}" is no file of weights; write none, imagenet, FILE.safetensors or, for the'
+                " whole run, models:/NAME@champion, a run's folder or its id."
+            ]
         )
     if not path.is_file():
         raise ConfigError([f'model.pretrained = "{path}": no such file; give the path of a .safetensors file.'])

@@ -165,7 +165,7 @@ def client_comparison(
 def _named(metric: str) -> str:
     name = metric.removeprefix("test_")
     return next(
-        (row.title for row in figures_of(CLOSED, PAIRS, FOLDS) if row.title and name in (row.name, row.in_rounds)),
+        (row.title for row in figures_of(CLOSED, PAIRS, FOLDS) if row.title and name == row.name),
         metric,
     )
 

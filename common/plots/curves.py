@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from common.metrics.figures import AUC, PAIRS, figures_of
+from common.metrics.names import of_split
 from common.plots.style import (
     BLACK,
     BLUE,
@@ -32,39 +33,43 @@ class Panel(NamedTuple):
     lines: Mapping[str, str]
 
 
-_VAL_AUC: Final = f"val_{AUC}"
+_VAL_AUC: Final = of_split("val", AUC)
 _ROUND_PANELS: Final = (
-    Panel("Loss", "loss (nats)", {"round_train_loss": "train", "round_test_loss": "test"}),
-    Panel("Identities seen in training", "accuracy (0 to 1)", {"round_train_acc": "train", "round_test_acc": "test"}),
+    Panel("Loss", "loss (nats)", {"train_loss": "train", of_split("test", "loss"): "test"}),
+    Panel(
+        "Identities seen in training",
+        "accuracy (0 to 1)",
+        {"train_accuracy": "train", of_split("test", "accuracy"): "test"},
+    ),
 )
 _EPOCH_PANELS: Final = (
     Panel("Loss", "loss (nats)", {"train_loss": "train", "val_loss": "val"}),
-    Panel("Identities seen in training", "accuracy (0 to 1)", {"train_acc": "train", "val_acc": "val"}),
+    Panel("Identities seen in training", "accuracy (0 to 1)", {"train_accuracy": "train", "val_accuracy": "val"}),
     Panel("People never seen", "ROC AUC (0 to 1)", {_VAL_AUC: "val"}),
     Panel("Schedule", "learning rate", {"learning_rate": "learning rate"}),
 )
 _CLIENT_PANELS: Final = (
     Panel("Training loss", "loss (nats)", {"train_loss": ""}),
-    Panel("Training accuracy, own identities", "accuracy (0 to 1)", {"train_acc": ""}),
+    Panel("Training accuracy, own identities", "accuracy (0 to 1)", {"train_accuracy": ""}),
     Panel("Validation loss", "loss (nats)", {"val_loss": ""}),
-    Panel("Validation accuracy, own identities", "accuracy (0 to 1)", {"val_acc": ""}),
+    Panel("Validation accuracy, own identities", "accuracy (0 to 1)", {"val_accuracy": ""}),
     Panel("Validation, people never seen", "ROC AUC (0 to 1)", {_VAL_AUC: ""}),
-    Panel("Test accuracy, own identities", "accuracy (0 to 1)", {"test_acc": ""}),
-    Panel("Test, people never seen", "ROC AUC (0 to 1)", {"test_auc": ""}),
+    Panel("Test accuracy, own identities", "accuracy (0 to 1)", {of_split("test", "accuracy"): ""}),
+    Panel("Test, people never seen", "ROC AUC (0 to 1)", {of_split("test", AUC): ""}),
 )
 _WORDS: Final[Mapping[str, str]] = {"train": "training", "val": "validation", "test": "test"}
 _PANEL_HEIGHT_IN: Final = 3.1
 
 
 def convergence(rounds: Rows) -> "Figure":
-    """Scores of the global model over the rounds, with the best round (highest `round_val_auc`) marked.
+    """Scores of the global model over the rounds, with the best round (highest `val_roc_auc`) marked.
 
-    rounds: in any order; each has "step" (the round; 0 is the initial model) and some of round_train_loss,
-    round_train_acc, round_test_loss, round_test_acc, round_val_auc, round_test_auc, round_val_eer, round_test_eer.
+    rounds: in any order; each has "step" (the round; 0 is the initial model) and some of train_loss,
+    train_accuracy, round_test_loss, round_test_accuracy, val_roc_auc, round_test_roc_auc, val_eer, round_test_eer.
     Missing and non-finite values leave a gap.  Panels without any value are left out.
     """
     panels = (*_ROUND_PANELS, *_open_panels())
-    return _curves(rounds, panels, title="Convergence of the global model", x_label="round", auc="round_val_auc")
+    return _curves(rounds, panels, title="Convergence of the global model", x_label="round", auc=_VAL_AUC)
 
 
 def _open_panels() -> list[Panel]:
@@ -73,7 +78,7 @@ def _open_panels() -> list[Panel]:
         Panel(
             f"People never seen: {row.label}",
             f"{row.label} (0 to 1)",
-            {f"round_{split}_{row.in_rounds}": split for split in ("val", "test")},
+            {of_split(split, row.name): split for split in ("val", "test")},
         )
         for row in figures_of(PAIRS)
         if row.in_rounds
@@ -83,7 +88,7 @@ def _open_panels() -> list[Panel]:
 def training_curves(epochs: Rows) -> "Figure":
     """One holder's training over the epochs, with the best epoch (highest `val_roc_auc`) marked.
 
-    epochs: each has "step" (the epoch) and some of train_loss, train_acc, val_loss, val_acc, val_roc_auc,
+    epochs: each has "step" (the epoch) and some of train_loss, train_accuracy, val_loss, val_accuracy, val_roc_auc,
     learning_rate.
     """
     return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc=_VAL_AUC)
@@ -92,8 +97,8 @@ def training_curves(epochs: Rows) -> "Figure":
 def client_curves(curves: Mapping[str, Rows]) -> "Figure":
     """Each client's own curves over the rounds, one panel for each metric, one style for each client.
 
-    curves: client -> rows with "step" (the round) and some of train_loss, train_acc, val_loss, val_acc, val_roc_auc,
-    test_acc, test_auc.  Readable for up to 16 clients.
+    curves: client -> rows with "step" (the round) and some of train_loss, train_accuracy, val_loss, val_accuracy,
+    val_roc_auc, round_test_accuracy, round_test_roc_auc.  Readable for up to 16 clients.
     """
     panels = [panel for panel in _CLIENT_PANELS if any(_has(rows, panel) for rows in curves.values())]
     styles = client_styles(curves)

@@ -1,7 +1,6 @@
 """What a person sees: one line for an error, plain lines or a progress bar for a run, and exit codes."""
 
 import logging
-import shlex
 import signal
 import threading
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError, escaped
-from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of
-from common.settings import Settings
+from common.metrics.figures import AUC, CLOSED, FOLDS, PAIRS, figures_of
+from common.metrics.names import of_split
 from common.system.events import EventReader
 from common.system.files import open_to_others, private_files
 
@@ -102,13 +101,8 @@ def counts(values: Mapping[str, object]) -> str:
 
 def _score_text(event: Mapping[str, Any]) -> str:
     split = event["split"]
-    names = {row.in_rounds: row.told for row in figures_of(CLOSED, PAIRS) if row.in_rounds and row.told}
-    names["accuracy"] = "ten-fold accuracy"  # of the public pairs
-    parts = [
-        f"{label} {event[f'round_{split}_{key}']:.3f}"
-        for key, label in names.items()
-        if f"round_{split}_{key}" in event
-    ]
+    told = {of_split(split, row.name): row.told for row in figures_of(CLOSED, PAIRS, FOLDS) if row.told}
+    parts = [f"{label} {event[name]:.3f}" for name, label in told.items() if name in event]
     return f"{split}: " + ", ".join(parts) if parts else ""
 
 
@@ -306,17 +300,6 @@ def summary_lines(summary: Mapping[str, Any], *, folder: str, tracking: str) -> 
     lines.append(f"run folder: {folder} (config.toml, metrics.json, plots/, checkpoints/)")
     lines.append(f"tracking: {tracking}")
     return lines
-
-
-def tracking_line(settings: Settings) -> str:
-    """Where a run was tracked, and how to look at it."""
-    if not settings.tracking.enabled:
-        return "off; the record is spool.jsonl in the run folder"
-    uri = settings.tracking.uri
-    if not uri.startswith("sqlite"):
-        return uri
-    of_this_folder = uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}"  # the one that the command takes by itself
-    return f"{uri} (to look: facefed tracking serve{'' if of_this_folder else f' --backend {shlex.quote(uri)}'})"
 
 
 class Follower:

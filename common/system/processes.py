@@ -269,6 +269,14 @@ def can_connect(host: str, port: int, timeout_s: float = 2.0) -> bool:
         return False
 
 
+def has_address(host: str) -> bool:
+    """Whether this machine finds an address for the name."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
 def status_of(
     host: str,
     port: int,

@@ -236,6 +236,17 @@ def facefed_version() -> str:
         return "unknown"
 
 
+def user_name() -> str:
+    """The account that runs this process; its number where this machine has no name for it, as in containers."""
+    import pwd
+
+    number = os.geteuid()
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
 @functools.cache  # each round of a client asks
 def git_commit() -> str:
     """The commit of the checkout that this file is in, or "unknown" outside one."""

@@ -24,6 +24,7 @@ from common.redact import shown_uri, without_password
 from common.system.processes import can_connect, is_this_machine
 from common.system.runtime import reach_directly
 from common.tracking.address import ARTIFACTS, SERVERS, sqlite_path
+from common.tracking.notes import NOTE_TAG, VERSION
 from common.tracking.sender import StartOver, short_reason
 from common.tracking.spool import SPOOL_NAME, Sent, entries_of
 
@@ -79,16 +80,17 @@ def open_client(uri: str) -> Any:  # noqa: ANN401 - MlflowClient
 _BEHIND_A_SERVER = "mlflow-artifacts:"
 
 
-def experiment_id(client: Any, uri: str, name: str, place: Path) -> str:  # noqa: ANN401 - MlflowClient
+def experiment_id(client: Any, uri: str, name: str, place: Path, about: str = "") -> str:  # noqa: ANN401 - MlflowClient
     """MLflow's id of the active experiment `name` at `uri` (from `resolve_uri`); safe beside others that make it.
 
     A server says itself where artifacts go.  A database does not, and MLflow would take whatever folder the program
     was started from.  So an experiment made here has them in `mlruns/NAME`, beside a sqlite file, and for PostgreSQL
     and MySQL below `place`, a folder of this machine.  The database keeps that absolute path: an `mlflow server` over
     it shows them while it runs on this machine and may read the folder; other machines have the numbers only.
+    about: its description, where it is made.
     Raises TrackingError for a deleted experiment and, without a server, for one whose artifacts only a server reaches.
     """
-    found = client.get_experiment_by_name(name) or make_experiment(client, uri, name, place)
+    found = client.get_experiment_by_name(name) or make_experiment(client, uri, name, place, about)
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {name!r} of {shown_uri(uri)} was deleted; bring it back with"
@@ -102,14 +104,16 @@ def experiment_id(client: Any, uri: str, name: str, place: Path) -> str:  # noqa
     return str(found.experiment_id)
 
 
-def make_experiment(client: Any, uri: str, name: str, place: Path) -> Any:  # noqa: ANN401 - MLflow's own types
+def make_experiment(client: Any, uri: str, name: str, place: Path, about: str = "") -> Any:  # noqa: ANN401 - MLflow's own types
     """Make the experiment, or find the one that another process made meanwhile; see `experiment_id`."""
     from mlflow.exceptions import MlflowException
 
     database = sqlite_path(uri)
     folder = (database.parent if database else place.resolve()) / ARTIFACTS / name
     try:
-        client.create_experiment(name, artifact_location=None if uri.startswith(SERVERS) else folder.as_uri())
+        location = None if uri.startswith(SERVERS) else folder.as_uri()
+        described = {"tags": {NOTE_TAG: about}} if about else {}
+        client.create_experiment(name, artifact_location=location, **described)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may make it at the same moment
             raise
@@ -259,6 +263,8 @@ class Delivery:
             self._sent.run_ids[run] = self._find_or_create(run, entry)
         elif self._is_active(known):
             self._client.update_run(known, status="RUNNING")
+            if not (run or self._sent.experiment_id):
+                self._sent.experiment_id = str(self._client.get_run(known).info.experiment_id)
         else:
             del self._sent.run_ids[run]
             self._sent.offset = 0
@@ -281,7 +287,10 @@ class Delivery:
 
     def _find_or_create(self, run: str, entry: Mapping[str, Any]) -> str:
         key = f"{self._sent.run_key}/{run}"
-        experiment = experiment_id(self._client, self._uri, entry["experiment"], self._folder.parent)
+        place, about = self._folder.parent, str(entry.get("about", ""))
+        experiment = experiment_id(self._client, self._uri, entry["experiment"], place, about)
+        if not run:
+            self._sent.experiment_id = experiment
         found = self._client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
@@ -426,7 +435,7 @@ def deliver_model(
     model = next((found for found in mine if found.tags.get(MODEL_KEY_TAG) == entry["model_key"]), None)
     if model is None:
         tags = {**entry["tags"], MODEL_KEY_TAG: entry["model_key"]}
-        model = client.create_logged_model(experiment, "model", run_id, tags=tags)
+        model = client.create_logged_model(experiment, entry["tags"].get("role", "model"), run_id, tags=tags)
     if str(model.status) != "READY":
         _upload(client, run_id, model, folder, entry["step"])
     _link_metrics(client, run_id, model.model_id, entry)
@@ -467,7 +476,7 @@ def _register(client: Any, run_id: str, model_id: str, entry: Mapping[str, Any])
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(entry["name"])
+        client.create_registered_model(entry["name"], description=entry.get("about") or None)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -478,6 +487,9 @@ def _register(client: Any, run_id: str, model_id: str, entry: Mapping[str, Any])
         version = client.create_model_version(
             entry["name"], source, run_id=run_id, tags=dict(entry["tags"]), model_id=model_id
         )
+    if entry.get("note") and not version.description:  # which tells how to load this very version
+        note = entry["note"].replace(VERSION, str(version.version))
+        client.update_model_version(entry["name"], str(version.version), description=note)
     return str(version.version)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.redact import shown_uri
 from common.system.files import bring_to_disk
+from common.tracking.notes import NOTE_TAG
 from common.tracking.sender import Sender
 from common.tracking.spool import KeptFiles, SavesFigure, Spool, event_line, metric_line, now_ms
 from common.tracking.tensorboard import Board
@@ -26,7 +27,14 @@ MISSING_TAG = "missing_artifacts"  # names of what could not be written
 LOST_TAG = "lost_records"  # number of the spool's lines that could not be written
 FINISH_TIMEOUT_S = 120.0  # a new sqlite database alone takes 5 to 40 s on a busy machine
 
+Beside = Callable[[Mapping[str, float]], Mapping[str, float]]
+
 _log = logging.getLogger("facefed.tracking")
+
+
+def nothing_beside(_metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """No value has a second name."""
+    return {}
 
 
 class TrackedRun:
@@ -36,17 +44,30 @@ class TrackedRun:
     """
 
     def __init__(
-        self, *, folder: Path, spool: Spool, sender: Sender | None, board: Board | None, name: str, uri: str
+        self,
+        *,
+        folder: Path,
+        spool: Spool,
+        sender: Sender | None,
+        board: Board | None,
+        name: str,
+        uri: str,
+        beside: Beside = nothing_beside,
     ) -> None:
-        """Use `open_run` and `child`.  name: "" for the run itself, else the nested run's name in the spool."""
+        """Use `open_run` and `child`.  name: "" for the run itself, else the nested run's name in the spool.
+
+        beside: of metrics by name, the values that are recorded under other names as well.
+        """
         self.folder = folder
         self.uri = uri
         self._spool = spool
         self._sender = sender
         self._board = board
         self._name = name
+        self._beside = beside
         self._files = KeptFiles(folder, name)
         self._params: dict[str, str] = {}
+        self._description: dict[str, str] = {}
         self._step = 0  # the latest, under which pictures are shown
         self._num_samples = 0  # of the machine
         self._before_finish: list[Callable[[], None]] = []
@@ -84,6 +105,7 @@ class TrackedRun:
         self._num_samples += 1
 
     def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        metrics = {**metrics, **self._beside(metrics)}
         if self._told:
             metrics = {key: value for key, value in metrics.items() if (self._name, key, step) not in self._told}
         time_ms = now_ms()
@@ -113,6 +135,18 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags; a later value replaces an earlier one."""
         self._event("tags", values={key: str(value) for key, value in tags.items()})
+
+    def describe(self, **parts: str) -> None:
+        """Say in the run's description what it is, which data it used, what came of it; one said before is replaced.
+
+        parts: sentences by a name of their own; they stand in the order in which they were first given.
+        """
+        self._description |= parts
+        self.set_tags({NOTE_TAG: "\n\n".join(part for part in self._description.values() if part)})
+
+    def described(self, part: str) -> str:
+        """A part of the run's description; "" where nothing was said."""
+        return self._description.get(part, "")
 
     def log_dataset(self, *, name: str, digest: str, context: str, profile: Mapping[str, int]) -> None:
         """Record which data the run used, as MLflow's "dataset": its name, a digest and counts, never where it lies.
@@ -173,11 +207,21 @@ class TrackedRun:
         return self._files.place(name)
 
     def log_model(
-        self, folder: Path, *, name: str, step: int, tags: Mapping[str, str], metrics: Mapping[str, float], people: str
+        self,
+        folder: Path,
+        *,
+        name: str,
+        step: int,
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
+        people: str,
+        note: str = "",
+        about: str = "",
     ) -> str:
         """Have a model that is kept in `folder`, below the run's, registered as `name`; returns the key of its version.
 
         metrics: linked to the model at `step`.  people: of a candidate for champion, their digest; else empty.
+        note, about: descriptions of the version, and of all of that name.
         """
         key = uuid.uuid4().hex
         told = {e.get("key"): e["time_ms"] for e in self._spool.entries() if self._is_mine(e) and e.get("step") == step}
@@ -189,7 +233,7 @@ class TrackedRun:
                 bring_to_disk(file)
         place = str(folder.relative_to(self.folder))
         fields = {"model_key": key, "name": name, "step": step, "tags": dict(tags), "metrics": linked, "people": people}
-        self._event("model", folder=place, **fields)
+        self._event("model", folder=place, note=note, about=about, **fields)
         return key
 
     def version_of(self, key: str) -> str:
@@ -220,19 +264,22 @@ class TrackedRun:
                 uri=self.uri,
             )
             nested._told = self._told
-            nested.start(self._experiment, run_name, {**self._tags, **tags}, {})
+            nested.start(self._experiment, run_name, {**self._tags, **tags}, {}, self._about)
             self._children[run_name] = nested
         return self._children[run_name]
 
-    def start(self, experiment: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, object]) -> None:
+    def start(
+        self, experiment: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, object], about: str
+    ) -> None:
         """Record that the run begins, or goes on (called by `open_run` and `child`)."""
-        self._experiment = experiment
+        self._experiment, self._about = experiment, about
         self._tags = dict(tags)
         key = self._sender.run_key if self._sender else uuid.uuid4().hex
         self._event(
             "start",
             run_key=key,
             experiment=experiment,
+            about=about,
             name=run_name,
             tags={key: str(value) for key, value in tags.items()},
             params={key: str(value) for key, value in params.items()},

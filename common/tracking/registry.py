@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MODELS = "models"  # below the run's folder
 HELD_BACK_TAG = "held_back"  # of a version: why it did not become champion
+BEST_AND_LAST: Final = "best and last"
+LAST_TAG: Final = "is_last"  # of a version: of the run's last round or epoch; with role "best" it is both
 FLUSH_TIMEOUT_S = 120.0
 
 _log = logging.getLogger("facefed.tracking")
@@ -54,25 +56,31 @@ def register_model(
     metrics: Mapping[str, float],
     held_back: str = "",
     tell: Callable[[str], object] = str,
+    note: str = "",
+    about: str = "",
 ) -> str | None:
     """Export the model, log it with the run, register it as a version of `name`, and move the champion if it is better.
 
     model: float32 [B, 3, image_size, image_size] in [-1, 1] -> float32 [B, D]; its mode is left as it was found.
-    step: the round or epoch it stands for.  role: "best" (may become champion) or "last".
+    step: the round or epoch it stands for.  role: "best" (may become champion), "last", or BEST_AND_LAST of weights
+    that are both: one version then, whose tags say so.
     val_auc: on the validation people whose digest is `val_people`.  metrics: recorded with the model, at `step`.
     held_back: why a best model shall not become champion, for its version's tags; "": it may.
     tell: is told in words what became of the champion, as far as that is known.
+    note: the version's description, see `common.tracking.notes`.  about: that of all versions, where there is none yet.
     It is exported to RUN/models first; the sending thread brings it to MLflow, or later `facefed tracking sync` does.
     Returns the version, or None when tracking is off or MLflow is away (then with one warning: nothing is raised).
     """
-    if role not in ("best", "last"):
-        raise ValueError(f"role = {role!r}; use 'best' or 'last'")
+    if role not in ("best", "last", BEST_AND_LAST):
+        raise ValueError(f"role = {role!r}; use 'best', 'last' or {BEST_AND_LAST!r}")
     if not run.reaches_mlflow:
         return None
-    tags = {"role": role, "step": str(step), AUC_TAG: repr(float(val_auc)), PEOPLE_TAG: val_people}
+    first = "last" if role == "last" else "best"
+    tags = {"role": first, "step": str(step), AUC_TAG: repr(float(val_auc)), PEOPLE_TAG: val_people}
+    tags |= {LAST_TAG: "true"} if role != "best" else {}
     if held_back:
         tags[HELD_BACK_TAG] = held_back
-    folder = run.folder / MODELS / f"{name}_{role}_{step}_{now_ms()}"
+    folder = run.folder / MODELS / f"{name}_{first}_{step}_{now_ms()}"
     try:
         _export(model, folder, image_size)
     except Exception as error:  # tracing fails in many ways; it must not cost the run, whose checkpoint is there
@@ -81,8 +89,8 @@ def register_model(
             "Tracking: model %s (%s) is not registered (%s); its checkpoint is kept.", name, role, short_reason(error)
         )
         return None
-    people = val_people if role == "best" and not held_back else ""
-    key = run.log_model(folder, name=name, step=step, tags=tags, metrics=metrics, people=people)
+    people = val_people if first == "best" and not held_back else ""
+    key = run.log_model(folder, name=name, step=step, tags=tags, metrics=metrics, people=people, note=note, about=about)
     if not run.flush(FLUSH_TIMEOUT_S):
         _log.warning("Tracking: model %s is not registered yet, since MLflow is away; it is kept in %s.", name, folder)
     elif verdict := f"it does not become champion: {held_back}" if held_back else run.verdict_on(key):
@@ -125,8 +133,9 @@ def _example_and_signature(model: "torch.nn.Module", image_size: int) -> tuple[A
     with torch.no_grad():
         width = model(torch.from_numpy(noise).to(device)).shape[1]
     kind = np.dtype(np.float32)
-    inputs = Schema([TensorSpec(kind, (-1, 3, image_size, image_size), "pictures")])
-    outputs = Schema([TensorSpec(kind, (-1, width), "embeddings")])
+    # Without names: MLflow hands named ones over as a dict, which its own wrapper of torch's models then refuses.
+    inputs = Schema([TensorSpec(kind, (-1, 3, image_size, image_size))])
+    outputs = Schema([TensorSpec(kind, (-1, width))])
     return noise, ModelSignature(inputs=inputs, outputs=outputs)
 
 
@@ -185,10 +194,7 @@ def read_registered(address: str, uri: str) -> Registered:
         name, _, alias = text.rpartition("/")
     if not uri.startswith(PREFIX) or not (name and alias):
         raise TrackingError(f"{uri}: write models:/NAME/VERSION or models:/NAME@{CHAMPION}.")
-    if not address:
-        raise TrackingError(f"{uri}: tracking is off, so the registry is not asked; leave --no-mlflow out.")
-    if _has_no_database(address):
-        raise TrackingError(f"{uri}: there is no registry at {shown_uri(address)}; give its --tracking-uri.")
+    _require_registry(address, uri)
     try:
         client = _client(address)
         found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, alias)
@@ -198,6 +204,31 @@ def read_registered(address: str, uri: str) -> Registered:
     except Exception as error:
         reason = short_reason(error)
         raise TrackingError(f"{uri}: not found at {shown_uri(address)} ({reason}); name one that is.") from None
+
+
+def version_of_run(address: str, run_id: str) -> str:
+    """models:/NAME/VERSION of the best model that a run of MLflow's registered.  Raises TrackingError.
+
+    address: of the tracking, resolved; "": it is off.
+    """
+    _require_registry(address, run_id)
+    try:
+        found = _client(address).search_model_versions(f"run_id = '{run_id}'")
+    except Exception as error:
+        raise TrackingError(f"{run_id}: {shown_uri(address)} cannot be asked ({short_reason(error)}).") from None
+    best = {int(version.version): version.name for version in found if version.tags.get("role") == "best"}
+    if not best:
+        raise TrackingError(
+            f"{run_id}: no run at {shown_uri(address)} registered a model under that id; name models:/NAME/VERSION."
+        )
+    return f"{PREFIX}{best[max(best)]}/{max(best)}"
+
+
+def _require_registry(address: str, what: str) -> None:
+    if not address:
+        raise TrackingError(f"{what}: tracking is off, so the registry is not asked; leave --no-mlflow out.")
+    if _has_no_database(address):
+        raise TrackingError(f"{what}: there is no registry at {shown_uri(address)}; give its --tracking-uri.")
 
 
 def load_state(registered: Registered) -> "dict[str, Tensor]":

@@ -15,11 +15,14 @@ from pathlib import Path
 from common.errors import InterruptedRun
 from common.redact import shown_uri
 from common.settings import TrackingSettings
+from common.system.runtime import user_name
 from common.tracking.delivery import Delivery, quieten
-from common.tracking.record import TrackedRun
+from common.tracking.record import Beside, TrackedRun, nothing_beside
 from common.tracking.sender import Sender
 from common.tracking.spool import SavesFigure, Spool, load_sent, save_sent
 from common.tracking.tensorboard import OFF, Board
+
+USER_TAG = "mlflow.user"
 
 __all__ = ["SavesFigure", "TrackedRun", "finishing", "open_run"]
 
@@ -49,13 +52,16 @@ def open_run(
     params: Mapping[str, object],
     resume_run_id: str = "",
     prepare: Callable[[], None] | None = None,
+    beside: Beside = nothing_beside,
+    about: str = "",
 ) -> TrackedRun:
     """Begin (or go on with) the record of a run.
 
     uri: from `resolve_uri`.  folder: the run's folder; a spool in it is continued, and so are its TensorBoard events,
-    in a folder of the same name below `tracking.tensorboard`.  experiment: made where missing.
+    in a folder of the same name below `tracking.tensorboard`.  experiment: made where missing, described as `about`.
     resume_run_id: MLflow's id to go on with; empty for a new run, or for what the folder itself knows.
     prepare: writes other files of the folder, once it is sure that no other process uses it.
+    beside: of metrics by name, the values that the run, but no nested one, records under other names as well.
     Imports MLflow (seconds) when tracking is enabled, so that no other thread has to; the server is asked later.
     Raises TrackingError when another process writes or sends the run, and when the disk is full.
     """
@@ -68,9 +74,11 @@ def open_run(
     except BaseException:
         spool.close()  # and with it the lock
         raise
-    run = TrackedRun(folder=folder, spool=spool, sender=sender, board=board, name="", uri=uri if sender else "")
+    run = TrackedRun(
+        folder=folder, spool=spool, sender=sender, board=board, name="", uri=uri if sender else "", beside=beside
+    )
     run.skip_what_was_told()
-    run.start(experiment, run_name, tags, params)
+    run.start(experiment, run_name, {USER_TAG: user_name(), **tags}, params, about)
     if sender:
         sender.start()
     return run

@@ -269,6 +269,7 @@ class Sent:
     run_key: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was cut off
     run_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # name in the spool -> MLflow's run id
     aside: list[int] = dataclasses.field(default_factory=list)  # where lines begin that the server did not take yet
+    experiment_id: str = ""  # of the run itself, where its page is
     nonfinite: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # name in the spool -> metric names
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # key of a model's event -> registered version
     verdicts: dict[str, str] = dataclasses.field(default_factory=dict)  # likewise -> what became of the champion
@@ -277,7 +278,7 @@ class Sent:
         """Start from the spool's first line again."""
         self.offset = 0
         self.aside = []
-        self.run_ids = {}
+        self.run_ids, self.experiment_id = {}, ""
         self.nonfinite = {}
         self.versions = {}
         self.verdicts = {}
@@ -303,7 +304,7 @@ def _sound(sent: Sent) -> Sent:
     """The same.  Raises TypeError where a field is of another kind, as in a damaged file."""
     tables: tuple[object, ...] = (sent.run_ids, sent.versions, sent.verdicts, sent.nonfinite)
     sound = (
-        _are([sent.uri, sent.run_key], str)
+        _are([sent.uri, sent.run_key, sent.experiment_id], str)
         and _are([sent.offset], int)
         and _are(sent.aside, int)
         and all(isinstance(table, dict) for table in tables)

@@ -58,15 +58,15 @@ class TrainSums:
                 self.branch_loss_sums[name] = self.branch_loss_sums.get(name, 0.0) + loss * num_pictures
 
     def merged(self) -> dict[str, float]:
-        """The means the tracking shows: train_loss, train_acc, gradient_norm; train_loss_glca, gradient_norm_head..."""
+        """The means that the tracking shows: train_loss, train_accuracy, train_loss_glca, gradient_norm/head, ..."""
         num_pictures, num_steps = max(self.num_pictures, 1), max(self.num_steps, 1)
         return {
             "train_loss": self.loss_sum / num_pictures,
-            "train_acc": self.correct / num_pictures,
+            "train_accuracy": self.correct / num_pictures,
             "gradient_norm": self.gradient_norm_sum / num_steps,
             **({"num_halvings": float(self.num_halvings)} if self.num_halvings else {}),
             **{f"train_loss_{name}": total / num_pictures for name, total in self.branch_loss_sums.items()},
-            **{f"gradient_norm_{group}": total / num_steps for group, total in self.gradient_norm_sums.items()},
+            **{f"gradient_norm/{group}": total / num_steps for group, total in self.gradient_norm_sums.items()},
         }
 
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from common.metrics.names import ROUND_SECONDS, seconds_of
+
 # wait: until clients are there and have answered.  send: tasks and model to the SuperLink.  receive: replies taken,
 # decoded and checked.  evaluate: sums merged, public pairs scored.  log: records, pictures and events.
 PHASES = ("wait", "send", "receive", "aggregate", "evaluate", "checkpoint", "log")
@@ -40,9 +42,9 @@ class RoundClock:
         return self._answers[client]
 
     def metrics(self) -> dict[str, float]:
-        """round_seconds, and wait_seconds, send_seconds, ... which add up to it."""
-        phases = {f"{phase}_seconds": seconds for phase, seconds in self._phases.items()}
-        return {"round_seconds": self._lap_began - self._began, **phases}
+        """The seconds of the round, and of each of PHASES, which add up to them."""
+        phases = {seconds_of(phase): seconds for phase, seconds in self._phases.items()}
+        return {ROUND_SECONDS: self._lap_began - self._began, **phases}
 
 
 class TimeBudget:

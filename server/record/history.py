@@ -16,26 +16,32 @@ import torch
 
 from common.errors import CheckpointError
 from common.metrics.figures import AUC, known_scores, recorded
+from common.metrics.names import decile, of_split, present
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, WHOLE_NUMBERS, EvaluationSums
 from common.protocol.wire import Reply
 from common.system.checkpoints import read_sealed, write_sealed
 from server.exchange.roster import MOST_TOLD_APART
 
-BY_CLIENT_AUC = "round_val_auc_median"  # over the clients that have one; it chooses the best round
+BY_CLIENT_AUC = of_split("val", f"{AUC}_median")  # over the clients that have one; it chooses the best round
 CHANGE_NORMS = ("change_norm", "change_norm_statistics")  # of a client's change: of parameters, of running statistics
 STANDS_OUT = 3.0  # times the median of the others' norms; honest ones differ by less, see docs/SECURITY.md
 _ALL = ""  # the name under which the sums of all clients stand; no client has it
 
 
 def round_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
-    """The round's metrics by the names that the tracking shows: round_test_auc, round_val_auc, ..."""
+    """The figures of all clients together after a round, by the tracking's names: val_roc_auc, round_test_roc_auc..."""
     scores = known_scores(sums)
-    return {f"round_{split}_{short}": scores[name] for name, short, _ in recorded() if name in scores}
+    return {of_split(split, name): scores[name] for name, _ in recorded() if name in scores}
 
 
 def client_metrics(split: str, sums: EvaluationSums) -> dict[str, float]:
-    """One client's metrics: test_accuracy, test_precision, ..., test_roc_auc, test_eer, test_tar_at_far_1e-3."""
-    return {f"{split}_{name}": value for name, value in known_scores(sums).items()}
+    """One client's figures after a round, all there are: val_accuracy, val_f1, ..., round_test_tar_at_far_1e-3."""
+    return {of_split(split, name): value for name, value in known_scores(sums).items()}
+
+
+def final_metrics(sums: EvaluationSums) -> dict[str, float]:
+    """The chosen model's figures on test: test_accuracy, test_precision, ..., test_roc_auc, test_tar_at_far_1e-3."""
+    return {f"test_{name}": value for name, value in known_scores(sums).items()}
 
 
 def merged_train(replies: Mapping[str, Reply]) -> dict[str, float]:
@@ -58,7 +64,7 @@ class Tally:
 
     def aucs(self) -> list[float]:
         """Each client's AUC, of those that have genuine and impostor pairs."""
-        name = f"{self.split}_{AUC}"
+        name = of_split(self.split, AUC)
         return [own[name] for own in self.metrics.values() if name in own]
 
     def add(self, replies: Mapping[str, Reply]) -> None:
@@ -74,13 +80,13 @@ class Tally:
 
 
 def quantiles(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Of each figure the deciles 1, 5 and 9 over the clients that have it: {"clients_train_loss_p50": 1.2, ...}."""
+    """Of each figure the deciles 1, 5 and 9 over the clients that have it: {"deciles/train_loss_p50": 1.2, ...}."""
     values: dict[str, list[float]] = {}
     for own in metrics.values():
         for name, value in own.items():
             values.setdefault(name, []).append(value)
     return {
-        f"clients_{name}_p{percent}": float(np.percentile(numbers, percent))
+        decile(name, percent): float(np.percentile(numbers, percent))
         for name, numbers in values.items()
         for percent in (10, 50, 90)
     }
@@ -141,7 +147,7 @@ class History:
         return self.rounds.setdefault(step, RoundRecord(step))
 
     def score(self, step: int, tally: Tally) -> dict[str, float]:
-        """Keep the sums of the model of round `step`; returns its metrics (round_val_auc, ...), pooled but for one.
+        """Keep the sums of the model of round `step`; returns its metrics (val_roc_auc, ...), pooled but for one.
 
         An equal median of the clients' validation AUC leaves the earlier round the best. Round 0 is never the best: it
         is untrained. The best round's model may be scored again, by more clients; then that score is its own.
@@ -166,7 +172,9 @@ class History:
         if self.best_round == 0:
             return float("-inf")
         metrics = self.at(self.best_round).metrics
-        return metrics.get(BY_CLIENT_AUC, metrics.get("round_val_auc", 0.0))  # of a run begun before there were medians
+        return metrics.get(
+            BY_CLIENT_AUC, metrics.get(of_split("val", AUC), 0.0)
+        )  # of a run begun before there were medians
 
     def median_of_clients(self, step: int, name: str) -> float | None:
         """The median of a figure of that round's model over the clients that have it; one client does not move it far.
@@ -229,12 +237,12 @@ def history_from_json(values: Mapping[str, Any]) -> History:
             history.best_val_auc = float(values["best_val_auc"])
         for row in values["rounds"]:
             step = int(row["step"])
-            metrics = {name: float(value) for name, value in row.items() if name != "step"}
+            metrics = present({name: float(value) for name, value in row.items() if name != "step"})
             history.rounds[step] = RoundRecord(
                 step=step,
                 metrics=metrics,
                 clients={
-                    client: {name: float(value) for name, value in own.items()}
+                    client: present({name: float(value) for name, value in own.items()}, of_client_row=True)
                     for client, own in values["clients"].get(str(step), {}).items()
                 },
                 scored=set(values["scored"].get(str(step), [])),

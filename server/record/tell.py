@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.metrics.figures import AUC, FEW_PEOPLE, known_scores, own_seconds, people_behind, train_metrics
+from common.metrics.names import ROUND_SECONDS, WORK_SECONDS, of_client, of_split, seconds_of
 from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
@@ -16,11 +17,12 @@ from common.settings import Settings
 from common.system.events import EventLog
 from common.system.runtime import machine_digest
 from common.tracking.hardware import gpu_type
+from common.tracking.notes import chosen_note, data_note, run_note
 from common.tracking.run import TrackedRun
 from common.training.autotune import threads_for
 from server.exchange.clock import TimeBudget
 from server.exchange.roster import MOST_TOLD_APART, Member
-from server.record.history import History, Tally, client_metrics, merged_train, quantiles
+from server.record.history import History, Tally, final_metrics, merged_train, quantiles
 
 
 def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
@@ -93,7 +95,9 @@ class Record:
             return
         self._sites = {name: member.site for name, member in members.items()}
         sites = list(self._sites.values())
-        self._tracked.set_tags(_data_tags(sites))
+        tags = _data_tags(sites)
+        self._tracked.set_tags(tags)
+        self._tracked.describe(data=data_note(tags["dataset"], tags["dataset_size"], len(sites)))
         self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
         write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
         if len(members) <= MOST_TOLD_APART:
@@ -118,6 +122,10 @@ class Record:
         self._tracked.log_dataset(name=name, digest=site.val_people, context="training", profile=counted)
         num_there = sum(other.machine == site.machine for other in self._sites.values())
         child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
+        backbone, size = self._settings.model.backbone, self._settings.data.image_size
+        child.describe(
+            what=run_note("federated_client", backbone, size), data=data_note(site.dataset, site.num_pictures)
+        )
         child.log_params(
             {
                 "client": name,
@@ -220,7 +228,7 @@ class Record:
     ) -> None:
         """A round is whole: its training figures and bytes.
 
-        sizes: bytes of all.  clients: of each client of `replies` its own bytes_down and bytes_up, the norms of its
+        sizes: bytes of all.  clients: of each client of `replies` its own bytes down and up, the norms of its
         change, and answer_seconds from the sending of its task until its reply was taken.
         """
         self._tell_refused(before=server_round)
@@ -230,14 +238,15 @@ class Record:
         self._num_warmup_pictures += merged["num_warmup_pictures"]
         train = train_metrics(merged)
         record = history.at(server_round)
-        record.metrics |= {"round_train_loss": train["train_loss"], "round_train_acc": train["train_acc"], **sizes}
+        record.metrics |= {name: train[name] for name in ("train_loss", "train_accuracy")}
+        record.metrics |= sizes
         record.metrics["round_clients"] = float(len(replies))
-        record.metrics["round_work_seconds"] = sum(merged[f"{part}seconds"] for part in ("evaluate_", "warmup_", ""))
+        record.metrics[WORK_SECONDS] = sum(merged[f"{part}seconds"] for part in ("evaluate_", "warmup_", ""))
         self._tracked.log_metrics(record.metrics, step=server_round)
         told: dict[str, dict[str, float]] = {}
         for name, reply in replies.items():
             own = told[name] = train_metrics(reply.train) | dict(clients[name])
-            own["wait_seconds"] = max(0.0, own.pop("answer_seconds") - own_seconds(reply.train))
+            own[seconds_of("wait")] = max(0.0, own.pop("answer_seconds") - own_seconds(reply.train))
             record.clients.setdefault(name, {}).update(own)
         self._log_of_clients(told, server_round)
         if self._settings.tracking.plots == "all" and self._budget.affords():
@@ -254,8 +263,8 @@ class Record:
             round=server_round,
             rounds=self._settings.federation.rounds,
             clients=int(metrics["round_clients"]),
-            seconds=seconds["round_seconds"],
-            train_loss=metrics["round_train_loss"],
+            seconds=seconds[ROUND_SECONDS],
+            train_loss=metrics["train_loss"],
         )
 
     def stopped_early(self, last_round: int, history: History) -> None:
@@ -290,21 +299,21 @@ class Record:
             "few_people": self._few_people(history.at(best).sums.get("test", {})),
             "last": self._test_scores(history, last_round),
             "best_val_auc": history.best_val_auc,
-            "test_roc_auc_median": history.median_of_clients(best, f"test_{AUC}"),
+            "test_roc_auc_median": history.median_of_clients(best, of_split("test", AUC)),
             "num_pictures_processed": self._num_pictures,
             "num_gradient_steps": self._num_steps,
             "num_warmup_pictures": self._num_warmup_pictures,
             "test_pairs": {name: site.test_pairs for name, site in self._sites.items()},
-            "clients": {
-                name: client_metrics("test", sums) for name, sums in history.at(best).sums.get("test", {}).items()
-            },
+            "clients": {name: final_metrics(sums) for name, sums in history.at(best).sums.get("test", {}).items()},
             "clients_quantiles": quantiles(history.at(best).clients) if self._are_many else {},
             "rounds_table": history.rows(),
         }
         final = {f"test_{name}": value for name, value in summary["best"].items()}
         for name, scores in summary["clients"].items():
-            final |= {f"{name}_{key}": value for key, value in scores.items()}
-        final |= {"best_round": float(best), "best_val_auc": history.best_val_auc}
+            final |= {of_client(name, key): value for key, value in scores.items()}
+            if name in self._children:  # of many clients nobody has a run of its own
+                self._children[name].log_metrics(scores, step=best)
+        final |= {"best_round": float(best), f"best_val_{AUC}": history.best_val_auc}
         if summary["test_roc_auc_median"] is not None:
             final["test_roc_auc_median"] = summary["test_roc_auc_median"]
         budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
@@ -313,13 +322,14 @@ class Record:
         self._tracked.set_tags({"best_round": str(best), "model_sha256": sha256})
         if summary["below_untrained"]:
             self._tracked.set_tags({"below_untrained": summary["below_untrained"]})
+        self._tracked.describe(result=chosen_note("round", best, last_round, history.best_val_auc))
         self._tracked.log_dict(summary, "metrics.json")
         return summary
 
     def _below_untrained(self, history: History, best: int) -> str:
         untrained, trained = (
             {
-                "validation": history.at(step).metrics.get("round_val_auc"),
+                "validation": history.at(step).metrics.get(of_split("val", AUC)),
                 "test": self._test_scores(history, step).get(AUC),
             }
             for step in (0, best)

@@ -4,12 +4,12 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from common.errors import EXIT_INTERRUPTED, escaped
-from common.faces.datasets import DEFAULT_CLIENTS
+from common.faces.datasets import DATASETS, DEFAULT_CLIENTS
 from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings, tell_of_password
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
 
@@ -73,13 +73,25 @@ def _init(arguments: argparse.Namespace) -> list[str]:
         "",
         f"To the server:         {folder}/ca.crt, server.crt, server.key and clients/",
         f"                       flower-server --tls {folder} --address 0.0.0.0:443",
-        *(f"{f'To the site {name}:':<23}{folder}/{name}/ and nothing else, by a private way" for name in clients),
-        f"                       flower-client --dataset {clients[0]} --tls {folder}/{clients[0]} --server {example}",
+        *_lines_of_sites(folder, clients, example),
         f"Into a safe place:     {folder}/ca.key. Whoever has it can pass for your server. Neither the server nor a"
         " site needs it; `certs renew` does.",
         f"Then delete here what you gave away: each key should be in one place. `facefed certs revoke {folder} NAME`"
         " turns a site out.",
     ]  # fmt: skip
+
+
+def _lines_of_sites(folder: Path, clients: Sequence[str], server: str) -> list[str]:
+    """What each site gets and the command that it starts: a site's name is its key's, and need not be a data set's."""
+    lines = []
+    for name in clients:
+        dataset = name if name in DATASETS else "DATASET"
+        lines.append(f"{f'To the site {name}:':<23}{folder}/{name}/ and nothing else, by a private way")
+        lines.append(f"{'':23}flower-client --dataset {dataset} --tls {folder}/{name} --server {server}")
+    if not set(clients) <= set(DATASETS):
+        lines.append(f"{'':23}(for DATASET write how its pictures lie: {', '.join(sorted(DATASETS))};")
+        lines.append(f"{'':23} with --data-dir DIR, else they are looked for in data/DATASET)")
+    return lines
 
 
 def _add(arguments: argparse.Namespace) -> list[str]:

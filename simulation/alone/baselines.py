@@ -17,6 +17,7 @@ from common.errors import DataError
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.figures import AUC, FEW_PEOPLE, known_scores
+from common.metrics.names import of_client
 from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
@@ -24,6 +25,7 @@ from common.private_figures import private_pictures
 from common.results import Trained, draw_scores, register_models, worse_than_untrained
 from common.runs import CHECKPOINTS, RunKind, recorded
 from common.settings import Settings
+from common.tracking.notes import chosen_note
 from common.tracking.run import TrackedRun
 from common.training.evaluation import people_digest
 from simulation.alone.epochs import VAL_AUC, AfterEpoch, Epochs, go_on, show_graph
@@ -73,6 +75,7 @@ def kind_of(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> R
             mode, f"{backbone}_{mode}"
         ),
         clients=list(trainee.clients),
+        program=f"facefed train {mode}",
         data={name: pack.key for name, pack in trainee.clients.items()},
         tags={
             "model_type": model_type(settings),
@@ -248,10 +251,14 @@ def record_results(
     total = known_scores(pooled(tested))
     logged = {f"test_{name}": value for name, value in total.items()}
     if len(tested) > 1:
-        logged |= {f"{client}_test_{name}": value for client, own in scores.items() for name, value in own.items()}
+        logged |= {
+            of_client(client, f"test_{name}"): value for client, own in scores.items() for name, value in own.items()
+        }
     budget = {"num_pictures_processed": progress.num_pictures, "num_gradient_steps": progress.num_steps}
     twins = _twins(trainee, tracked, progress.best_epoch)
-    tracked.log_metrics(logged | budget | {"best_epoch": progress.best_epoch}, step=progress.best_epoch)
+    best = {"best_epoch": progress.best_epoch, f"best_{VAL_AUC}": progress.best_val_auc}
+    tracked.log_metrics(logged | budget | best, step=progress.best_epoch)
+    tracked.describe(result=chosen_note("epoch", progress.best_epoch, progress.epoch, progress.best_val_auc))
     results: dict[str, Any] = {
         "best_epoch": progress.best_epoch,
         "best_val_auc": progress.best_val_auc,

@@ -24,6 +24,7 @@ from common.faces.batches import to_float
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.figures import AUC, known_scores, validated
+from common.metrics.names import EPOCH_SECONDS, of_split, present
 from common.models.dcal import VitBackbone, attention_of
 from common.models.recogniser import EmbeddingModel
 from common.plots.attention import attention_maps
@@ -36,7 +37,7 @@ from simulation.alone.trainee import Trainee
 PROGRESS_FILE = "progress.json"
 NUM_PICTURES: Final = 6  # that are looked at
 NUM_LOOKS: Final = 5  # over all epochs, about
-VAL_AUC = f"val_{AUC}"  # among an epoch's figures, what the best is chosen by
+VAL_AUC = of_split("val", AUC)  # among an epoch's figures, what the best is chosen by
 AfterEpoch = Callable[["Epochs"], None]  # may raise to end the training
 
 
@@ -125,7 +126,7 @@ class Epochs:
             stream_name=self.trainee.name,
         )
         seconds = time.perf_counter() - started
-        row = {**sums.merged(), "learning_rate": sums.lr_last, "epoch_seconds": seconds} | self._validate()
+        row = {**sums.merged(), "learning_rate": sums.lr_last, EPOCH_SECONDS: seconds} | self._validate()
         progress.epoch = epoch + 1
         progress.num_pictures += sums.num_pictures
         progress.num_steps += sums.num_steps
@@ -166,8 +167,8 @@ class Epochs:
             return
         values: dict[str, Any] = read_json(resume / PROGRESS_FILE)
         try:
-            self.progress = Progress(**values)
-        except TypeError:
+            self.progress = Progress(**values | {"rows": [present(row) for row in values["rows"]]})
+        except (TypeError, KeyError):
             raise CheckpointError(f"{resume / PROGRESS_FILE} is not a file of ours.") from None
         found = load_private(resume, self.progress.epoch, recogniser, self.optimiser, recogniser.state_dict())
         if found != self.progress.epoch:

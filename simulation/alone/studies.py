@@ -25,12 +25,14 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.bootstrap import paired_gap
 from common.metrics.figures import AUC, KINDS
+from common.metrics.names import EPOCH_SECONDS, of_model
 from common.plots.comparison import ablation_dots
 from common.runs import CHECKPOINTS, RunKind, all_params, recorded
 from common.settings import AblationSettings, Settings
 from common.system.checkpoints import read_tensors
 from common.system.files import read_json, write_json
 from common.system.runtime import stream_seed
+from common.tracking.notes import data_note, run_note
 from common.tracking.run import TrackedRun
 from common.training.evaluation import embed, people_digest
 from simulation.alone.baselines import check_twins, kind_of, train_and_test
@@ -63,6 +65,10 @@ def nested_run(
     """
     kind = kind_of("twins", trainee, {site.name: site})
     child = parent.child(name, {**kind.tags, **tags})
+    child.describe(
+        what=run_note(kind.mode, kind.tags["model_type"], trainee.settings.data.image_size),
+        data=data_note(kind.tags["dataset"], kind.tags["dataset_size"]),
+    )
     child.log_params(all_params(trainee.settings, kind))
     child.log_text(config.to_toml(trainee.settings), "config.toml")
     return child
@@ -181,7 +187,7 @@ def _figures(variant: Variant, folder: Path) -> Row:
         for name in (AUC, "eer", "accuracy"):
             row |= named_parts(f"{kind}_{name}", figures[name])
     names = ("num_gradient_steps", "num_pictures_processed", "best_epoch", "best_val_auc")
-    seconds = [epoch["epoch_seconds"] for epoch in results["epochs"]]
+    seconds = [epoch[EPOCH_SECONDS] for epoch in results["epochs"]]
     return row | {name: results[name] for name in names} | {"train_seconds": sum(seconds)}
 
 
@@ -205,8 +211,8 @@ def _record(
     """The comparison in the parent run; metrics.json is written last, for it says that the run is finished."""
     num_families = len(np.unique(pack.shown_in(Split.TEST_PEOPLE)[2]))
     for row in rows:
-        numbers = {f"{row['variant']}_{name}": value for name, value in row.items() if name != "variant"}
-        parent.log_metrics(_valid_names(numbers), step=0)
+        variant = re.sub(r"[^\w .-]", "_", row["variant"])  # a value may hold what MLflow takes in no metric's name
+        parent.log_metrics({of_model(variant, name): row[name] for name in row if name != "variant"}, step=0)
     parent.log_text(csv_text(rows), "ablation.csv")
     if draws:
         parent.log_figure(ablation_dots(rows, ablation.over, num_families=num_families), "plots/ablation.png")
@@ -218,11 +224,6 @@ def _record(
         "test_pairs": {pack.dataset: people_digest(pack, "test")},
     }
     parent.log_dict(content, "metrics.json")
-
-
-def _valid_names(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Values of settings may hold what MLflow takes in no metric's name."""
-    return {re.sub(r"[^\w ./-]", "_", name): value for name, value in metrics.items()}
 
 
 def ablation_lines(summary: AblationSummary) -> list[str]:

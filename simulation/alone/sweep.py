@@ -25,6 +25,7 @@ from clients.site import SiteSettings
 from common import config
 from common.errors import ConfigError, DataError, TrainingFailed
 from common.faces.pack import FacePack
+from common.metrics.names import EPOCH_SECONDS
 from common.plots.comparison import TrialPoint, search_trials
 from common.runs import recorded
 from common.settings import RunSettings, Settings, TrackingSettings
@@ -221,7 +222,7 @@ def _run_trial(sweep: _Sweep, trial: Trial, out: TextIO) -> None:
     child.log_metrics(final | {"best_epoch": progress.best_epoch}, step=progress.best_epoch)
     child.set_tags({"state": state} | ({"error": reason} if reason else {}))
     child.finish(_STATUS[state])
-    seconds = sum(row["epoch_seconds"] for row in progress.rows)
+    seconds = sum(row[EPOCH_SECONDS] for row in progress.rows)
     notes = {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_seconds": seconds, "error": reason}
     _tell(sweep, trial, state, value, notes, out)
 

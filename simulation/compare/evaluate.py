@@ -19,9 +19,9 @@ from common.plots import verification
 from common.plots.style import LOCAL
 from common.runs import RunKind, new_run_folder, recorded
 from common.settings import DataSettings, RunSettings, Settings
-from common.system.console import tracking_line
 from common.system.runtime import facefed_version, num_cores, resolve_device
 from common.tracking.address import with_absolute_tracking
+from common.tracking.page import tracking_line
 from common.tracking.run import TrackedRun
 from common.training.autotune import threads_for
 from common.training.loop import Compute
@@ -70,7 +70,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     out.write("\n".join(terminal_lines(compared)) + "\n")
     folder = _record(compared, settings, resolve_device(_device(settings, request)), address)
     out.write(f"\nreport: {folder / 'report.html'} (comparison.csv, comparison.json and plots/ beside it)\n")
-    out.write(f"tracking: {tracking_line(settings)}\n{time.perf_counter() - started:.0f} s\n")
+    out.write(f"tracking: {tracking_line(settings, folder)}\n{time.perf_counter() - started:.0f} s\n")
     return 0
 
 
@@ -169,6 +169,7 @@ def _record(compared: Comparison, settings: Settings, device: str, address: str)
         mode="evaluation",
         trains=False,
         experiment="evaluation",
+        program="facefed evaluate",
         label=f"{compared.mode}_{compared.backbone}",
         clients=clients,
         tags={

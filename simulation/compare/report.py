@@ -8,11 +8,13 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
 from common.metrics.bootstrap import Estimate
 from common.metrics.figures import AUC, CLOSED, JUDGED, KINDS, PAIRS, compared, figure_name, figures_of, kind_of
+from common.metrics.names import of_client, of_model
 from common.system.console import table
 from simulation.compare.comparison import Comparison, TestSet
 from simulation.compare.scoring import NUM_REPLICATES, POOLED
@@ -267,21 +269,25 @@ def _plain(estimate: Estimate) -> dict[str, float]:
 
 
 def metrics(comparison: Comparison) -> dict[str, float]:
-    """By the names that the tracking shows: fedavg_test_roc_auc, fedavg_celeba_test_eer, fedavg_minus_..."""
+    """By the names that the tracking shows: fedavg/test_roc_auc, fedavg/client/celeba/test_eer, fedavg_minus_.../..."""
     named: dict[str, float] = {}
     for model in comparison.models:
         for place, scored in comparison.scored[model.name].items():
-            start = model.name if place == comparison.main else f"{model.name}_{place}"
+            where = partial(_metric, comparison, model.name, place)
             for name, estimate in scored.figures.items():
-                named[f"{start}_test_{name}"] = estimate.value
+                named[where(f"test_{name}")] = estimate.value
             for name in (figure_name(kind, AUC) for kind in KINDS):
                 if name in scored.figures:
-                    named[f"{start}_test_{name}_low"] = scored.figures[name].low
-                    named[f"{start}_test_{name}_high"] = scored.figures[name].high
+                    named[where(f"test_{name}_low")] = scored.figures[name].low
+                    named[where(f"test_{name}_high")] = scored.figures[name].high
     for gap in comparison.gaps:
         if gap.test_set == comparison.main and gap.figure == figure_name(kind_of(gap.figure), AUC):
-            named[f"{gap.minuend}_minus_{gap.subtrahend}_test_{gap.figure}"] = gap.gap.value
+            named[of_model(f"{gap.minuend}_minus_{gap.subtrahend}", f"test_{gap.figure}")] = gap.gap.value
     return named
+
+
+def _metric(comparison: Comparison, model: str, place: str, name: str) -> str:
+    return of_model(model, name if place == comparison.main else of_client(place, name))
 
 
 def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str, bytes]) -> str:

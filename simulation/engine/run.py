@@ -62,6 +62,7 @@ def _server_app(
                 stopped=stop.is_set,
                 all_nodes_are_here=lambda: len(mailbox.node_ids()) >= len(sites),
                 git_commit=git_commit(),
+                program="flower-simulation",
                 clients_keep_the_model=sites[0].share is None,
                 expect=over_grid.expect,
             ),

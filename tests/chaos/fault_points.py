@@ -5,7 +5,7 @@ Server phases last milliseconds here, so a fault point is a line that opens the 
     line in the run's folder                              what the server does next
     ----------------------------------------------------  -----------------------------------------------------------
     event `scored` of round r - 2 (test split)             aggregates; asks who is there; sends round r
-    spool: round_train_loss of round r                     records round r (while round r + 1 is trained)
+    spool: the run's train_loss of round r                 records round r (while round r + 1 is trained)
     event `round` r                                        writes checkpoint r, then waits for round r + 1
     a client's line `round r: training`                    waits; the client trains
     first line of round r in an egress ledger              a reply leaves: the server receives it
@@ -74,7 +74,7 @@ class Watch:
             except ValueError:  # a full disk cut it
                 continue
         for line in self._new(run / "spool.jsonl"):
-            if '"key":"round_train_loss"' in line:
+            if '"run":"","key":"train_loss"' in line:
                 self._recorded = json.loads(line)["step"]
         self._look_at_clients(run)
 

@@ -62,6 +62,6 @@ def check_points(
     assert not twice, f"more than once: {twice}"
     have = {(name, *point) for name, counted in stored.items() for point in counted}
     assert not told - have, f"lost: {sorted(told - have)[:10]}"
-    assert {step for key, step in stored[""] if key == "round_train_loss"} == set(range(1, rounds + 1))
-    assert {step for key, step in stored[""] if key == "round_val_auc"} == set(range(rounds + 1))
+    assert {step for key, step in stored[""] if key == "train_loss"} == set(range(1, rounds + 1))
+    assert {step for key, step in stored[""] if key == "val_roc_auc"} == set(range(rounds + 1))
     return f"{len(told)} MLflow points, 0 lost, 0 doubled"

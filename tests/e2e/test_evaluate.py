@@ -99,7 +99,7 @@ def test_all_clients(ready):
     assert run.data.params["client"] == "celeba+vggface2"
     assert (run.data.params["model"], run.data.params["mode"]) == ("cnn", "all")
     assert (run.data.tags["device"], run.data.tags["gpu_type"]) == ("cpu", "none")
-    assert run.data.metrics["fedavg_test_roc_auc"] == pytest.approx(auc["value"])
+    assert run.data.metrics["fedavg/test_roc_auc"] == pytest.approx(auc["value"])
     assert {"comparison.csv", "report.html", "plots"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
 
 

@@ -116,8 +116,8 @@ def assert_each_point_once(database):
         statuses = opened.execute("select status from runs").fetchall()
     opened.close()
     assert [point for point in points if point[3] != 1] == []
-    assert {step for key, _, step, _ in points if key == "round_train_loss"} == set(range(1, ROUNDS + 1))
-    assert {step for key, _, step, _ in points if key == "round_val_auc"} == set(range(ROUNDS + 1))
+    assert {step for key, _, step, _ in points if key == "train_loss"} == set(range(1, ROUNDS + 1))
+    assert {step for key, _, step, _ in points if key == "val_roc_auc"} == set(range(ROUNDS + 1))
     assert statuses == [("FINISHED",)] * 3  # the run and its clients
 
 

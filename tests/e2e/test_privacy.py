@@ -109,7 +109,7 @@ def assert_every_point_is_stored(sealed, experiment):
     lines = [json.loads(line) for line in spool.read_text().splitlines()]
     points = [(line["run"], line["key"], line["step"], line["time_ms"]) for line in lines if "key" in line]
     assert count == len(set(points)) > 200
-    steps = {step for (step,) in query(sealed, f"select step {of_run} and key = 'round_val_auc'", experiment)}
+    steps = {step for (step,) in query(sealed, f"select step {of_run} and key = 'val_roc_auc'", experiment)}
     assert steps == {0, 1, 2}
 
 
@@ -222,7 +222,7 @@ def test_no_person_and_no_picture_is_named_in_mlflow(simulations, deployment, si
     for run in (simulations[0], deployment):
         everything = stored(run.cwd / "mlflow.db", run.cwd / run.artifacts)
         assert not holding([PERSON, USER], everything)
-        assert holding(["facial_recognition_federated_fedavg", "round_val_auc"], everything)
+        assert holding(["facial_recognition_federated_fedavg", "val_roc_auc"], everything)
     pictures = {path.name for path in (*faces.celeba.rglob("*.jpg"), *faces.vggface2.rglob("*.jpg"))}
     named = {path.name for path in faces.vggface2.glob("*/*") if path.is_dir()}
     assert (len(pictures) > 100, len(named)) == (True, 12)

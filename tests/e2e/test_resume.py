@@ -62,6 +62,6 @@ def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place,
         points = database.execute("select key, run_uuid, step, count(*) from metrics group by 1, 2, 3").fetchall()
     database.close()
     assert [point for point in points if point[3] != 1] == []
-    assert {step for key, _, step, _ in points if key == "round_train_loss"} == {1, 2, 3, 4, 5}
-    assert {step for key, _, step, _ in points if key == "round_val_auc"} == {0, 1, 2, 3, 4, 5}
+    assert {step for key, _, step, _ in points if key == "train_loss"} == {1, 2, 3, 4, 5}
+    assert {step for key, _, step, _ in points if key == "val_roc_auc"} == {0, 1, 2, 3, 4, 5}
     assert_one_line(here.run("flower-server", "--resume", run), "flower-server", "that run is finished", code=2)

@@ -20,7 +20,10 @@ pytestmark = [
 ]
 NAME = "cnn_federated_fedavg"
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-TAGS = ("model_type", "dataset", "dataset_size", "device", "gpu_type", "mode", "facefed_version", "git_commit")
+TAGS = (
+    "model_type", "dataset", "dataset_size", "device", "gpu_type", "mode", "facefed_version", "git_commit",
+    "mlflow.user", "mlflow.source.name", "mlflow.note.content",
+)  # fmt: skip
 
 # Runs with `python -I` in an empty folder, where FaceFed cannot be imported.
 STRANGER = """
@@ -71,9 +74,11 @@ def test_it_says_what_was_learned_and_where_to_look(simulated, run):
         r"^round 2 of 2: 2 clients, train loss \d+\.\d+, \d+\.\d s$",
         r"^test AUC on people never seen: untrained 0\.\d{3} -> federated 0\.\d{3} \(EER .*\), best round [12] of 2$",
         r"^model SHA-256 [0-9a-f]{64}$",
-        rf"^registered: models:/{NAME}/2 \(best, round [12]\)(?:; .*)?$",
+        rf"^registered: models:/{NAME}/[12] \(best( and last)?, round [12]\)",
         rf"^run folder: {re.escape(str(run))} ",
-        r"^tracking: sqlite:////.*mlflow\.db \(to look: facefed tracking serve\)$",
+        r"^tracking: sqlite:////.*mlflow\.db$",
+        r"^to look: facefed tracking serve$",
+        r"^this run, then: http://127\.0\.0\.1:5000/#/experiments/\d+/runs/[0-9a-f]{32}$",
     ):
         assert re.search(line, ended.out, re.MULTILINE), (line, ended.out)
 
@@ -157,18 +162,20 @@ def test_each_round_is_one_point_and_the_untrained_model_is_round_0(client, trac
     steps = {
         key: [point.step for point in client.get_metric_history(parent.info.run_id, key)]
         for key in parent.data.metrics
-        if key.startswith(("round_", "bytes_"))
+        if key.startswith(("round_", "val_", "train_", "bytes/", "time/"))
     }
-    for name in ("round_val_auc", "round_test_auc", "round_test_eer", "round_test_loss", "round_test_acc"):
+    for name in ("val_roc_auc", "round_test_roc_auc", "round_test_eer", "round_test_loss", "round_test_acc"):
         assert sorted(steps[name]) == [0, 1, 2], name
-    for name in ("round_train_loss", "round_train_acc", "round_seconds", "bytes_up", "bytes_down"):
+    for name in ("train_loss", "round_train_loss", "round_train_acc", "time/round_seconds", "bytes/up", "bytes/down"):
         assert sorted(steps[name]) == [1, 2], name
     assert set(nested) == {"celeba", "vggface2"}
     for child in nested.values():
         curve = client.get_metric_history(child.info.run_id, "train_loss")
         assert sorted(point.step for point in curve) == [1, 2]
-        scores = client.get_metric_history(child.info.run_id, "test_roc_auc")
+        scores = client.get_metric_history(child.info.run_id, "round_test_roc_auc")
         assert sorted(point.step for point in scores) == [0, 1, 2]
+        [final] = client.get_metric_history(child.info.run_id, "test_roc_auc")
+        assert final.step == int(parent.data.metrics["best_round"])
 
 
 def test_every_run_has_its_tags_its_parameters_and_its_end(client, tracked):

@@ -30,7 +30,7 @@ def values(step: int) -> dict[str, float]:
     return {
         "loss": math.nan if step % 40 == 39 else 1.0 / (step + 3),
         "tiny": 5e-324 * (step + 1),
-        "round_val_auc": -1.7e308 + step * 1e300,
+        "val_roc_auc": -1.7e308 + step * 1e300,
         "seconds": 0.1 + step,
     }
 

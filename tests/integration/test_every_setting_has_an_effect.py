@@ -488,9 +488,9 @@ def test_the_test_curve_has_a_point_every_so_many_rounds(faces, tmp_path):
         folder = federate_in(tmp_path / f"run{every}", settings, LocalMailbox([site]))
         assert read_json(folder / "outcome.json") == {"exit_code": 0, "line": ""}
         table = rounds_table(folder)
-        assert all("round_val_auc" in row for row in table.values())
+        assert all("val_roc_auc" in row for row in table.values())
         best = read_json(folder / "metrics.json")["best_round"]
-        assert {step for step, row in table.items() if "round_test_auc" in row} == expected | {best}
+        assert {step for step, row in table.items() if "round_test_roc_auc" in row} == expected | {best}
 
 
 @proves("training.patience")
@@ -502,14 +502,14 @@ def test_a_federation_stops_when_its_patience_is_over(faces, tmp_path):
         settings = changed(BASE, federation__rounds=6, training__patience=patience)
         return rounds_table(federate_in(tmp_path / f"run-{patience}", settings, LocalMailbox([site])))
 
-    aucs = {step: row["round_val_auc"] for step, row in table_with("off").items() if step > 0}
+    aucs = {step: row["val_roc_auc"] for step, row in table_with("off").items() if step > 0}
     assert set(aucs) == set(range(1, 7))
     # The score of model k is known after round k + 1; no better than one before it, it ends the run there.
     worse = next(k for k in range(2, 6) if aucs[k] <= max(aucs[before] for before in range(1, k)))
     assert worse + 1 < 6
     seen = table_with(1)
     assert max(seen) == worse + 1
-    assert {step: row["round_val_auc"] for step, row in seen.items() if step > 0} == {
+    assert {step: row["val_roc_auc"] for step, row in seen.items() if step > 0} == {
         step: auc for step, auc in aucs.items() if step <= worse + 1
     }
 
@@ -589,10 +589,10 @@ def test_the_public_pairs_give_each_round_scores(faces, public, tmp_path):
         table = rounds_table(federate_in(tmp_path / name / "run", settings, LocalMailbox([site])))
         assert table.keys() == {0, 1}
         scores[name] = [
-            {key: value for key, value in table[step].items() if key.startswith("round_public_")} for step in (0, 1)
+            {key: value for key, value in table[step].items() if key.startswith("public/")} for step in (0, 1)
         ]
     assert scores["none"] == [{}, {}]
-    names = {"round_public_accuracy", "round_public_auc", "round_public_eer"}
+    names = {"public/ten_fold_accuracy", "public/roc_auc", "public/eer"}
     assert [row.keys() for row in scores["some"]] == [names, names]
     assert scores["again"] == scores["some"]
     assert scores["other pairs"] != scores["some"]

@@ -51,7 +51,7 @@ def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, repl
 def test_it_learns_and_the_same_seed_gives_the_same_model(tmp_path):
     outcome, first = federation(tmp_path / "a", federation__local_epochs=2)
     assert outcome == {"exit_code": 0, "line": ""}
-    losses = [row["round_train_loss"] for row in first["rounds_table"] if "round_train_loss" in row]
+    losses = [row["train_loss"] for row in first["rounds_table"] if "train_loss" in row]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert set(first["clients"]) == {"alpha", "beta"}
@@ -59,7 +59,7 @@ def test_it_learns_and_the_same_seed_gives_the_same_model(tmp_path):
     _, again = federation(tmp_path / "b", federation__local_epochs=2)
     _, other = federation(tmp_path / "c", federation__local_epochs=2, run__seed=2)
     assert again["model_sha256"] == first["model_sha256"]
-    assert again["rounds_table"][0]["round_val_auc"] == first["rounds_table"][0]["round_val_auc"]
+    assert again["rounds_table"][0]["val_roc_auc"] == first["rounds_table"][0]["val_roc_auc"]
     assert other["model_sha256"] != first["model_sha256"]
 
 
@@ -117,7 +117,7 @@ def test_a_nan_in_round_2_is_dropped_named_and_counted_and_the_run_goes_on(tmp_p
     assert summary["refused_replies"] == 1
     assert list(summary["refusals"]["2"]) == ["gamma"]
     assert "nan in backbone." in summary["refusals"]["2"]["gamma"]
-    assert np.isfinite([row["round_train_loss"] for row in summary["rounds_table"] if "round_train_loss" in row]).all()
+    assert np.isfinite([row["train_loss"] for row in summary["rounds_table"] if "train_loss" in row]).all()
     assert list(summary["refusals"]) == ["2"]  # and it is back in round 3
     events = [json.loads(line) for line in (tmp_path / "run-1" / "events.jsonl").read_text().splitlines()]
     assert [event["clients"] for event in events if event["kind"] == "round"] == [3, 2, 3]
@@ -233,7 +233,7 @@ def test_a_row_makes_a_backbone(tmp_path, monkeypatch):
         for is_recomputed in (False, True)
     )
     assert plain["model_sha256"] == again["model_sha256"]
-    losses = [row["round_train_loss"] for row in plain["rounds_table"] if "round_train_loss" in row]
+    losses = [row["train_loss"] for row in plain["rounds_table"] if "train_loss" in row]
     assert losses[-1] < losses[0]
     with pytest.raises(ConfigError, match=r"no weights for toy; choose resnet18, resnet50, mobilenet_v2, vit_base, or"):
         build_recogniser(

@@ -49,7 +49,7 @@ def test_a_run_with_everything(uri, client, tmp_path):
     run = _open(uri, tmp_path / "whole", params={f"p{i}": i for i in range(150)} | {"long": "x" * 7000})
     nested = run.child("celeba", {"client": "celeba"})
     for step in range(1, 4):
-        run.log_metrics({"round_val_auc": 0.5 + step / 10, "test_tar_at_far_1e-3": 0.1}, step=step)
+        run.log_metrics({"val_roc_auc": 0.5 + step / 10, "test_tar_at_far_1e-3": 0.1}, step=step)
         nested.log_metrics({"train_loss": 1.0 / step}, step=step)
     (run.folder / "config.toml").write_text("[run]\n", encoding="utf-8")
     run.log_file(run.folder / "config.toml", "config.toml")
@@ -66,7 +66,7 @@ def test_a_run_with_everything(uri, client, tmp_path):
     assert "nonfinite_metrics" not in kept.data.tags
     assert kept.data.params["p149"] == "149"
     assert len(kept.data.params["long"]) == 6000  # MLflow's limit
-    assert _points(client, run.mlflow_run_id, "round_val_auc") == [(1, 0.6), (2, 0.7), (3, 0.8)]
+    assert _points(client, run.mlflow_run_id, "val_roc_auc") == [(1, 0.6), (2, 0.7), (3, 0.8)]
     assert {item.path for item in client.list_artifacts(run.mlflow_run_id)} == {"config.toml", "metrics.json"}
     child = client.get_run(nested.mlflow_run_id)
     assert child.data.tags["mlflow.parentRunId"] == run.mlflow_run_id

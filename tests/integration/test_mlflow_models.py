@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from common.models.recogniser import EmbeddingModel, build_backbone
 from common.settings import ModelSettings, TrackingSettings
 from common.tracking.address import resolve_uri
+from common.tracking.notes import registered_note, version_note
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 from tests.without_facefed import BLOCKER
@@ -120,7 +121,7 @@ def _stranger(uri, model_uris, folder, pictures):
 
 
 def test_a_python_without_facefed_loads_and_runs_it(uri, client, run, model, tmp_path):
-    run.log_metrics({"round_val_auc": 0.8}, step=3)
+    run.log_metrics({"val_roc_auc": 0.8}, step=3)
     assert _register(run, model, role="last") == "1"
     assert _register(run, model) == "2"
     assert model.training  # left as it was found
@@ -134,6 +135,8 @@ def test_a_python_without_facefed_loads_and_runs_it(uri, client, run, model, tmp
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
     version = client.get_model_version(NAME, "2")
     assert version.tags == {"role": "best", "step": "3", "val_roc_auc": "0.8", "val_people": "p1"}
+    logged = client.search_logged_models([client.get_run(run.mlflow_run_id).info.experiment_id])
+    assert {model.name for model in logged if model.source_run_id == run.mlflow_run_id} == {"best", "last"}
     assert version.run_id == run.mlflow_run_id
 
 
@@ -179,9 +182,38 @@ def test_what_is_stored_with_it(client, run, model, tmp_path):
     assert not any("facefed" in line for line in requirements)
     assert not list(local.rglob("*.pkl"))
     assert not list(local.rglob("*.pth"))
-    about = (local / "MLmodel").read_text()
+    about = " ".join((local / "MLmodel").read_text().split())
     assert "float32" in about
     assert "[-1, 3, 16, 16]" in about
+
+
+def test_what_is_best_and_last_is_one_version_that_says_so_and_how_to_load_it(client, run, model):
+    note = version_note("both", "cnn", SIZE, data="Data: celeba, 96 pictures.", chosen="Best and last round: 3.")
+    about = registered_note("both", "cnn")
+    version = _register(run, model, name="both", role="best and last", note=note, about=about)
+    [found] = client.search_model_versions("name = 'both'")
+    assert (str(found.version), found.tags["role"], found.tags["is_last"]) == (version, "best", "true")
+    for text in ("96 pictures", "Best and last round: 3.", "[B, 3, 16, 16]", f'"models:/both/{version}"'):
+        assert text in found.description
+    described = client.get_registered_model("both")
+    assert 'load_model("models:/both@champion")' in described.description
+    assert str(described.aliases["champion"]) == version
+
+
+def test_mlflows_own_predict_takes_the_models_own_example(run, model):
+    """What `mlflow models predict` and `serve` call; torch's wrapper refuses the dict of named ones."""
+    import mlflow
+
+    version = _register(run, model, name="served")
+    mlflow.set_tracking_uri(run.uri)
+    mlflow.set_registry_uri(run.uri)
+    served = mlflow.pyfunc.load_model(f"models:/served/{version}")
+    example = served.input_example
+    assert (example.dtype, example.shape) == (np.float32, (2, 3, SIZE, SIZE))
+    for pictures in (example, example[:1], np.concatenate([example] * 3)):
+        with torch.no_grad():
+            expected = model.eval()(torch.from_numpy(pictures)).numpy()
+        np.testing.assert_allclose(served.predict(pictures), expected, atol=1e-6)
 
 
 def test_the_champion_moves_only_for_a_better_auc_on_the_same_people(client, run, model):

@@ -87,7 +87,7 @@ def _open(uri, folder, **changes):
 
 def _log(run, steps):
     for step in steps:
-        run.log_metrics({"round_val_auc": step / 1000}, step=step)
+        run.log_metrics({"val_roc_auc": step / 1000}, step=step)
 
 
 def _wait_flushed(run, timeout_s):
@@ -126,7 +126,7 @@ def test_no_point_is_lost_or_doubled_by_a_server_that_is_late_and_dies(server, t
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
-    points = client.get_metric_history(run.mlflow_run_id, "round_val_auc")
+    points = client.get_metric_history(run.mlflow_run_id, "val_roc_auc")
     # log_model writes the points of its step again, with the model's id beside them.
     assert [point.step for point in points if point.model_id is None] == list(range(400))
     assert client.get_run(run.mlflow_run_id).info.status == "FINISHED"

@@ -60,7 +60,7 @@ def test_it_is_audited_packed_and_federated(toy: Path, tmp_path: Path, capsys: p
     assert "toy: packed as " in capsys.readouterr().out
     site = site_at(tmp_path / "sites", "toy", toy)
     run = read_json(federate_in(tmp_path / "run", config.from_mapping(TINY), LocalMailbox([site])) / "metrics.json")
-    for name in ("round_val_auc", "round_test_auc"):
+    for name in ("val_roc_auc", "round_test_roc_auc"):
         assert 0.0 <= run["rounds_table"][-1][name] <= 1.0
 
 

@@ -117,16 +117,16 @@ def test_each_round_leaves_its_figures_and_the_machines_use_in_the_sites_own_fol
         "train_loss",
         "gradient_norm",
         "images_per_second",
-        "receive_seconds",
-        "train_seconds",
-        "send_seconds",
+        "time/receive_seconds",
+        "time/train_seconds",
+        "time/send_seconds",
     ):
         assert [row["step"] for row in rows if row["key"] == name] == [1, 2], name
-    assert {row["value"] for row in rows if row["key"] == "bytes_down"} == {state.manifest.num_bytes}
+    assert {row["value"] for row in rows if row["key"] == "bytes/down"} == {state.manifest.num_bytes}
     counts = (
         2 * 8192 * 2 + 10 * 2 * 1024 + 6 * 6
     )  # pairs, twins, folds, six people's confusion, of one split: a byte each
-    assert {row["value"] for row in rows if row["key"] == "bytes_up"} == {state.manifest.num_bytes + counts}
+    assert {row["value"] for row in rows if row["key"] == "bytes/up"} == {state.manifest.num_bytes + counts}
     used = [row["step"] for row in rows if row["key"] == "system/cpu_utilization_percentage"]
     assert used == list(range(len(used)))
     assert len(used) >= 2

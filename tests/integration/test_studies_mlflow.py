@@ -7,8 +7,9 @@ from tiny_federation import site_settings
 from tiny_twins import SETTINGS
 
 from common.system.files import read_json
-from common.system.runtime import PATIENCE, SILENCE
+from common.system.runtime import PATIENCE, SILENCE, user_name
 from common.tracking.address import resolve_uri
+from common.tracking.page import run_page
 from simulation.alone.studies import run_ablation
 from simulation.alone.sweep import run_sweep
 from simulation.alone.sweep_plan import load_plan
@@ -66,6 +67,26 @@ def artifacts(client, run_id: str, folder: str | None = None) -> set[str]:
     return {item.path for item in client.list_artifacts(run_id, folder)}
 
 
+def test_mlflows_pages_say_what_runs_are_of_which_data_and_who_made_them(studies):
+    _, folder, client = studies
+    name = "twin-verification-hyperparameter-search"
+    parent, nested = runs_of(client, name)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment.tags["mlflow.note.content"].startswith("Searches for good settings")
+    for run in (parent, *nested.values()):
+        tags = run.data.tags
+        assert (tags["mlflow.user"], tags["mlflow.source.name"]) == (user_name(), "facefed train twins")
+        assert tags["mlflow.source.type"] == "LOCAL"
+        assert "`, pictures of " in tags["mlflow.note.content"]
+        assert f"Data: {tags['dataset']}, {tags['dataset_size']} pictures." in tags["mlflow.note.content"]
+    assert parent.data.tags["mlflow.note.content"].startswith("A search for good settings of `vit_tiny`")
+    assert "Best epoch: 1 of 1, chosen by validation (AUC 0." in parent.data.tags["mlflow.note.content"]
+    [trial, _] = [run.data.tags["mlflow.note.content"] for run in nested.values()]
+    assert trial.startswith("Training on twins of `vit_tiny")
+    uri = parent.data.params["tracking.uri"]
+    assert run_page(uri, folder).endswith(f"/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}")
+
+
 def test_the_variants_of_an_ablation(studies):
     folder, _, client = studies
     parent, nested = runs_of(client, "twin-verification-ablation-glca")
@@ -84,7 +105,7 @@ def test_the_variants_of_an_ablation(studies):
     assert parent.data.params["ablation.values"] == "sa, dcal"
     assert {"ablation.csv", "metrics.json", "config.toml"} <= artifacts(client, parent.info.run_id)
     [gap] = [row["twins_gap"] for row in read_json(folder / "metrics.json")["variants"] if "twins_gap" in row]
-    assert parent.data.metrics["dcal_twins_gap"] == gap
+    assert parent.data.metrics["dcal/twins_gap"] == gap
 
 
 def test_the_trials_of_a_search(studies):

@@ -35,8 +35,8 @@ def test_figures_of_twins_arrive_at_the_server(tmp_path: Path) -> None:
     ]
     run = read_json(federate_in(tmp_path / "run", SETTINGS, LocalMailbox(sites)) / "metrics.json")
     for row in run["rounds_table"]:
-        for name in ("twins_auc", "twins_eer", "strangers_auc"):
-            assert 0.0 <= row[f"round_val_{name}"] <= 1.0
+        for name in ("twins_roc_auc", "twins_eer", "strangers_roc_auc"):
+            assert 0.0 <= row[f"val_{name}"] <= 1.0
             assert 0.0 <= row[f"round_test_{name}"] <= 1.0
     text = str(run)
     assert "test_twins_roc_auc" in text
@@ -47,7 +47,7 @@ def test_nothing_of_twins_is_told_where_there_are_none(tmp_path: Path) -> None:
     settings = changed(SETTINGS, federation__min_clients=1)
     site = site_at(tmp_path / "sites", "folder", strangers(tmp_path / "faces"))
     run = read_json(federate_in(tmp_path / "run", settings, LocalMailbox([site])) / "metrics.json")
-    assert "round_test_auc" in str(run)
+    assert "round_test_roc_auc" in str(run)
     assert "twins" not in str(run["rounds_table"])
     assert "twins_roc_auc" not in str(run)
 
@@ -77,4 +77,4 @@ def test_three_holders_share_dcals_branches_and_keep_their_heads(tmp_path: Path)
         assert {"head.weight", "glca_head.weight", "loss_weights.sa", "loss_weights.glca", "loss_weights.pwca"} <= {
             name.removeprefix("model/") for name in private
         }
-    assert "round_test_twins_auc" in str(read_json(folder / "metrics.json")["rounds_table"])
+    assert "round_test_twins_roc_auc" in str(read_json(folder / "metrics.json")["rounds_table"])

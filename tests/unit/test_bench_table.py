@@ -160,10 +160,16 @@ def entry(step, key, value, client="", time_ms=0):
 def test_a_runs_record_gives_steady_rounds_and_the_overhead_of_the_slowest_client(tmp_path):
     lines = [json.dumps({"event": "start", "time_ms": 0, "run": ""})]
     for step, ended_ms in ((1, 20_000), (2, 30_000), (3, 42_000)):
-        lines += [entry(step, "round_seconds", 8.0 + step, time_ms=ended_ms), entry(step, "wait_seconds", 1.0)]
-        lines += [entry(step, "bytes_down", 100.0), entry(step, "bytes_up", 30.0)]
+        lines += [
+            entry(step, "time/round_seconds", 8.0 + step, time_ms=ended_ms),
+            entry(step, "time/wait_seconds", 1.0),
+        ]
+        lines += [entry(step, "bytes/down", 100.0), entry(step, "bytes/up", 30.0)]
         for client, train in (("north", 6.0), ("south", 7.0)):
-            lines += [entry(step, "train_seconds", train, client), entry(step, "evaluate_seconds", 1.0, client)]
+            lines += [
+                entry(step, "time/train_seconds", train, client),
+                entry(step, "time/evaluate_seconds", 1.0, client),
+            ]
     (tmp_path / "spool.jsonl").write_text("\n".join(lines))
 
     found = figures(tmp_path)

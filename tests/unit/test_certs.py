@@ -8,7 +8,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+import clients.cli
 import simulation.cli
+from common.faces.datasets import DATASETS
 from common.system import certs
 from common.system.certs import CertificateError, accepted_keys, read_client_folder, read_server_folder
 from simulation.admin import certs as new_certs
@@ -43,6 +45,18 @@ def refused(work, *arguments):
 
 def modes(folder):
     return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in folder.rglob("*")}
+
+
+def test_the_commands_for_the_sites_are_ones_that_flower_client_takes(tmp_path, capsys):
+    folder = tmp_path / "tls"
+    assert facefed("init", folder, "--server-name", NAME, "--client", "north", "--client", "celeba") == 0
+    said = capsys.readouterr().out
+    commands = [line.split()[1:] for line in said.splitlines() if line.split()[:1] == ["flower-client"]]
+    assert [command[1] for command in commands] == ["DATASET", "celeba"]
+    assert f"for DATASET write how its pictures lie: {', '.join(sorted(DATASETS))};" in said
+    for command, name in zip(commands, ("north", "celeba"), strict=True):
+        found = clients.cli.parser().parse_args(["folder" if word == "DATASET" else word for word in command])
+        assert (found.tls, found.server) == (f"{folder}/{name}", f"{NAME}:443")
 
 
 def test_init_makes_what_server_and_sites_need(tmp_path, capsys):

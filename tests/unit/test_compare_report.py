@@ -71,12 +71,12 @@ def test_the_json_is_plain_and_says_the_same(compared):
 def test_the_metrics_carry_the_guides_names(compared):
     named = metrics(compared)
     figures = compared.scored["fedavg"]["pooled"].figures
-    assert named["fedavg_test_roc_auc"] == figures["roc_auc"].value
-    assert named["fedavg_test_roc_auc_low"] == figures["roc_auc"].low
-    assert named["fedavg_alpha_test_eer"] == compared.scored["fedavg"]["alpha"].figures["eer"].value
-    assert named["local-alpha_alpha_test_accuracy"] >= 0.0
-    assert "local-alpha_test_accuracy" not in named  # it has no head for beta
-    assert "fedavg_minus_centralized_test_roc_auc" in named
+    assert named["fedavg/test_roc_auc"] == figures["roc_auc"].value
+    assert named["fedavg/test_roc_auc_low"] == figures["roc_auc"].low
+    assert named["fedavg/client/alpha/test_eer"] == compared.scored["fedavg"]["alpha"].figures["eer"].value
+    assert named["local-alpha/client/alpha/test_accuracy"] >= 0.0
+    assert "local-alpha/test_accuracy" not in named  # it has no head for beta
+    assert "fedavg_minus_centralized/test_roc_auc" in named
 
 
 class _Checked(HTMLParser):

@@ -174,10 +174,10 @@ def test_tables_carry_the_kinds_with_their_own_pairs(compared):
     assert set(content["models"]["twins"]["tested_at"]["twins"]["twins_eer"]) == {"value", "low_95", "high_95"}
     named = metrics(compared)
     figures = compared.scored["fedavg"]
-    assert named["fedavg_test_twins_roc_auc"] == figures[POOLED].figures["twins_roc_auc"].value
-    assert named["fedavg_test_twins_roc_auc_low"] == figures[POOLED].figures["twins_roc_auc"].low
-    assert named["fedavg_twins_test_strangers_eer"] == figures["twins"].figures["strangers_eer"].value
-    assert "fedavg_minus_twins_test_twins_roc_auc" in named
+    assert named["fedavg/test_twins_roc_auc"] == figures[POOLED].figures["twins_roc_auc"].value
+    assert named["fedavg/test_twins_roc_auc_low"] == figures[POOLED].figures["twins_roc_auc"].low
+    assert named["fedavg/client/twins/test_strangers_eer"] == figures["twins"].figures["strangers_eer"].value
+    assert "fedavg_minus_twins/test_twins_roc_auc" in named
 
 
 def test_the_page_has_the_kinds_and_says_what_they_are(compared):

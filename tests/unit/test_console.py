@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import config
 from common.errors import ConfigError, DataError, FaceFedError, InterruptedRun, TrainingFailed
-from common.settings import Settings
 from common.system import console
 from common.system.console import Follower, PackProgress, RunView, event_line, run_program, summary_lines, table
 from common.system.events import EventLog, EventReader
@@ -49,13 +47,13 @@ EVENTS = [
             "kind": "scored",
             "round": 0,
             "split": "val",
-            "round_val_auc": 0.5,
-            "round_val_eer": 0.25,
-            "round_val_acc": 0.1,
+            "val_roc_auc": 0.5,
+            "val_eer": 0.25,
+            "val_accuracy": 0.1,
         },
         "untrained model: val: AUC 0.500, EER 0.250, accuracy 0.100",
     ),
-    ({"kind": "scored", "round": 2, "split": "test", "round_test_auc": 0.75}, "model of round 2: test: AUC 0.750"),
+    ({"kind": "scored", "round": 2, "split": "test", "round_test_roc_auc": 0.75}, "model of round 2: test: AUC 0.750"),
     ({"kind": "scored", "round": 2, "split": "test"}, ""),
     ({"kind": "saving"}, "registering the model"),
     ({"kind": "resumed", "round": 3}, "going on after round 3"),
@@ -281,23 +279,6 @@ def test_a_summary_without_scores_is_shorter():
     lines = summary_lines({"model_sha256": "ab", "rounds": 1, "best_round": 0}, folder="f", tracking="t")
     assert "model SHA-256 ab" in lines
     assert not any("AUC" in line or "left out" in line for line in lines)
-
-
-def test_the_tracking_line_tells_how_to_look_and_no_password(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def line(**values):
-        settings = Settings()
-        for key, value in values.items():
-            settings = config.with_value(settings, "tracking", key, value)
-        return console.tracking_line(settings)
-
-    assert line(enabled=False) == "off; the record is spool.jsonl in the run folder"
-    here = f"sqlite:///{tmp_path}/mlflow.db"
-    assert line(uri=here) == f"{here} (to look: facefed tracking serve)"
-    other = "sqlite:////a b/mlflow.db"
-    assert line(uri=other) == f"{other} (to look: facefed tracking serve --backend '{other}')"
-    assert line(uri="http://me:secret@host:5000") == "http://***@host:5000"
 
 
 def test_tables_are_aligned():

@@ -12,9 +12,11 @@ import clients.cli
 import server.cli
 import simulation.cli
 from common import config
+from common.metrics.names import BYTES_DOWN, BYTES_UP, EPOCH_SECONDS, ROUND_SECONDS, WORK_SECONDS, of_split, seconds_of
 from common.metrics.sums import CLOSED_FIELDS, COUNTS
 from common.protocol.wire import TRAIN_FIELDS, Site
 from common.settings import Settings
+from server.exchange.clock import PHASES
 from tests.pages import FENCE, commands, commands_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,14 +175,22 @@ def test_every_metric_that_is_logged_stands_in_the_metrics_page():
             "simulation/alone/baselines.py",
         )
     )
-    spelt = set(re.findall(r'"((?:round|wait|exchange|aggregate|checkpoint|epoch|train|evaluate)_[a-z]+)"', source))
-    spelt |= {"bytes_down", "bytes_up", "refused_replies", "best_round", "best_val_auc", "gradient_norm"}
-    spelt |= {"images_per_second", "learning_rate", "val_loss", "val_acc", "val_roc_auc"}
-    spelt |= {f"round_{split}_{name}" for split in ("val", "test") for name in ("loss", "acc", "auc", "eer")}
+    spelt = set(re.findall(r'"((?:round|wait|exchange|aggregate|checkpoint|epoch|train)_[a-z]+)"', source))
+    spelt |= {BYTES_DOWN, BYTES_UP, ROUND_SECONDS, WORK_SECONDS, EPOCH_SECONDS, *map(seconds_of, PHASES)}
+    spelt |= {
+        "refused_replies",
+        "best_round",
+        "best_val_roc_auc",
+        "gradient_norm",
+        "images_per_second",
+        "learning_rate",
+    }
+    spelt |= {of_split(split, name) for split in ("val", "test") for name in ("loss", "accuracy", "roc_auc", "eer")}
+    spelt |= {of_split("public", name) for name in ("ten_fold_accuracy", "roc_auc", "eer")}
     spelt |= {f"test_{name}" for name in ("accuracy", "loss", "precision", "recall", "f1", "roc_auc", "eer")}
     spelt |= {f"test_tar_at_far_1e-{digits}" for digits in (1, 2, 3)}
     of_twins = ("twins_roc_auc", "twins_eer", "strangers_roc_auc")
-    spelt |= {f"round_{split}_{name.replace('roc_', '')}" for split in ("val", "test") for name in of_twins}
+    spelt |= {of_split(split, name) for split in ("val", "test") for name in of_twins}
     spelt |= {f"test_{name}" for name in of_twins}
     assert len(spelt) > 30
     assert not sorted(name for name in spelt if f"`{name}`" not in page)

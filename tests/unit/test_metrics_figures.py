@@ -31,7 +31,7 @@ from common.plots.comparison import client_comparison
 from common.plots.curves import convergence
 from common.protocol.wire import Task
 from common.system.console import event_line
-from server.record.history import History, Tally, client_metrics, round_metrics
+from server.record.history import History, Tally, final_metrics, round_metrics
 from simulation.alone.sweep_plan import allowed_metrics, load_plan
 from simulation.compare.comparison import Comparison, describe, gaps_of, notes_of, with_pooled
 from simulation.compare.model_lookup import Search, Wanted, find_models
@@ -56,7 +56,7 @@ OF_PAIRS = Figure(
     of=PAIRS,
     values=most_accepted,
     title="toy figure\npeople never seen",
-    in_rounds="toy",
+    in_rounds=True,
     told="toy",
     kinds=("twins",),
     has_gap=True,
@@ -70,7 +70,7 @@ OF_CLOSED = Figure(
     values=lambda closed: closed.num_classes / 100,
     is_best="lowest",
     title="number of people",
-    in_rounds="people",
+    in_rounds=True,
     head="PEOPLE",
     ends=lambda closed: (0.0, closed.num_classes / 50),
     ends_method="by heart",
@@ -89,10 +89,10 @@ def test_a_row_more_is_scored_recorded_told_and_drawn():
     sums = sums_with(0.6)
     expected = {"toy": 0.6, "people": 0.02, "fold_pairs": sums.folds.sum() / 1e6}
     assert expected.items() <= known_scores(sums).items()
-    assert {f"test_{name}": value for name, value in expected.items()}.items() <= client_metrics("test", sums).items()
-    recorded = {"round_val_toy": 0.6, "round_val_people": 0.02}
+    assert {f"test_{name}": value for name, value in expected.items()}.items() <= final_metrics(sums).items()
+    recorded = {"val_toy": 0.6, "val_people": 0.02}
     assert recorded.items() <= round_metrics("val", sums).items()
-    assert "round_val_fold_pairs" not in round_metrics("val", sums), "its row names no round"
+    assert "val_fold_pairs" not in round_metrics("val", sums), "its row names no round"
     history, tally = History(), Tally("val")
     tally.add({"alpha": reply_to(TASK, auc=0.6)})
     assert recorded.items() <= history.score(1, tally).items()
@@ -148,7 +148,7 @@ def test_a_row_more_has_an_interval_and_stands_in_every_form_of_the_comparison(t
     content = json.loads(json.dumps(json_content(compared)))
     assert content["models"]["centralized"]["tested_at"]["alpha"]["toy"]["high_95"] == toy.high
     assert "toy" in [gap["figure"] for gap in content["gaps"]]
-    assert metrics(compared)["centralized_alpha_test_toy"] == toy.value
+    assert metrics(compared)["centralized/client/alpha/test_toy"] == toy.value
     html = page(compared, title="t", made="m", pictures={})
     assert "<dt>TOY</dt><dd>what is accepted.</dd>" in html
     assert f"{toy.value:.3f}<small>[{toy.low:.3f}, {toy.high:.3f}]</small>" in html

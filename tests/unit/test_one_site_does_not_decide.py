@@ -115,7 +115,7 @@ def test_invented_pairs_do_not_choose_the_best_round(tmp_path):
     nodes[3] = client("mallory", mallory, **ENORMOUS)
     federation, outcome = run(tmp_path, nodes, federation__rounds=3)
     rows = {row["step"]: row for row in outcome.history.rows()}
-    assert [rows[step]["round_val_auc_median"] for step in (1, 2, 3)] == pytest.approx([0.6, 0.8, 0.7])
+    assert [rows[step]["val_roc_auc_median"] for step in (1, 2, 3)] == pytest.approx([0.6, 0.8, 0.7])
     assert outcome.history.best_round == 2
     assert summary_of(federation, outcome)["test_roc_auc_median"] == pytest.approx(0.75)
     pooled = outcome.history.at(2).totals["val"]

@@ -24,11 +24,11 @@ def _rounds(last):
     return [
         {
             "step": step,
-            "round_train_loss": 10.0 / (step + 1),
-            "round_train_acc": step / (last + 1),
+            "train_loss": 10.0 / (step + 1),
+            "train_accuracy": step / (last + 1),
             "round_test_loss": 12.0 / (step + 1),
-            "round_val_auc": 0.6 + 0.3 * step / (last + 1),
-            "round_test_auc": 0.6 + 0.2 * step / (last + 1),
+            "val_roc_auc": 0.6 + 0.3 * step / (last + 1),
+            "round_test_roc_auc": 0.6 + 0.2 * step / (last + 1),
             "round_test_eer": 0.4 - 0.2 * step / (last + 1),
         }
         for step in range(last + 1)
@@ -72,10 +72,10 @@ def test_nothing_overlaps_and_nothing_leaves_the_picture():
 
 def test_convergence_marks_the_round_with_the_best_validation_auc():
     rounds = _rounds(5)
-    rounds[3]["round_val_auc"] = 0.95
-    rounds[4]["round_val_auc"] = 0.95  # the first of equals is meant
-    rounds[5]["round_test_auc"] = 0.99  # test is never a choice
-    rounds[0]["round_val_auc"] = 0.99  # nor is the untrained model
+    rounds[3]["val_roc_auc"] = 0.95
+    rounds[4]["val_roc_auc"] = 0.95  # the first of equals is meant
+    rounds[5]["round_test_roc_auc"] = 0.99  # test is never a choice
+    rounds[0]["val_roc_auc"] = 0.99  # nor is the untrained model
     figure = convergence(rounds)
     for axes in figure.axes:
         marks = [line for label, line in _lines(axes).items() if label.startswith("best round: 3")]
@@ -84,7 +84,7 @@ def test_convergence_marks_the_round_with_the_best_validation_auc():
 
 
 def test_curves_hold_the_given_values_in_the_order_of_the_steps():
-    rows = [{"step": 2, "round_train_loss": 1.0}, {"step": 1, "round_train_loss": 2.0, "round_test_loss": 3.0}]
+    rows = [{"step": 2, "train_loss": 1.0}, {"step": 1, "train_loss": 2.0, "round_test_loss": 3.0}]
     figure = convergence(rows)
     (axes,) = figure.axes  # panels without values are left out
     lines = _lines(axes)
@@ -289,7 +289,7 @@ def test_matplotlib_comes_late_and_without_pyplot():
 import sys
 from common.plots import comparison, curves, people, verification
 assert "matplotlib" not in sys.modules, "imported at once"
-curves.convergence([{"step": 1, "round_val_auc": 0.5}]).savefig(sys.argv[1])
+curves.convergence([{"step": 1, "val_roc_auc": 0.5}]).savefig(sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules, "pyplot"
 """
     done = subprocess.run(

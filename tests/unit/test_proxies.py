@@ -147,6 +147,19 @@ def test_a_client_names_the_proxy_that_does_not_reach_its_server(environment, tm
     assert "the proxy" in said[0]
 
 
+def test_a_client_says_that_its_servers_name_means_nothing_here(environment, tmp_path):
+    """The name is one that never resolves (RFC 6761); no server is asked, as there is no address."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        environment.delenv(name, raising=False)
+    made, said = client("fl.invalid", 8443, tmp_path, timeout_s=0.3)
+    with pytest.raises(UserError) as caught:
+        made._wait_for_server(NoTrainer())
+    assert said[0] == (
+        "no server at fl.invalid:8443 yet: this machine finds no address for the name fl.invalid; trying again"
+    )
+    assert "this machine finds no address for the name fl.invalid; correct --server" in str(caught.value)
+
+
 def test_a_client_waits_for_its_server_by_way_of_the_proxy(environment, tmp_path):
     """Where a site's network lets nothing out but the proxy, a connection past it would never come about."""
     with serving("127.0.0.1") as (proxy,):

@@ -18,8 +18,9 @@ def test_a_lap_belongs_to_the_phase_named_at_its_end():
     clock.lap("wait")
     clock.lap("log")
     assert clock.metrics() == {
-        "round_seconds": 10.0, "wait_seconds": 3.0, "send_seconds": 0.0, "receive_seconds": 3.0,
-        "aggregate_seconds": 0.0, "evaluate_seconds": 0.0, "checkpoint_seconds": 0.0, "log_seconds": 4.0,
+        "time/round_seconds": 10.0, "time/wait_seconds": 3.0, "time/send_seconds": 0.0, "time/receive_seconds": 3.0,
+        "time/aggregate_seconds": 0.0, "time/evaluate_seconds": 0.0, "time/checkpoint_seconds": 0.0,
+        "time/log_seconds": 4.0,
     }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def test_an_answer_is_timed_from_the_sending():
     clock.lap("wait")
     clock.answered("alpha")  # at 4
     assert clock.answer_seconds("alpha") == 2.0
-    assert clock.metrics()["send_seconds"] == 1.0
+    assert clock.metrics()["time/send_seconds"] == 1.0
 
 
 class SlowMailbox(ScriptedMailbox):
@@ -74,29 +75,29 @@ def slow(tmp_path_factory):
 
 
 def test_the_phases_of_a_round_add_up_to_it(slow):
-    phases = [slow[""][f"{phase}_seconds"] for phase in PHASES]
-    assert sum(phases) == pytest.approx(slow[""]["round_seconds"])
+    phases = [slow[""][f"time/{phase}_seconds"] for phase in PHASES]
+    assert sum(phases) == pytest.approx(slow[""]["time/round_seconds"])
     assert min(phases) >= 0.0
-    assert slow[""]["log_seconds"] > 0.0
-    assert slow[""]["checkpoint_seconds"] > 0.0
+    assert slow[""]["time/log_seconds"] > 0.0
+    assert slow[""]["time/checkpoint_seconds"] > 0.0
 
 
 def test_pulling_a_reply_is_no_waiting_and_looking_for_it_is(slow):
     """Five looks in vain with pauses of 10 ms for each of two clients; what is left to do fills some of them."""
-    assert slow[""]["send_seconds"] >= 0.05
-    assert slow[""]["receive_seconds"] >= 0.2
-    assert slow[""]["wait_seconds"] >= 0.1
+    assert slow[""]["time/send_seconds"] >= 0.05
+    assert slow[""]["time/receive_seconds"] >= 0.2
+    assert slow[""]["time/wait_seconds"] >= 0.1
 
 
 def test_a_client_has_its_own_phases_and_bytes(slow):
     """The scripted replies say one second for each phase, five in all: more than the round took, so no wait is left."""
     for name in ("alpha", "beta"):
         own = slow[name]
-        assert [own[f"{phase}_seconds"] for phase in ("receive", "evaluate", "train", "send")] == [1.0] * 4
-        assert own["wait_seconds"] == 0.0
-        assert own["bytes_down"] == MANIFEST.num_bytes
-    assert slow[""]["bytes_up"] == slow["alpha"]["bytes_up"] + slow["beta"]["bytes_up"]
-    assert slow[""]["bytes_down"] == 2 * MANIFEST.num_bytes
+        assert [own[f"time/{phase}_seconds"] for phase in ("receive", "evaluate", "train", "send")] == [1.0] * 4
+        assert own["time/wait_seconds"] == 0.0
+        assert own["bytes/down"] == MANIFEST.num_bytes
+    assert slow[""]["bytes/up"] == slow["alpha"]["bytes/up"] + slow["beta"]["bytes/up"]
+    assert slow[""]["bytes/down"] == 2 * MANIFEST.num_bytes
 
 
 def test_a_clients_wait_is_what_its_own_clock_does_not_tell(tmp_path, monkeypatch):
@@ -111,7 +112,7 @@ def test_a_clients_wait_is_what_its_own_clock_does_not_tell(tmp_path, monkeypatc
     settings = settings_with(federation__rounds=1, federation__round_timeout_s=60.0)
     federation = federation_over(mailbox, settings, tmp_path / "run")
     federation.run()
-    waits = {name: rows[1]["wait_seconds"] for name, rows in federation.history.client_rows().items()}
+    waits = {name: rows[1]["time/wait_seconds"] for name, rows in federation.history.client_rows().items()}
     assert 0.05 <= waits["alpha"] < waits["beta"]  # replies are taken in the order of names
 
 
@@ -122,7 +123,7 @@ def test_the_bytes_of_a_reply_are_those_of_its_arrays(tmp_path, splits):
     federation.clock.answered("alpha")
     reply = reply_to(Task(kind="train", run_id="r", server_round=1, settings="", splits=splits))
     counts = (2 * 8192 * 2 + 10 * 2 * 1024 + 4) * len(splits.split())
-    assert federation._costs("alpha", reply)["bytes_up"] == MANIFEST.num_bytes + counts
+    assert federation._costs("alpha", reply)["bytes/up"] == MANIFEST.num_bytes + counts
     federation.record._tracked.finish("KILLED")
 
 

@@ -46,8 +46,8 @@ def test_pooled_auc_is_that_of_all_pairs_and_no_mean_of_the_clients_aucs():
     metrics = score(History(), 1, "val", both)
     labels = [1] * 100 + [0] * 100 + [1] * 100 + [0] * 100
     scores = [5000] * 100 + [4000] * 100 + [7500] * 100 + [6500] * 100
-    assert metrics["round_val_auc"] == pytest.approx(roc_auc_score(labels, scores))
-    assert metrics["round_val_auc"] == pytest.approx(0.75)
+    assert metrics["val_roc_auc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert metrics["val_roc_auc"] == pytest.approx(0.75)
 
 
 def test_pooled_loss_and_accuracy_weigh_pictures_and_not_clients():
@@ -55,7 +55,7 @@ def test_pooled_loss_and_accuracy_weigh_pictures_and_not_clients():
     small = sums_with(0.5)
     large = dataclasses.replace(small, closed=dataclasses.replace(small.closed, num_examples=16, correct=3))
     metrics = score(History(), 1, "test", {"a": small, "b": large})
-    assert metrics["round_test_acc"] == pytest.approx(4 / 20)
+    assert metrics["round_test_accuracy"] == pytest.approx(4 / 20)
     assert metrics["round_test_loss"] == pytest.approx(4.0 / 20)
 
 

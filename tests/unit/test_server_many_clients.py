@@ -78,15 +78,15 @@ def test_of_many_clients_the_record_has_quantiles_and_no_runs(tmp_path):
     assert {row.get("run", "") for row in rows if "key" in row} == {""}
     logged = {(row["key"], row["step"]): row["value"] for row in rows if "key" in row}
     # the AUC of client n is (50 + n) hundredths, here of 1 to 40
-    assert logged["clients_val_roc_auc_p50", 0] == pytest.approx(0.705, abs=0.01)
-    assert logged["clients_val_roc_auc_p10", 0] == pytest.approx(0.549, abs=0.01)
+    assert logged["deciles/val_roc_auc_p50", 0] == pytest.approx(0.705, abs=0.01)
+    assert logged["deciles/val_roc_auc_p10", 0] == pytest.approx(0.549, abs=0.01)
     assert not outcome.history.at(1).sums["test"]  # half a megabyte of each would stay
     assert outcome.history.tested(1)
     events = list(EventReader(tmp_path).new_events())
     assert sum(event["kind"] == "warning" for event in events) == 1
     assert max(len(json.dumps(event)) for event in events) < 10_000
     assert summary["clients"] == {}
-    assert "clients_test_roc_auc_p50" in summary["clients_quantiles"]
+    assert "deciles/round_test_roc_auc_p50" in summary["clients_quantiles"]
 
 
 def test_many_join_without_a_line_for_each(tmp_path):
@@ -111,4 +111,4 @@ def test_a_tally_pools_all_and_tells_few_apart(tmp_path):
 
 def test_quantiles_are_of_those_who_have_the_figure():
     metrics = {f"c{number}": {"loss": float(number)} for number in range(11)} | {"none": {}}
-    assert quantiles(metrics) == {"clients_loss_p10": 1.0, "clients_loss_p50": 5.0, "clients_loss_p90": 9.0}
+    assert quantiles(metrics) == {"deciles/loss_p10": 1.0, "deciles/loss_p50": 5.0, "deciles/loss_p90": 9.0}

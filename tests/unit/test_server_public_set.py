@@ -147,9 +147,9 @@ def test_scores_are_those_of_the_given_model(lfw: Path) -> None:
     scorer = PublicScorer(public, recogniser, manifest)
     scores = scorer.scores(model, lambda: None)
     truth, binned = public.pairs.genuine, np.floor((cosines + 1) * NUM_BINS / 2)
-    assert scores["round_public_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(truth, binned))
+    assert scores["public/roc_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(truth, binned))
     exact = ten_fold_accuracy_of_scores(cosines, truth, public.pairs.fold)[0]
-    assert scores["round_public_accuracy"] == pytest.approx(exact)
+    assert scores["public/ten_fold_accuracy"] == pytest.approx(exact)
     others = [flatten(initial_model(settings_for(lfw, run__seed=seed))[0].state_dict(), manifest) for seed in (2, 3, 4)]
     assert any(scorer.scores(other, lambda: None) != scores for other in others)
     assert scorer.scores(model, lambda: None) == scores
@@ -209,9 +209,9 @@ class Watching:
         self.models.append(float(model[0]))
         self.num_sent.append(sum(task.kind != "join" for _, task in self.mailbox.tasks))
         return {
-            "round_public_auc": 0.5 + len(self.models) / 10,
-            "round_public_eer": 0.4,
-            "round_public_accuracy": 0.6,
+            "public/roc_auc": 0.5 + len(self.models) / 10,
+            "public/eer": 0.4,
+            "public/ten_fold_accuracy": 0.6,
         }
 
 
@@ -226,9 +226,9 @@ def test_each_model_of_the_test_curve_is_scored_while_the_clients_compute(every,
     federation.public = watching
     outcome = federation.run()
     rows = {int(row["step"]): row for row in outcome.history.rows()}
-    scored = {step: row for step, row in rows.items() if "round_public_auc" in row}
+    scored = {step: row for step, row in rows.items() if "public/roc_auc" in row}
     assert scored.keys() == expected.keys()
-    assert [rows[step]["round_public_auc"] for step in expected] == pytest.approx([0.6, 0.7, 0.8, 0.9][: len(expected)])
+    assert [rows[step]["public/roc_auc"] for step in expected] == pytest.approx([0.6, 0.7, 0.8, 0.9][: len(expected)])
     assert watching.models == list(expected.values())
     # Both clients' messages were out each time, none of the next round's.
     assert [count % 2 for count in watching.num_sent] == [0] * len(expected)

@@ -81,7 +81,7 @@ def test_scores_of_a_model_belong_to_its_round_though_they_arrive_with_the_next(
         return reply_to(task, auc=0.90) if task.kind == "evaluate" else answer(task)
 
     _, outcome = run(tmp_path, {1: client("alpha", beta), 2: client("beta", beta)})
-    aucs = {row["step"]: row["round_val_auc"] for row in outcome.history.rows()}
+    aucs = {row["step"]: row["val_roc_auc"] for row in outcome.history.rows()}
     assert aucs == pytest.approx({0: 0.50, 1: 0.70, 2: 0.90})
 
 
@@ -89,11 +89,11 @@ def test_every_score_is_logged_at_the_step_of_its_model(tmp_path):
     answer = answering(r1={"auc": 0.50}, r2={"auc": 0.70})
     run(tmp_path, {1: client("alpha", answer), 2: client("beta", answer)})
     logged = {(key, step): value for (_, key, step), value in spooled(tmp_path).items()}
-    assert logged["round_val_auc", 0] == pytest.approx(0.50)
-    assert logged["round_val_auc", 1] == pytest.approx(0.70)
     assert logged["val_roc_auc", 0] == pytest.approx(0.50)
-    assert ("round_train_loss", 0) not in logged
-    assert ("round_train_loss", 2) in logged
+    assert logged["val_roc_auc", 1] == pytest.approx(0.70)
+    assert logged["val_roc_auc", 0] == pytest.approx(0.50)
+    assert ("train_loss", 0) not in logged
+    assert ("train_loss", 2) in logged
 
 
 def test_the_best_round_is_chosen_on_validation_and_never_on_test(tmp_path):
@@ -206,8 +206,8 @@ def test_the_deadline_is_the_rounds_and_not_each_clients(tmp_path):
     nodes |= {8: client("x"), 9: client("y")}
     federation, _ = run(tmp_path, nodes, federation__rounds=1, federation__round_timeout_s=0.5)
     metrics = federation.history.at(1).metrics
-    assert metrics["round_seconds"] >= 0.5
-    assert metrics["wait_seconds"] < 1.0
+    assert metrics["time/round_seconds"] >= 0.5
+    assert metrics["time/wait_seconds"] < 1.0
     assert sorted(federation.record.reasons(1)) == ["a1", "a2", "a3"]
 
 
@@ -302,7 +302,7 @@ def test_a_round_with_too_few_replies_is_tried_again_from_the_same_model(tmp_pat
     warnings = [event["line"] for event in EventReader(tmp_path).new_events() if event["kind"] == "warning"]
     assert len(warnings) == 2
     assert warnings[0].startswith("round 2: 1 of 2 clients gave a usable reply")
-    assert outcome.history.at(2).metrics["bytes_down"] == 6 * 4 * MANIFEST.size  # the repeated ones are traffic too
+    assert outcome.history.at(2).metrics["bytes/down"] == 6 * 4 * MANIFEST.size  # the repeated ones are traffic too
 
 
 @pytest.mark.parametrize(("attempts", "ends"), [(1, True), (2, True), (3, False)])
@@ -518,7 +518,7 @@ def test_the_warm_up_of_new_heads_is_counted_apart_in_the_summary_and_at_the_cli
     summary = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
     assert (summary["num_warmup_pictures"], summary["num_pictures_processed"]) == (5.0, 4.0)
     told = {(key, step): value for (_, key, step), value in spooled(tmp_path).items() if "warmup" in key}
-    assert told == {("num_warmup_pictures", 1): 5.0, ("warmup_seconds", 1): 2.0}
+    assert told == {("num_warmup_pictures", 1): 5.0, ("time/warmup_seconds", 1): 2.0}
 
 
 def test_the_bytes_received_are_those_of_all_arrays(tmp_path):
@@ -526,7 +526,7 @@ def test_the_bytes_received_are_those_of_all_arrays(tmp_path):
     federation, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=1)
     sums = sums_with(0.5)
     counts = sum(array.size for array in (sums.pairs, sums.twins, sums.folds, sums.confusion))
-    assert outcome.history.at(1).metrics["bytes_up"] == 2 * (MANIFEST.num_bytes + 2 * counts)
+    assert outcome.history.at(1).metrics["bytes/up"] == 2 * (MANIFEST.num_bytes + 2 * counts)
     assert federation.model.received.tolist() == [0.5] * MANIFEST.size
 
 
@@ -542,8 +542,8 @@ def test_each_direction_travels_in_its_codec_and_its_bytes_are_counted(tmp_path,
     )
     metrics = outcome.history.at(1).metrics
     counts = sum(array.size for array in vars(sums_with(0.5)).values() if isinstance(array, np.ndarray))
-    assert metrics["bytes_down"] == 2 * nbytes
-    assert metrics["bytes_up"] == 2 * (nbytes + 2 * counts)
+    assert metrics["bytes/down"] == 2 * nbytes
+    assert metrics["bytes/up"] == 2 * (nbytes + 2 * counts)
     assert federation.model.received.tolist() == pytest.approx([0.5] * MANIFEST.size, rel=1e-6)
 
 

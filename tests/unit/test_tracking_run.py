@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.settings import TrackingSettings
+from common.system.runtime import user_name
 from common.tracking.registry import register_model
 from common.tracking.run import open_run
 
@@ -39,15 +40,15 @@ def _record(run):
 
 
 def test_the_folder_holds_the_whole_record(run):
-    run.log_metrics({"round_train_loss": 0.5, "round_val_auc": 0.9}, step=3)
+    run.log_metrics({"train_loss": 0.5, "val_roc_auc": 0.9}, step=3)
     run.log_params({"rounds": 10})
     run.set_tags({"device": "cpu"})
     run.finish("FAILED")
     start, loss, auc, params, tags, finish = _record(run)
     assert (start["event"], start["experiment"], start["name"]) == ("start", "e", "n")
-    assert (start["tags"], start["params"]) == ({"mode": "x"}, {"lr": "0.1"})
-    assert (loss["key"], loss["value"], loss["step"], loss["run"]) == ("round_train_loss", 0.5, 3, "")
-    assert (auc["key"], auc["value"]) == ("round_val_auc", 0.9)
+    assert (start["tags"], start["params"]) == ({"mlflow.user": user_name(), "mode": "x"}, {"lr": "0.1"})
+    assert (loss["key"], loss["value"], loss["step"], loss["run"]) == ("train_loss", 0.5, 3, "")
+    assert (auc["key"], auc["value"]) == ("val_roc_auc", 0.9)
     assert params["values"] == {"rounds": "10"}
     assert tags["values"] == {"device": "cpu"}
     assert (finish["event"], finish["status"]) == ("finish", "FAILED")

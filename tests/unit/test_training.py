@@ -223,14 +223,14 @@ def test_the_sums_count_every_picture_once_an_epoch():
     assert (sums.num_pictures, sums.num_steps) == (40, 6)
     merged = sums.merged()
     assert merged["train_loss"] == pytest.approx(sums.loss_sum / 40)
-    assert merged["train_acc"] == sums.correct / 40
+    assert merged["train_accuracy"] == sums.correct / 40
     assert merged["gradient_norm"] == pytest.approx(sums.gradient_norm_sum / 6)
     groups = {"stem", "blocks_early", "blocks_middle", "blocks_late", "closing", "head"}
     assert sums.gradient_norm_sums.keys() == groups
-    assert {name for name in merged if name.startswith("gradient_norm_")} == {f"gradient_norm_{g}" for g in groups}
-    assert merged["gradient_norm_head"] == pytest.approx(sums.gradient_norm_sums["head"] / 6)
-    assert all(0.0 < merged[f"gradient_norm_{group}"] < merged["gradient_norm"] for group in groups)
-    assert TrainSums().merged() == {"train_loss": 0.0, "train_acc": 0.0, "gradient_norm": 0.0}
+    assert {name for name in merged if name.startswith("gradient_norm/")} == {f"gradient_norm/{g}" for g in groups}
+    assert merged["gradient_norm/head"] == pytest.approx(sums.gradient_norm_sums["head"] / 6)
+    assert all(0.0 < merged[f"gradient_norm/{group}"] < merged["gradient_norm"] for group in groups)
+    assert TrainSums().merged() == {"train_loss": 0.0, "train_accuracy": 0.0, "gradient_norm": 0.0}
 
 
 def test_training_learns():
@@ -238,7 +238,7 @@ def test_training_learns():
     _, first = run(total=12)
     _, last = run(steps=[range(11), range(11, 12)], total=12)
     assert last.merged()["train_loss"] < 0.5 * first.merged()["train_loss"]
-    assert last.merged()["train_acc"] > 0.7
+    assert last.merged()["train_accuracy"] > 0.7
 
 
 @pytest.mark.parametrize("train", [5, 7])

@@ -69,10 +69,10 @@ def test_each_branch_lowers_its_loss_and_is_told_apart():
     names = {"train_loss", "train_loss_glca", "train_loss_pwca"}
     assert names <= first.keys()
     assert all(last[name] < first[name] for name in names)  # a mean over sixteen epochs against the first
-    assert first["gradient_norm_glca"] > 0.0
+    assert first["gradient_norm/glca"] > 0.0
     plain = run(dataclasses.replace(DCAL, attention="sa"))[1].merged()
     assert {name for name in plain if name.startswith("train_loss")} == {"train_loss"}
-    assert "gradient_norm_glca" not in plain
+    assert "gradient_norm/glca" not in plain
 
 
 def test_what_is_minimised_is_the_papers_formula(monkeypatch):
@@ -218,7 +218,7 @@ def test_accuracy_is_that_of_self_attention():
     recogniser, _ = run(epochs=16)
     with torch.no_grad():
         recogniser.glca_head.weight.copy_(-recogniser.glca_head.weight)
-    assert run(recogniser=recogniser, lr=1e-9)[1].merged()["train_acc"] > 0.5
+    assert run(recogniser=recogniser, lr=1e-9)[1].merged()["train_accuracy"] > 0.5
 
 
 def test_a_new_client_warms_up_both_heads_and_nothing_else():

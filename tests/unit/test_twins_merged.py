@@ -140,11 +140,11 @@ def test_the_server_scores_merged_twins_and_not_the_mean_of_clients():
     by_client = {"a": one, "b": other, "c": none}
     total = pooled(by_client)
     metrics = round_metrics("test", total)
-    assert metrics["round_test_twins_auc"] == pytest.approx(0.75)
-    assert metrics["round_test_strangers_auc"] == pytest.approx((60 + 80 + 90) / 300)
+    assert metrics["round_test_twins_roc_auc"] == pytest.approx(0.75)
+    assert metrics["round_test_strangers_roc_auc"] == pytest.approx((60 + 80 + 90) / 300)
     assert 0 <= metrics["round_test_twins_eer"] <= 1
-    assert {f"test_{name}" for name in TWIN_NAMES} <= client_metrics("test", by_client["a"]).keys()
-    assert client_metrics("test", by_client["a"])["test_twins_roc_auc"] == pytest.approx(0.5)
+    assert {f"round_test_{name}" for name in TWIN_NAMES} <= client_metrics("test", by_client["a"]).keys()
+    assert client_metrics("test", by_client["a"])["round_test_twins_roc_auc"] == pytest.approx(0.5)
     assert not [name for name in client_metrics("test", by_client["c"]) if "twins" in name or "strangers" in name]
     assert not [name for name in round_metrics("val", by_client["c"]) if "twins" in name or "strangers" in name]
 
