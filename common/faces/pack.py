@@ -308,7 +308,8 @@ def _write(
             # one picture less may leave a person without a training picture: decide again, on what is left
             index = take(index, np.flatnonzero(kept))
             split = assign_splits(index, data)
-        for name, array in zip(pack_store.ARRAYS, (filled.places[kept], index.person, split), strict=True):
+        arrays: tuple[NDArray[Any], ...] = (filled.places[kept], index.person, split)
+        for name, array in zip(pack_store.ARRAYS, arrays, strict=True):
             np.save(folder / name, array, allow_pickle=False)
         about = {
             "key": key,
