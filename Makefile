@@ -11,7 +11,7 @@ TORCH  ?=
 TORCH_INDEX ?= $(if $(filter cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # Test files run side by side: unit tests in processes of one thread each, whole programs in one more than two cores, as
-# they wait for each other a third of the time.
+# they wait for each other a third of the time. `make test` gives that time to the types and the unit tests.
 UNIT_WORKERS ?= auto
 E2E_WORKERS  ?= 3
 # Of `make chaos`: SEED says which faults, FIRST and RUNS which of its runs; each has five.
@@ -62,7 +62,9 @@ demo: $(RUN) ## two synthetic face data sets, federated, tracked: the main job, 
 	$(BIN)/facefed data synth --layout vggface2 --out data/vggface2
 	$(BIN)/flower-simulation --config demo --client celeba=data/celeba --client vggface2=data/vggface2
 
-test: lint types unit e2e ## lint, types, import floors, all tests
+test: lint ## lint, types, import floors, all tests
+	@echo "Types, unit tests and whole programs run beside each other; each shows its output when it has ended."
+	@$(MAKE) --no-print-directory --output-sync=target --jobs=3 types unit e2e
 
 lint: $(STAMP) ## ruff, import floors and fences
 	$(BIN)/ruff format --check .

@@ -49,11 +49,10 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from clients.egress import LEDGER, refusal
 from clients.flower.own_lines import FlowerTold, mark_of
 from clients.flower.patches import Pace, hold_on, quicken
-from clients.flower.trainer import CLIENT_FAILED, KEY, TrainerGone, hand_over
+from clients.flower.trainer import API, CLIENT_FAILED, KEY, TrainerGone, hand_over
 from common.system.runtime import go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
-API = "supernode"  # in the folder where the trainer is met: the socket of the SuperNode's own API
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
 GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
 

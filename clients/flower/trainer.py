@@ -41,6 +41,7 @@ from common.system.runtime import go_silent
 
 CLIENT_FAILED = 500  # as in common.protocol.wire, which would bring torch along
 SOCKET, KEY, SITE = "socket", "key", "site.json"
+API = "supernode"  # the socket of the SuperNode's own API, in the same folder
 THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 KNOCK_EVERY_S = 0.05
 LOOK_EVERY_S = 0.5
@@ -217,7 +218,7 @@ class Trainer:
     def __enter__(self) -> Self:
         """Make the folder and start the first."""
         # Not in the state folder, whose path may be too long for a socket's.
-        self.folder = short_private_folder("facefed-", SOCKET)
+        self.folder = short_private_folder("facefed-", max(SOCKET, API, key=len))
         self._in_vain = 0  # starts in a row of which none came as far as to serve
         try:
             write_new(self.folder / KEY, secrets.token_bytes(32))

@@ -1,9 +1,7 @@
-"""Brings offline runs of Weights & Biases into MLflow, without the wandb package and without its cloud.
+"""Sends offline runs of Weights & Biases to MLflow, without the wandb package and without its cloud.
 
-config -> params (nested names joined by dots); numbers of the history -> metrics; numbers of the summary that the
-history does not end with -> metrics at the last step; all else that was logged -> lines of JSON kept as an artifact.
-Who trained it is not carried (the log keeps it): neither wandb's entity nor what it noted by itself about the account,
-the person and the folders of the machine.
+What becomes what stands in `wandb_values`, where the runs and their files lie in `wandb_folders`; all that was logged
+and is no metric is kept as an artifact.
 
 A run is found again by its tag RUN_TAG, and a tag for each log says how far it was read: importing again adds nothing,
 and a log that has grown adds what is new.  An import that is cut off is simply repeated: MLflow keeps equal points
@@ -11,14 +9,9 @@ once.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
-import math
-import os
-import posixpath
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -35,210 +28,36 @@ from common.tracking.delivery import (
     quieten,
 )
 from common.tracking.sender import short_reason
-from simulation.admin.wandb_log import (
-    CUT_SHORT,
-    Damage,
-    Row,
-    RunFacts,
-    Tree,
-    is_number,
-    leaves,
-    read_facts,
-    read_history,
+from simulation.admin.wandb_folders import METADATA_FILE, digest_of, files_of, find_logs, is_below
+from simulation.admin.wandb_log import CUT_SHORT, Damage, RunFacts, is_number, read_facts, read_history
+from simulation.admin.wandb_values import (
+    SUMMARY_PREFIX,
+    Apart,
+    Names,
+    Point,
+    apart_line,
+    final_points,
+    is_infinite,
+    nearest_name,
+    of_the_machine,
+    params_of,
+    plain,
+    run_name,
+    split_row,
+    steps_of,
+    tags_of,
 )
-
-# -- what becomes what -------------------------------------------------------------------------------------------------
-
-
-MAX_NAME: Final = 250  # MLflow's limits, in characters
-MAX_PARAM: Final = 6000
-MAX_TAG: Final = 5000
-SUMMARY_PREFIX: Final = "summary."
-_OF_WANDB: Final = ("_step", "_runtime", "_timestamp")  # not logged by the user
-MOST_TOLD: Final = 5  # of the files that were left out
-METADATA_FILE: Final = "wandb-metadata.json"
-FILES_ABOUT_PEOPLE: Final = (METADATA_FILE, "config.yaml", "conda-environment.yaml")  # wandb's own, not the user's
-_OF_THE_MACHINE: Final = (
-    "os", "python", "heartbeatAt", "startedAt", "state", "memory", "cpu_count", "cpu_count_logical", "cpu_freq", "gpu",
-    "gpu_count", "gpu_nvidia", "gpu_amd", "gpu_apple", "gpudevices", "apple", "tpu", "cuda", "cudaVersion",
-)  # fmt: skip
-_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
-
-
-class Point(NamedTuple):
-    """One metric value; `value` may be NaN, never infinite."""
-
-    key: str
-    value: float
-    step: int
-    time_ms: int
-
-
-class Apart(NamedTuple):
-    """A logged value that is no metric: a text, a list, a picture's description, an infinity."""
-
-    key: str
-    value: Any
-    step: int
-    time_ms: int
-
-
-class Names:
-    """MLflow's name for each of wandb's; names that would fall together are kept apart in the order they come."""
-
-    def __init__(self) -> None:
-        self._given: dict[str, str] = {}
-        self._taken: set[str] = set()
-
-    def __call__(self, name: str) -> str:
-        """The same name where MLflow takes it, else the nearest that it takes."""
-        if name not in self._given:
-            self._given[name] = self._free(nearest_name(name))
-            self._taken.add(self._given[name])
-        return self._given[name]
-
-    def _free(self, wanted: str) -> str:
-        free, count = wanted, 1
-        while free in self._taken:
-            count += 1
-            free = f"{wanted[: MAX_NAME - 8]}_{count}"
-        return free
-
-    def changed(self) -> dict[str, str]:
-        """MLflow's names by wandb's, where they differ."""
-        return {name: given for name, given in self._given.items() if name != given}
-
-
-def nearest_name(name: str) -> str:
-    """A name that MLflow takes for metrics, params and tags: its characters, a clean relative path, not too long."""
-    nearest = _NOT_ALLOWED.sub("_", name)
-    if nearest != posixpath.normpath(nearest) or nearest.startswith(("/", "..")) or nearest == ".":
-        nearest = nearest.replace("/", "_").replace("..", "__") or "_"
-        nearest = "_" if nearest == "." else nearest
-    if len(nearest) > MAX_NAME:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        nearest = f"{nearest[: MAX_NAME - 9]}_{digest}"
-    return nearest
-
-
-def run_name(entity: str, project: str, run_id: str) -> str:
-    """What a run is found again by: runs of two entities stay two runs, and no entity can be read from it."""
-    apart = hashlib.sha256(entity.encode()).hexdigest()[:8] if entity else ""
-    return nearest_name("/".join(part for part in (apart, project, run_id) if part))
-
-
-def of_the_machine(metadata: object) -> Tree:
-    """What wandb noted of the machine and the commit, without account, host, folders, command line and remote."""
-    if not isinstance(metadata, dict):
-        return {}
-    kept = {key: metadata[key] for key in _OF_THE_MACHINE if key in metadata}
-    git = metadata.get("git")
-    return {**kept, "git": {"commit": git["commit"]}} if isinstance(git, dict) and "commit" in git else kept
-
-
-def split_row(row: Row, names: Names) -> Iterator[Point | Apart]:
-    """The metrics of a row, truth values as 1 and 0, and what is none."""
-    for key, value in leaves(row.values):
-        number = as_metric(value)
-        if number is None:
-            yield Apart(key, value, row.step, row.time_ms)
-        else:
-            yield Point(names(key), number, row.step, row.time_ms)
-
-
-def as_metric(value: object) -> float | None:
-    """The value as MLflow takes it: a finite number or NaN; None for all else."""
-    if isinstance(value, bool) or is_number(value):
-        return float(value)
-    return math.nan if isinstance(value, float) and math.isnan(value) else None
-
-
-def apart_line(apart: Apart) -> str:
-    """A line of JSON."""
-    line = {"step": apart.step, "time_ms": apart.time_ms, "key": apart.key, "value": plain(apart.value)}
-    return json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def plain(value: object) -> object:
-    """The value as JSON has it: "nan", "inf" and "-inf" are texts, as in a spool."""
-    if isinstance(value, dict):
-        return {key: plain(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [plain(below) for below in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def is_infinite(value: object) -> bool:
-    """Whether it is an infinity, which MLflow would turn into 1.8e308."""
-    return isinstance(value, float) and math.isinf(value)
-
-
-def params_of(facts: RunFacts, names: Names) -> dict[str, str]:
-    """The config as params; long values are cut (all of it is kept as an artifact)."""
-    return {names(key): _shown(value)[:MAX_PARAM] for key, value in leaves(facts.config)}
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-
-
-def tags_of(facts: RunFacts) -> dict[str, str]:
-    """What describes the run, and the texts of its summary."""
-    described = {
-        "mlflow.note.content": facts.notes,
-        "wandb.tags": ", ".join(facts.tags),
-        "wandb.project": facts.project,
-        "wandb.group": facts.group,
-        "wandb.job_type": facts.job_type,
-        "wandb.sweep_id": facts.sweep_id,
-        "wandb.exit_code": "" if facts.exit_code is None else str(facts.exit_code),
-    }
-    tags = {key: value[:MAX_TAG] for key, value in described.items() if value}
-    names = Names()
-    for key, value in leaves(facts.summary):
-        if isinstance(value, str):
-            tags[names(f"wandb.summary.{key}")] = value[:MAX_TAG]
-    return tags
-
-
-def final_points(
-    summary: Tree, last: Mapping[str, Point], names: Names, step: int, time_ms: int, *, whole: bool
-) -> list[Point]:
-    """Numbers of the summary that are not simply what the history ends with.
-
-    last: the last point of each metric.  A best value under the name of a metric becomes "summary.<name>", if the log
-    is `whole`; in another one the summary may just be a row ahead of the history.
-    """
-    points = []
-    for key, value in leaves({key: value for key, value in summary.items() if key not in _OF_WANDB}):
-        number = as_metric(value)
-        if number is None:
-            continue
-        before = last.get(names(key))
-        if before is None:
-            points.append(Point(names(key), number, step, time_ms))
-        elif whole and not _same(before.value, number):
-            points.append(Point(names(SUMMARY_PREFIX + key), number, step, time_ms))
-    return points
-
-
-def _same(one: float, other: float) -> bool:
-    return one == other or (math.isnan(one) and math.isnan(other))
-
-
-# -- one run -----------------------------------------------------------------------------------------------------------
-
 
 RUN_TAG: Final = "facefed.wandb_run"  # `run_name` of it
 READ_TAG: Final = (
     "facefed.wandb_read"  # .<the log's folder>: bytes read without damage, bytes in all, its files' digest
 )
+DOUBLED_TAG: Final = "facefed.wandb_doubled"  # the log that brought points beside those of another log
 NO_PROJECT: Final = "uncategorized"  # as wandb itself calls it
+MOST_TOLD: Final = 5  # of the files that were left out
 
 _log = logging.getLogger("facefed.tracking")
 
-
-DOUBLED_TAG: Final = "facefed.wandb_doubled"  # the log that brought points beside those of another log
 Steps = Mapping[str, set[int]]  # of each metric
 
 
@@ -345,8 +164,8 @@ class Importer:
         run_id, tags = self._find_or_create(experiment, name, facts)
         source = _source(log)
         read_tag = nearest_name(f"{READ_TAG}.{source}")
-        files, outside = _files_of(log, follow_links=self._follow_links)
-        state = f"{facts.sound_end} {facts.end} {_digest(files)}"
+        files, outside = files_of(log, follow_links=self._follow_links)
+        state = f"{facts.sound_end} {facts.end} {digest_of(files)}"
         before = tags.get(read_tag, "")
         if before == state:
             return self._imported(log, name, experiment, run_id, facts)._replace(outside=outside)
@@ -362,7 +181,7 @@ class Importer:
             _keep(kept / "config.json", facts.config)
             _keep(kept / "summary.json", facts.summary)
             metadata = log.parent / "files" / METADATA_FILE
-            if self._follow_links or _is_below(metadata, log.parent):
+            if self._follow_links or is_below(metadata, log.parent):
                 _keep_metadata(kept / "metadata.json", metadata)
             self._client.log_artifacts(run_id, str(kept), f"wandb/{source}")
         for target, path in files.items():
@@ -511,16 +330,6 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def steps_of(log: Path, facts: RunFacts, read_to: int = 0) -> dict[str, set[int]]:
-    """The steps of each metric in a log's history, from `read_to` on."""
-    steps, names = dict[str, set[int]](), Names()
-    for row in read_history(log, facts.start_ms):
-        for value in split_row(row, names):
-            if not isinstance(value, Apart) and row.offset >= read_to:
-                steps.setdefault(value.key, set()).add(value.step)
-    return steps
-
-
 def _merged(parts: Iterable[Steps]) -> dict[str, set[int]]:
     merged = dict[str, set[int]]()
     for part in parts:
@@ -541,46 +350,6 @@ def _read_to(tags: Mapping[str, str], log: Path) -> int:
 def _source(log: Path) -> str:
     """Names the log among those of a run that was resumed: wandb's folder for it, else the file."""
     return log.parent.name if "run-" in log.parent.name else log.stem
-
-
-def _files_of(log: Path, *, follow_links: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The run's files by their place among the artifacts, and the places of links that lead out of the run's folder.
-
-    Whoever made the folder chose where its links lead: to a private key of whoever imports it, for example.  So what
-    lies outside is taken with `follow_links` only.  A link that leads nowhere, or to a folder, is told.
-
-    Not wandb's own files that say who trained it, on which host and in which folders.
-    """
-    folder, files, outside = log.parent / "files", dict[str, Path](), list[str]()
-    if not follow_links and folder.exists() and not _is_below(folder, log.parent):
-        return {}, (folder.name,)
-    for place, folders, names in os.walk(folder):
-        for path in sorted(Path(place) / name for name in (*names, *folders)):
-            if path.parent == folder and path.name in FILES_ABOUT_PEOPLE:
-                continue
-            if not follow_links and path.is_symlink() and path.exists() and not _is_below(path, log.parent):
-                outside.append(escaped(path.relative_to(folder).as_posix()))
-            elif path.is_file():
-                files[path.relative_to(folder).as_posix()] = path
-            elif path.is_symlink() and path.is_dir():
-                _log.warning("Import: %s is a link to a folder; it is left out.", path)
-            elif not path.is_dir():
-                _log.warning("Import: %s leads to a file that is gone; it is left out.", path)
-    return files, tuple(outside)
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    """Whether a path, wherever links lead, is in that folder; a link that leads round in circles is not."""
-    try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
-        return False
-
-
-def _digest(files: Mapping[str, Path]) -> str:
-    """Tells whether any file is new or another one than before, from names, sizes and times."""
-    seen = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
 def _keep_metadata(path: Path, source: Path) -> None:
@@ -629,35 +398,6 @@ def import_folders(
         err.writelines(f"{escaped(line)}\n" for line in refused)
         raise TrackingError(f"{len(refused)} of {num_logs} files could not be read; the others are imported.")
     return EXIT_DONE
-
-
-def find_logs(paths: Iterable[Path], *, follow_links: bool = False) -> tuple[list[Path], list[str]]:
-    """The .wandb files that `paths` mean: such files, run folders, folders of run folders, or what holds `wandb/`.
-
-    Beside them a line for each that is a link out of its path: it would bring in a run of somebody else.  Raises
-    TrackingError when one of the paths has none.
-    """
-    logs, outside = dict[Path, None](), list[str]()
-    for path in paths:
-        found = [path] if path.is_file() else _logs_below(path)
-        if not found:
-            what = "holds no .wandb file" if path.is_dir() else "does not exist"
-            raise TrackingError(f"{path} {what}; name wandb's folder, or an offline-run-* folder in it.")
-        within = path.parent if path.is_file() else path
-        for log in found:
-            if follow_links or log == path or _is_below(log, within):
-                logs[log.resolve()] = None  # wandb/latest-run is a link to one of the others
-            else:
-                outside.append(f"{log} leads out of {within}; --follow-links takes it, if you trust who made the link.")
-    return list(logs), outside
-
-
-def _logs_below(folder: Path) -> list[Path]:
-    for pattern in ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found
-    return []
 
 
 def _report(done: Imported) -> Iterator[str]:

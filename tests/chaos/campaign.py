@@ -93,7 +93,7 @@ class Ground:
             out = self.folder / f"simulated-{kept.name}"
             self._run(
                 "flower-simulation", "--config", config, *clients, "--cache-dir", self.faces / "packs", "--no-mlflow",
-                "--out", out,
+                "--out", out, "--actors", 1, "--set", "tracking.plots=none",
             )  # fmt: skip
             [summary] = out.glob("*/metrics.json")
             shutil.copyfile(summary, kept)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from programs import Ended, Programs
+from warm import Warm
 
 # Threads that wait for others of their program sleep: while they spin, the programs of the other tests wait for a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,7 +22,7 @@ LONGEST = (
     "test_privacy.py", "test_tracking_guide.py", "test_deployment.py", "test_tracking_servers.py", "test_evaluate.py",
     "test_baselines.py", "test_chaos.py", "test_signals.py", "test_twins.py", "test_hosts.py", "test_resume.py",
     "test_simulation.py", "test_bad_input.py", "test_strangers.py", "test_tracking_faults.py", "test_ray_cluster.py",
-    "test_local.py", "test_environment.py",
+    "test_local.py",
 )  # fmt: skip
 
 SMALL = """\
@@ -40,6 +42,19 @@ batch_size = 8
 rounds = 2
 local_epochs = 1
 """
+
+
+# Of runs whose pictures nobody looks at: drawing them takes as long as a round.
+BARE = (
+    SMALL
+    + """
+[tracking]
+plots = "none"
+tensorboard = "none"
+"""
+)
+PROX = ("--proximal-mu", 1.0, "--set", "training.precision=bfloat16")
+TABLES = "import sys, mlflow; mlflow.MlflowClient(tracking_uri=sys.argv[1]).search_experiments()"
 
 
 def pytest_collection_modifyitems(items):
@@ -73,6 +88,11 @@ class Faces:
     @property
     def small(self) -> tuple[object, ...]:
         return "--config", self.folder / "small.toml"
+
+    @property
+    def bare(self) -> tuple[object, ...]:
+        """The same configuration, without pictures and TensorBoard."""
+        return "--config", self.folder / "bare.toml"
 
     @property
     def cache(self) -> tuple[object, ...]:
@@ -119,8 +139,34 @@ def faces(made_once, tmp_path_factory):
     assert [ended.code for ended in synth] == [0, 0], synth
     folder = tmp_path_factory.mktemp("faces")
     (folder / "small.toml").write_text(SMALL)
+    (folder / "bare.toml").write_text(BARE)
     (folder / "data").symlink_to(drawn / "data")
     return Faces(folder, synth)
+
+
+@pytest.fixture(scope="session")
+def with_tables(made_once):
+    """Puts MLflow's database, with its tables and nothing in it, into a folder: making it anew takes 2 s each time."""
+
+    def migrate(programs: Programs) -> list[Ended]:
+        return [programs.run("python", "-c", TABLES, "sqlite:///mlflow.db")]
+
+    folder, [made] = made_once("migrated", migrate)
+    assert made.code == 0, made
+
+    def put(into: Path) -> Path:
+        database = Path(shutil.copy(folder / "mlflow.db", into))
+        database.chmod(0o600)
+        return database
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Where programs that refuse their input are forked."""
+    with contextlib.closing(Warm()) as made:
+        yield made
 
 
 @pytest.fixture
@@ -153,3 +199,40 @@ def simulated(faces, made_once):
 
     cwd, [ended] = made_once("simulated", simulate)
     return Simulated(cwd, ended, tuple(json.loads((cwd / "left.json").read_text())))
+
+
+LONG = "slurm_jobdir/1355700/scratch/net/home/a-user-with-a-long-name/job.t0016/tmp-of-this-step/and-a-bit-more"
+
+
+def others_environment(folder: Path) -> dict[str, str]:
+    """As others made it: a batch system's long TMPDIR, a proxy that is not there, the address of a Ray not ours."""
+    (folder / LONG).mkdir(parents=True)
+    proxy = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    return bare | proxy | {"TMPDIR": str(folder / LONG), "RAY_ADDRESS": "127.0.0.1:9"}
+
+
+@pytest.fixture(scope="session")
+def again(faces, simulated, made_once):
+    """A second federation over the same data sets: by the guide's name, FedProx in bfloat16, with the first's packs.
+
+    Without MLflow, in an environment that others made, on a terminal that shows ASCII only.
+    """
+    packs = simulated.cwd / ".facefed" / "packs"
+
+    def federate(programs: Programs) -> list[Ended]:
+        times = {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.npy")}
+        (programs.cwd / "packs.json").write_text(json.dumps(times))
+        folders = [
+            word for name in ("celeba", "vggface2") for word in ("--data-dir", f"{name}={faces.folder}/data/{name}")
+        ]
+        return [
+            programs.start(
+                "facefed", "train", "federated", "--method", "fedprox", *folders, *faces.small, *PROX, "--cache-dir",
+                packs, "--no-mlflow", "--set", "tracking.plots=final",
+                environment=others_environment(programs.cwd) | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+            ).ended()
+        ]  # fmt: skip
+
+    cwd, [ended] = made_once("again", federate)
+    return Simulated(cwd, ended, ())

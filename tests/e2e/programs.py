@@ -77,8 +77,7 @@ class Program:
         self.cwd, self._mark = cwd, uuid.uuid4().hex
         self.log = cwd / f"{name}-{self._mark[:6]}"
         self._out, self._err = self.log.with_suffix(".out"), self.log.with_suffix(".err")
-        inherited = os.environ if environment is None else environment
-        environment = {k: v for k, v in inherited.items() if not k.startswith(("MLFLOW_TRACKING", "FLWR_HOME"))}
+        environment = self.environment_of(os.environ if environment is None else environment)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [*wrapper, str(BIN / name), *map(str, arguments)],
@@ -89,6 +88,11 @@ class Program:
                 stderr=err,
                 start_new_session=True,
             )
+
+    @staticmethod
+    def environment_of(inherited: Mapping[str, str]) -> dict[str, str]:
+        """A user's, of whom MLflow and Flower know nothing yet."""
+        return {k: v for k, v in inherited.items() if not k.startswith(("MLFLOW_TRACKING", "FLWR_HOME"))}
 
     @property
     def out(self) -> str:
@@ -153,12 +157,12 @@ class Programs:
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
-        self._started: list[Program] = []
+        self.started: list[Program] = []  # in their order
 
     def start(self, name: str, *arguments: object, **how: object) -> Program:
         """Start a program in the folder; how: `Program`'s wrapper and environment."""
         program = Program(name, *arguments, cwd=self.cwd, **how)
-        self._started.append(program)
+        self.started.append(program)
         return program
 
     def run(self, name: str, *arguments: object, timeout_s: float = DONE_WITHIN_S) -> Ended:
@@ -167,7 +171,7 @@ class Programs:
 
     def close(self) -> None:
         """End what still runs."""
-        for program in self._started:
+        for program in self.started:
             program.kill()
 
 

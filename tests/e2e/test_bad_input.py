@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BIN, assert_one_line, run_folder
+from programs import BIN, Programs, assert_one_line, run_folder
+from warm import WarmPrograms
 
 from simulation.admin.certs import make_folder
 
@@ -22,6 +23,21 @@ READERS = {
     "facefed": ("train", "local", "--client", "celeba"),
 }
 NO_PLACE = "/proc/facefed"  # no folder can be made there, not even by root
+
+
+@pytest.fixture
+def programs(tmp_path, warm):
+    """What is refused is refused in a fork; that the programs themselves do so, by name, a few tests show."""
+    made = WarmPrograms(tmp_path, warm)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    made = Programs(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -44,10 +60,10 @@ def _left(home):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_all_problems_of_the_settings_at_once(name, home, programs):
+def test_all_problems_of_the_settings_at_once(name, home, alone):
     problems = ("--model", "resnet81", "--strategy", "fedpro", "--rounds", "0", "--lr", "-1", "--set",
                 "data.image_sze=3", "--set", "federation.min_clients=-2", "--batch-size", "many")  # fmt: skip
-    ended = _start(programs, name, *problems)
+    ended = _start(alone, name, *problems)
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
     assert len(ended.error_lines) == 7, ended.err
@@ -262,8 +278,8 @@ def test_no_space_left_while_packing(home):
     ],
     ids=" ".join,
 )
-def test_what_the_command_line_cannot_mean(command, home, programs):
-    ended = programs.run(*command)
+def test_what_the_command_line_cannot_mean(command, home, alone):
+    ended = alone.run(*command)
     assert ended.code == 2
     assert ended.err.startswith("usage: ")
     assert ": error: " in ended.error_lines[-1]

@@ -1,11 +1,11 @@
-"""`facefed train centralized`, `train federated` and `--resume`, as a user runs them."""
+"""`facefed train centralized` and `--resume`, as a user runs them; `train federated`: test_simulation.py."""
 
-import json
 import re
 import signal
 
 import pytest
 from programs import assert_one_line, run_folder
+from warm import WarmPrograms
 
 from common.system.checkpoints import read_tensors
 
@@ -19,7 +19,8 @@ def data_dirs(faces):
     return "--data-dir", f"celeba={faces.celeba}", "--data-dir", f"vggface2={faces.vggface2}"
 
 
-def test_all_in_one_place(faces, programs):
+def test_all_in_one_place(faces, programs, with_tables):
+    with_tables(programs.cwd)
     program = programs.start(
         "facefed", "train", "centralized", *data_dirs(faces), "--epochs", 2, "--max-identities", 10, *faces.small,
         *faces.cache,
@@ -65,30 +66,9 @@ def test_all_in_one_place(faces, programs):
     assert [v.version for v in versions if v.tags.get("is_last") == "true"]
 
 
-def test_the_federation_under_the_guides_name(faces, programs):
-    """`train federated` is `flower-simulation`; each client draws its own people, here and only here."""
-    ended = programs.run(
-        "facefed", "train", "federated", "--method", "fedprox", *data_dirs(faces), *faces.small, *faces.cache,
-        "--no-mlflow",
-    )  # fmt: skip
-    assert ended.code == 0, ended
-    run = run_folder(programs.cwd)
-    about = json.loads((run / "run.json").read_text())
-    assert (about["mode"], about["strategy"], about["clients"]) == ("federated", "fedprox", ["celeba", "vggface2"])
-    results = json.loads((run / "metrics.json").read_text())
-    assert set(results["test_pairs"]) == {"celeba", "vggface2"}
-    assert results["num_pictures_processed"] > 0
-    for client in ("celeba", "vggface2"):
-        own = programs.cwd / "runs" / "clients" / client / "runs" / run.name
-        assert {path.name for path in (own / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
-        told = json.loads((own / "metrics.json").read_text())
-        assert told["test"]["roc_auc"] == pytest.approx(results["clients"][client]["test_roc_auc"])
-        assert not list(run.rglob("embeddings.png")), "embeddings stay where the pictures are"
-
-
-def test_a_killed_run_goes_on_to_the_same_model(faces, programs):
+def test_a_killed_run_goes_on_with_its_own_data_only_and_to_the_same_model(faces, programs, warm):
     command = ("facefed", "train", "local", "--client", f"celeba={faces.celeba}", *faces.cache)
-    settings = (*faces.small, "--epochs", 4, "--no-mlflow")
+    settings = (*faces.bare, "--epochs", 4, "--no-mlflow")
     whole = programs.run(*command, *settings, "--out", "whole")
     assert whole.code == 0, whole
     program = programs.start(*command, *settings, "--out", "killed")
@@ -97,6 +77,9 @@ def test_a_killed_run_goes_on_to_the_same_model(faces, programs):
     program.process.wait()
     program.assert_nothing_left(60)
     run = run_folder(programs.cwd, "killed")
+    mistaken = ("--client", f"celeba:vggface2={faces.vggface2}", *faces.cache, "--resume", run)
+    other = WarmPrograms(programs.cwd, warm).run("facefed", "train", "local", *mistaken)
+    assert_one_line(other, "facefed", "the data of celeba are not those", code=2)
     resumed = programs.run(*command, "--resume", run)
     assert resumed.code == 0, resumed
     assert re.findall(r"^epoch (\d)", resumed.out, re.MULTILINE)[0] in "34"
@@ -105,23 +88,8 @@ def test_a_killed_run_goes_on_to_the_same_model(faces, programs):
         for folder in (run, run_folder(programs.cwd, "whole"))
     )
     assert all(one[name].equal(other[name]) for name in one)
-    again = programs.run(*command, "--resume", run.name, "--out", "killed")
+    again = WarmPrograms(programs.cwd, warm).run(*command, "--resume", run.name, "--out", "killed")
     assert_one_line(again, "facefed", "that run is finished", str(run), code=2)
-
-
-def test_a_run_goes_on_with_its_own_data_only(faces, programs):
-    program = programs.start(
-        "facefed", "train", "local", "--client", f"celeba={faces.celeba}", *faces.small, *faces.cache, "--no-mlflow",
-        "--epochs", 50,
-    )  # fmt: skip
-    program.wait_for(r"epoch 1 of 50")
-    program.signal(signal.SIGTERM)
-    assert program.ended().code == 130
-    other = programs.run(
-        "facefed", "train", "local", "--client", f"celeba:vggface2={faces.vggface2}", *faces.cache, "--resume",
-        run_folder(programs.cwd),
-    )  # fmt: skip
-    assert_one_line(other, "facefed", "the data of celeba are not those", code=2)
 
 
 @pytest.mark.parametrize(
@@ -134,5 +102,5 @@ def test_a_run_goes_on_with_its_own_data_only(faces, programs):
         (("federated", "--client", "celebra"), ("'celebra' is unknown",)),
     ],
 )
-def test_bad_input_is_one_line(programs, arguments, told):
-    assert_one_line(programs.run("facefed", "train", *arguments), "facefed", *told, code=2)
+def test_bad_input_is_one_line(tmp_path, warm, arguments, told):
+    assert_one_line(WarmPrograms(tmp_path, warm).run("facefed", "train", *arguments), "facefed", *told, code=2)

@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import PROX
 from programs import Programs, assert_one_line, free_port, port_is_free, run_folder, state_of
 
 pytestmark = pytest.mark.e2e
@@ -31,7 +32,7 @@ class Federation:
 
     def server(self, *arguments):
         return self.programs.start(
-            "flower-server", "--address", f"127.0.0.1:{self.port}", *self.faces.small, "--no-mlflow", *arguments
+            "flower-server", "--address", f"127.0.0.1:{self.port}", *self.faces.bare, "--no-mlflow", *arguments
         )
 
     def ended(self, server):
@@ -104,18 +105,16 @@ def _assert_reports(programs, run):
         assert [", ".join(found) for found in totals] == [counted] * 2
 
 
-def test_the_next_server_on_the_same_port_finds_the_client_again(faces, federation, programs):
-    """And in bfloat16 too the simulation gives the same model."""
-    bfloat16 = ("--set", "training.precision=bfloat16")
+def test_the_next_server_on_the_same_port_finds_the_client_again(again, federation):
+    """And FedProx in bfloat16 too gives the simulation's model."""
     once = federation.client("vggface2", "vggface2", "--once")
-    ended = federation.ended(federation.server(*bfloat16))
+    ended = federation.ended(federation.server("--strategy", "fedprox", *PROX))
     assert ended.code == 0, ended
     once.ended(60)
     assert len(federation.ledger("celeba")) == 5
     assert federation.celeba.out.count("the run is over") == 2
-    here = programs.run("flower-simulation", *faces.clients, *faces.small, *faces.cache, "--no-mlflow", *bfloat16)
-    assert here.code == 0, here
-    assert re.search(SHA, ended.out)[1] == re.search(SHA, here.out)[1]
+    assert again.ended.code == 0, again.ended
+    assert re.search(SHA, ended.out)[1] == re.search(SHA, again.ended.out)[1]
 
 
 def test_a_client_that_never_comes(federation):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 from programs import Programs, assert_one_line
+from warm import WarmPrograms
 
 from tests.pages import commands_of
 
@@ -33,8 +34,8 @@ class Ready:
     def runs(self) -> Path:
         return self.programs.cwd / "runs"
 
-    def evaluate(self, *arguments: object):
-        return self.programs.run("facefed", "evaluate", *self.base, *arguments)
+    def evaluate(self, *arguments: object, programs: Programs | None = None):
+        return (programs or self.programs).run("facefed", "evaluate", *self.base, *arguments)
 
     def typed(self, mode: str, *arguments: object):
         """The page's comparison of that mode."""
@@ -47,11 +48,12 @@ class Ready:
 
 
 @pytest.fixture(scope="module")
-def ready(faces, simulated, tmp_path_factory):
+def ready(faces, simulated, tmp_path_factory, with_tables):
     programs = Programs(tmp_path_factory.mktemp("evaluate"))
     (programs.cwd / "data").symlink_to(faces.folder / "data")
     (programs.cwd / "configs").mkdir()
     (programs.cwd / "configs" / "demo.toml").write_text(SMALL)
+    with_tables(programs.cwd)
     assert simulated.ended.code == 0, simulated.ended
     [fedavg] = [path.parent for path in (simulated.cwd / "runs").glob("*/run.json")]
     shutil.copytree(simulated.cwd / "runs", programs.cwd / "runs")
@@ -62,7 +64,9 @@ def ready(faces, simulated, tmp_path_factory):
     ]
     assert len(lines) == 3
     for line in lines:
-        ended = programs.run(*shlex.split(line), *faces.cache, "--no-mlflow", "--epochs", 1)
+        ended = programs.run(
+            *shlex.split(line), *faces.cache, "--no-mlflow", "--epochs", 1, "--set", "tracking.plots=none"
+        )
         assert ended.code == 0, ended
     yield Ready(programs, (*faces.small, *faces.cache), faces.cache, fedavg)
     programs.close()
@@ -112,7 +116,8 @@ def test_one_client_without_mlflow(ready):
     assert "tested at celeba" not in ended.err
 
 
-def test_what_it_refuses_leaves_nothing(ready):
+def test_what_it_refuses_leaves_nothing(ready, warm):
+    refusing = WarmPrograms(ready.programs.cwd, warm)
     before = ready.left()
     refused = {
         ("--mode", "all"): (
@@ -134,11 +139,11 @@ def test_what_it_refuses_leaves_nothing(ready):
         ),
     }  # fmt: skip
     for arguments, fragments in refused.items():
-        assert_one_line(ready.evaluate("--no-mlflow", *arguments), "facefed", *fragments)
+        assert_one_line(ready.evaluate("--no-mlflow", *arguments, programs=refusing), "facefed", *fragments)
     assert ready.left() == before
 
 
-def test_a_checkpoint_cut_short(ready):
+def test_a_checkpoint_cut_short(ready, warm):
     [run] = [
         path.parent for path in ready.runs.glob("*/run.json") if json.loads(path.read_text())["clients"] == ["celeba"]
         and json.loads(path.read_text())["mode"] == "local"
@@ -148,5 +153,5 @@ def test_a_checkpoint_cut_short(ready):
     best = copy / "checkpoints" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:-1000])
     one = ("--mode", "single", "--client", "celeba", "--compare", "local", "--no-mlflow")
-    ended = ready.evaluate(*one, "--run", f"local={copy}")
+    ended = ready.evaluate(*one, "--run", f"local={copy}", programs=WarmPrograms(ready.programs.cwd, warm))
     assert_one_line(ended, "facefed", f"{best} is not a whole safetensors file")

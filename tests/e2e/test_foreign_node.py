@@ -107,7 +107,7 @@ def superlink_of(server):
 def test_it_gives_no_orders_takes_no_place_fills_no_memory_and_blocks_nobody(faces, programs):
     port = free_port()
     server = programs.start(
-        "flower-server", "--address", f"127.0.0.1:{port}", *faces.small, "--min-clients", 2, "--no-mlflow"
+        "flower-server", "--address", f"127.0.0.1:{port}", *faces.bare, "--min-clients", 2, "--no-mlflow"
     )
 
     def client(dataset):

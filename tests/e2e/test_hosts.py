@@ -121,9 +121,10 @@ def assert_each_point_once(database):
     assert statuses == [("FINISHED",)] * 3  # the run and its clients
 
 
-def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here):
+def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here, with_tables):
+    with_tables(here.cwd)
     # As many threads for each host as for a client of the simulation, which are on one machine.
-    same = (*faces.small, "--rounds", ROUNDS, "--set", "training.threads=1")
+    same = (*faces.bare, "--rounds", ROUNDS, "--set", "training.threads=1")
     names = [word for name in ("server", "relay") for word in ("--server-name", network[name].address)]
     made = here.run("facefed", "certs", "init", "tls", *names, "--client", "celeba", "--client", "vggface2")
     assert made.code == 0, made
@@ -145,7 +146,9 @@ def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here):
     clients["celeba"].wait_for("round 2: training")
     network["celeba"].pull_the_plug()
     send_to_all(clients["vggface2"], signal.SIGSTOP)
-    good = here.start("flower-simulation", *faces.clients, *faces.cache, *same, "--no-mlflow", "--out", "good")
+    good = here.start(
+        "flower-simulation", *faces.clients, *faces.cache, *same, "--no-mlflow", "--out", "good", "--actors", 1
+    )
     time.sleep(CUT_S)
     network["celeba"].plug_in()
     send_to_all(clients["vggface2"], signal.SIGCONT)

@@ -14,7 +14,8 @@ pytestmark = [
 ]
 
 
-def test_one_holder_alone(faces, programs):
+def test_one_holder_alone(faces, programs, with_tables):
+    with_tables(programs.cwd)
     program = programs.start(
         "facefed", "train", "local", "--client", "celeba", "--data-dir", faces.celeba, "--epochs", 2, *faces.small,
         *faces.cache,
@@ -54,7 +55,7 @@ def test_one_holder_alone(faces, programs):
 def test_by_default_each_picture_is_processed_as_often_as_in_the_federation(faces, programs):
     """2 rounds of 2 local epochs: 4 epochs alone."""
     ended = programs.run(
-        "facefed", "train", "local", "--client", f"vggface2={faces.vggface2}", *faces.small, *faces.cache,
+        "facefed", "train", "local", "--client", f"vggface2={faces.vggface2}", *faces.bare, *faces.cache,
         "--local-epochs", 2, "--no-mlflow",
     )  # fmt: skip
     assert ended.code == 0, ended

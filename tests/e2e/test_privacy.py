@@ -76,10 +76,11 @@ def people(faces, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def simulations(faces, people, island, environment, tmp_path_factory):
+def simulations(faces, people, island, environment, tmp_path_factory, with_tables):
     """The sealed one, and the folder of the one that strace saw."""
     sealed = Sealed(programs=Programs(tmp_path_factory.mktemp("sealed")), artifacts="mlruns")
     seen = Programs(tmp_path_factory.mktemp("seen"))
+    with_tables(seen.cwd)
     what = ("--client", f"celeba={faces.celeba}", "--client", f"people:folder={people}", *faces.small)
     with contextlib.closing(sealed.programs), contextlib.closing(seen):
         simulate(sealed, seen, what, island, environment)
@@ -87,8 +88,9 @@ def simulations(faces, people, island, environment, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deployment(faces, people, island, environment, tmp_path_factory):
+def deployment(faces, people, island, environment, tmp_path_factory, with_tables):
     made = Sealed(programs=Programs(tmp_path_factory.mktemp("deployment")), artifacts="mlartifacts")
+    with_tables(made.cwd)
     with contextlib.closing(made.programs):
         deploy(made, faces, people, island, environment)
         yield made

@@ -19,15 +19,14 @@ from simulation.engine.cluster import check_address
 
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-VIRTUAL = ("--clients", 4, "--set", "federation.clients_per_round=2", "--set", "training.threads=1", "--no-mlflow",
-           "--set", "tracking.tensorboard=none", "--set", "tracking.plots=none")  # fmt: skip
+VIRTUAL = ("--clients", 4, "--set", "federation.clients_per_round=2", "--set", "training.threads=1", "--no-mlflow")
 
 
 @pytest.fixture(scope="module")
 def alone(faces, tmp_path_factory):
     """Four virtual clients in one process of our own Ray."""
     programs = Programs(tmp_path_factory.mktemp("alone"))
-    ended = programs.run("flower-simulation", *faces.clients, *faces.small, *faces.cache, *VIRTUAL, "--actors", 1)
+    ended = programs.run("flower-simulation", *faces.clients, *faces.bare, *faces.cache, *VIRTUAL, "--actors", 1)
     yield programs.cwd, ended
     programs.close()
 
@@ -87,7 +86,7 @@ def test_a_cluster_of_two_nodes_gives_the_same_model_and_stays(faces, programs, 
     """One process, or two on two nodes: the same bits. The cluster's nodes live on without our actors."""
     address, nodes = cluster
     running = programs.start(
-        "flower-simulation", *faces.clients, *faces.small, *faces.cache, *VIRTUAL, "--ray-address", address
+        "flower-simulation", *faces.clients, *faces.bare, *faces.cache, *VIRTUAL, "--ray-address", address
     )
     worked = [False, False]
     deadline = time.monotonic() + DONE_WITHIN_S
@@ -115,8 +114,6 @@ def test_an_address_that_nobody_answers_ends_within_seconds(faces, programs):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         for port in (free_port(), mute.getsockname()[1]):
-            ended = programs.run(
-                "flower-simulation", *faces.clients, *faces.small, "--ray-address", f"127.0.0.1:{port}"
-            )
+            ended = programs.run("flower-simulation", *faces.clients, *faces.bare, "--ray-address", f"127.0.0.1:{port}")
             assert_one_line(ended, "flower-simulation", f"127.0.0.1:{port}: no Ray cluster answers", "ray start --head")
             assert not (programs.cwd / "runs").exists()

@@ -2,33 +2,48 @@
 
 import re
 import signal
+import socket
 import sqlite3
 from contextlib import suppress
 
 import psutil
 import pytest
+from conftest import others_environment
 from programs import Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
+from warm import WarmPrograms
 
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-ROUNDS = ("--rounds", 5)
+ROUNDS = ("--rounds", 5, "--set", "training.threads=1")
 
 
 @pytest.fixture(scope="module")
-def place(faces, tmp_path_factory):
-    """Two clients that stay, and what starts a server for them."""
-    programs, port = Programs(tmp_path_factory.mktemp("resume")), free_port()
+def place(faces, tmp_path_factory, with_tables):
+    """Two clients that stay, and what starts a server for them: at an IPv6 address, in an environment others made."""
+    programs = Programs(tmp_path_factory.mktemp("resume"))
+    where = f"{'[::1]' if has_ipv6() else '127.0.0.1'}:{free_port()}"
+    environment = others_environment(programs.cwd)
+    with_tables(programs.cwd)
     for name in ("celeba", "vggface2"):
         programs.start(
             "flower-client", "--dataset", name, "--data-dir", faces.folder / "data" / name,
-            "--server", f"127.0.0.1:{port}", *faces.cache,
+            "--server", where, *faces.cache, environment=environment,
         )  # fmt: skip
 
     def server(*arguments):
-        return programs.start("flower-server", "--address", f"127.0.0.1:{port}", *arguments)
+        return programs.start("flower-server", "--address", where, *arguments, environment=environment)
 
-    yield programs, server
+    yield programs, server, where
     programs.close()
+
+
+def has_ipv6():
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
 
 
 def killed_after(program, line):
@@ -41,20 +56,27 @@ def killed_after(program, line):
     program.assert_nothing_left()
 
 
-def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place, programs):
-    here, server = place
-    killed_after(server(*faces.small, *ROUNDS), "round 2 of 5")
+def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place, programs, warm):
+    """IPv6, a proxy that is not there and a long TMPDIR are no obstacle on the way."""
+    here, server, where = place
+    killed_after(server(*faces.bare, *ROUNDS), "round 2 of 5")
+    refused = WarmPrograms(here.cwd, warm)
     run = run_folder(here.cwd)
     assert 0 < state_of(run)["round"] < 5
     assert_one_line(
-        here.run("flower-server", "--resume", run, "--config", faces.folder / "small.toml"),
+        refused.run("flower-server", "--resume", run, "--config", faces.folder / "bare.toml"),
         "flower-server", "federation.rounds is 5 in the run, 2 in --config", code=2,
     )  # fmt: skip
-    assert_one_line(here.run("flower-server", "--resume", "nowhere"), "flower-server", "no run is at", code=2)
+    assert_one_line(refused.run("flower-server", "--resume", "nowhere"), "flower-server", "no run is at", code=2)
     killed_after(server("--resume", run.name), r"going on after round [2-4]")  # and again, at its very beginning
     ended = server("--resume", run).ended()
     assert ended.code == 0, ended
-    whole = programs.run("flower-simulation", *faces.clients, *faces.small, *faces.cache, *ROUNDS, "--no-mlflow")
+    assert f"server at {where}; waiting for 2 clients" in ended.out
+    for client in here.started[:2]:
+        assert f"connected to {where}" in client.out
+    whole = programs.run(
+        "flower-simulation", *faces.clients, *faces.bare, *faces.cache, *ROUNDS, "--no-mlflow", "--actors", 1
+    )
     assert re.search(SHA, ended.out)[1] == re.search(SHA, whole.out)[1]
     assert set(mlflow_status(here.cwd).values()) == {"FINISHED"}
     assert len(mlflow_status(here.cwd)) == 3  # the run and its two clients, however often it was begun
@@ -64,4 +86,4 @@ def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place,
     assert [point for point in points if point[3] != 1] == []
     assert {step for key, _, step, _ in points if key == "train_loss"} == {1, 2, 3, 4, 5}
     assert {step for key, _, step, _ in points if key == "val_roc_auc"} == {0, 1, 2, 3, 4, 5}
-    assert_one_line(here.run("flower-server", "--resume", run), "flower-server", "that run is finished", code=2)
+    assert_one_line(refused.run("flower-server", "--resume", run), "flower-server", "that run is finished", code=2)

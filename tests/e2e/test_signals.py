@@ -23,7 +23,8 @@ def _assert_stopped(program, started, name):
     program.assert_nothing_left()
 
 
-def test_simulation_by_ctrl_c_after_a_round(faces, programs):
+def test_simulation_by_ctrl_c_after_a_round(faces, programs, with_tables):
+    with_tables(programs.cwd)
     program = programs.start("flower-simulation", *faces.clients, *faces.small, *faces.cache, "--rounds", 500)
     program.wait_for("round 1 of 500")
     program.signal(signal.SIGINT, group=True)  # as a terminal does
@@ -37,10 +38,11 @@ def test_simulation_by_ctrl_c_after_a_round(faces, programs):
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 130
 
 
-def test_simulation_by_sigterm_while_a_client_trains_for_long(faces, programs):
+def test_simulation_by_sigterm_while_a_client_trains_for_long(faces, programs, with_tables):
     """To the whole group, as `timeout` and systemd send it: Ray must not die before the record is closed."""
+    with_tables(programs.cwd)
     program = programs.start(
-        "flower-simulation", *faces.clients, *faces.small, *faces.cache, "--local-epochs", 100_000
+        "flower-simulation", *faces.clients, *faces.bare, *faces.cache, "--local-epochs", 100_000
     )  # fmt: skip
     program.wait_for("2 of 2 clients are here")
     time.sleep(3)
@@ -51,7 +53,8 @@ def test_simulation_by_sigterm_while_a_client_trains_for_long(faces, programs):
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_local_training(name, faces, programs):
+def test_local_training(name, faces, programs, with_tables):
+    with_tables(programs.cwd)
     program = programs.start(
         "facefed", "train", "local", "--client", f"celeba={faces.celeba}", *faces.small, *faces.cache, "--epochs", 5000
     )
@@ -62,10 +65,11 @@ def test_local_training(name, faces, programs):
     assert read_tensors(run_folder(programs.cwd) / "checkpoints" / "best.safetensors")[0]
 
 
-def test_client_and_server_in_the_middle_of_a_round(faces, programs):
+def test_client_and_server_in_the_middle_of_a_round(faces, programs, with_tables):
+    with_tables(programs.cwd)
     port = free_port()
     server = programs.start(
-        "flower-server", "--address", f"127.0.0.1:{port}", "--min-clients", 1, *faces.small, "--rounds", 500
+        "flower-server", "--address", f"127.0.0.1:{port}", "--min-clients", 1, *faces.bare, "--rounds", 500
     )
     client = programs.start(
         "flower-client", "--dataset", "celeba", "--data-dir", faces.celeba, "--server", f"127.0.0.1:{port}",
@@ -88,7 +92,7 @@ def test_client_and_server_in_the_middle_of_a_round(faces, programs):
 
 def test_server_by_sigterm_while_it_waits(faces, programs):
     port = free_port()
-    server = programs.start("flower-server", "--address", f"127.0.0.1:{port}", *faces.small, "--no-mlflow")
+    server = programs.start("flower-server", "--address", f"127.0.0.1:{port}", *faces.bare, "--no-mlflow")
     server.wait_for("waiting for 2 clients")
     time.sleep(1)
     server.signal(signal.SIGTERM)

@@ -205,23 +205,42 @@ def test_the_registered_model_works_without_facefed(simulated, client, tmp_path)
     assert done.stdout.splitlines() == ["(5, 32) torch.float32 True"] * 2, done.stderr
 
 
-def test_a_second_start_reuses_the_packs_and_needs_no_mlflow(simulated, faces, programs):
+def test_a_second_start_reuses_the_packs_and_needs_no_mlflow(simulated, again):
     """FedProx beside FedAvg: same data, same seed, same packs, another model; --no-mlflow leaves nothing of MLflow."""
-    packs = simulated.cwd / ".facefed" / "packs"
-    before = {path: path.stat().st_mtime_ns for path in packs.rglob("*.npy")}
+    ended, packs = again.ended, simulated.cwd / ".facefed" / "packs"
+    before = json.loads((again.cwd / "packs.json").read_text())
     assert "packing celeba: 96 pictures" in simulated.ended.out
-    ended = programs.run(
-        "flower-simulation", *faces.clients, *faces.small, "--cache-dir", packs, "--no-mlflow", "--strategy", "fedprox",
-        "--proximal-mu", "1.0",
-    )  # fmt: skip
     assert ended.code == 0, ended
     assert "packing" not in ended.out
-    assert {path: path.stat().st_mtime_ns for path in packs.rglob("*.npy")} == before
+    assert {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.npy")} == before
     assert "tracking: off; the record is spool.jsonl in the run folder" in ended.out
     assert "registered" not in ended.out
-    assert not list(programs.cwd.glob("ml*"))
-    assert (run_folder(programs.cwd) / "spool.jsonl").stat().st_size > 0
+    assert not list(again.cwd.glob("ml*"))
+    assert (run_folder(again.cwd) / "spool.jsonl").stat().st_size > 0
     assert re.search(SHA, ended.out)[1] != re.search(SHA, simulated.ended.out)[1]
+
+
+def test_an_environment_that_others_made_is_no_obstacle(again):
+    """A long TMPDIR, a proxy that is not there, RAY_ADDRESS, a terminal of ASCII: a Ray of its own, and the result."""
+    assert again.ended.code == 0, again.ended
+    assert re.search(SHA, again.ended.out)
+    assert again.ended.out.isascii()
+
+
+def test_train_federated_is_the_same_federation(again):
+    """By the guide's name; each client draws its own people, here and only here."""
+    run = run_folder(again.cwd)
+    about = json.loads((run / "run.json").read_text())
+    assert (about["mode"], about["strategy"], about["clients"]) == ("federated", "fedprox", ["celeba", "vggface2"])
+    results = json.loads((run / "metrics.json").read_text())
+    assert set(results["test_pairs"]) == {"celeba", "vggface2"}
+    assert results["num_pictures_processed"] > 0
+    for client in ("celeba", "vggface2"):
+        own = again.cwd / "runs" / "clients" / client / "runs" / run.name
+        assert {path.name for path in (own / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
+        told = json.loads((own / "metrics.json").read_text())
+        assert told["test"]["roc_auc"] == pytest.approx(results["clients"][client]["test_roc_auc"])
+        assert not list(run.rglob("embeddings.png")), "embeddings stay where the pictures are"
 
 
 @pytest.mark.shared

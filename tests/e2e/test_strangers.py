@@ -84,7 +84,7 @@ class Federation:
         shutil.copy(self.tls / "ca.crt", self.cwd / "intruder")
         shutil.copy(self.cwd / "other" / "guest" / "client.key", self.cwd / "intruder")
         self.server = programs.start(
-            "flower-server", "--address", f"localhost:{self.port}", "--front-door", "--tls", self.tls, *faces.small,
+            "flower-server", "--address", f"localhost:{self.port}", "--front-door", "--tls", self.tls, *faces.bare,
             "--min-clients", 2, "--no-mlflow",
         )  # fmt: skip
         self.guest = self.client("vggface2", "guest", self.tls / "guest")

@@ -17,13 +17,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
+def migrated(tmp_path_factory, with_tables):
     """A database with MLflow's tables."""
-    from mlflow import MlflowClient
-
-    database = tmp_path_factory.mktemp("migrated") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{database}").search_experiments()
-    return database
+    return with_tables(tmp_path_factory.mktemp("migrated"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from programs import assert_one_line, free_port, run_folder
+from warm import WarmPrograms
 
 pytestmark = [
     pytest.mark.e2e,
@@ -42,17 +43,18 @@ min_clients = 1
 
 
 @pytest.fixture
-def twins(programs):
+def twins(programs, made_once):
     """A data set of twelve families in this test's folder, where it is looked for by default."""
-    (programs.cwd / "tiny.toml").write_text(TINY)
-    drawn = programs.run(
-        "facefed", "data", "synth", "--layout", "twins", "--families", 12, "--pictures", 5, "--out", "data/twins"
-    )
+    synth = ("facefed", "data", "synth", "--layout", "twins", "--families", 12, "--pictures", 5, "--out", "data/twins")
+    folder, [drawn] = made_once("twins", lambda here: [here.run(*synth)])
     assert drawn.code == 0, drawn
+    (programs.cwd / "data").symlink_to(folder / "data")
+    (programs.cwd / "tiny.toml").write_text(TINY)
     return programs
 
 
-def test_a_model_is_trained_registered_and_looked_into(twins):
+def test_a_model_is_trained_registered_and_looked_into(twins, with_tables):
+    with_tables(twins.cwd)
     program = twins.start("facefed", "train", "twins", "--config", "tiny.toml", "--data-dir", "data/twins")
     ended = program.ended()
     assert ended.code == 0, ended
@@ -87,7 +89,16 @@ def test_a_model_is_trained_registered_and_looked_into(twins):
 
 def test_the_guides_spelling_and_the_default_configuration(twins):
     """--config default is twins_dcal; --mlflow_disabled as in the guide."""
-    smaller = ("--set", "model.depth=1", "--set", "model.width=0.25", "--set", "data.image_size=32")
+    smaller = (
+        "--set",
+        "tracking.plots=none",
+        "--set",
+        "model.depth=1",
+        "--set",
+        "model.width=0.25",
+        "--set",
+        "data.image_size=32",
+    )
     ended = twins.run("facefed", "train", "twins", "--config", "default", "--epochs", 1, "--mlflow_disabled", *smaller)
     assert ended.code == 0, ended
     assert "tracking: off" in ended.out
@@ -102,7 +113,16 @@ def test_twins_are_a_client_like_any_other(twins):
         "flower-client", "--dataset", "twins", "--data-dir", "data/twins", "--server", f"127.0.0.1:{port}", "--once"
     )
     server = twins.start(
-        "flower-server", "--address", f"127.0.0.1:{port}", "--config", "tiny.toml", "--min-clients", 1, "--no-mlflow"
+        "flower-server",
+        "--address",
+        f"127.0.0.1:{port}",
+        "--config",
+        "tiny.toml",
+        "--min-clients",
+        1,
+        "--no-mlflow",
+        "--set",
+        "tracking.plots=none",
     )
     ended = server.ended()
     assert ended.code == 0, ended
@@ -112,7 +132,9 @@ def test_twins_are_a_client_like_any_other(twins):
     assert any("round_test_twins_roc_auc" in row for row in table)
 
 
-def test_a_patch_that_does_not_divide_the_picture(twins):
-    ended = twins.run("facefed", "train", "twins", "--config", "tiny.toml", "--set", "model.patch_size=7")
+def test_a_patch_that_does_not_divide_the_picture(twins, warm):
+    ended = WarmPrograms(twins.cwd, warm).run(
+        "facefed", "train", "twins", "--config", "tiny.toml", "--set", "model.patch_size=7"
+    )
     assert_one_line(ended, "facefed", "data.image_size = 32", "model.patch_size = 7")
     assert not (twins.cwd / "runs").exists()

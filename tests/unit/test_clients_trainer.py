@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Client, Listener
@@ -34,7 +35,7 @@ from clients.flower.trainer import (
     site_to_json,
 )
 from common.errors import FaceFedError, UserError
-from common.system.files import short_private_folder
+from common.system.files import SOCKET_PATH_BYTES, short_private_folder
 
 ROOT = Path(__file__).parents[2]
 PAUSED = """
@@ -335,6 +336,26 @@ def test_a_long_tmpdir_has_no_part_in_the_socket(tmp_path, monkeypatch):
     monkeypatch.setattr("common.system.files.tempfile.mkdtemp", _refuse)
     with pytest.raises(UserError, match=rf"^TMPDIR {far} has \d+ characters, .* leaves 79; .*shorter folder\.$"):
         short_private_folder("facefed-", trainer.SOCKET)
+
+
+@pytest.mark.parametrize("too_long", [0, 1])
+def test_the_longest_tmpdir_that_is_taken_has_room_for_the_supernodes_socket_too(too_long, monkeypatch, tmp_path):
+    """Its name is longer than that of the trainer's own, in the same folder."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        room = SOCKET_PATH_BYTES - len(f"/facefed-12345678/{trainer.API}") + too_long
+        place = Path(short) / ("x" * (room - len(short) - 1))
+        place.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        monkeypatch.setattr(trainer, "start", _refuse)
+        monkeypatch.setattr(trainer.shutil, "rmtree", lambda folder, **_: left.append(Path(folder)))
+        left = []
+        with pytest.raises(PermissionError):
+            Trainer(site_settings("alpha", tmp_path), print).__enter__()
+        monkeypatch.undo()
+        [folder] = left
+        shutil.rmtree(folder)
+        assert (folder.parent == place) == (not too_long)
+        assert len(os.fsencode(folder / trainer.API)) <= SOCKET_PATH_BYTES
 
 
 def _refuse(*_, **__):

@@ -11,8 +11,10 @@ import pytest
 from bench.wandb_log import framed
 from common.errors import TrackingError
 from simulation.admin import wandb_import
-from simulation.admin.wandb_import import MAX_NAME, RUN_TAG, Importer, Names, find_logs, import_folders, nearest_name
+from simulation.admin.wandb_folders import find_logs
+from simulation.admin.wandb_import import RUN_TAG, Importer, import_folders
 from simulation.admin.wandb_log import read_facts
+from simulation.admin.wandb_values import MAX_NAME, Names, nearest_name
 from tests.unit.wandb_logs import (
     NEW,
     OLD,
