@@ -14,9 +14,8 @@ class DataSet:
 
     reader: MODULE:FUNCTION; the function takes (name, root), may rely on root being a folder, and returns a FaceIndex.
     needs: what root should hold; it ends the line that says there is no such folder.
-    points: alignment (landmarks, box) -> the file that it needs, for the line that says it is not there.  For an
-        alignment without a row the layout has no file: its pictures are cut to the centre square instead.
-    copies_lack_points: whether copies often come without these files; then pictures are cut to the centre square too.
+    points: alignment (landmarks, box) -> the file that it needs, for the line that says it is not there.  Without the
+        file, and for an alignment without a row, pictures are cut to the centre square instead.
     has_families: whether the layout tells siblings; its training batches are of pairs then.
     by_default: whether it belongs to the federation that is meant where no client is named.
     drawing: MODULE:OBJECT, the `synthetic.Layout` by which `facefed data synth` draws one; "": it cannot.
@@ -25,7 +24,6 @@ class DataSet:
     reader: str
     needs: str
     points: Mapping[str, str] = field(default_factory=dict)
-    copies_lack_points: bool = False
     has_families: bool = False
     by_default: bool = False
     drawing: str = ""
@@ -46,7 +44,6 @@ DATASETS: dict[str, DataSet] = {
             "landmarks": "bb_landmark/loose_landmark_{train,test}.csv",
             "box": "bb_landmark/loose_bb_{train,test}.csv",
         },
-        copies_lack_points=True,
         by_default=True,
         drawing="simulation.data.synthetic:VGGFACE2",
     ),

@@ -380,20 +380,14 @@ logger = logging.getLogger("facefed.faces")
 def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float32] | None]:
     """How the pictures of this data set are aligned, and the landmarks or boxes [N, ...] that takes.
 
-    Where the layout has no such points (see DATASETS), or copies of it often lack them, pictures are cut to the centre
-    square, and `alignment_note` says so. Elsewhere a missing file is a DataError, for a silent change of alignment
-    would ruin a comparison.
+    Where the layout has no such points (see DATASETS), or this copy lacks their file, pictures are cut to the centre
+    square: the one is logged, the other stands in the account by `alignment_note`.
     """
     points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None}[data.alignment]
     alignment = data.alignment
     if points is None and alignment != "resize":
-        file = DATASETS[index.dataset].points.get(alignment)
-        if file is not None and not DATASETS[index.dataset].copies_lack_points:
-            raise DataError(
-                f"{index.root}: data.alignment = {alignment!r} needs {file}, which is not there; add the file or "
-                'choose data.alignment = "resize".'
-            )
-        logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
+        if alignment not in DATASETS[index.dataset].points:
+            logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
         alignment = "resize"
     coding = data.pack
     if coding == "auto":

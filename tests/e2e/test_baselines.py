@@ -23,7 +23,7 @@ def test_all_in_one_place(faces, programs, with_tables):
     with_tables(programs.cwd)
     program = programs.start(
         "facefed", "train", "centralized", *data_dirs(faces), "--epochs", 2, "--max-identities", 10, *faces.small,
-        *faces.cache,
+        *faces.cache, "--set", "tracking.plots=final",
     )  # fmt: skip
     ended = program.ended()
     assert ended.code == 0, ended

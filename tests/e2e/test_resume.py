@@ -8,13 +8,14 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import others_environment
+from conftest import BARE, others_environment
 from programs import Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
 from warm import WarmPrograms
 
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-ROUNDS = ("--rounds", 5, "--set", "training.threads=1")
+ROUNDS = ("--rounds", 5)
+ONE_THREAD = BARE.replace("batch_size = 8", "batch_size = 8\nthreads = 1")  # in whatever process a client works
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,14 @@ def killed_after(program, line):
 def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place, programs, warm):
     """IPv6, a proxy that is not there and a long TMPDIR are no obstacle on the way."""
     here, server, where = place
-    killed_after(server(*faces.bare, *ROUNDS), "round 2 of 5")
+    config = here.cwd / "one_thread.toml"
+    config.write_text(ONE_THREAD)
+    killed_after(server("--config", config, *ROUNDS), "round 2 of 5")
     refused = WarmPrograms(here.cwd, warm)
     run = run_folder(here.cwd)
     assert 0 < state_of(run)["round"] < 5
     assert_one_line(
-        refused.run("flower-server", "--resume", run, "--config", faces.folder / "bare.toml"),
+        refused.run("flower-server", "--resume", run, "--config", config),
         "flower-server", "federation.rounds is 5 in the run, 2 in --config", code=2,
     )  # fmt: skip
     assert_one_line(refused.run("flower-server", "--resume", "nowhere"), "flower-server", "no run is at", code=2)
@@ -75,7 +78,7 @@ def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place,
     for client in here.started[:2]:
         assert f"connected to {where}" in client.out
     whole = programs.run(
-        "flower-simulation", *faces.clients, *faces.bare, *faces.cache, *ROUNDS, "--no-mlflow", "--actors", 1
+        "flower-simulation", "--config", config, *faces.clients, *faces.cache, *ROUNDS, "--no-mlflow", "--actors", 1
     )
     assert re.search(SHA, ended.out)[1] == re.search(SHA, whole.out)[1]
     assert set(mlflow_status(here.cwd).values()) == {"FINISHED"}

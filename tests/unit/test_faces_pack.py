@@ -189,8 +189,15 @@ def test_alignment_that_the_data_set_cannot_give(tmp_path: Path, caplog: pytest.
     keys = {open_pack("celeba", root, data, tmp_path / "cache", workers=1).key for data in (SMALL, boxed, resized)}
     assert len(keys) == 3
     (root / "list_landmarks_align_celeba.txt").unlink()
-    with pytest.raises(DataError, match=r"needs list_landmarks_align_celeba\.txt, which is not there"):
-        open_pack("celeba", root, SMALL, tmp_path / "cache", workers=1)
+    lacking = open_pack("celeba", root, SMALL, tmp_path / "cache", workers=1)
+    assert lacking.key not in keys
+    assert lacking.account.notes == (
+        "no list_landmarks_align_celeba.txt for these pictures: they are cut to their centre square, not aligned by"
+        " landmarks",
+    )
+    np.testing.assert_array_equal(
+        lacking.pictures, open_pack("celeba", root, resized, tmp_path / "cache", workers=1).pictures
+    )
     with caplog.at_level("INFO", logger="facefed.faces"):
         opened(make_folder(tmp_path / "f", {f"p{i}": 3 for i in range(8)}))
     assert [r.message for r in caplog.records if "centre square" in r.message] != []
