@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -212,11 +213,23 @@ def others_environment(folder: Path) -> dict[str, str]:
     return bare | proxy | {"TMPDIR": str(folder / LONG), "RAY_ADDRESS": "127.0.0.1:9"}
 
 
+# In a mount namespace of its own, as Docker gives a container by default; a file tells that it was so.
+SMALL_SHM = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && df -B1 --output=size /dev/shm'
+             ' > shm.txt && exec "$@"', "sh")  # fmt: skip
+
+
+def can_mount() -> bool:
+    """Whether this account may mount what only its own programs see."""
+    command = [*SMALL_SHM[:4], "mount -t tmpfs -o size=64m tmpfs /dev/shm"]
+    return shutil.which("unshare") is not None and not subprocess.run(command, capture_output=True).returncode
+
+
 @pytest.fixture(scope="session")
 def again(faces, simulated, made_once):
     """A second federation over the same data sets: by the guide's name, FedProx in bfloat16, with the first's packs.
 
-    Without MLflow, in an environment that others made, on a terminal that shows ASCII only.
+    Without MLflow, in an environment that others made, on a terminal that shows ASCII only, with a /dev/shm of 64 MB
+    where one may be mounted.
     """
     packs = simulated.cwd / ".facefed" / "packs"
 
@@ -226,13 +239,13 @@ def again(faces, simulated, made_once):
         folders = [
             word for name in ("celeba", "vggface2") for word in ("--data-dir", f"{name}={faces.folder}/data/{name}")
         ]
-        return [
-            programs.start(
-                "facefed", "train", "federated", "--method", "fedprox", *folders, *faces.small, *PROX, "--cache-dir",
-                packs, "--no-mlflow", "--set", "tracking.plots=final",
-                environment=others_environment(programs.cwd) | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
-            ).ended()
-        ]  # fmt: skip
+        environment = others_environment(programs.cwd) | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+        program = programs.start(
+            "facefed", "train", "federated", "--method", "fedprox", *folders, *faces.small, *PROX, "--cache-dir", packs,
+            "--no-mlflow", "--set", "tracking.plots=final", wrapper=SMALL_SHM if can_mount() else (),
+            environment=environment,
+        )  # fmt: skip
+        return [program.ended()]
 
     cwd, [ended] = made_once("again", federate)
     return Simulated(cwd, ended, ())

@@ -227,6 +227,16 @@ def test_an_environment_that_others_made_is_no_obstacle(again):
     assert again.ended.out.isascii()
 
 
+def test_a_shared_memory_of_64_mb_is_enough(again):
+    """What a container has by default; Ray's store of objects would take gigabytes of it."""
+    told = again.cwd / "shm.txt"
+    if not told.exists():
+        pytest.skip("this account may not mount a /dev/shm of its own")
+    assert told.read_text().split()[-1] == str(64 * 2**20)
+    assert again.ended.code == 0, again.ended
+    assert (again.ended.err, "shm" in again.ended.out) == ("", False)
+
+
 def test_train_federated_is_the_same_federation(again):
     """By the guide's name; each client draws its own people, here and only here."""
     run = run_folder(again.cwd)

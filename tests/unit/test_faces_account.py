@@ -5,14 +5,18 @@ import os
 import random
 import shutil
 import struct
+import tempfile
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faces_on_disk import SMALL, make_celeba, make_folder, opened, picture, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_federation import settings_with
 
@@ -277,37 +281,102 @@ def everything(root: Path, closed: set[str], folder: str = "") -> set[str]:
     return found
 
 
-def test_used_left_out_and_passed_over_are_everything_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, forbidden = os.scandir, set[str]()
+def celeba_around(draw: random.Random, root: Path) -> Path:
+    """CelebA's lists, and some of the pictures that they name; the folder of pictures."""
+    base = root / draw.choice(("", "celeba"))
+    folder = base / "img_align_celeba"
+    folder.mkdir(parents=True)
+    names = [f"{number:06d}.jpg" for number in range(draw.randrange(1, 6))]
+    put(draw, folder, names)
+    write(base / "identity_CelebA.txt", [f"{name} {number // 2}" for number, name in enumerate(names)])
+    write(base / "list_eval_partition.txt", [f"{name} 0" for name in names])
+    return folder
+
+
+def vggface2_around(draw: random.Random, root: Path) -> Path:
+    """VGGFace2's parts, with lists or without, and some of the pictures; the folder of people to train on."""
+    base = root / draw.choice(("", "data"))
+    for part in ("train", "test")[: draw.randrange(1, 3)]:
+        listed = []
+        for person in range(draw.randrange(1, 3)):
+            folder = base / part / f"n{person + 10 * (part == 'test'):06d}"
+            folder.mkdir(parents=True)
+            names = [f"{number:04d}_01.jpg" for number in range(draw.randrange(1, 4))]
+            put(draw, folder, names)
+            listed += [f"{folder.name}/{name}" for name in names]
+        if draw.random() < 0.5:
+            write(base / f"{part}_list.txt", listed)
+    return base / "train"
+
+
+def put(draw: random.Random, folder: Path, names: list[str]) -> None:
+    """Most of the files, the last as a link to nowhere now and then."""
+    for name in names:
+        if draw.random() < 0.8:
+            (folder / name).write_bytes(b"")
+        elif draw.random() < 0.3:
+            (folder / name).symlink_to("nowhere")
+
+
+def person_around(draw: random.Random, root: Path) -> Path:
+    """A folder of pictures that are one person's; the folder."""
+    (root / "bob").mkdir()
+    put(draw, root / "bob", ["0.jpg", "1.png"])
+    return root / "bob"
+
+
+AROUND = {"folder": person_around, "celeba": celeba_around, "vggface2": vggface2_around}
+tried = Counter[str]()
+
+
+@pytest.mark.parametrize("layout", AROUND)
+@given(draw=st.randoms(use_true_random=False))
+@settings(max_examples=170, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def test_used_left_out_and_passed_over_are_everything_on_disk(layout: str, draw: random.Random) -> None:
+    """Of 510 trees, whose depth, names, endings, links, pipes and forbidden folders are drawn."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        root, places = Path(folder) / "tree", list[Path]()
+        root.mkdir()
+        own = AROUND[layout](draw, root)
+        grow(draw, root, 3, places)
+        grow(draw, own, 1, places)
+        forbidden = {str(place.resolve()) for place in places[1:] if place != own and draw.random() < 0.05}
+        patched.setattr(account.os, "scandir", forbidding(forbidden))
+        listing = walk(root)
+        try:
+            index = read_index(layout, root)
+            told, paths = index.account, set(index.paths)
+        except DataError:
+            told, paths = account_of(listing, ()), set()
+            tried[f"{layout}: refused"] += 1
+        tried[layout] += 1
+        on_disk = everything(root, set(listing.closed))
+        empty = sum(one.number for one in told.passed_over if "without pictures" in one.words)
+        left_out = {path for path, _ in told.missing}
+        assert left_out <= paths
+        assert paths - on_disk <= left_out
+        assert len(paths & on_disk) + told.num_passed_over - empty == len(on_disk)
+        assert told.num_found == len(on_disk) + empty
+
+
+def test_most_of_those_trees_were_read() -> None:
+    if any(tried[layout] < 170 for layout in AROUND):
+        pytest.skip("they were not all tried in this process")
+    assert sum(tried[layout] for layout in AROUND) >= 500
+    for layout in AROUND:
+        assert tried[f"{layout}: refused"] < tried[layout] / 4, tried
+
+
+def forbidding(folders: set[str]) -> Callable[[str | Path], Iterator[os.DirEntry[str]]]:
+    """os.scandir for an account that may not read those folders."""
+    real = os.scandir
 
     def scandir(path: str | Path) -> Iterator[os.DirEntry[str]]:
-        if os.path.realpath(path) in forbidden:
+        if os.path.realpath(path) in folders:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    refused = 0
-    for case in range(500):
-        draw, root, places = random.Random(case), tmp_path / f"tree{case}", list[Path]()
-        root.mkdir()
-        grow(draw, root, 3, places)
-        forbidden = {str(place.resolve()) for place in places[1:] if draw.random() < 0.05}
-        with monkeypatch.context() as patched:
-            patched.setattr(account.os, "scandir", scandir)
-            listing = walk(root)
-            try:
-                index = read_index("folder", root)
-                told, paths = index.account, index.paths
-            except DataError:
-                told, paths, refused = account_of(listing, ()), (), refused + 1
-        on_disk = everything(root, set(listing.closed))
-        empty = sum(one.number for one in told.passed_over if "without pictures" in one.words)
-        left_out = {path for path, reason in told.missing}
-        assert left_out <= set(paths), case
-        assert len(paths) + told.num_passed_over - empty == len(on_disk), case
-        assert told.num_found == len(on_disk) + empty, case
-        assert set(paths) <= on_disk, case
-        shutil.rmtree(root)
-    assert refused < 250
+    return scandir
 
 
 # ---- layouts
