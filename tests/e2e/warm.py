@@ -36,9 +36,8 @@ class Warm:
 
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(60)
+        with self._process:
+            pass  # its streams are closed, and it ends with its stdin
 
     def code(self, name: str, arguments: list[str], cwd: Path, log: Path) -> int:
         """The exit code of the program; it writes to log.out and log.err."""
