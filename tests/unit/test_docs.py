@@ -141,8 +141,9 @@ def test_every_setting_named_exists(path):
     assert not {name for name in named if not name.endswith(".py")} - known
 
 
-def test_every_test_that_shows_a_fault_exists():
-    page = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["RELIABILITY.md", "FIELD.md"])
+def test_every_test_that_shows_a_fault_exists(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     named = re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)", page)
     assert len(named) > 20
     assert page.count("`test_") == len(named)
