@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.faces.pack import FacePack, load_pack
 from common.system import runtime
 from server.public_set import open_public_set
 from simulation import cli, sites
@@ -20,6 +21,7 @@ from tests.conftest import ROOT, skip_or_fail
 from tests.tiny_federation import settings_with
 
 pytestmark = pytest.mark.shared
+KEY_LENGTH = 64  # of a pack's folder: a SHA-256 in hexadecimal
 NAMED_OTHERWISE = {
     "07-unreadable-subfolder": "test_a_folder_that_cannot_be_entered_and_a_link_to_itself",
     "13-http-proxy": "tests/e2e/test_resume.py",
@@ -65,8 +67,8 @@ def people_and_pictures(out: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def packs(folder: Path) -> list[np.ndarray]:
-    return [np.load(path) for path in folder.glob("*/pictures.npy")]
+def packs(folder: Path) -> list[FacePack]:
+    return [load_pack(path) for path in sorted(folder.iterdir()) if path.is_dir() and len(path.name) == KEY_LENGTH]
 
 
 def test_each_case_is_tried(field):
@@ -137,8 +139,7 @@ def test_people_are_chosen_among_those_with_pictures(case):
         code, said, error = case.facefed(*common, *more, "--cache-dir", f"packs-{people}")
         assert code == 0, (said, error)
         [packed] = packs(Path(f"packs-{people}"))
-        [person] = [np.load(path) for path in Path(f"packs-{people}").glob("*/person.npy")]
-        assert (len(np.unique(person)), len(packed)) == (people, pictures)
+        assert (len(np.unique(packed.person)), len(packed)) == (people, pictures)
 
 
 def test_two_spellings_of_a_name(case):
@@ -164,7 +165,7 @@ def test_deep_grey_pictures_are_scaled(case):
     assert code == 0, (said, error)
     [packed] = packs(Path("OUT-packs"))
     assert len(packed) == 74
-    assert packed.reshape(len(packed), -1).max(axis=1).min() > 100
+    assert packed.pictures[:].reshape(len(packed), -1).max(axis=1).min() > 100
 
 
 def test_celeba_as_png(case):
