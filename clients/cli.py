@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="exit 2 if the server was never reached by then",
     )
+    program.add_argument(
+        "--policy", metavar="FILE", help="what this site lets itself be asked (default: `facefed policy show`)"
+    )
     program.add_argument("--once", action="store_true", help="end after one run")
     program.add_argument(
         "--insecure",
@@ -102,12 +105,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     host, port = _check(arguments)
     set_up_logging(arguments.log_level)
     from clients.flower.launch import ClientOptions, Launch
+    from clients.policy import DEFAULT, digest_of, read_policy, require_room
     from clients.site import SiteSettings
     from common.faces.index import read_index
     from common.system.certs import read_client_folder
     from common.system.runtime import resolve_device
     from common.tracking.address import local_files, resolve_uri
 
+    policy_file = Path(arguments.policy).expanduser() if arguments.policy else None
+    policy = read_policy(policy_file) if policy_file else DEFAULT
     tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None
     name = _name(arguments, tls.name if tls else "")
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
@@ -118,6 +124,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         _say(f"{name}: {len(index.account.missing):,} pictures that are listed are not there")
     for line in index.account.lines():
         _say(f"{name}: {escaped(line)}")
+    require_room(policy, policy_file, num_people=len(index.people), num_pictures=len(index.paths))
+    _say(f"{name}: policy {digest_of(policy)} ({policy_file or 'built in; facefed policy show'})")
     site = SiteSettings(
         name=name,
         dataset=arguments.dataset,
@@ -127,6 +135,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         cache_dir=Path(arguments.cache_dir).expanduser().resolve(),
         pack_workers=num_cores(),
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
+        policy=policy,
     )
     if not arguments.shared_files:
         kept = [site.state_dir, site.cache_dir, *local_files(site.tracking_uri)]

@@ -45,11 +45,12 @@ def asked_by(content: Mapping[str, Mapping[str, Any]]) -> Asked:
 
 
 def record_egress(
-    folder: Path, client: str, request: "Task | Asked", content: Mapping[str, Mapping[str, Any]] | str
+    folder: Path, client: str, request: "Task | Asked", content: Mapping[str, Mapping[str, Any]] | str, policy: str = ""
 ) -> None:
     """Append what leaves with this content to `folder`/<run>.jsonl and sync it, before it leaves.
 
-    content: a reply, or the reason of a client that could not answer, which leaves too.  Raises OSError.
+    content: a reply, or the reason of a client that could not answer, which leaves too.  policy: the digest of the one
+    that it passed.  Raises OSError.
     """
     line = reply_line(
         "sent",
@@ -59,7 +60,7 @@ def record_egress(
         answer_to=request.kind,
         parts=parts_of(content),
     )
-    _append(folder, request, line, synced=True)
+    _append(folder, request, line | ({"policy": policy} if policy else {}), synced=True)
 
 
 def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: str) -> None:

@@ -5,6 +5,7 @@ Pure of Flower: arrays and settings in, a `Reply` out. A simulation's ClientApp 
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,23 +18,38 @@ from torch import Tensor
 
 from clients.own_record import export_own_model, keep_own_record
 from clients.packs import open_site_pack
+from clients.past_tasks import PastTasks
+from clients.policy import against_data, digest_of, require_none
 from clients.private_state import load_private, load_residue, prune, save_private
+from clients.received_model import ModelWatch
+from clients.scores import leaving
 from clients.site import SiteSettings
 from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.sums import EvaluationSums
-from common.models.recogniser import Recogniser, build_recogniser, private_names, shared_names, with_new_heads
+from common.models.recogniser import (
+    Recogniser,
+    build_recogniser,
+    private_names,
+    shared_names,
+    trainable_names,
+    with_new_heads,
+)
 from common.protocol.codec import Coded, encode, is_lossy, residue_of
-from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
+from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of
 from common.protocol.wire import Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
+from common.system.events import SHOWN
 from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
-from common.training.evaluation import evaluate, people_digest
+from common.training.evaluation import TEST_PAIRS, evaluate, people_digest
 from common.training.loop import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
+
+log = logging.getLogger("facefed.client")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,7 @@ class ClientState:
     manifest: Manifest
     private: tuple[str, ...]
     fresh: Mapping[str, Tensor]  # the private tensors as they were built, for a site whose state was lost
+    watch: ModelWatch | None = None  # None: no received model is looked at, of a virtual client
 
     def state_folder(self, run_id: str) -> Path:
         """Where this run's private state lies."""
@@ -60,6 +77,7 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     so that a process with many virtual clients holds one model.
     """
     pack = open_site_pack(site, settings.data)
+    _require_enough(site, pack)
     head_seed = stream_seed(settings.run.seed, site.name, "head")
     if former is not None:
         recogniser = with_new_heads(former.recogniser, settings.model, num_people=pack.num_classes, head_seed=head_seed)
@@ -89,8 +107,30 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     )
 
 
+def watched(state: ClientState, record: PastTasks | None) -> ClientState:
+    """The state for one message of the run of this record, whose model is looked at; None: it is not."""
+    if record is None:
+        return state
+    trainable = trainable_names(state.recogniser)
+    watch = ModelWatch(record, state.settings, state.manifest, lambda: _first_model(state), trainable)
+    return dataclasses.replace(state, watch=watch)
+
+
+def _first_model(state: ClientState) -> NDArray[np.float32]:
+    """The run's first model as the server makes it of the seed and the settings, [size] float32."""
+    settings = state.settings
+    recogniser = build_recogniser(
+        dataclasses.replace(settings.model, pretrained="none"),
+        num_people=2,
+        image_size=settings.data.image_size,
+        backbone_seed=stream_seed(settings.run.seed, "backbone"),
+        head_seed=0,
+    )
+    return flatten(recogniser.state_dict(), state.manifest)
+
+
 def val_people_digest(pack: FacePack) -> str:
-    """A digest of the validation people's pictures: equal for equal validation sets."""
+    """A digest of the validation people's pictures: equal for equal validation sets.  It does not leave as it is."""
     digest = hashlib.sha256(pack.key.encode())
     digest.update(pack.indices(Split.VAL_PEOPLE).tobytes())
     return digest.hexdigest()[:16]
@@ -99,6 +139,7 @@ def val_people_digest(pack: FacePack) -> str:
 def join(site: SiteSettings, settings: Settings) -> Site:
     """What this client tells of itself; no model is built.  Raises UserError when the data do not fit."""
     pack = open_site_pack(site, settings.data)
+    _require_enough(site, pack)
     device = resolve_device(site.device)
     compute = resolve_compute(
         settings,
@@ -107,6 +148,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         cache_dir=site.cache_dir,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
+    secret = site_secret(site.cache_dir)
     return Site(
         name=site.name,
         dataset=site.dataset,
@@ -115,15 +157,22 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_training_people=pack.num_classes,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
         num_quarantined=len(pack.quarantined) + pack.account.num_unused_data,
-        val_people=val_people_digest(pack),
-        test_pairs=people_digest(pack, "test"),
-        machine=machine_digest(),
+        val_people=keyed_digest(secret, "val people", val_people_digest(pack), digits=16),
+        test_pairs=keyed_digest(secret, TEST_PAIRS, people_digest(pack, "test"), digits=16),
+        machine=keyed_digest(secret, "machine", machine_digest(), digits=12),
         cores=num_cores(),
         device=device.split(":")[0],
         precision=compute.precision,
         memory_format=compute.memory_format,
         compiled=compute.compiled,
+        policy=digest_of(site.policy),
     )
+
+
+def _require_enough(site: SiteSettings, pack: FacePack) -> None:
+    """Raises PolicyRefusal where the site's policy wants an update to be made of more people or pictures."""
+    num_pictures = len(pack.indices(Split.TRAIN))
+    require_none(against_data(site.policy, num_people=pack.num_classes, num_pictures=num_pictures))
 
 
 def _receive(state: ClientState, task: Task, shared: NDArray[np.float32] | None) -> tuple[Compute, NDArray[np.float32]]:
@@ -132,6 +181,8 @@ def _receive(state: ClientState, task: Task, shared: NDArray[np.float32] | None)
             f"the server's model (manifest {task.manifest[:12]}) is not this client's"
             f" ({state.manifest.digest[:12]}); use equal versions and model settings."
         )
+    if state.watch is not None:
+        state.watch.admit(task, shared)
     load_shared(state.recogniser, shared, state.manifest)
     compute = Compute(
         device=resolve_device(state.site.device),
@@ -160,8 +211,29 @@ def _restore_private(
     return found
 
 
-def _evaluate(state: ClientState, task: Task, compute: Compute) -> dict[str, EvaluationSums]:
-    return {split: evaluate(state.recogniser, state.pack, split, compute) for split in task.splits.split()}
+def _evaluate(
+    state: ClientState, task: Task, compute: Compute, model: NDArray[np.float32]
+) -> dict[str, EvaluationSums | str]:
+    """By split what leaves of its sums, or the words that leave in their place.  model: as received, [size]."""
+    policy, found = state.site.policy, dict[str, EvaluationSums | str]()
+    for split in task.splits.split():
+        sums = evaluate(state.recogniser, state.pack, split, compute)
+        seed = 0
+        if policy.scores == "noisy":
+            seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")
+        asked = state.settings.tracking.plots != "none"
+        found[split] = leaving(policy, sums, seed, num_pictures=len(state.pack), asks_confusion=asked)
+        if isinstance(found[split], str):
+            log.warning("%s%s: no score of %s leaves: %s", SHOWN, state.site.name, split, found[split])
+    return found
+
+
+def _shared_scores(found: Mapping[str, EvaluationSums | str]) -> dict[str, EvaluationSums]:
+    return {split: sums for split, sums in found.items() if not isinstance(sums, str)}
+
+
+def _withheld(found: Mapping[str, EvaluationSums | str]) -> dict[str, str]:
+    return {split: words for split, words in found.items() if isinstance(words, str)}
 
 
 def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -206,7 +278,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         save_private(folder, 0, recogniser, optimiser, state.private)  # so that a repeated round starts here too
 
     started = time.perf_counter()
-    evaluations = _evaluate(state, task, compute)
+    found_scores = _evaluate(state, task, compute, received)
     evaluated = time.perf_counter()
     warmup = TrainSums()
     if found <= 0:  # round 0's private state is the fresh one
@@ -243,24 +315,27 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         manifest=state.manifest.digest,
         num_examples=len(state.pack.indices(Split.TRAIN)),
         train=_train_fields(sums, warmup, seconds=seconds),
-        evaluations=evaluations,
+        evaluations=_shared_scores(found_scores),
+        withheld=_withheld(found_scores),
         change=change,
     )
 
 
 def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] | None) -> Reply:
     """Evaluate the model of round `task.server_round` with the private state that round left here."""
-    compute, _ = _receive(state, task, shared)
+    compute, received = _receive(state, task, shared)
     _restore_private(state, task.run_id, task.server_round, None)
     if task.last and state.site.share is None:  # the best model, for good; a virtual client keeps nothing
         export_own_model(state.site, task, state.settings, state.recogniser)
         keep_own_record(state.site, task, state.settings, state.recogniser, state.pack, compute)
+    found = _evaluate(state, task, compute, received)
     return Reply(
         server_round=task.server_round,
         manifest=state.manifest.digest,
         num_examples=len(state.pack.indices(Split.TRAIN)),
         train={},
-        evaluations=_evaluate(state, task, compute),
+        evaluations=_shared_scores(found),
+        withheld=_withheld(found),
         change=None,
     )
 
@@ -275,6 +350,8 @@ def _coded_change(
     codec = state.settings.federation.upload_codec
     change = flatten(state.recogniser.state_dict(), state.manifest)
     change -= received
+    if state.watch is not None:
+        state.watch.trained(change)
     if not is_lossy(codec):
         return encode(change, codec), None
     change += load_residue(folder, found, state.manifest.size)

@@ -1,8 +1,9 @@
 """One site's answers: a message's content in, a reply's content out. A site that fails answers with one line."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -10,8 +11,10 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
-from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train
+from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
 from clients.own_record import keep_round
+from clients.past_tasks import PastTasks, prune_runs
+from clients.policy import PolicyRefusal, TaskWords, against_settings, against_task, digest_of, require_none
 from clients.site import SiteSettings
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.protocol import wire
@@ -57,11 +60,52 @@ def _check(task: Task) -> None:
         raise ReplyRefused("the server's receipt of the last reply is malformed; use equal versions of FaceFed.")
 
 
+@contextlib.contextmanager
+def _recorded(site: SiteSettings, task: Task, settings: Settings) -> Iterator[PastTasks | None]:
+    """Hold a task against the site's policy and what the run asked before, and keep what comes of it.
+
+    Yields the run's record; None of a virtual client, which keeps none.  Raises PolicyRefusal.
+    """
+    asked = TaskWords(*(getattr(task, name) for name in TaskWords._fields))
+    against = against_settings(site.policy, settings) + against_task(site.policy, settings, task.kind, asked)
+    if site.share is not None:
+        require_none(against)
+        yield None
+        return
+    record, began = PastTasks.of(site.state_dir, task.run_id, site.policy), time.process_time()
+    try:
+        record.take(task.kind, task.server_round, settings)
+        require_none(against)
+        record.require_disk(site.state_dir / "private" / task.run_id)
+        yield record
+    except PolicyRefusal:
+        record.num_refusals += 1
+        raise
+    finally:
+        record.cpu_seconds += time.process_time() - began
+        record.save()
+
+
 def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
     settings = read_settings(task)
+    with _recorded(site, task, settings) as record:
+        return _done(site, task, settings, shared, record, began)
+
+
+def _done(
+    site: SiteSettings,
+    task: Task,
+    settings: Settings,
+    shared: NDArray[np.float32] | None,
+    record: PastTasks | None,
+    began: float,
+) -> RecordDict:
+    """The task's answer; whether the site does it has been decided, but for the model that came with it."""
     if task.kind == "join":
+        if record is not None:
+            prune_runs(site.state_dir, task.run_id, site.policy.keep_runs)
         return wire.site_content(join(site, settings))
-    state = _workplace(site, task, settings)
+    state = watched(_workplace(site, task, settings), record)
     if task.kind == "train":
         if site.share is not None:  # it is no site, so it keeps no record of its own
             return wire.reply_content(train(state, task, shared, began=began))
@@ -80,6 +124,11 @@ def _public_reason(error: FaceFedError) -> str:
     return str(error)
 
 
+def _own_words(error: FaceFedError) -> str:
+    """What the site's own output says beside a refusal's fixed words."""
+    return f" ({error.against.asked}; allowed: {error.against.allowed})" if isinstance(error, PolicyRefusal) else ""
+
+
 def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
     """Answer the content of one message, with the content of the reply or the one line of a refusal.
 
@@ -95,11 +144,11 @@ def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
         record_receipt(ledger, site.name, task, task.received)
         reply = _answer(site, task, shared, began)
     except FaceFedError as error:
-        log.warning("%s%s: %s", SHOWN, site.name, error)
+        log.warning("%s%s: %s%s", SHOWN, site.name, error, _own_words(error))
         reason = f"{site.name}: {_public_reason(error)}"
-        record_egress(ledger, site.name, request, reason)
+        record_egress(ledger, site.name, request, reason, digest_of(site.policy))
         return reason
-    record_egress(ledger, site.name, task, reply)
+    record_egress(ledger, site.name, task, reply, digest_of(site.policy))
     if task.last and site.share is None:
         (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
     return reply

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from clients.policy import DEFAULT, Policy
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -26,4 +28,5 @@ class SiteSettings:
     cache_dir: Path  # packs and trials; several sites of one machine may share it
     pack_workers: int = 1  # processes that decode pictures
     tracking_uri: str = ""  # an MLflow of the site's own; none where empty
+    policy: Policy = DEFAULT  # what it lets itself be asked
     share: Share | None = None  # None: all of the data set; a site of its own always has that

@@ -227,8 +227,13 @@ def find_config(name: str, flag: str = "--config") -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.toml"))
+    known = [path.stem for path in shipped()]
     raise ConfigError([f"{flag} {name}: no such file ({candidates[0]}); the configurations here: {', '.join(known)}."])
+
+
+def shipped() -> list[Path]:
+    """What comes with FaceFed in configs/, in order of names: configurations, and what `--sweep` takes."""
+    return sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
 def load(path: Path | None) -> Settings:

@@ -28,10 +28,12 @@ from simulation.admin.cli import (
     TRACKING_ACTIONS,
     add_certs_parser,
     add_egress_parser,
+    add_policy_parser,
     add_tracking_parser,
     add_tracking_settings,
     certs,
     egress,
+    show_policy,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +92,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-address", default="", metavar="HOST:PORT", help="join this Ray cluster instead of starting one's own"
     )
+    group.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="what that client lets itself be asked, as flower-client has it; repeatable (default: anything)",
+    )
 
 
 def main_simulation(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +125,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
                 partition=arguments.partition,
                 ray_address=arguments.ray_address,
                 num_actors=arguments.actors,
+                policies=arguments.policy,
             ),
             address=address,
         )
@@ -247,7 +257,13 @@ def facefed_parser() -> argparse.ArgumentParser:
     add_tracking_parser(commands)
     add_certs_parser(commands)
     add_egress_parser(commands)
+    add_policy_parser(commands, _add_site_data)
     return parser
+
+
+def _add_site_data(parser: argparse.ArgumentParser) -> None:
+    _add_data_sources(parser)
+    _add_site_options(parser)
 
 
 def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -361,6 +377,23 @@ def _data(arguments: argparse.Namespace, name: str) -> int:
     return sites.audit_data(settings, options, shape=shape, out=sys.stdout, err=sys.stderr)
 
 
+def _check_policy(arguments: argparse.Namespace) -> int:
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    set_up_logging(settings.run.log_level)
+    from simulation import sites
+    from simulation.admin.site_policy import check
+
+    clients, folders = arguments.client, arguments.data_dir
+    if not clients:  # a folder is named as its data set, or has one folder a person
+        names = [Path(folder).name for folder in folders]
+        clients = [f"{n if n in DATASETS else 'folder'}={dir_}" for n, dir_ in zip(names, folders, strict=True)]
+        folders = []
+    options, cache_dir = sites.data_options(clients, folders), Path(arguments.cache_dir)
+    held = [sites.site_of(one, device=arguments.device, cache_dir=cache_dir, state_dir=cache_dir) for one in options]
+    packs = {site.name: sites.pack_at_the_door(site, settings, sys.stdout) for site in held}
+    return check(settings, packs, arguments.policy, sys.stdout)
+
+
 def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
     """What `--sweep` names, or None."""
     if not getattr(arguments, "sweep", ""):
@@ -428,6 +461,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: _attention(arguments),
         ("egress", "report"): lambda: egress(arguments),
+        ("policy", "show"): lambda: show_policy(arguments),
+        ("policy", "check"): lambda: _check_policy(arguments),
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from clients.policy import OWN_MACHINE
 from clients.site import SiteSettings
 from common import config
 from common.errors import CheckpointError, UserError, escaped
@@ -35,6 +36,7 @@ from simulation.sites import (
     names_client,
     pack_at_the_door,
     parse_clients,
+    parse_policies,
     site_of,
 )
 
@@ -48,6 +50,7 @@ class Engine:
     num_virtual: int | None = None  # --clients: the data sets are divided among so many; None: one client each
     partition: str = IDENTITY
     ray_address: str = ""  # HOST:PORT of a running cluster; empty: a Ray of our own
+    policies: Sequence[str] = ()  # --policy NAME=FILE
     num_actors: int | None = None  # processes that work for the clients; None: as many as cores
 
 
@@ -72,7 +75,17 @@ def federate_here(
     settings = with_absolute_public_set(settings, Path.cwd())
     open_public_set(settings)  # what it refuses is told before a run is begun
     state = Path(settings.run.out).expanduser() / "clients"
-    held = [site_of(option, device=device, cache_dir=cache_dir, state_dir=state) for option in options]
+    policies = parse_policies(engine.policies, [option.name for option in options])
+    held = [
+        site_of(
+            option,
+            device=device,
+            cache_dir=cache_dir,
+            state_dir=state,
+            policy=policies.get(option.name, OWN_MACHINE),
+        )
+        for option in options
+    ]
     packs = {site.name: pack_at_the_door(site, settings, out) for site in held}
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
     del packs

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from clients.policy import OWN_MACHINE, Policy, read_policy
 from clients.site import SiteSettings
 from common.errors import UserError, escaped, unknown_name
 from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
@@ -63,7 +64,24 @@ def parse_clients(texts: Sequence[str]) -> list[ClientOption]:
     return sorted(options, key=lambda option: option.name)
 
 
-def site_of(option: ClientOption, *, device: str, cache_dir: Path, state_dir: Path) -> SiteSettings:
+def parse_policies(texts: Sequence[str], names: Sequence[str]) -> dict[str, Policy]:
+    """All `--policy NAME=FILE`, by client.  names: of the clients.  Raises UserError."""
+    policies: dict[str, Policy] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not (equals and name and file):
+            raise UserError(f"--policy {text}: write NAME=FILE, for example celeba=site.toml.")
+        if name not in names:
+            raise UserError(unknown_name(f"--policy {text}: the client", name, names))
+        if name in policies:
+            raise UserError(f"--policy {text}: {name} has a policy already; give it one.")
+        policies[name] = read_policy(Path(file).expanduser())
+    return policies
+
+
+def site_of(
+    option: ClientOption, *, device: str, cache_dir: Path, state_dir: Path, policy: Policy = OWN_MACHINE
+) -> SiteSettings:
     """The site settings of a client on this machine, folders absolute (Ray's workers run elsewhere)."""
     return SiteSettings(
         name=option.name,
@@ -73,6 +91,7 @@ def site_of(option: ClientOption, *, device: str, cache_dir: Path, state_dir: Pa
         state_dir=state_dir.resolve() / option.name,
         cache_dir=cache_dir.resolve(),
         pack_workers=num_cores(),
+        policy=policy,
     )
 
 

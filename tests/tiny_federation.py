@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from clients.local_update import ClientState
 from clients.message_handler import handle
+from clients.policy import OWN_MACHINE
 from clients.site import SiteSettings
 from common import config
 from common.faces.pack import FacePack
@@ -41,6 +42,8 @@ from server.rounds import Federation
 from tests.tiny_settings import TINY, changed
 
 SIDE = 32
+# What tests are made of is smaller than any site's data, and not every model in them is one of a run.
+UNWATCHED = dataclasses.replace(OWN_MACHINE, first_model=False, max_move=0.0)
 NUM_TRAINING_PICTURES = 24
 
 
@@ -246,6 +249,7 @@ def site_settings(name: str, folder: Path) -> SiteSettings:
         device="cpu",
         state_dir=folder / name,
         cache_dir=folder / "packs",
+        policy=UNWATCHED,
     )
 
 

@@ -30,6 +30,7 @@ from typing import Any, Self
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from clients import policy
 from clients.egress import LEDGER, refusal
 from clients.flower.own_lines import ShownLines, follow, mark_of
 from clients.site import SiteSettings
@@ -45,7 +46,7 @@ API = "supernode"  # the socket of the SuperNode's own API, in the same folder
 THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
 KNOCK_EVERY_S = 0.05
 LOOK_EVERY_S = 0.5
-LEFT_ALONE = 3  # exit code: nobody waits for the answer any more
+LEFT_ALONE = 3  # exit code: nobody waits for the answer any more, or it took longer than the site's policy allows
 LOG = "trainer.log"  # in the state folder
 STARTS_IN_VAIN = 3  # one that ends so often before it serves would end each time
 LAST_BYTES = 2000
@@ -126,13 +127,15 @@ def hand_over(folder: Path, content: RecordDict, *, there_within_s: float = THER
 
 def site_to_json(site: SiteSettings) -> str:
     """A site's settings as the text that the trainer reads."""
-    return json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in vars(site).items()})
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(site).items()}
+    return json.dumps(values | {"policy": policy.to_json(site.policy)})
 
 
 def site_from_json(text: str) -> SiteSettings:
     """The inverse of `site_to_json`."""
     values = json.loads(text)
-    return SiteSettings(**values | {name: Path(values[name]) for name in ("data_dir", "state_dir", "cache_dir")})
+    values |= {name: Path(values[name]) for name in ("data_dir", "state_dir", "cache_dir")}
+    return SiteSettings(**values | {"policy": policy.from_json(values["policy"])})
 
 
 def end_with_parent(parent: int) -> None:
@@ -146,10 +149,14 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _end_when_left(connection: Connection, done: threading.Event) -> None:
-    """Until `done`: the other side says nothing more, so what can be read is its end."""
+def _end_when_left(connection: Connection, done: threading.Event, most_s: float) -> None:
+    """Until `done`: the other side says nothing more, so what can be read is its end.  It ends after `most_s` too."""
+    end = time.monotonic() + most_s
     with contextlib.suppress(OSError):  # closed by us meanwhile
         while not done.is_set():
+            if time.monotonic() > end:
+                log.warning("%sa task took longer than %g s (max_task_seconds) and is ended", SHOWN, most_s)
+                os._exit(LEFT_ALONE)
             if connection.poll(LOOK_EVERY_S) and not done.is_set():
                 log.warning("the run was stopped in the middle of a task")
                 os._exit(LEFT_ALONE)
@@ -171,7 +178,7 @@ def serve_one(connection: Connection, site: SiteSettings, answer: Answer) -> Non
     if isinstance(content, str):
         return  # a refusal is no message
     done = threading.Event()
-    threading.Thread(target=_end_when_left, args=(connection, done), daemon=True).start()
+    threading.Thread(target=_end_when_left, args=(connection, done, site.policy.max_task_seconds), daemon=True).start()
     reply = _answered(site, content, answer)
     done.set()
     send_content(connection, reply)

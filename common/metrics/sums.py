@@ -136,6 +136,16 @@ class EvaluationSums:
         return all(bool(self.of_kind(kind).any(axis=1).all()) for kind in KINDS)
 
 
+# Of a split that a client does not share: it adds nothing to a sum.
+NOTHING: Final = EvaluationSums(
+    closed=ClosedSetSums(
+        num_examples=0, correct=0, loss_sum=0.0, num_classes=0, precision_sum=0.0, recall_sum=0.0, f1_sum=0.0
+    ),
+    pairs=no_twins(),
+    folds=np.zeros((NUM_FOLDS, 2, FOLD_BINS), dtype=np.int64),
+)
+
+
 def _scaled(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """The counts, or as many times fewer of each as makes `most` of them all."""
     total = float(counts.sum(dtype=np.float64))

@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from numpy.typing import NDArray
 
 from common.errors import ReplyRefused
-from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, EvaluationSums
+from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, NOTHING, EvaluationSums
 from common.protocol import codec
 from common.protocol.codec import Coded
 from common.settings import CODECS
@@ -30,6 +30,7 @@ from common.settings import CODECS
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
 SHARED, CHANGE = "shared", "change"
+WITHHELD_NAME, LONGEST_WITHHELD = "{split}-withheld", 20  # two words in place of a split's counts
 COUNTS_NAME = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
 FLAT = "facefed.flat"  # a flat buffer: dtype names the codec, shape its elements
 PLAIN = "facefed.plain"  # whole numbers
@@ -53,7 +54,7 @@ _REPLY_NAMES: Mapping[str, frozenset[str]] = {
         + [f"{split}-{name}" for split in ("val", "test") for name in CLOSED_FIELDS]
     ),
     ARRAYS: frozenset([CHANGE, *(COUNTS_NAME.format(split=split) for split in ("val", "test"))]),
-    TASK: frozenset(["manifest"]),
+    TASK: frozenset(["manifest", *(WITHHELD_NAME.format(split=split) for split in ("val", "test"))]),
 }
 
 
@@ -95,6 +96,7 @@ class Site:
     precision: str
     memory_format: str
     compiled: bool = False
+    policy: str = ""  # digest of the site's own policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +108,18 @@ class Reply:
     num_examples: int
     train: Mapping[str, float]  # TRAIN_FIELDS; empty after evaluate
     evaluations: Mapping[str, EvaluationSums]  # by split
+    withheld: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> why nothing else of it leaves
     change: Coded | None  # None after evaluate
 
 
 def counts_nbytes(reply: Reply) -> int:
     """The size of a reply's counts: its arrays but the change."""
-    return sum(_flat_counts(sums).nbytes for sums in reply.evaluations.values())
+    return sum(_flat_counts(sums).nbytes for split, sums in reply.evaluations.items() if split not in reply.withheld)
 
 
 def _flat_counts(sums: EvaluationSums) -> NDArray[Any]:
     """All of a split's counts in one array, of the smallest of the dtypes that holds them."""
     arrays = sums.arrays()
-    if arrays.keys() != COUNTS.keys():
-        raise ValueError("only one client's own evaluation travels")
     counts = np.concatenate([part.reshape(-1) for part in arrays.values()])
     largest = int(counts.max(initial=0))
     return counts.astype(next(name for name in _COUNT_DTYPES if largest <= np.iinfo(name).max))
@@ -260,6 +261,8 @@ def reply_content(reply: Reply) -> RecordDict:
     sums |= {f"train-{name}": value for name, value in reply.train.items()}
     arrays = {}
     for split, values in reply.evaluations.items():
+        if values.confusion is None:  # of size 0 where it stays at the client
+            raise ValueError("only one client's own evaluation travels")
         sums |= {f"{split}-{name}": value for name, value in values.numbers().items()}
         counts = _flat_counts(values)
         arrays[COUNTS_NAME.format(split=split)] = Array(
@@ -271,7 +274,8 @@ def reply_content(reply: Reply) -> RecordDict:
     if reply.change is not None:
         arrays[CHANGE] = _flat_array(reply.change)
     content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: ArrayRecord(arrays)})
-    content[TASK] = ConfigRecord({"manifest": reply.manifest})
+    withheld = {WITHHELD_NAME.format(split=split): words for split, words in reply.withheld.items()}
+    content[TASK] = ConfigRecord({"manifest": reply.manifest, **withheld})
     return content
 
 
@@ -286,11 +290,25 @@ def _read_split(split: str, sums: Mapping[str, Any], arrays: Any) -> EvaluationS
     if bool((counts < 0).any()):
         raise ReplyRefused(f"{name} holds {counts.min()}, not counts")
     shapes = {part: shape or (groups, groups) for part, shape in COUNTS.items()}
-    parts = zip(shapes.items(), np.split(counts, ends), strict=True)
+    if groups == 0:  # the client's policy keeps its confusion
+        shapes = {part: shape for part, shape in shapes.items() if COUNTS[part]}
+    parts = zip(shapes.items(), np.split(counts, ends)[: len(shapes)], strict=True)
     return EvaluationSums.from_parts(
         {name: _number(sums, f"{split}-{name}") for name in CLOSED_FIELDS},
         {part: own.reshape(shape) for (part, shape), own in parts},
     )
+
+
+def _read_withheld(record: Mapping[str, Any], splits: str) -> dict[str, str]:
+    """Which splits have no score, and the client's two words why."""
+    found = {}
+    for split in splits.split():
+        words = record.get(WITHHELD_NAME.format(split=split))
+        if words is not None:
+            if not (isinstance(words, str) and len(words) <= LONGEST_WITHHELD and words.isprintable()):
+                raise ReplyRefused(f"{split} is withheld for {words!r}, no reason of ours")
+            found[split] = words
+    return found
 
 
 def read_reply(message: Message, splits: str) -> Reply:
@@ -304,12 +322,16 @@ def read_reply(message: Message, splits: str) -> Reply:
         _refuse_extras(message.content)
         sums: Mapping[str, Any] = message.content[SUMS]
         arrays: Mapping[str, Any] = message.content[ARRAYS]
+        withheld = _read_withheld(message.content[TASK], splits)
         return Reply(
             server_round=_whole(sums, "server-round"),
             manifest=str(message.content[TASK]["manifest"]),
             num_examples=sums["num-examples"],
             train={name: float(sums[f"train-{name}"]) for name in TRAIN_FIELDS if f"train-{name}" in sums},
-            evaluations={split: _read_split(split, sums, arrays) for split in splits.split()},
+            evaluations={
+                split: NOTHING if split in withheld else _read_split(split, sums, arrays) for split in splits.split()
+            },
+            withheld=withheld,
             change=_read_flat(arrays, CHANGE) if CHANGE in arrays else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:

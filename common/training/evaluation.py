@@ -19,6 +19,7 @@ from common.models.recogniser import Recogniser
 from common.system.runtime import stream_seed
 from common.training.loop import Compute
 
+TEST_PAIRS = "test pairs"  # of `people_digest`, where a site keys it with its secret before it leaves
 EVALUATION_BATCH = 64  # on a CPU a tenth faster than 128
 SPLITS = {"val": (Split.VAL_PICTURES, Split.VAL_PEOPLE), "test": (Split.TEST_PICTURES, Split.TEST_PEOPLE)}
 

@@ -1,6 +1,7 @@
 """The record of a federation as it happens: events for whoever watches, metrics and pictures for the tracking."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
+from common.protocol.refusals import refused_setting
 from common.protocol.wire import Reply, Site
 from common.results import draw_scores, worse_than_untrained
 from common.runs import federated_kind, write_run_file
@@ -60,6 +62,7 @@ class Record:
         self._num_pictures = self._num_steps = self._num_warmup_pictures = 0.0
         self._refusals: dict[int, dict[str, str]] = {}
         self._num_refused = 0
+        self._by_policy: dict[str, Counter[str]] = {}  # client -> setting that its own policy refused -> how often
         self._refused_so_far: dict[int, int] = {}  # by round, where some were and it is not told yet
         self._are_many = False  # more clients than are told apart
         self._budget = TimeBudget(DRAWING_FRACTION)
@@ -154,13 +157,16 @@ class Record:
                 self._children[name].log_metrics(own, step=step)
 
     def refused(self, server_round: int, client: str, reason: str) -> None:
-        """A client's reply was left out: named and counted."""
+        """A client's reply was left out: named and counted; what its own policy does not allow, apart."""
         refusals = self._refusals.setdefault(server_round, {})
         # The last round's model is also evaluated, so a client can be left out twice under one number.
         earlier = refusals.get(client, "")
         if reason not in earlier:
             refusals[client] = f"{earlier}; {reason}" if earlier else reason
-        self._num_refused += 1
+        if setting := refused_setting(reason):
+            self._by_policy.setdefault(client, Counter())[setting] += 1
+        else:
+            self._num_refused += 1
         self._refused_so_far[server_round] = self._num_refused
         self._tracked.set_tags({f"refused.round_{server_round}.{client}": refusals[client][:LONGEST_TAG]})
         self._events.emit("refused", client=client, round=server_round, reason=reason)
@@ -291,6 +297,7 @@ class Record:
             "model_sha256": sha256,
             "refused_replies": self.num_refused,
             "refusals": self._refusals,
+            "policy_refusals": self._by_policy,
             "limited": self._limited,
             "went_back": self._went_back,
             "untrained": self._test_scores(history, 0),

@@ -166,6 +166,29 @@ def egress(arguments: argparse.Namespace) -> int:
     return report_egress(request, sys.stdout, shape="json" if arguments.json else "text")
 
 
+def add_policy_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    add_data: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    """Add `policy` to the commands of `facefed`.  add_data: adds the options that say whose data, and where."""
+    actions = commands.add_parser("policy", help="what a site lets itself be asked").add_subparsers(
+        dest="action", required=True
+    )
+    show = actions.add_parser("show", help="every limit, its default, and why it is there")
+    check = actions.add_parser("check", help="whether a site would take part in a run, or what stands against it")
+    for action in (show, check):
+        action.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
+    add_data(check)
+    add_run_settings(check, without=("--epochs",))
+
+
+def show_policy(arguments: argparse.Namespace) -> int:
+    """`facefed policy show`: returns the exit code."""
+    from simulation.admin.site_policy import show
+
+    return show(arguments.policy, sys.stdout)
+
+
 _OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings that tracking itself has
 
 

@@ -17,7 +17,8 @@ from common.faces.splits import Split
 from common.metrics.figures import AUC, gap_figures
 from common.metrics.pairs import pair_counts
 from common.settings import DataSettings
-from common.training.evaluation import people_digest
+from common.system.site_secret import keyed_digest
+from common.training.evaluation import TEST_PAIRS, people_digest
 from simulation.compare.model_lookup import TWINS, FoundModel
 from simulation.compare.scoring import POOLED, Gap, Scored, gap
 
@@ -65,8 +66,13 @@ class TestSet:
         )
 
 
-def check_same_pairs(models: Sequence[FoundModel], packs: Packs, clients: Sequence[str]) -> None:
-    """Raise UserError unless all models are tested, and were after training, on the same pairs of each client."""
+def check_same_pairs(
+    models: Sequence[FoundModel], packs: Packs, clients: Sequence[str], secret: bytes | None = None
+) -> None:
+    """Raise UserError unless all models are tested, and were after training, on the same pairs of each client.
+
+    secret: of the site, with which a federation's digests of its people are keyed; None: there is none here.
+    """
     first = models[0]
     for client in clients:
         wanted = people_digest(packs[first.settings.data][client], "test")
@@ -74,11 +80,13 @@ def check_same_pairs(models: Sequence[FoundModel], packs: Packs, clients: Sequen
             if people_digest(packs[model.settings.data][client], "test") != wanted:
                 raise UserError(_different_pairs(first, model, client))
             recorded = model.test_pairs.get(client) or wanted
-            if recorded != wanted:
+            keyed = keyed_digest(secret, TEST_PAIRS, wanted, digits=16) if secret else wanted
+            if recorded not in (wanted, keyed):
                 raise UserError(
                     f"{model.name} ({model.source}) was tested on other pairs of {client} than there are now"
                     f" (digest {recorded}, now {wanted}): the data set has changed since; give that run's data set with"
-                    f" --data-dir {client}=DIR, or train {model.name} again."
+                    f" --data-dir {client}=DIR (of a federation with the site's own --cache-dir, where the secret of"
+                    f" its digests is), or train {model.name} again."
                 )
 
 

@@ -20,6 +20,7 @@ from common.plots.style import LOCAL
 from common.runs import RunKind, new_run_folder, recorded
 from common.settings import DataSettings, RunSettings, Settings
 from common.system.runtime import facefed_version, num_cores, resolve_device
+from common.system.site_secret import site_secret
 from common.tracking.address import with_absolute_tracking
 from common.tracking.page import tracking_line
 from common.tracking.run import TrackedRun
@@ -65,7 +66,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     )
     models = find_models(search, wanted_models(request.compare, names, runs), runs)
     packs = _packs(models, options, settings, request, out)
-    check_same_pairs(models, packs, names)
+    check_same_pairs(models, packs, names, site_secret(request.cache_dir))
     compared = _compare(models, packs, names, settings=settings, request=request, out=out)
     out.write("\n".join(terminal_lines(compared)) + "\n")
     folder = _record(compared, settings, resolve_device(_device(settings, request)), address)

@@ -13,6 +13,7 @@ from flwr.app import Message
 
 from clients.local_update import ClientState, join, open_client_state, train
 from clients.message_handler import handle
+from clients.policy import OWN_MACHINE
 from clients.site import SiteSettings
 from common import config
 from common.models.recogniser import trainable_names
@@ -30,7 +31,13 @@ from server.global_model import GlobalModel, ServerOptimiser
 def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> SiteSettings:
     """A site whose state and cache lie in `folder`."""
     return SiteSettings(
-        name=name, dataset=dataset, data_dir=data_dir, device="cpu", state_dir=folder / name, cache_dir=folder / "packs"
+        name=name,
+        dataset=dataset,
+        data_dir=data_dir,
+        device="cpu",
+        state_dir=folder / name,
+        cache_dir=folder / "packs",
+        policy=OWN_MACHINE,
     )
 
 
