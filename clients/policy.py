@@ -107,7 +107,10 @@ class Policy:
         default=True, why="whether a run may be joined that has begun, with a model that nothing vouches for"
     )
     max_move: float = limit(
-        30.0, "times what own training moved a tensor may a round's model move it; 0: not looked at", low=0.0
+        6.0, "times what own training moved a weight may a round's model move it; 0: not looked at", low=0.0
+    )
+    max_relative_move: float = limit(
+        0.9, "of a weight's own norm may it always move; one that has nothing to do with it is at 1.4", low=0.0
     )
     require_dp: bool = limit(default=False, why="whether a run must have differential privacy")
     require_secagg: bool = limit(default=False, why="whether a run must have secure aggregation")

@@ -1,8 +1,10 @@
 """Whether a received model is what it claims to be: a run's first, or the next after the last one that came here.
 
 The first is worked out from `run.seed` and the settings, as the server does, and compared.  A later one is compared
-with the last, tensor by tensor: it may differ by `max_move` times what this site's own training moved that tensor in
-between, by what the strategy's own step can add, and by what the codec lost.
+with the last, weight by weight: it may differ by `max_move` times what this site's own training moved it in between,
+or by `max_relative_move` of its norm where that is more (another site may have many more pictures), and by what the
+strategy's own step can add and the codec lost.  So no round's model is a quite different one; a drift over two rounds
+or more is not noticed, and biases, scales and running statistics are not looked at.
 """
 
 import math
@@ -19,7 +21,7 @@ from common.protocol.codec import BLOCK, LARGEST_CODE, decode, encode
 from common.protocol.parameters import Entry, Manifest, buffer_sha256
 from common.protocol.wire import Task
 from common.settings import FederationSettings, Settings
-from common.strategies import STRATEGIES
+from common.strategies import STRATEGIES, Rates
 from common.system.files import replacing
 
 Buffer = NDArray[np.float32]
@@ -27,6 +29,8 @@ Buffer = NDArray[np.float32]
 LAST = "last.npy"  # in the run's folder: the model that came last
 SAME = 1e-5  # relative, of a tensor: other processors draw a seed's first weights with other last bits
 ADAPTIVE_STEP = 3.0  # times server_lr an element of fedadam's and fedyogi's step is at most, with their usual betas
+MOST_MEMORY = 10.0  # rounds' changes that a momentum adds up, as far as a site believes it
+_ANY_RATES = Rates(lr=1.0, momentum=0.9, beta2=0.99, adaptivity=1e-3)  # a strategy's moments have names for any
 
 
 def model_round(task: Task) -> int:
@@ -135,23 +139,35 @@ class ModelWatch:
             return  # nothing was trained here yet: max_extra_models counts what is scored
         gap = max(1, abs(made_in - self._record.model_round))
         # With momentum the server's step goes on long after the learning rate, and own changes, became small.
-        has_memory = self._settings.federation.strategy in ("fedavgm", "fedadam", "fedyogi")
-        own: Mapping[str, float] = self._record.most_moved if has_memory or gap > 1 else self._record.moved
+        memory = self._memory()
+        own: Mapping[str, float] = self._record.most_moved if memory > 1.0 or gap > 1 else self._record.moved
         lost = coding_loss(model, self._settings.federation.download_codec)
         for entry in self._manifest.entries:
             moved = _distance(model, last, entry)
-            allowed = policy.max_move * own.get(entry.name, 0.0) * gap + self._by_step(entry) * gap
-            allowed += SAME * _norm(last, entry) + (4.0 * _norm(lost, entry) if lost is not None else 0.0)
+            if len(entry.shape) < 2:  # few numbers, which honest training moves by hundreds of times another site's
+                continue
+            before = _norm(last, entry)
+            allowed = policy.max_move * memory * own.get(entry.name, 0.0) * gap + self._by_step(entry) * gap
+            allowed = max(allowed, policy.max_relative_move * before)
+            allowed += SAME * before + (4.0 * _norm(lost, entry) if lost is not None else 0.0)
             if not moved <= allowed:
-                times = moved / max(own.get(entry.name, 0.0) * gap, 1e-30)
-                seen = f"{entry.name} moved {times:.3g} x what training moved it"
-                raise PolicyRefusal(Against("model", "max_move", seen, f"{policy.max_move:g} x"))
+                seen = moved / max(own.get(entry.name, 0.0) * gap, 1e-30)
+                words = f"{entry.name} moved {seen:.3g} x what training moved it"
+                raise PolicyRefusal(Against("model", "max_move", words, f"{policy.max_move * memory:g} x"))
+
+    def _memory(self) -> float:
+        """How many rounds' changes a step of the strategy may add up: 1 / (1 - momentum), and no more than ten."""
+        federation: FederationSettings = self._settings.federation
+        if not STRATEGIES[federation.strategy].first_moments(_ANY_RATES):
+            return 1.0
+        return min(MOST_MEMORY, 1.0 / max(1.0 - federation.server_momentum, 1e-9))
 
     def _by_step(self, entry: Entry) -> float:
         """How far the strategy's own step may move a tensor in a round, whatever the clients' changes were."""
         federation: FederationSettings = self._settings.federation
         row = STRATEGIES[federation.strategy]
-        if entry.name not in self._trainable or federation.strategy not in ("fedadam", "fedyogi"):
+        is_adaptive = "second" in row.first_moments(_ANY_RATES)
+        if entry.name not in self._trainable or not is_adaptive:
             return 0.0
         lr = row.default_lr if isinstance(federation.server_lr, str) else federation.server_lr
         return ADAPTIVE_STEP * lr * math.sqrt(entry.size)

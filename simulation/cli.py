@@ -1,6 +1,7 @@
 """`flower-simulation` and `facefed`: parse, check at the door, run, show. Only these and the other cli files print."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from simulation.admin.cli import (
     add_certs_parser,
     add_egress_parser,
     add_policy_parser,
+    add_privacy_parser,
     add_tracking_parser,
     add_tracking_settings,
     certs,
@@ -37,6 +39,8 @@ from simulation.admin.cli import (
 )
 
 if TYPE_CHECKING:
+    from clients.site import SiteSettings
+    from common.faces.pack import FacePack
     from simulation.alone.sweep_plan import SweepPlan
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
@@ -258,6 +262,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     add_certs_parser(commands)
     add_egress_parser(commands)
     add_policy_parser(commands, _add_site_data)
+    add_privacy_parser(commands, _add_site_data)
     return parser
 
 
@@ -377,11 +382,11 @@ def _data(arguments: argparse.Namespace, name: str) -> int:
     return sites.audit_data(settings, options, shape=shape, out=sys.stdout, err=sys.stderr)
 
 
-def _check_policy(arguments: argparse.Namespace) -> int:
+def _own_packs(arguments: argparse.Namespace) -> "tuple[Settings, list[tuple[SiteSettings, FacePack]]]":
+    """The settings of a run, and each site that is meant with its pictures under them."""
     settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
     from simulation import sites
-    from simulation.admin.site_policy import check
 
     clients, folders = arguments.client, arguments.data_dir
     if not clients:  # a folder is named as its data set, or has one folder a person
@@ -390,8 +395,23 @@ def _check_policy(arguments: argparse.Namespace) -> int:
         folders = []
     options, cache_dir = sites.data_options(clients, folders), Path(arguments.cache_dir)
     held = [sites.site_of(one, device=arguments.device, cache_dir=cache_dir, state_dir=cache_dir) for one in options]
-    packs = {site.name: sites.pack_at_the_door(site, settings, sys.stdout) for site in held}
-    return check(settings, packs, arguments.policy, sys.stdout)
+    return settings, [(site, sites.pack_at_the_door(site, settings, sys.stdout)) for site in held]
+
+
+def _check_policy(arguments: argparse.Namespace) -> int:
+    from simulation.admin.site_policy import check
+
+    settings, held = _own_packs(arguments)
+    return check(settings, {site.name: pack for site, pack in held}, arguments.policy, sys.stdout)
+
+
+def _attack(arguments: argparse.Namespace) -> int:
+    from simulation.admin.attacks import report
+    from simulation.admin.site_policy import policy_of
+
+    policy, _ = policy_of(arguments.policy)
+    settings, held = _own_packs(arguments)
+    return max(report(dataclasses.replace(site, policy=policy), settings, pack, sys.stdout) for site, pack in held)
 
 
 def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
@@ -463,6 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("egress", "report"): lambda: egress(arguments),
         ("policy", "show"): lambda: show_policy(arguments),
         ("policy", "check"): lambda: _check_policy(arguments),
+        ("privacy", "attack"): lambda: _attack(arguments),
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }

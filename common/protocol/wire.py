@@ -138,11 +138,17 @@ def _flat_array(coded: Coded) -> Array:
     return Array(dtype=coded.codec, shape=(coded.size,), stype=FLAT, data=coded.data)
 
 
-def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s: float) -> Message:
-    """The message of one task to one node; `shared` is from `pack_shared`, or None for join."""
+def task_content(task: Task, shared: ArrayRecord | None) -> RecordDict:
+    """The content of one task's message; `shared` is from `pack_shared`, or None for join."""
     content = RecordDict({TASK: _task_record(task)})
     if shared is not None:
         content[ARRAYS] = shared
+    return content
+
+
+def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s: float) -> Message:
+    """The message of one task to one node; `shared` as in `task_content`."""
+    content = task_content(task, shared)
     return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=str(task.server_round))
 
 

@@ -182,6 +182,21 @@ def add_policy_parser(
     add_run_settings(check, without=("--epochs",))
 
 
+def add_privacy_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    add_data: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    """Add `privacy` to the commands of `facefed`.  add_data: as for `add_policy_parser`."""
+    actions = commands.add_parser("privacy", help="what a hostile server would learn").add_subparsers(
+        dest="action", required=True
+    )
+    text = "play attacks of a hostile server against this site's own code, with its policy and without"
+    attack = actions.add_parser("attack", help=text, description=text)
+    attack.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
+    add_data(attack)
+    add_run_settings(attack, without=("--epochs",))
+
+
 def show_policy(arguments: argparse.Namespace) -> int:
     """`facefed policy show`: returns the exit code."""
     from simulation.admin.site_policy import show

@@ -82,18 +82,18 @@ def record_with_model(folder, change=0.01, **policy):
 
 
 def test_a_later_model_may_move_as_far_as_training_does(tmp_path):
-    record = record_with_model(tmp_path, max_move=20.0)
+    record = record_with_model(tmp_path, max_move=20.0, max_relative_move=0.0)
     watch = watch_over(record)
     watch.admit(task(2), FIRST + np.float32(0.19))
     with pytest.raises(PolicyRefusal) as jump:
         watch.admit(task(3), FIRST + np.float32(0.19 + 0.21))
     assert jump.value.against.limit == "max_move"
-    assert jump.value.against.asked.startswith("backbone.a moved 21 x what training moved it")
+    assert jump.value.against.asked.startswith("backbone.b moved 21 x what training moved it")
     assert "21" not in str(jump.value)
 
 
 def test_of_a_missed_round_more_is_allowed_and_a_known_model_is_never_refused(tmp_path):
-    record = record_with_model(tmp_path, max_move=20.0)
+    record = record_with_model(tmp_path, max_move=20.0, max_relative_move=0.0)
     watch = watch_over(record)
     with refused("max_move"):
         watch.admit(task(2), FIRST + np.float32(0.5))
@@ -103,10 +103,17 @@ def test_of_a_missed_round_more_is_allowed_and_a_known_model_is_never_refused(tm
 
 def test_an_adaptive_step_may_move_what_training_hardly_did(tmp_path):
     settings = changed(SETTINGS, federation__strategy="fedadam")
-    record = record_with_model(tmp_path, change=1e-6)
+    record = record_with_model(tmp_path, change=1e-6, max_relative_move=0.0)
     watch_over(record, settings).admit(task(2), FIRST + np.float32(0.02))
     with refused("max_move"):
         watch_over(record, settings).admit(task(3), FIRST + np.float32(0.2))
+
+
+def test_another_site_may_move_a_weight_far_but_not_replace_it(tmp_path):
+    record = record_with_model(tmp_path, change=1e-6)
+    watch_over(record).admit(task(2), FIRST * np.float32(1.8))
+    with refused("max_move"):
+        watch_over(record).admit(task(3), -FIRST)
 
 
 def test_a_run_that_has_begun_is_joined_where_the_policy_says_so(tmp_path):
