@@ -41,12 +41,14 @@ ROOT = Path(__file__).parents[2]
 PAUSED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from clients.flower import trainer
+from clients.policy import DEFAULT
 trainer.end_with_parent(int(sys.argv[2]))
 def answer(site, content):
     print("working", flush=True)
     time.sleep(120)
-trainer.serve(Path(sys.argv[1]), None, answer)
+trainer.serve(Path(sys.argv[1]), SimpleNamespace(policy=DEFAULT), answer)
 """
 
 
