@@ -12,7 +12,7 @@ from common.faces.pack import FacePack
 from common.metrics.figures import scores, train_metrics
 from common.metrics.names import BYTES_DOWN, BYTES_UP
 from common.models.recogniser import Recogniser
-from common.private_figures import private_pictures
+from common.private_figures import HARDEST, hardest, own_threshold, private_pictures
 from common.protocol.codec import num_bytes
 from common.protocol.wire import Reply, Task, counts_nbytes
 from common.settings import Settings, TrackingSettings
@@ -92,10 +92,21 @@ def keep_own_record(
             pictures: Mapping[str, SavesFigure] = {}
             if draws:
                 pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
+                _keep_hardest(tracked, recogniser, pack, compute, client=site.name)
             for name, figure in pictures.items():
                 tracked.log_figure(figure, f"plots/{name}")
     except (FaceFedError, OSError) as error:
         log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
+
+
+def _keep_hardest(
+    tracked: TrackedRun, recogniser: Recogniser, pack: FacePack, compute: Compute, *, client: str
+) -> None:
+    """Draw faces into the site's own folder; not even its own tracking gets them, which may be another machine."""
+    threshold = own_threshold(recogniser, pack, compute)
+    figure = hardest(recogniser, pack, compute, client=client, threshold=threshold)
+    if figure is not None:
+        tracked.keep_figure(figure, HARDEST)
 
 
 def _open(

@@ -1,7 +1,7 @@
 """Pictures that need embeddings or single predictions, and so are drawn where the data are, and only there.
 
 A site keeps them in its own folder and sends them, if anywhere, to a tracking of its own.  That may be another machine,
-so people are numbers here too: the classes of the head.
+so people are numbers there too: the classes of the head.  `hardest` shows faces and names: it is kept, and never sent.
 """
 
 import contextlib
@@ -13,13 +13,19 @@ from numpy.typing import NDArray
 from common.errors import DataError, TrainingFailed
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.figures import judged, known_threshold
+from common.metrics.hardest import ScoredPair, hardest_genuine, hardest_impostors
+from common.metrics.pairs import pair_counts, pair_histogram
+from common.metrics.sums import no_twins
 from common.models.recogniser import Recogniser
+from common.plots.hardest import PAIRS_SHOWN, ShownPair, hardest_pairs
 from common.plots.people import Projection, confusion_of_predictions, embedding_maps
 from common.system.runtime import stream_seed
 from common.tracking.run import SavesFigure
 from common.training.evaluation import closed_set_predictions, embed
 from common.training.loop import Compute
 
+HARDEST: Final = "plots/hardest_pairs.png"
 MOST_PICTURES: Final = 1000  # t-SNE of them takes seconds; callers draw a sample
 FEWEST_PICTURES: Final = 5  # fewer have no neighbourhoods to keep
 _PERPLEXITY: Final = 30.0
@@ -123,3 +129,51 @@ def private_pictures(
     if len(pack.indices(Split.TEST_PEOPLE)) > 1:
         figures["embeddings.png"] = _maps(recogniser, pack, compute, client=client, seed=seed)
     return figures
+
+
+def own_threshold(recogniser: Recogniser, pack: FacePack, compute: Compute) -> float | None:
+    """The cosine that is best for the pairs of this client's own validation people; None where there are none."""
+    indices, person, family = pack.shown_in(Split.VAL_PEOPLE)
+    some = all(pair_counts(person, family)["all"])
+    return known_threshold(pair_histogram(embed(recogniser, pack, indices, compute), person) if some else no_twins())
+
+
+def hardest(
+    recogniser: Recogniser, pack: FacePack, compute: Compute, *, client: str, threshold: float | None
+) -> SavesFigure | None:
+    """The test people's pairs that the model gets most wrong, with their faces and names: to be kept, never sent.
+
+    threshold: a cosine, chosen in validation.  None when there are no two people, one of them with two pictures.
+    """
+    indices, person, family = pack.shown_in(Split.TEST_PEOPLE)
+    if not all(pair_counts(person, family)["all"]):
+        return None
+    embeddings = embed(recogniser, pack, indices, compute)
+
+    def shown(pairs: list[ScoredPair]) -> list[ShownPair]:
+        found = []
+        for pair in pairs:
+            rows = indices[[pair.first, pair.second]]
+            one, other = (pack.people[number] for number in pack.person[rows])
+            first, second = pack.pictures[rows]
+            found.append(ShownPair(first, second, (one, other), pair.score))
+        return found
+
+    return hardest_pairs(
+        shown(hardest_impostors(embeddings, person, PAIRS_SHOWN)),
+        shown(hardest_genuine(embeddings, person, PAIRS_SHOWN)),
+        threshold=threshold,
+        title=f"The hardest pairs of people never seen in training, {client}",
+        about=_about_hardest(pair_histogram(embeddings, person), threshold),
+    )
+
+
+def _about_hardest(pairs: NDArray[np.int64], threshold: float | None) -> str:
+    kept = "One pair of each two people, and of each person. These are faces: the file is kept here and sent nowhere."
+    if threshold is None:
+        return kept
+    (rejected, taken), (_, accepted) = judged(pairs, threshold).tolist()
+    return (
+        f"Threshold {threshold:.3f}, from validation: {accepted:,} of {int(pairs[1].sum()):,} pairs of two people are"
+        f" accepted, {rejected:,} of {rejected + taken:,} of one person rejected.\n{kept}"
+    )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.metrics.figures import roc_auc, roc_curve
+from common.metrics.figures import known_threshold, roc_auc, roc_curve
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
@@ -88,14 +89,30 @@ def worse_than_untrained(untrained: Mapping[str, float | None], trained: Mapping
     return f"training ended below the untrained model ({', '.join(worse)})" if worse else ""
 
 
-def draw_scores(tracked: TrackedRun, compared: Mapping[str, NDArray[np.int64]], label: str) -> None:
+_MARGINS: Final[Mapping[str, str]] = {"cosface": "CosFace margin {:g}", "arcface": "ArcFace margin {:g} rad"}
+
+
+def margin_words(settings: Settings) -> str:
+    """What makes the training loss higher than the same model's loss on test, for pictures; "" where nothing does."""
+    model = settings.model
+    return _MARGINS[model.head].format(model.head_margin) if model.head in _MARGINS and model.head_margin else ""
+
+
+def draw_scores(
+    tracked: TrackedRun,
+    compared: Mapping[str, NDArray[np.int64]],
+    label: str,
+    validation: NDArray[np.int64] | None = None,
+) -> None:
     """ROC and DET of all models, and the scores' histograms of the one of that label, where it is among them.
 
-    compared: label -> pair counts [2, bins] int64.
+    compared: label -> pair counts [2, bins] int64.  validation: that model's on validation people, for the threshold.
     """
     shown = {name: (*roc_curve(pairs), float(roc_auc(pairs))) for name, pairs in compared.items()}
     if shown:
         tracked.log_figure(verification.roc(shown), "plots/roc.png")
         tracked.log_figure(verification.det(shown), "plots/det.png")
     if label in compared:
-        tracked.log_figure(verification.score_histograms(compared[label]), "plots/score_histograms.png")
+        threshold = None if validation is None else known_threshold(validation)
+        figure = verification.score_histograms(compared[label], threshold)
+        tracked.log_figure(figure, "plots/score_histograms.png")

@@ -138,10 +138,10 @@ def _metrics(found: FoundModel) -> Mapping[str, Any]:
 def threshold_of(metrics: Mapping[str, Any]) -> float | None:
     """The cosine from which on a run takes two pictures for one person, chosen in validation; None: it has none.
 
-    metrics: of metrics.json, in which it is `twins.threshold`.
+    metrics: of metrics.json, in which it is `threshold`; of older runs on twins `twins.threshold`.
     """
     twins = metrics.get("twins")
-    threshold = twins.get("threshold") if isinstance(twins, Mapping) else None
+    threshold = metrics.get("threshold", twins.get("threshold") if isinstance(twins, Mapping) else None)
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not math.isfinite(threshold):
         return None
     return float(threshold)

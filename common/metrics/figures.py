@@ -44,7 +44,8 @@ class Figure:
     # bootstrap has fewer, and of unequal width.  CLOSED, FOLDS: of that field, a float.
     values: Callable[[Any], Any]
     is_best: str = "highest"  # or "lowest"
-    title: str = ""  # above a panel of a picture; "": its name
+    title: str = ""  # above a panel of a picture: what it is, and on a second line of whom; "": its name
+    guessing: float | None = None  # what guessing reaches, whoever is guessed; None: about the worst there is, 0 or 1
     in_rounds: bool = False  # stands in the record of each round and epoch, and a sweep may choose by it
     kinds: tuple[str, ...] = ()  # beside all pairs, in records and gaps
     is_compared: bool = True  # stands in comparisons of models
@@ -60,7 +61,17 @@ class Figure:
     @property
     def label(self) -> str:
         """Its title without the people that it is of."""
-        return self.title.partition("\n")[0]
+        return (self.title or self.name).partition("\n")[0]
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Where an axis of it begins and ends: from guessing to perfect, so that no picture magnifies chance.
+
+        Of figures in [0, 1]; a value outside widens it.
+        """
+        if self.guessing is None:
+            return 0.0, 1.0
+        return (self.guessing, 1.0) if self.is_best == "highest" else (0.0, self.guessing)
 
 
 def check_both_kinds(histogram: "Histograms") -> tuple[int, int]:
@@ -205,6 +216,11 @@ def threshold_at_best_accuracy(histogram: "NDArray[np.int64]") -> float:
     return 1.0 - 2.0 * accepted_bins / int(histogram.shape[1])
 
 
+def known_threshold(histogram: "NDArray[np.int64]") -> float | None:
+    """`threshold_at_best_accuracy` of the validation people's pairs; None where they have not both kinds."""
+    return threshold_at_best_accuracy(histogram) if bool(histogram.any(axis=1).all()) else None
+
+
 def ten_fold_accuracy(folds: "NDArray[np.int64]") -> float:
     """The mean of `folds.ten_fold_accuracy`."""
     from common.metrics import folds as ten_folds
@@ -222,13 +238,19 @@ def fold_ends(folds: "NDArray[np.int64]") -> tuple[float, float]:
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def wilson(correct: int, num_pictures: int) -> tuple[float, float]:
-    """The 95 % score interval of a fraction (Wilson, JASA 22, 1927), which takes pictures as independent."""
-    rate, square = correct / num_pictures, _DEVIATIONS**2 / num_pictures
+def wilson(total: float, num: float) -> tuple[float, float]:
+    """The 95 % score interval of a fraction (Wilson, JASA 22, 1927), which takes what is counted as independent.
+
+    total: of `num` values in [0, 1], num > 0.  Of values that are not all 0 or 1 it is wider than need be, since
+    none in [0, 1] spread more at one mean.
+    """
+    rate, square = total / num, _DEVIATIONS**2 / num
     middle = (rate + square / 2) / (1 + square)
     half = math.sqrt(rate * (1 - rate) * square + square**2 / 4) / (1 + square)
     return max(0.0, middle - half), min(1.0, middle + half)
 
+
+_OVER_PEOPLE: Final = "Wilson, over people, at its widest"
 
 FIGURES: Final[tuple[Figure, ...]] = (
     Figure(
@@ -236,6 +258,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         of=PAIRS,
         values=roc_auc,
         title="ROC AUC\npeople never seen",
+        guessing=0.5,
         in_rounds=True,
         told="AUC",
         kinds=("twins", "strangers"),
@@ -253,6 +276,7 @@ FIGURES: Final[tuple[Figure, ...]] = (
         values=eer,
         is_best="lowest",
         title="equal error rate\npeople never seen",
+        guessing=0.5,
         in_rounds=True,
         told="EER",
         kinds=("twins",),
@@ -296,6 +320,8 @@ FIGURES: Final[tuple[Figure, ...]] = (
         name="ten_fold_accuracy",
         of=FOLDS,
         values=ten_fold_accuracy,
+        title="ten-fold accuracy\npeople never seen",
+        guessing=0.5,
         told="ten-fold accuracy",
         head="ten-fold",
         words={
@@ -309,6 +335,8 @@ FIGURES: Final[tuple[Figure, ...]] = (
         name="accuracy",
         of=JUDGED,
         values=balanced_accuracy,
+        title="accuracy at one threshold\npeople never seen",
+        guessing=0.5,
         kind_head="accuracy",
         words={
             "accuracy": "mean of the parts of genuine pairs accepted and of impostor pairs rejected, by one threshold"
@@ -342,18 +370,24 @@ FIGURES: Final[tuple[Figure, ...]] = (
         of=CLOSED,
         values=lambda closed: closed.precision_sum / closed.num_classes,
         title="precision\nown identities",
+        ends=lambda closed: wilson(closed.precision_sum, closed.num_classes),
+        ends_method=_OVER_PEOPLE,
     ),
     Figure(
         name="recall",
         of=CLOSED,
         values=lambda closed: closed.recall_sum / closed.num_classes,
         title="recall\nown identities",
+        ends=lambda closed: wilson(closed.recall_sum, closed.num_classes),
+        ends_method=_OVER_PEOPLE,
     ),
     Figure(
         name="f1",
         of=CLOSED,
         values=lambda closed: closed.f1_sum / closed.num_classes,
         title="F1\nown identities",
+        ends=lambda closed: wilson(closed.f1_sum, closed.num_classes),
+        ends_method=_OVER_PEOPLE,
     ),
 )
 
@@ -389,6 +423,27 @@ def figure_name(kind: str, name: str) -> str:
 def kind_of(name: str) -> str:
     """The kind of pairs that a figure of this name is of."""
     return next((kind for kind in KINDS if name.startswith(f"{kind}_")), "all")
+
+
+def row_of(name: str) -> Figure:
+    """The row of a figure by its name among a model's, of a kind of pairs too.
+
+    "val_", "test_" or "round_test_" may stand before it.  Raises KeyError for a name that is no figure's.
+    """
+    bare = _without_split(name)
+    kind = next((kind for kind in KINDS if bare.startswith(f"{kind}_")), "")
+    rows = figures_of(PAIRS, JUDGED) if kind else figures_of(CLOSED, PAIRS, FOLDS)
+    return {row.name: row for row in rows}[bare.removeprefix(f"{kind}_")]
+
+
+def title_of(name: str) -> str:
+    """What a picture calls a figure, and on a second line of whom it is, for a name as `row_of` takes it."""
+    row, kind = row_of(name), kind_of(_without_split(name))
+    return row.title or row.name if kind == "all" else f"{row.label}\n{kind} only, never seen"
+
+
+def _without_split(name: str) -> str:
+    return name.removeprefix("round_").removeprefix("test_").removeprefix("val_")
 
 
 def recorded() -> Iterator[tuple[str, Figure]]:

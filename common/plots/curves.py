@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from common.metrics.figures import AUC, PAIRS, figures_of
+from common.metrics.figures import AUC, PAIRS, figures_of, row_of
 from common.metrics.names import of_split
 from common.plots.style import (
     BLACK,
@@ -16,6 +16,7 @@ from common.plots.style import (
     grid_of_axes,
     marker_for,
     new_figure,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ class Panel(NamedTuple):
     title: str
     y_label: str
     lines: Mapping[str, str]
+    span: tuple[float, float] | None = None  # of the y axis, wider where a value lies outside; None: what there is
 
 
 _VAL_AUC: Final = of_split("val", AUC)
 _ROUND_PANELS: Final = (
-    Panel("Loss", "loss (nats)", {"train_loss": "train", of_split("test", "loss"): "test"}),
     Panel(
         "Identities seen in training",
         "accuracy (0 to 1)",
@@ -43,9 +44,8 @@ _ROUND_PANELS: Final = (
     ),
 )
 _EPOCH_PANELS: Final = (
-    Panel("Loss", "loss (nats)", {"train_loss": "train", "val_loss": "val"}),
     Panel("Identities seen in training", "accuracy (0 to 1)", {"train_accuracy": "train", "val_accuracy": "val"}),
-    Panel("People never seen", "ROC AUC (0 to 1)", {_VAL_AUC: "val"}),
+    Panel("People never seen", "ROC AUC (0 to 1)", {_VAL_AUC: "val"}, row_of(AUC).span),
     Panel("Schedule", "learning rate", {"learning_rate": "learning rate"}),
 )
 _CLIENT_PANELS: Final = (
@@ -61,15 +61,26 @@ _WORDS: Final[Mapping[str, str]] = {"train": "training", "val": "validation", "t
 _PANEL_HEIGHT_IN: Final = 3.1
 
 
-def convergence(rounds: Rows) -> "Figure":
+def convergence(rounds: Rows, *, margin: str = "") -> "Figure":
     """Scores of the global model over the rounds, with the best round (highest `val_roc_auc`) marked.
 
+    margin: what makes the training loss another than the test loss, such as "CosFace margin 0.2"; "": nothing.
     rounds: in any order; each has "step" (the round; 0 is the initial model) and some of train_loss,
     train_accuracy, round_test_loss, round_test_accuracy, val_roc_auc, round_test_roc_auc, val_eer, round_test_eer.
     Missing and non-finite values leave a gap.  Panels without any value are left out.
     """
-    panels = (*_ROUND_PANELS, *_open_panels())
+    losses = _loss_panels({"train_loss": "train"}, {of_split("test", "loss"): "test"}, margin)
+    panels = (*losses, *_ROUND_PANELS, *_open_panels())
     return _curves(rounds, panels, title="Convergence of the global model", x_label="round", auc=_VAL_AUC)
+
+
+def _loss_panels(training: Mapping[str, str], scored: Mapping[str, str], margin: str) -> list[Panel]:
+    """The loss that is minimised and that of scoring, apart: with a margin in one alone they are not comparable."""
+    (split,) = scored.values()
+    return [
+        Panel(f"Training loss{', ' + margin if margin else ''}", "loss (nats)", training),
+        Panel(f"{_WORDS[split].capitalize()} loss{', no margin' if margin else ''}", "loss (nats)", scored),
+    ]
 
 
 def _open_panels() -> list[Panel]:
@@ -79,19 +90,21 @@ def _open_panels() -> list[Panel]:
             f"People never seen: {row.label}",
             f"{row.label} (0 to 1)",
             {of_split(split, row.name): split for split in ("val", "test")},
+            row.span,
         )
         for row in figures_of(PAIRS)
         if row.in_rounds
     ]
 
 
-def training_curves(epochs: Rows) -> "Figure":
+def training_curves(epochs: Rows, *, margin: str = "") -> "Figure":
     """One holder's training over the epochs, with the best epoch (highest `val_roc_auc`) marked.
 
     epochs: each has "step" (the epoch) and some of train_loss, train_accuracy, val_loss, val_accuracy, val_roc_auc,
-    learning_rate.
+    learning_rate.  margin: as `convergence` has it.
     """
-    return _curves(epochs, _EPOCH_PANELS, title="Training", x_label="epoch", auc=_VAL_AUC)
+    panels = (*_loss_panels({"train_loss": "train"}, {"val_loss": "val"}, margin), *_EPOCH_PANELS)
+    return _curves(epochs, panels, title="Training", x_label="epoch", auc=_VAL_AUC)
 
 
 def client_curves(curves: Mapping[str, Rows]) -> "Figure":
@@ -127,6 +140,9 @@ def _curves(rows: Rows, panels: Sequence[Panel], *, title: str, x_label: str, au
             style = LineStyle(SPLIT_COLOURS.get(split, BLUE), "-", "o")
             _draw(axes, rows, metric, style, _WORDS.get(split, split))
         _finish(axes, panel, x_label)
+        if panel.span is not None:
+            low, high = widened(panel.span, [value for metric in panel.lines for value in _points(rows, metric)[1]])
+            axes.set_ylim(low - 0.02 * (high - low), high + 0.02 * (high - low))
         if best is not None:
             label = f"best {x_label}: {best[0]:g}" + (f" ({best[1]:.3f})" if auc in panel.lines else "")
             axes.axvline(best[0], color=BLACK, linewidth=1.0, linestyle=(0, (2, 3)), label=label, zorder=1)

@@ -4,6 +4,7 @@ Figures are made with matplotlib's object interface: no window, no global state,
 imported inside the functions, since every program's `--help` passes by here.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
@@ -36,6 +37,7 @@ _MARKERS: Final = ("o", "s", "^", "D")
 WIDTH_IN: Final = 10.0
 DPI: Final = 120  # 1200 px wide
 _MOST_MARKED_POINTS: Final = 25
+_STEPS: Final = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # between ticks that begin at the end of an axis
 
 
 class LineStyle(NamedTuple):
@@ -59,6 +61,7 @@ METHOD_STYLES: Final[Mapping[str, LineStyle]] = {
     "fedadam": LineStyle(PURPLE, "-.", "D"),
     "fedyogi": LineStyle(PURPLE, ":", "^"),
 }
+SHOWN_METHODS: Final[Mapping[str, str]] = {"centralized": "centralised"}  # a method's name in words, where it differs
 LOCAL: Final = "local "  # "local NAME": the model that NAME trained alone, in the colour of "local"
 _LOCAL_LINES: Final[Mapping[str, tuple[str, str]]] = {
     "celeba": ("--", "s"),
@@ -98,7 +101,9 @@ def method_styles(names: Iterable[str]) -> dict[str, LineStyle]:
     "local NAME" has the colour of "local" and a line and marker of its own.
     """
     given = list(names)
-    known = {name: METHOD_STYLES[name] for name in given if name in METHOD_STYLES} | _local_styles(given)
+    in_words = {SHOWN_METHODS.get(name, name): look for name, look in METHOD_STYLES.items()}
+    methods = {**METHOD_STYLES, **in_words}
+    known = {name: methods[name] for name in given if name in methods} | _local_styles(given)
     taken = {style.colour for style in known.values()}
     free = [colour for colour in _OTHER_COLOURS if colour not in taken] or list(_OTHER_COLOURS)
     for number, name in enumerate(name for name in given if name not in known):
@@ -153,6 +158,24 @@ def new_figure(title: str, height_in: float) -> "Figure":
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
+
+
+def widened(span: tuple[float, float], values: Iterable[float]) -> tuple[float, float]:
+    """The span of an axis or a colour scale, widened to whole tenths where a finite value lies outside."""
+    finite = [value for value in values if math.isfinite(value)]
+    low = min([span[0], *(math.floor(10.0 * value) / 10.0 for value in finite)])
+    high = max([span[1], *(math.ceil(10.0 * value) / 10.0 for value in finite)])
+    return low, high
+
+
+def span_x_axis(axes: "Axes", span: tuple[float, float], values: Iterable[float], *, num_ticks: int = 6) -> None:
+    """Give the x axis a figure's own span, whatever part of it the values fill, with ticks that stand apart."""
+    low, high = widened(span, values)
+    room = 0.02 * (high - low)  # a dot at the end is seen whole
+    step = next((step for step in _STEPS if (high - low) / step < num_ticks - 0.5), (high - low) / (num_ticks - 1))
+    ticks = [low + number * step for number in range(math.floor((high - low) / step + 1e-6) + 1)]
+    axes.set_xlim(low - room, high + room)
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
 
 
 def grid_of_axes(figure: "Figure", num_panels: int) -> Sequence["Axes"]:

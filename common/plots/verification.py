@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Final
 
-from common.metrics.figures import equal_error_rate
+from common.metrics.figures import equal_error_rate, judged
 from common.plots.style import BLACK, GREY, PAIR_COLOURS, LineStyle, dress, method_styles, new_figure, shorten
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ _SHOWN_BINS: Final = 100  # over the scores that occur
 _MOST_INSIDE: Final = 4  # models whose legend fits under the curves
 _LONGEST_INSIDE: Final = 34  # characters
 _NAME: Final = 32
-_DET_TICKS: Final = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
+_DET_TICKS: Final = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+_DET_LOW, _DET_HIGH = 0.001, 0.5  # of both axes: half of all pairs wrong is guessing
+_DET_ROOM: Final = 0.9  # of the highest rate; an equal error rate above it moves the end of the axes
 
 
 def roc(
@@ -70,7 +72,8 @@ def det(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | N
     """DET curves (Martin et al., Eurospeech 1997): both error rates on normal-deviate axes, lowest EER first.
 
     curves: model -> (far, tar, auc), as for `roc`.  Scores that are normally distributed give straight lines; the dot
-    on each curve is its equal error rate.  Up to 10 models.
+    on each curve is its equal error rate.  Up to 10 models.  Both axes go from 0.1 % to 50 %, where guessing lies, and
+    further only where a model guesses or does worse.
     intervals: model -> (low, high) of its EER, for the legend.
     """
     figure = new_figure("Errors in verifying people never seen in training (DET)", 6.0)
@@ -85,12 +88,16 @@ def det(curves: "Mapping[str, Curve]", *, intervals: "Mapping[str, Interval] | N
         if 0.0 < rates[name] < 1.0:
             middle = _deviates([rates[name]])
             axes.plot(middle, middle, color=styles[name].colour, marker=styles[name].marker, markersize=7)
-    ends = _deviates([_DET_TICKS[0], _DET_TICKS[-1]])
+    highest = next(
+        (tick for tick in _DET_TICKS if tick >= max([_DET_HIGH, *(r / _DET_ROOM for r in rates.values())])), 0.95
+    )
+    ends = _deviates([_DET_LOW, highest])
     axes.plot(ends, ends, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="equal error rates", zorder=1)
     dress(axes, title="", x_label="false accept rate (FAR)", y_label="false reject rate (FRR = 1 - TAR)")
-    ticks = [f"{100 * tick:g} %" for tick in _DET_TICKS]
-    axes.set_xticks(_deviates(_DET_TICKS), ticks)
-    axes.set_yticks(_deviates(_DET_TICKS), ticks)
+    ticked = [tick for tick in _DET_TICKS if tick <= highest]
+    ticks = [f"{100 * tick:g} %" for tick in ticked]
+    axes.set_xticks(_deviates(ticked), ticks)
+    axes.set_yticks(_deviates(ticked), ticks)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     # Beside the curves: which corner is free depends on how good the models are.
@@ -125,12 +132,13 @@ def _log_grid() -> "NDArray[np.float64]":
     return np.logspace(np.log10(LOWEST_FAR), 0.0, 100)
 
 
-def score_histograms(histogram: "NDArray[np.int64]") -> "Figure":
+def score_histograms(histogram: "NDArray[np.int64]", threshold: float | None = None) -> "Figure":
     """How the cosine scores of genuine and impostor pairs spread; the less they overlap, the better.
 
     histogram: [2, bins] int64 over [-1, 1], row 0 genuine and row 1 impostor pairs, as
     `metrics.pairs.pair_histogram` returns it (or a sum of such).  Each row is shown as a density of its own,
-    since there are far more impostor pairs; the dashed line is the threshold with equal error rates.
+    since there are far more impostor pairs.  threshold: a cosine, the dashed line, chosen on validation people: it is
+    the one by which the model decides, and its errors on these pairs are written beside it.  None: no line.
     """
     figure = new_figure("Scores of pairs of people never seen in training", 4.8)
     axes = figure.subplots()
@@ -138,10 +146,10 @@ def score_histograms(histogram: "NDArray[np.int64]") -> "Figure":
     bins_together = max(1, round((high - low) / 2.0 * histogram.shape[1] / _SHOWN_BINS))
     for row, kind in enumerate(PAIR_COLOURS):
         _draw_density(axes, histogram[row], kind, bins_together)
-    if histogram.sum(axis=1).all():
-        threshold, rate = _equal_error(histogram)
-        label = f"threshold {threshold:.3f}: both error rates {rate:.3f}"
+    if threshold is not None:
+        label = f"threshold {threshold:.3f}, from validation: {_errors(histogram, threshold)}"
         axes.axvline(threshold, color=BLACK, linewidth=1.2, linestyle="--", label=label)
+        low, high = max(-1.0, min(low, threshold - 0.01)), min(1.0, max(high, threshold + 0.01))
     dress(axes, title="", x_label="cosine similarity of a pair", y_label="density (the area of each kind is 1)")
     axes.set_xlim(low, high)
     axes.set_ylim(0.0, 1.25 * axes.dataLim.ymax or 1.0)  # room for the legend
@@ -165,15 +173,12 @@ def _draw_density(axes: "Axes", counts: "NDArray[np.int64]", kind: str, bins_tog
     axes.stairs(density, places, color=PAIR_COLOURS[kind], linewidth=1.6, label=label)
 
 
-def _equal_error(histogram: "NDArray[np.int64]") -> tuple[float, float]:
-    """The bin edge where FAR and FRR are closest, and their mean there."""
-    import numpy as np
-
-    totals = histogram.sum(axis=1)
-    below = np.concatenate([np.zeros((2, 1)), np.cumsum(histogram, axis=1)], axis=1) / totals[:, None]
-    frr, far = below[0], 1.0 - below[1]
-    edge = int(np.argmin(np.abs(far - frr)))
-    return -1.0 + edge * 2.0 / histogram.shape[1], float((far[edge] + frr[edge]) / 2.0)
+def _errors(histogram: "NDArray[np.int64]", threshold: float) -> str:
+    """The parts of impostor pairs accepted and of genuine pairs rejected, as far as there are any of them."""
+    genuine, impostor = judged(histogram, threshold).tolist()
+    parts = [f"FAR {impostor[1] / sum(impostor):.3f}"] if sum(impostor) else []
+    parts += [f"FRR {genuine[0] / sum(genuine):.3f}"] if sum(genuine) else []
+    return ", ".join(parts) or "no pairs"
 
 
 def _shown_range(histogram: "NDArray[np.int64]") -> tuple[float, float]:

@@ -5,22 +5,31 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.metrics.figures import AUC, FEW_PEOPLE, known_scores, own_seconds, people_behind, train_metrics
+from common.metrics.figures import (
+    AUC,
+    FEW_PEOPLE,
+    known_scores,
+    known_threshold,
+    own_seconds,
+    people_behind,
+    train_metrics,
+)
+from common.metrics.intervals import FROM_SUMS, intervals_from_sums
 from common.metrics.names import ROUND_SECONDS, WORK_SECONDS, of_client, of_split, seconds_of
-from common.metrics.sums import EvaluationSums, pooled
+from common.metrics.sums import EvaluationSums
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
 from common.protocol.refusals import refused_setting
 from common.protocol.wire import Reply, Site
-from common.results import draw_scores, worse_than_untrained
+from common.results import draw_scores, margin_words, worse_than_untrained
 from common.runs import federated_kind, write_run_file
 from common.settings import Settings
 from common.system.events import EventLog
 from common.system.runtime import machine_digest
 from common.tracking.hardware import gpu_type
 from common.tracking.notes import chosen_note, data_note, run_note
-from common.tracking.run import TrackedRun
+from common.tracking.run import SavesFigure, TrackedRun
 from common.training.autotune import threads_for
 from server.exchange.clock import TimeBudget
 from server.exchange.roster import MOST_TOLD_APART, Member
@@ -289,7 +298,9 @@ class Record:
         if self._settings.tracking.plots != "none":
             self._draw_curves(history)
             self._draw_verification(history)
-            self._draw_clients(history.at(best).sums.get("test", {}))
+            self._draw_clients(history, best)
+        validation = history.at(best).totals.get("val")
+        threshold = None if validation is None else known_threshold(validation.pairs)
         summary: dict[str, Any] = {
             "rounds": last_round,
             "stopped_early": last_round < self._settings.federation.rounds,
@@ -306,6 +317,7 @@ class Record:
             "few_people": self._few_people(history.at(best).sums.get("test", {})),
             "last": self._test_scores(history, last_round),
             "best_val_auc": history.best_val_auc,
+            "threshold": threshold,
             "test_roc_auc_median": history.median_of_clients(best, of_split("test", AUC)),
             "num_pictures_processed": self._num_pictures,
             "num_gradient_steps": self._num_steps,
@@ -323,6 +335,8 @@ class Record:
         final |= {"best_round": float(best), f"best_val_{AUC}": history.best_val_auc}
         if summary["test_roc_auc_median"] is not None:
             final["test_roc_auc_median"] = summary["test_roc_auc_median"]
+        if threshold is not None:
+            final["test_threshold"] = threshold
         budget = ("num_pictures_processed", "num_gradient_steps", "num_warmup_pictures")
         final |= {name: summary[name] for name in budget}
         self._tracked.log_metrics(final, step=best)
@@ -362,7 +376,9 @@ class Record:
         return known_scores(history.pooled_test(step))
 
     def _draw_curves(self, history: History) -> None:
-        self._tracked.log_figure(curves.convergence(history.rows()), "plots/convergence.png")
+        self._tracked.log_figure(
+            curves.convergence(history.rows(), margin=margin_words(self._settings)), "plots/convergence.png"
+        )
         if not self._are_many:
             self._tracked.log_figure(curves.client_curves(history.client_rows()), "plots/clients.png")
 
@@ -371,18 +387,35 @@ class Record:
         steps = (("untrained", 0), (strategy, history.best_round))
         scored = {label: step for label, step in steps if AUC in self._test_scores(history, step)}
         pairs = {label: history.pooled_test(step).pairs for label, step in scored.items()}
-        draw_scores(self._tracked, pairs, strategy)
+        validation = history.at(history.best_round).totals.get("val")
+        draw_scores(self._tracked, pairs, strategy, None if validation is None else validation.pairs)
 
-    def _draw_clients(self, tested: Mapping[str, EvaluationSums]) -> None:
+    def _draw_clients(self, history: History, best: int) -> None:
         """Each client's figures side by side, and its confusion matrix, from the counts it sent."""
-        if not tested:
-            return
-        scores = {name: known_scores(sums) for name, sums in tested.items()}
-        self._tracked.log_figure(
-            client_comparison(scores, pooled=known_scores(pooled(tested))), "plots/client_comparison.png"
-        )
+        tested = history.at(best).sums.get("test", {})
+        if tested:
+            scores, of_all = intervals_from_sums(tested)
+            figure = client_comparison(scores, pooled=of_all, about=FROM_SUMS)
+            self._tracked.log_figure(figure, "plots/client_comparison.png")
+        elif self._are_many and history.tested(best):
+            self._tracked.log_figure(self._many_clients(history, best), "plots/client_comparison.png")
         for name, sums in tested.items():
             if sums.confusion is not None and sums.closed.num_examples > 0:
                 num_people = max(self._sites[name].num_training_people, len(sums.confusion))
                 figure = confusion(sums.confusion, num_people=num_people, title=f"Confusion at {name}")
                 self._children[name].log_figure(figure, "plots/confusion.png")
+
+    def _many_clients(self, history: History, best: int) -> SavesFigure:
+        """The same of so many clients that only their figures are kept, and not the sums that give intervals."""
+        nothing = math.nan
+        of_all = {name: (value, nothing, nothing) for name, value in self._test_scores(history, best).items()}
+        scores = {
+            client: {
+                name: (own[of_split("test", name)], nothing, nothing)
+                for name in of_all
+                if of_split("test", name) in own
+            }
+            for client, own in history.at(best).clients.items()
+        }
+        about = f"no intervals: of more than {MOST_TOLD_APART} clients the sums that they come from are not kept"
+        return client_comparison(scores, pooled=of_all, about=about)

@@ -16,21 +16,25 @@ from clients.site import SiteSettings
 from common.errors import DataError
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.figures import AUC, FEW_PEOPLE, known_scores
+from common.metrics.bootstrap import Drawn
+from common.metrics.figures import AUC, FEW_PEOPLE, known_scores, known_threshold
+from common.metrics.intervals import FROM_PEOPLE, Intervals, intervals_of_people
 from common.metrics.names import of_client
 from common.metrics.sums import EvaluationSums, pooled
 from common.plots import curves
 from common.plots.comparison import client_comparison
-from common.private_figures import private_pictures
-from common.results import Trained, draw_scores, register_models, worse_than_untrained
+from common.plots.style import SHOWN_METHODS
+from common.private_figures import HARDEST, hardest, private_pictures
+from common.results import Trained, draw_scores, margin_words, register_models, worse_than_untrained
 from common.runs import CHECKPOINTS, RunKind, recorded
 from common.settings import Settings
+from common.system.runtime import stream_seed
 from common.tracking.notes import chosen_note
 from common.tracking.run import TrackedRun
-from common.training.evaluation import people_digest
+from common.training.evaluation import embed, people_digest
 from simulation.alone.epochs import VAL_AUC, AfterEpoch, Epochs, go_on, show_graph
 from simulation.alone.trainee import Trainee, centralized_trainee, local_trainee
-from simulation.alone.twin_results import missing_pairs, twin_results
+from simulation.alone.twin_results import NUM_REPLICATES, missing_pairs, twin_results
 
 log = logging.getLogger("facefed.simulation")
 
@@ -249,6 +253,8 @@ def record_results(
     trainee, tracked, progress = epochs.trainee, epochs.tracked, epochs.progress
     scores = {name: known_scores(sums) for name, sums in tested.items()}
     total = known_scores(pooled(tested))
+    validation = trainee.evaluate_pooled("val").pairs
+    threshold = known_threshold(validation)
     logged = {f"test_{name}": value for name, value in total.items()}
     if len(tested) > 1:
         logged |= {
@@ -256,12 +262,14 @@ def record_results(
         }
     budget = {"num_pictures_processed": progress.num_pictures, "num_gradient_steps": progress.num_steps}
     twins = _twins(trainee, tracked, progress.best_epoch)
+    logged |= {} if threshold is None else {"test_threshold": threshold}
     best = {"best_epoch": progress.best_epoch, f"best_{VAL_AUC}": progress.best_val_auc}
     tracked.log_metrics(logged | budget | best, step=progress.best_epoch)
     tracked.describe(result=chosen_note("epoch", progress.best_epoch, progress.epoch, progress.best_val_auc))
     results: dict[str, Any] = {
         "best_epoch": progress.best_epoch,
         "best_val_auc": progress.best_val_auc,
+        "threshold": threshold,
         "last_epoch": progress.epoch,
         **budget,
         "num_warmup_pictures": progress.num_warmup_pictures,
@@ -274,7 +282,13 @@ def record_results(
         **twins,
     }
     if trainee.settings.tracking.plots != "none":
-        _draw(epochs, label, {"untrained": pooled(untrained.test), label: pooled(tested)}, scores)
+        label = SHOWN_METHODS.get(label, label)
+        compared = {"untrained": pooled(untrained.test).pairs, label: pooled(tested).pairs}
+        tracked.log_figure(
+            curves.training_curves(progress.rows, margin=margin_words(trainee.settings)), "plots/training.png"
+        )
+        draw_scores(tracked, compared, label, validation)
+        _draw_clients(trainee, tracked, tested, threshold)
     tracked.log_dict(results, "metrics.json")
     return results
 
@@ -295,22 +309,38 @@ def _twins(trainee: Trainee, tracked: TrackedRun, step: int) -> dict[str, Any]:
     return {"twins": found.content()}
 
 
-def _draw(
-    epochs: Epochs, label: str, compared: Mapping[str, EvaluationSums], scores: Mapping[str, Mapping[str, float]]
+def _draw_clients(
+    trainee: Trainee, tracked: TrackedRun, tested: Mapping[str, EvaluationSums], threshold: float | None
 ) -> None:
-    trainee, tracked = epochs.trainee, epochs.tracked
-    tracked.log_figure(curves.training_curves(epochs.progress.rows), "plots/training.png")
-    draw_scores(tracked, {name: sums.pairs for name, sums in compared.items()}, label)
-    if len(scores) > 1:
-        tracked.log_figure(
-            client_comparison(scores, pooled=known_scores(compared[label])), "plots/client_comparison.png"
-        )
+    """The clients side by side, where there are several, and what only whoever holds their pictures can draw."""
+    if len(tested) > 1:
+        scores, of_all = _intervals(trainee, tested)
+        figure = client_comparison(scores, pooled=of_all, about=FROM_PEOPLE)
+        tracked.log_figure(figure, "plots/client_comparison.png")
     for client, pack in trainee.clients.items():
-        pictures = private_pictures(
-            trainee.own(client), pack, trainee.compute, client=client, seed=trainee.settings.run.seed
-        )
-        for name, figure in pictures.items():
-            tracked.log_figure(figure, f"plots/{name}" if len(scores) == 1 else f"plots/{client}/{name}")
+        recogniser, compute = trainee.own(client), trainee.compute
+        pictures = private_pictures(recogniser, pack, compute, client=client, seed=trainee.settings.run.seed)
+        for name, picture in pictures.items():
+            tracked.log_figure(picture, _place(trainee, client, f"plots/{name}"))
+        faces = hardest(recogniser, pack, compute, client=client, threshold=threshold)
+        if faces is not None:
+            tracked.keep_figure(faces, _place(trainee, client, HARDEST))
+
+
+def _place(trainee: Trainee, client: str, name: str) -> str:
+    """A picture's place: plots/a.png, of several clients plots/CLIENT/a.png."""
+    return name if len(trainee.clients) == 1 else name.replace("plots/", f"plots/{client}/", 1)
+
+
+def _intervals(trainee: Trainee, tested: Mapping[str, EvaluationSums]) -> tuple[dict[str, Intervals], Intervals]:
+    """Every figure with its interval, of each client and of all, those of pairs with people drawn."""
+    drawn = {}
+    for client, pack in trainee.clients.items():
+        indices, person, family = pack.shown_in(Split.TEST_PEOPLE)
+        embeddings = embed(trainee.recogniser, pack, indices, trainee.compute)
+        seed = stream_seed(trainee.settings.run.seed, client, "bootstrap")  # as in `facefed evaluate`
+        drawn[client] = Drawn.by_seed(embeddings, person, family, num_replicates=NUM_REPLICATES, seed=seed)
+    return intervals_of_people(tested, drawn)
 
 
 def register_trained(epochs: Epochs, name: str, held_back: str) -> list[str]:

@@ -19,7 +19,7 @@ from common.metrics.pairs import pair_counts
 from common.settings import DataSettings
 from common.system.site_secret import keyed_digest
 from common.training.evaluation import TEST_PAIRS, people_digest
-from simulation.compare.model_lookup import TWINS, FoundModel
+from simulation.compare.model_lookup import TWINS, UNTRAINED, FoundModel
 from simulation.compare.scoring import POOLED, Gap, Scored, gap
 
 # What may differ: the same people are shown, only cut out in another way.
@@ -159,10 +159,10 @@ def with_pooled(clients: Mapping[str, TestSet]) -> dict[str, TestSet]:
 def gaps_of(
     models: Sequence[FoundModel], test_sets: Sequence[str], scored: Mapping[str, Mapping[str, Scored]]
 ) -> list[Gap]:
-    """Each federated model minus the centralised one, that of twins, and the best local one, on each test set.
+    """Each federated model minus the centralised one, that of twins, the best local one and the untrained one.
 
-    On a client's own test set the local model is that client's; on the pooled one it is the local model with the
-    highest test AUC, a choice made on the test set and in favour of training alone.
+    On each test set.  On a client's own the local model is that client's; on the pooled one it is the local model with
+    the highest test AUC, a choice made on the test set and in favour of training alone.
     """
     locals_ = [model for model in models if model.wanted.kind == "local"]
     found = []
@@ -171,6 +171,7 @@ def gaps_of(
         own = [model.name for model in locals_ if model.wanted.client == test_set]
         best = max(locals_, key=lambda model: scored[model.name][test_set].figures[AUC].value, default=None)
         others += own or ([best.name] if best is not None else [])
+        others += [model.name for model in models if model.wanted.kind == UNTRAINED]
         for model in models:
             if model.wanted.mode == "federated":
                 found += [
@@ -185,19 +186,20 @@ def gaps_of(
 def notes_of(models: Sequence[FoundModel], scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:
     """What a reader must know to take the figures rightly."""
     notes = []
-    epochs = {model.name: model.num_epochs for model in models}
+    trained = [model for model in models if model.wanted.kind != UNTRAINED]
+    epochs = {model.shown: model.num_epochs for model in trained}
     if len(set(epochs.values())) > 1:
         shown = ", ".join(f"{name} {number}" for name, number in epochs.items())
         notes.append(f"the budgets differ: epochs over each picture as planned: {shown}")
     differing = _differing_closed_sets(models)
     if differing:
         notes.append(f"accuracy on own people is not of the same pictures: {differing}")
-    for model in models:
+    for model in trained:
         reasons = {name: one.no_head for name, one in scored[model.name].items() if one.no_head and name != POOLED}
         if reasons and not (model.wanted.kind == "local" and model.wanted.client not in reasons):
             grouped = {why: [name for name in reasons if reasons[name] == why] for why in reasons.values()}
             shown = "; ".join(f"at {', '.join(names)}: {why}" for why, names in grouped.items())
-            notes.append(f"{model.name}: no accuracy on own people {shown}")
+            notes.append(f"{model.shown}: no accuracy on own people {shown}")
     return notes
 
 
@@ -209,7 +211,7 @@ def _differing_closed_sets(models: Sequence[FoundModel]) -> str:
     ]
     parts = []
     for key in deciding:
-        values = {model.name: getattr(model.settings.data, key) for model in models}
+        values = {model.shown: getattr(model.settings.data, key) for model in models}
         if len(set(values.values())) > 1:
             parts.append(f"data.{key} = " + ", ".join(f"{value} ({name})" for name, value in values.items()))
     return "; ".join(parts)

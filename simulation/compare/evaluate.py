@@ -10,13 +10,12 @@ from typing import TextIO
 
 import numpy as np
 
-from common.errors import UserError, escaped
+from common.errors import CheckpointError, ConfigError, UserError, escaped
 from common.faces.pack import FacePack
 from common.metrics.bootstrap import Estimate
-from common.metrics.figures import AUC, KINDS, figure_name, roc_curve
+from common.metrics.figures import AUC, KINDS, figure_name, roc_curve, row_of
 from common.plots import comparison as comparison_plots
 from common.plots import verification
-from common.plots.style import LOCAL
 from common.runs import RunKind, new_run_folder, recorded
 from common.settings import DataSettings, RunSettings, Settings
 from common.system.runtime import facefed_version, num_cores, resolve_device
@@ -27,11 +26,20 @@ from common.tracking.run import TrackedRun
 from common.training.autotune import threads_for
 from common.training.loop import Compute
 from simulation.compare.comparison import Comparison, check_same_pairs, describe, gaps_of, notes_of, with_pooled
-from simulation.compare.model_lookup import FoundModel, Search, explicit_runs, find_models, wanted_models
+from simulation.compare.model_lookup import (
+    UNTRAINED,
+    FoundModel,
+    Search,
+    explicit_runs,
+    find_models,
+    untrained,
+    wanted_models,
+)
 from simulation.compare.report import csv_text, has_kinds, json_content, metrics, page, terminal_lines
 from simulation.compare.scoring import Scored, score
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of, usual_folder
 
+_SPAN = row_of(AUC).span
 _KIND = {"all": "all pairs", "twins": "pairs of twins", "strangers": "pairs of strangers"}  # for the plots
 
 
@@ -65,6 +73,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
         address=address,
     )
     models = find_models(search, wanted_models(request.compare, names, runs), runs)
+    models = [untrained(models), *models]
     packs = _packs(models, options, settings, request, out)
     check_same_pairs(models, packs, names, site_secret(request.cache_dir))
     compared = _compare(models, packs, names, settings=settings, request=request, out=out)
@@ -144,12 +153,19 @@ def _compare(
 ) -> Comparison:
     compute, seed = _compute(settings, resolve_device(_device(settings, request))), settings.run.seed
     test_sets = with_pooled({name: describe(name, packs[models[0].settings.data][name]) for name in clients})
-    scored = {}
+    scored, without = {}, []
     for model in models:
         out.write(escaped(f"scoring {model.name}: {model.source}") + "\n")
         out.flush()
-        by_place = score(model, packs[model.settings.data], clients, compute, seed)
+        try:
+            by_place = score(model, packs[model.settings.data], clients, compute, seed)
+        except (ConfigError, CheckpointError) as error:
+            if model.wanted.kind != UNTRAINED:
+                raise
+            without.append(f"there is no row of the untrained model: {error}")  # the weights it was given are gone
+            continue
         scored[model.name] = {place: by_place[place] for place in test_sets}
+    models = [model for model in models if model.name in scored]
     return Comparison(
         mode=request.mode,
         backbone=settings.model.backbone,
@@ -158,7 +174,7 @@ def _compare(
         test_sets=test_sets,
         scored=scored,
         gaps=gaps_of(models, list(test_sets), scored),
-        notes=notes_of(models, scored),
+        notes=[*without, *notes_of(models, scored)],
     )
 
 
@@ -204,21 +220,21 @@ def _write(compared: Comparison, settings: Settings, tracked: TrackedRun) -> Non
 
 def _draw(compared: Comparison, tracked: TrackedRun) -> dict[str, bytes]:
     """Draw and keep the plots; returns what each shows with its PNG."""
-    label = {model.name: _label(model) for model in compared.models}
+    label = {model.name: model.shown for model in compared.models}
     main = {label[model.name]: compared.scored[model.name][compared.main] for model in compared.models}
     curves = {name: (*roc_curve(one.sums.pairs), one.figures[AUC].value) for name, one in main.items()}
     everywhere = {
         label[name]: {p: s.figures[AUC] for p, s in places.items()} for name, places in compared.scored.items()
     }
     figures = {
-        "auc.png": ("AUC with 95 % intervals", comparison_plots.method_bars(_dots(everywhere), "ROC AUC")),
+        "auc.png": ("AUC with 95 % intervals", comparison_plots.method_bars(_dots(everywhere), "ROC AUC", span=_SPAN)),
         "roc.png": ("ROC curves", verification.roc(curves, intervals=_ends(main, AUC))),
         "det.png": ("DET curves", verification.det(curves, intervals=_ends(main, "eer"))),
     }
     if len(compared.test_sets) > 1:
         places = list(compared.test_sets)
         values = np.array([[compared.scored[name][p].figures[AUC].value for p in places] for name in label])
-        transfer = comparison_plots.transfer_matrix(values, list(label.values()), places)
+        transfer = comparison_plots.transfer_matrix(values, list(label.values()), places, span=_SPAN)
         figures["transfer.png"] = ("Trained at one place, tested at another", transfer)
     drawn = {text: tracked.log_figure(figure, f"plots/{name}").read_bytes() for name, (text, figure) in figures.items()}
     return drawn | (_draw_kinds(main, tracked) if has_kinds(compared, compared.main) else {})
@@ -234,7 +250,7 @@ def _draw_kinds(main: Mapping[str, Scored], tracked: TrackedRun) -> dict[str, by
     }
     kinds = {name: {_KIND[kind]: one.figures[figure_name(kind, AUC)] for kind in KINDS} for name, one in main.items()}
     title = "Verification of twins never seen in training: two siblings as impostors"
-    dots = comparison_plots.method_bars(_dots(kinds), "ROC AUC")
+    dots = comparison_plots.method_bars(_dots(kinds), "ROC AUC", span=_SPAN)
     roc = verification.roc(curves, intervals=_ends(main, of_twins), title=title)
     return {
         "AUC by kind of pairs": tracked.log_figure(dots, "plots/auc_kinds.png").read_bytes(),
@@ -250,8 +266,3 @@ def _ends(main: Mapping[str, Scored], figure: str) -> dict[str, tuple[float, flo
 def _dots(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Label -> place or kind of pairs -> (value, low, high)."""
     return {name: {place: (e.value, e.low, e.high) for place, e in own.items()} for name, own in estimates.items()}
-
-
-def _label(model: FoundModel) -> str:
-    """The name by which the plots know the model's colour."""
-    return f"{LOCAL}{model.wanted.client}" if model.wanted.kind == "local" else model.name

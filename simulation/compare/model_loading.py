@@ -20,8 +20,9 @@ from common.models.backbone import Backbone
 from common.models.dcal import VitBackbone
 from common.models.recogniser import Recogniser, build_recogniser, for_people, private_names, shared_names
 from common.system.checkpoints import read_tensors
+from common.system.runtime import stream_seed
 from common.tracking.registry import load_state
-from simulation.compare.model_lookup import FoundModel
+from simulation.compare.model_lookup import UNTRAINED, FoundModel
 
 _HEAD, _BACKBONE = "head.", "backbone."
 
@@ -59,6 +60,8 @@ class ModelFiles:
         Raises CheckpointError when the tensors are not this model's, UserError when private normalisation is missing.
         """
         wanted = self.found.wanted
+        if wanted.kind == UNTRAINED:
+            return Ready(recogniser=self._untrained(pack), no_head="it is untrained")
         if self.found.registered is not None:
             return self._without_head(pack, "MLflow holds no heads")
         if wanted.mode == "federated":
@@ -94,6 +97,14 @@ class ModelFiles:
         recogniser = self._build(pack.image_size, pack.num_classes)
         self._fill(recogniser, [name for name in _floating(recogniser) if name.startswith(_BACKBONE)])
         return Ready(recogniser=recogniser, no_head=why)
+
+    def _untrained(self, pack: FacePack) -> Recogniser:
+        """As training began, of a federation or without.  Raises ConfigError or CheckpointError for given weights."""
+        settings = self.found.settings
+        seed = stream_seed(settings.run.seed, "backbone")
+        return build_recogniser(
+            settings.model, num_people=pack.num_classes, image_size=pack.image_size, backbone_seed=seed, head_seed=0
+        )
 
     def _build(self, image_size: int, num_people: int) -> Recogniser:
         return build_recogniser(

@@ -5,6 +5,7 @@ that trains what is missing
 """
 
 import logging
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Any, Final
 from common import config
 from common.errors import CheckpointError, UserError, unknown_name
 from common.faces.datasets import OF_FAMILIES
+from common.metrics.names import BYTES_DOWN, BYTES_UP, EPOCH_SECONDS, ROUND_SECONDS, present
 from common.models.table import ATTENTIONS, BACKBONES
+from common.plots.style import LOCAL, SHOWN_METHODS
 from common.runs import CONFIG_FILE
 from common.settings import Settings
 from common.strategies import STRATEGIES
@@ -26,6 +29,7 @@ from simulation.sites import USUAL_CLIENTS
 FEDERATED: Final = (*STRATEGIES, "fedbn")
 TWINS: Final = "twins"  # one holder's, trained on batches of twins
 KINDS: Final = ("local", "centralized", TWINS, *FEDERATED)
+UNTRAINED: Final = "untrained"  # the first row of every comparison: what they all began as
 FEDBN: Final = "fedbn"  # private normalisation, whatever the strategy (arXiv:2102.07623)
 DEFAULT_KINDS: Final = ("local", "centralized", "fedavg", "fedprox")
 _REGISTRY: Final = "models:/"
@@ -52,6 +56,16 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What training took, as its run recorded it; NaN where nobody wrote it down."""
+
+    seconds: float = math.nan  # of all rounds or epochs, on the machine that trained, with scoring
+    bytes_up: float = math.nan  # of all clients, to the server
+    bytes_down: float = math.nan
+    num_pictures: float = math.nan  # processed; a picture counts once an epoch
+
+
+@dataclass(frozen=True, kw_only=True)
 class FoundModel:
     """A trained model: whose settings, which step, which files."""
 
@@ -63,6 +77,13 @@ class FoundModel:
     test_pairs: Mapping[str, str] = field(default_factory=dict)  # client -> digest, as the run recorded it
     folder: Path | None = None
     registered: Registered | None = None
+    cost: Cost = Cost()  # frozen
+
+    @property
+    def shown(self) -> str:
+        """The name in words, for pages and pictures: "fedavg", "centralised", "local celeba"."""
+        client = self.wanted.client
+        return f"{LOCAL}{client}" if client else SHOWN_METHODS.get(self.wanted.kind, self.wanted.kind)
 
     @property
     def name(self) -> str:
@@ -81,6 +102,8 @@ class FoundModel:
     def num_epochs(self) -> int:
         """How often each picture was processed, as planned."""
         settings = self.settings
+        if self.wanted.kind == UNTRAINED:
+            return 0
         return settings.total_epochs if self.wanted.mode == "federated" else settings.local_training_epochs
 
 
@@ -302,6 +325,42 @@ def _from_folder(want: Wanted, folder: Path) -> FoundModel | None:
         step=_best_step(want, metrics, str(folder / "metrics.json")),
         test_pairs=dict(metrics.get("test_pairs", {})),
         folder=folder,
+        cost=_cost(metrics),
+    )
+
+
+def _cost(metrics: Mapping[str, Any]) -> Cost:
+    """metrics: of metrics.json; one round or epoch without a number leaves the sum unknown."""
+    rows = metrics.get("rounds_table") or metrics.get("epochs") or []
+    rows = [present(row) for row in rows if isinstance(row, dict) and row.get("step")] if isinstance(rows, list) else []
+
+    def total(*names: str) -> float:
+        values = [next((row[name] for name in names if name in row), math.nan) for row in rows]
+        return float(sum(values)) if values and all(isinstance(value, int | float) for value in values) else math.nan
+
+    pictures = metrics.get("num_pictures_processed")
+    return Cost(
+        seconds=total(ROUND_SECONDS, EPOCH_SECONDS),
+        bytes_up=total(BYTES_UP),
+        bytes_down=total(BYTES_DOWN),
+        num_pictures=float(pictures) if isinstance(pictures, int | float) else math.nan,
+    )
+
+
+def untrained(models: Sequence[FoundModel]) -> FoundModel:
+    """What the models were before training: that of the first federated one, else of the first.
+
+    With `model.pretrained` it has the given weights.
+    """
+    first = next((model for model in models if model.wanted.mode == "federated"), models[0])
+    given = first.settings.model.pretrained
+    start = "random weights" if given == "none" else f"{given} weights"
+    return FoundModel(
+        wanted=Wanted(kind=UNTRAINED),
+        source=f"{start}, seed {first.settings.run.seed}",
+        settings=first.settings,
+        clients=(),
+        step=0,
     )
 
 

@@ -5,6 +5,7 @@ The page needs nothing else: no script, no file, no address beside it.
 
 import base64
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,9 @@ from common.metrics.figures import AUC, CLOSED, JUDGED, KINDS, PAIRS, compared, 
 from common.metrics.names import of_client, of_model
 from common.system.console import table
 from simulation.compare.comparison import Comparison, TestSet
+from simulation.compare.model_lookup import UNTRAINED, Cost
 from simulation.compare.scoring import NUM_REPLICATES, POOLED
+from simulation.compare.verdict import verdict
 
 _CSV_HEAD = (
     "row", "model", "minus", "trained_on", "run", "tested_at", "figure", "value", "low_95", "high_95", "interval",
@@ -30,16 +33,33 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
+h1, h2, p, li, dt, dd, td, th, caption { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: #555; padding-bottom: .4rem; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top;
-  white-space: nowrap; }
-thead th { border-bottom: 2px solid #888; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+td span, tbody th { white-space: nowrap; }
+td.text span, tbody th { white-space: normal; }
 small { color: #555; display: block; font-size: .78rem; }
+.below { color: #555; font-size: .85rem; }
+.verdict { font-size: 1.1rem; border-left: 4px solid #0072b2; padding-left: .8rem; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; }
+/* On a phone each row is a card: a cell a line, with its head before it. */
+@media (max-width: 56rem) {
+  table, caption, tbody, tr, tbody th { display: block; }
+  thead { display: none; }
+  tbody th { font-weight: 600; padding-top: .8rem; border-bottom: 1px solid #888; }
+  td { display: flex; justify-content: space-between; padding-right: 0; }
+  td::before { content: attr(data-head); color: #555; margin-right: 1rem; }
+  td span { text-align: right; }
+}
+@media (max-width: 46rem) { .picture { overflow-x: auto; } .picture img { max-width: none; width: 46rem; } }
 """
+_COST_HEADS = ("time", "sent")
+_MOST_COLUMNS = 8  # of test sets in the table of who is tested where
 _WORDS: Mapping[str, str] = {
+    "untrained": "the model that training began with: what does not beat it has learned nothing that helps here.",
     "pooled": "the clients' pairs judged together by one threshold; there are no pairs across clients.",
     "excludes zero": "the 95 % interval of the gap lies on one side of zero; both models are drawn on the same people.",
 }
@@ -127,14 +147,15 @@ def figures_table(comparison: Comparison, test_set: str) -> list[list[str]]:
     return rows
 
 
-def gaps_table(comparison: Comparison) -> list[list[str]]:
-    """The gaps in AUC, the first row being the heads."""
+def gaps_table(comparison: Comparison, *, in_words: bool = False) -> list[list[str]]:
+    """The gaps in AUC, the first row being the heads.  in_words: with the models' names as pages have them."""
+    names = {model.name: model.shown if in_words else model.name for model in comparison.models}
     rows = [["gap", "tested at", "AUC", "95 %", "excludes zero"]]
     for gap in comparison.gaps:
         kind = kind_of(gap.figure)
         if gap.figure == figure_name(kind, AUC):
             says = "yes" if gap.excludes_zero else "no"
-            name = f"{gap.minuend} minus {gap.subtrahend}"
+            name = f"{names[gap.minuend]} minus {names[gap.subtrahend]}"
             where = gap.test_set if kind == "all" else f"{gap.test_set}: {kind} only"
             rows.append([name, where, number(gap.gap.value, sign="+"), bounds(gap.gap, sign="+"), says])
     return rows
@@ -176,7 +197,7 @@ def interval_method(figure: str, test_set: TestSet) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """One line for each figure of each model on each test set, then one for each gap."""
+    """One line for each figure of each model on each test set, for what it cost, then one for each gap."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_HEAD)
@@ -188,6 +209,10 @@ def csv_text(comparison: Comparison) -> str:
                     counts = _counts(test, name) if row.of != CLOSED else ["", scored.num_closed, "", ""]
                     about = ["figure", model.name, "", "+".join(model.clients), model.source, place, name]
                     writer.writerow([*about, *_numbers(scored.figures[name]), interval_method(name, test), *counts])
+    for model in comparison.models:
+        for name, value in _known(model.cost).items():
+            about = ["cost", model.name, "", "+".join(model.clients), model.source, "", name]
+            writer.writerow([*about, f"{value:.6f}", *[""] * (len(_CSV_HEAD) - len(about) - 1)])
     for gap in comparison.gaps:
         about = ["gap", gap.minuend, gap.subtrahend, "", "", gap.test_set, gap.figure]
         test = comparison.test_sets[gap.test_set]
@@ -198,6 +223,11 @@ def csv_text(comparison: Comparison) -> str:
 def _numbers(estimate: Estimate) -> Sequence[object]:
     values = (estimate.value, estimate.low, estimate.high)
     return ["" if math.isnan(value) else f"{value:.6f}" for value in values]
+
+
+def _known(cost: Cost) -> dict[str, float]:
+    """What was recorded of it."""
+    return {name: value for name, value in dataclasses.asdict(cost).items() if not math.isnan(value)}
 
 
 def _counts(test: TestSet, figure: str) -> Sequence[object]:
@@ -232,6 +262,9 @@ def json_content(comparison: Comparison) -> dict[str, Any]:
                 "step": model.step,
                 "epochs": model.num_epochs,
                 "seed": model.settings.run.seed,
+                "cost": {
+                    name: value for name, value in dataclasses.asdict(model.cost).items() if not math.isnan(value)
+                },
                 "tested_at": {
                     place: {name: _plain(estimate) for name, estimate in scored.figures.items()}
                     for place, scored in comparison.scored[model.name].items()
@@ -304,6 +337,7 @@ def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(made)}</p>",
+        *(f'<p class="verdict">{escape(sentence)}</p>' for sentence in verdict(comparison)),
         _figures(comparison, comparison.main),
         _gaps(comparison),
         _transfer(comparison),
@@ -325,15 +359,25 @@ def page(comparison: Comparison, *, title: str, made: str, pictures: Mapping[str
     )
 
 
-def _table(rows: Sequence[Sequence[str]], caption: str) -> str:
-    """rows: cells that are HTML already, the first row being the heads.  caption: plain text."""
+def _table(rows: Sequence[Sequence[str]], caption: str, *, kind: str = "") -> str:
+    """rows: cells that are HTML already, the first row being the heads, plain text.  caption: likewise.
+
+    kind: "text" for cells whose words may stand on several lines.
+    """
     head, *body = rows
-    lines = ["<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr>"]
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    opening = f'<td class="{kind}"' if kind else "<td"
     below = [
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in body
+        f'<tr><th scope="row">{row[0]}</th>'
+        + "".join(
+            f'{opening} data-head="{escape(name)}"><span>{cell}</span></td>'
+            for name, cell in zip(head[1:], row[1:], strict=True)
+        )
+        + "</tr>"
+        for row in body
     ]
     return (
-        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead>{"".join(lines)}</thead>'
+        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(below)}</tbody></table></div>"
     )
 
@@ -344,14 +388,46 @@ def _escaped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def _figures(comparison: Comparison, test_set: str) -> str:
     test = comparison.test_sets[test_set]
-    columns = _columns()
-    heads = [f"{escape(head)}<small>{escape(interval_method(name, test))}</small>" for name, head in columns.items()]
-    rows = [["model", *heads]]
+    columns, is_main = _columns(), test_set == comparison.main
+    rows = [["model", *columns.values(), *(_COST_HEADS if is_main else ())]]
     for model in comparison.models:
         figures = comparison.scored[model.name][test_set].figures
-        rows.append([escape(model.name), *_cells(figures, columns)])
+        cost = _cost_cells(model.cost) if is_main else []
+        rows.append([escape(model.shown), *_cells(figures, columns), *cost])
     title = "All clients together" if test_set == POOLED else f"Tested at {test_set}"
-    return f"<h2>{escape(title)}</h2>" + _table(rows, behind(test)) + _kinds(comparison, test_set)
+    below = _below(columns, test) if is_main else ""
+    return f"<h2>{escape(title)}</h2>" + _table(rows, behind(test)) + below + _kinds(comparison, test_set)
+
+
+def _below(columns: Mapping[str, str], test: TestSet) -> str:
+    """How the intervals of the columns were made, each way once, and what the costs are."""
+    methods: dict[str, list[str]] = {}
+    for name, head in columns.items():
+        methods.setdefault(interval_method(name, test), []).append(head)
+    ways = "; ".join(f"{', '.join(heads)}: {how}" for how, heads in methods.items() if how)
+    text = (
+        f"Brackets: 95 % intervals ({ways}). Time: of all rounds or epochs with scoring, on the machine that trained."
+        " Sent: bytes of all clients to the server and back; without a federation none are sent, but then all pictures"
+        " lie with one holder or came to one place."
+    )
+    return f'<p class="below">{escape(text)}</p>'
+
+
+def _cost_cells(cost: Cost) -> list[str]:
+    sent = cost.bytes_up + cost.bytes_down
+    return [_duration(cost.seconds), "-" if math.isnan(sent) else f"{sent / 1e6:,.1f} MB"]
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _cells(figures: Mapping[str, Estimate], names: Iterable[str]) -> list[str]:
@@ -366,26 +442,26 @@ def _kinds(comparison: Comparison, test_set: str) -> str:
     if not has_kinds(comparison, test_set):
         return ""
     test = comparison.test_sets[test_set]
-    rows = [["model", "pairs", *(escape(head) for head in _kind_columns().values())]]
+    rows = [["model", "pairs", *_kind_columns().values()]]
     for model in comparison.models:
         figures = comparison.scored[model.name][test_set].figures
         for kind in KINDS:
             names = [figure_name(kind, name) for name in _kind_columns()]
-            rows.append([escape(model.name), kind, *_cells(figures, names)])
+            rows.append([escape(model.shown), kind, *_cells(figures, names)])
     caption = f"{behind_kinds(test)}. Intervals of 95 %: {bootstrap(test)}."
     return "<h2>Twins and strangers</h2>" + _table(rows, caption)
 
 
 def _gaps(comparison: Comparison) -> str:
-    rows = gaps_table(comparison)
+    rows = gaps_table(comparison, in_words=True)
     if len(rows) == 1:
         return ""
     caption = "Differences in AUC, +: the federated model is better; "
     caption += f"{bootstrap(comparison.test_sets[comparison.main])}, the same draws for both models."
     text = (
         "<p>Minus a local model: what federation bought. Minus the centralised model: what it cost that no picture left"
-        " its holder. On all clients together the local model is the one with the highest test AUC, which favours"
-        " training alone.</p>"
+        " its holder. Minus the untrained model: what training did at all. On all clients together the local model is"
+        " the one with the highest test AUC, which favours training alone.</p>"
     )
     return "<h2>What federation changes</h2>" + text + _table(_escaped(rows), caption)
 
@@ -394,7 +470,13 @@ def _transfer(comparison: Comparison) -> str:
     if len(comparison.test_sets) == 1:
         return ""
     caption = "AUC of a model (row) on the test people of a client (column)."
-    return "<h2>Trained at one place, tested at another</h2>" + _table(_escaped(transfer_table(comparison)), caption)
+    rows = transfer_table(comparison)
+    for row, model in zip(rows[1:], comparison.models, strict=True):
+        row[0] = model.shown
+    if len(comparison.test_sets) > _MOST_COLUMNS:  # a row for each client then
+        rows = [list(row) for row in zip(*rows, strict=True)]
+        rows[0][0], caption = "tested at", "AUC of a model (column) on the test people of a client (row)."
+    return "<h2>Trained at one place, tested at another</h2>" + _table(_escaped(rows), caption)
 
 
 def _notes(comparison: Comparison) -> str:
@@ -405,16 +487,17 @@ def _notes(comparison: Comparison) -> str:
 
 def _picture(text: str, content: bytes) -> str:
     data = base64.b64encode(content).decode("ascii")
-    return f'<h2>{escape(text)}</h2><img alt="{escape(text)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'
+    return f'<h2>{escape(text)}</h2><div class="picture">{image}</div>'
 
 
 def _models(comparison: Comparison) -> str:
     rows = [["model", "run", "trained on", "best epoch or round", "epochs over each picture", "seed", "picture"]]
     rows += [
         [
-            model.name,
+            model.shown,
             model.source,
-            ", ".join(model.clients) or "not recorded",
+            "nobody" if model.wanted.kind == UNTRAINED else ", ".join(model.clients) or "not recorded",
             str(model.step),
             str(model.num_epochs),
             str(model.settings.run.seed),
@@ -423,4 +506,4 @@ def _models(comparison: Comparison) -> str:
         for model in comparison.models
     ]
     caption = f"All are {comparison.backbone}; the best epoch or round was chosen on validation people."
-    return "<h2>Models</h2>" + _table(_escaped(rows), caption)
+    return "<h2>Models</h2>" + _table(_escaped(rows), caption, kind="text")

@@ -1,5 +1,6 @@
 """`facefed train centralized` and `--resume`, as a user runs them; `train federated`: test_simulation.py."""
 
+import json
 import re
 import signal
 
@@ -33,9 +34,17 @@ def test_all_in_one_place(faces, programs, with_tables):
     program.assert_nothing_left()
     run = run_folder(programs.cwd)
     pictures = {str(path.relative_to(run / "plots")) for path in (run / "plots").rglob("*.png")}
-    both = {f"{client}/{name}.png" for client in ("celeba", "vggface2") for name in ("confusion", "embeddings")}
+    both = {
+        f"{client}/{name}.png"
+        for client in ("celeba", "vggface2")
+        for name in ("confusion", "embeddings", "hardest_pairs")
+    }
     names = ("training", "roc", "det", "score_histograms", "client_comparison")
     assert pictures == {f"{name}.png" for name in names} | both
+    sent = {json.loads(line).get("name") for line in (run / "spool.jsonl").read_text().splitlines()}
+    assert {f"plots/{name}" for name in pictures} - sent == {
+        f"plots/{client}/hardest_pairs.png" for client in ("celeba", "vggface2")
+    }, "faces stay in the folder"
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{programs.cwd}/mlflow.db"

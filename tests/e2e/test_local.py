@@ -47,7 +47,7 @@ def test_one_holder_alone(faces, programs, with_tables):
     run = run_folder(programs.cwd)
     assert [path.name for path in (programs.cwd / "logs" / "tensorboard").iterdir()] == [run.name]
     assert config.load(run / "config.toml").training.epochs == 2
-    for name in ("training", "roc", "det", "score_histograms", "confusion", "embeddings"):
+    for name in ("training", "roc", "det", "score_histograms", "confusion", "embeddings", "hardest_pairs"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert read_tensors(run / "checkpoints" / "best.safetensors")[0]
 

@@ -248,10 +248,12 @@ def test_train_federated_is_the_same_federation(again):
     assert results["num_pictures_processed"] > 0
     for client in ("celeba", "vggface2"):
         own = again.cwd / "runs" / "clients" / client / "runs" / run.name
-        assert {path.name for path in (own / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
+        names = {"confusion.png", "embeddings.png", "hardest_pairs.png"}
+        assert {path.name for path in (own / "plots").iterdir()} == names
         told = json.loads((own / "metrics.json").read_text())
         assert told["test"]["roc_auc"] == pytest.approx(results["clients"][client]["test_roc_auc"])
         assert not list(run.rglob("embeddings.png")), "embeddings stay where the pictures are"
+        assert not list(run.rglob("hardest_pairs.png")), "and so do faces"
 
 
 @pytest.mark.shared

@@ -30,7 +30,11 @@ def keep(tmp_path, tracking_uri="", **values):
 def test_pictures_and_figures_lie_in_the_sites_own_folder(tmp_path):
     folder = keep(tmp_path)
     assert folder == tmp_path / "alpha" / "runs" / "run-1"
-    assert {path.name for path in (folder / "plots").iterdir()} == {"confusion.png", "embeddings.png"}
+    names = {"confusion.png", "embeddings.png", "hardest_pairs.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == names
+    # What is sent is what the spool names: faces are in the folder alone.
+    sent = {row["name"] for row in spooled(folder) if row.get("event") == "artifact"}
+    assert sent == {"plots/confusion.png", "plots/embeddings.png", "metrics.json"}
     told = json.loads((folder / "metrics.json").read_text())
     assert told["round"] == 2
     assert {"accuracy", "f1", "roc_auc", "ten_fold_accuracy"} <= set(told["test"])

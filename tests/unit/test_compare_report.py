@@ -116,7 +116,7 @@ def test_the_page_is_whole_and_loads_nothing(compared):
     parsed = _parsed(text)
     assert set(parsed.elements) <= {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "caption", "thead", "tbody",
-        "tr", "th", "td", "small", "ul", "li", "img", "dl", "dt", "dd",
+        "tr", "th", "td", "span", "small", "ul", "li", "img", "dl", "dt", "dd",
     }  # fmt: skip
     assert parsed.targets == ["data:image/png;base64,iVBORw0K"]
     assert "http:" not in text

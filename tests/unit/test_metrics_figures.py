@@ -25,6 +25,7 @@ from common.metrics.figures import (
     tar_at_far,
     validated,
 )
+from common.metrics.intervals import intervals_from_sums
 from common.metrics.pairs import pair_histogram
 from common.metrics.sums import NUM_BINS
 from common.plots.comparison import client_comparison
@@ -99,7 +100,7 @@ def test_a_row_more_is_scored_recorded_told_and_drawn():
     assert "toy 0.600" in event_line({"kind": "scored", "round": 1, "split": "val", **recorded})
     drawn = convergence(history.rows())
     assert "People never seen: toy figure" in [axes.get_title() for axes in drawn.axes]
-    panels = [axes.get_title() for axes in client_comparison({"alpha": known_scores(sums)}).axes]
+    panels = [axes.get_title() for axes in client_comparison(intervals_from_sums({"alpha": sums})[0]).axes]
     assert {"toy figure\npeople never seen", "number of people"} <= set(panels)
 
 

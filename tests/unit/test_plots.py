@@ -62,7 +62,7 @@ def _figures():
     yield "roc of long names", roc(curves, intervals=dict.fromkeys(curves, (0.6, 0.7)))
     yield "det", det(curves, intervals=dict.fromkeys(curves, (0.3, 0.4)))
     yield "det of one", det({"fedavg": (far, far**0.5, 2 / 3)})
-    yield "scores", score_histograms(_histogram(0.5, 0.0))
+    yield "scores", score_histograms(_histogram(0.5, 0.0), 0.25)
 
 
 def test_nothing_overlaps_and_nothing_leaves_the_picture():
@@ -80,18 +80,32 @@ def test_convergence_marks_the_round_with_the_best_validation_auc():
     for axes in figure.axes:
         marks = [line for label, line in _lines(axes).items() if label.startswith("best round: 3")]
         assert [list(mark.get_xdata()) for mark in marks] == [[3, 3]]
-    assert "best round: 3 (0.950)" in _lines(figure.axes[2])
+    assert "best round: 3 (0.950)" in _lines(figure.axes[3])
+
+
+def test_losses_with_and_without_a_margin_do_not_share_an_axis():
+    titles = [axes.get_title() for axes in convergence(_rounds(5), margin="CosFace margin 0.2").axes]
+    assert titles[:2] == ["Training loss, CosFace margin 0.2", "Test loss, no margin"]
+    assert [axes.get_title() for axes in convergence(_rounds(5)).axes][:2] == ["Training loss", "Test loss"]
+
+
+def test_axes_of_an_auc_begin_at_guessing_and_end_at_perfect():
+    auc, rate = convergence(_rounds(5)).axes[3:5]
+    assert auc.get_ylim() == pytest.approx((0.49, 1.01))
+    assert rate.get_ylim() == pytest.approx((-0.01, 0.51))
+    (worse,) = convergence([{"step": 1, "val_roc_auc": 0.43}]).axes
+    assert worse.get_ylim()[0] < 0.4
 
 
 def test_curves_hold_the_given_values_in_the_order_of_the_steps():
     rows = [{"step": 2, "train_loss": 1.0}, {"step": 1, "train_loss": 2.0, "round_test_loss": 3.0}]
     figure = convergence(rows)
-    (axes,) = figure.axes  # panels without values are left out
-    lines = _lines(axes)
+    training, test = figure.axes  # panels without values are left out
+    lines = _lines(training) | _lines(test)
     assert (list(lines["training"].get_xdata()), list(lines["training"].get_ydata())) == ([1, 2], [2.0, 1.0])
     assert (list(lines["test"].get_xdata()), list(lines["test"].get_ydata())) == ([1], [3.0])
-    assert axes.get_xlabel() == "round"
-    assert axes.get_ylabel() == "loss (nats)"
+    assert training.get_xlabel() == "round"
+    assert training.get_ylabel() == "loss (nats)"
 
 
 def test_values_that_are_missing_or_not_finite_are_left_out():
@@ -217,7 +231,11 @@ def test_det_is_straight_for_normal_scores_and_dots_the_equal_error_rates_lowest
     assert dots == [(style.BLUE, pytest.approx(-1.0, abs=1e-3)), (style.ORANGE, pytest.approx(-0.5, abs=1e-3))]
     ticks = dict(zip((text.get_text() for text in axes.get_xticklabels()), axes.get_xticks(), strict=True))
     assert ticks["50 %"] == pytest.approx(0.0)
-    assert ticks["1 %"] == pytest.approx(-2.3263, abs=1e-4)  # the 1st percentile of the normal distribution
+    assert ticks["0.5 %"] == pytest.approx(-2.5758, abs=1e-4)  # that percentile of the normal distribution
+    # Half of all pairs wrong is guessing: no room beyond it, unless a model is there.
+    assert axes.get_xlim() == axes.get_ylim() == (ticks["0.1 %"], ticks["50 %"])
+    guessing = det({"untrained": (far, far, 0.5)}).axes[0]
+    assert [text.get_text() for text in guessing.get_xticklabels()][-1] == "65 %"
 
 
 def test_det_of_a_perfect_model_has_no_curve_and_says_so_in_the_legend():
@@ -241,8 +259,8 @@ def test_long_names_lose_their_middle():
     assert len(style.shorten("hospital-north-1", 10)) == 10
 
 
-def test_score_densities_have_area_one_and_the_threshold_is_where_the_errors_meet():
-    figure = score_histograms(_histogram(0.5, 0.0))
+def test_score_densities_have_area_one_and_the_threshold_is_the_given_one_with_its_errors():
+    figure = score_histograms(_histogram(0.5, 0.0), 0.3)
     (axes,) = figure.axes
     outlines = [patch for patch in axes.patches if not patch.get_fill()]
     assert len(outlines) == 2
@@ -250,9 +268,12 @@ def test_score_densities_have_area_one_and_the_threshold_is_where_the_errors_mee
         values, edges, _ = patch.get_data()
         assert float(np.sum(values * np.diff(edges))) == pytest.approx(1.0)
     (label,) = [text for text in _lines(axes) if text.startswith("threshold")]
-    # Two normal densities, sigma 0.1, means 0 and 0.5: they meet at 0.25, with error rate Phi(-2.5) = 0.0062.
-    assert float(label.split()[1].rstrip(":")) == pytest.approx(0.25, abs=0.02)
-    assert float(label.split()[-1]) == pytest.approx(0.0062, abs=0.004)
+    # Two normal densities, sigma 0.1, means 0 and 0.5, cut at 0.3: FAR Phi(-3) = 0.0013, FRR Phi(-2) = 0.0228.
+    assert label.startswith("threshold 0.300, from validation: FAR 0.00")
+    assert float(label.split()[-1]) == pytest.approx(0.0228, abs=0.008)
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    assert list(line.get_xdata()) == [0.3, 0.3]
+    assert not [text for text in _lines(score_histograms(_histogram(0.5, 0.0)).axes[0]) if "threshold" in text]
 
 
 @pytest.mark.parametrize("row", [0, 1])

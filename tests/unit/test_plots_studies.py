@@ -5,6 +5,7 @@ import math
 import pytest
 
 from common.plots.comparison import TrialPoint, ablation_dots, search_trials
+from tests.unit.pictures import assert_nothing_overlaps
 
 
 def row(variant: str, auc: float, gap: tuple[float, float, float] | None = None) -> dict[str, object]:
@@ -24,6 +25,7 @@ def test_an_ablation_has_a_panel_for_each_kind_of_pairs_and_a_row_for_each_varia
         assert [label.get_text() for label in axes.get_yticklabels()] == ["sa", "glca", "dcal"]
         dots = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 1]
         assert [float(dot[0]) for dot in dots] == [0.6, 0.65, 0.7]
+        assert axes.get_xlim() == figure.axes[0].get_xlim(), "one span for all panels"
         spans = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
         assert spans[0] == pytest.approx([0.5, 0.65])
         texts = {text.get_text(): text.get_fontweight() for text in axes.texts if text.get_text()}
@@ -59,6 +61,13 @@ def test_a_search_shows_the_best_so_far(best_is, expected):
     assert list(lines["pruned"].get_xdata()) == [2]
     assert list(lines["failed"].get_xdata()) == [1]
     assert (lr.get_xscale(), head.get_xscale()) == ("log", "linear")
+    assert [axes.get_xlabel() for axes in (lr, depth)] == [
+        "learning rate (training.lr), logarithmic",
+        "depth (model.depth)",
+    ]
+    assert {axes.get_ylabel() for axes in figure.axes} == {"ROC AUC"}
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1, "one span for all panels"
+    assert_nothing_overlaps(figure, "search")
     assert [label.get_text() for label in depth.get_xticklabels()] == ["2", "4"]
     assert [label.get_text() for label in head.get_xticklabels()] == ["cosface", "softmax"]
     shown = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in head.lines]
@@ -69,3 +78,13 @@ def test_a_single_trial_can_be_drawn(tmp_path):
     figure = search_trials(trials()[:1], metric="val_roc_auc", best_is="highest")
     figure.savefig(tmp_path / "a.png", format="png")
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("high", [2e-4, 5e-4, 1e-2, 1.0])
+def test_ticks_of_a_logarithmic_setting_stand_apart(high):
+    points = [
+        TrialPoint(n, "complete", 0.6, {"training.weight_decay": 1e-4 * (high / 1e-4) ** (n / 9)}) for n in range(10)
+    ]
+    figure = search_trials(points, metric="val_eer", best_is="lowest", logarithmic=["training.weight_decay"])
+    assert_nothing_overlaps(figure, f"up to {high}")
+    assert len([label for label in figure.axes[1].get_xticklabels() if label.get_text()]) >= 2
