@@ -22,6 +22,7 @@ from common import config
 from common.errors import DataError, NotEnoughClients, UserError
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
+from common.metrics.figures import AUC
 from common.protocol.codec import encode
 from common.protocol.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
@@ -302,8 +303,8 @@ def _no_summary(tracked):
         epochs=0,
         best_epoch=0,
         best_val_auc=0.0,
-        untrained={},
-        test={},
+        untrained={AUC: 0.5},
+        test={AUC: 0.5},
         clients={},
         below_untrained="",
         few_people={},
