@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import aggregation, deployment, memory, pictures, rounds, verification
+from bench import aggregation, deployment, memory, pictures, rounds, scoring, verification
 from bench.comparison import Comparison, Place, measure, table, values
 from bench.machine import describe
 
 TABLE = (
     rounds.COMPARISON, deployment.COMPARISON, aggregation.COMPARISON, memory.COMPARISON, pictures.COMPARISON,
-    verification.COMPARISON, deployment.TRAINER,
+    verification.COMPARISON, deployment.TRAINER, scoring.COMPARISON,
 )  # fmt: skip
 COMPARISONS = {comparison.name: comparison for comparison in TABLE}
 BUSY_CORES = 0.2  # kept busy by others during a side: its seconds are no good then

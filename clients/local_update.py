@@ -28,11 +28,13 @@ from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.design import num_pairs_of
 from common.metrics.sums import EvaluationSums
 from common.models.recogniser import (
     Recogniser,
     build_recogniser,
     private_names,
+    renew_heads,
     shared_names,
     trainable_names,
     with_new_heads,
@@ -46,8 +48,8 @@ from common.system.events import SHOWN
 from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
-from common.training.evaluation import TEST_PAIRS, evaluate, people_digest
-from common.training.loop import Compute, TrainSums, make_optimiser, train_epochs, warm_up_head
+from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, people_digest
+from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
 
 log = logging.getLogger("facefed.client")
 
@@ -62,7 +64,8 @@ class ClientState:
     recogniser: Recogniser
     manifest: Manifest
     private: tuple[str, ...]
-    fresh: Mapping[str, Tensor]  # the private tensors as they were built, for a site whose state was lost
+    head_seed: int  # of the heads as they were built, for a site whose state was lost
+    fresh: Mapping[str, Tensor]  # what of the backbone is private, as it was built, likewise
     watch: ModelWatch | None = None  # None: no received model is looked at, of a virtual client
 
     def state_folder(self, run_id: str) -> Path:
@@ -93,9 +96,9 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     state = recogniser.state_dict()
     names = shared_names(recogniser, settings.model.normalisation)
     private = private_names(recogniser, settings.model.normalisation)
-    fresh = {name: state[name].clone() for name in private}
-    if former is not None:  # its training has changed what of the backbone is private
-        fresh |= {name: tensor for name, tensor in former.fresh.items() if name.startswith("backbone.")}
+    of_backbone = [name for name in private if name.startswith("backbone.")]
+    # A former client's training has changed what of the backbone is private.
+    fresh = former.fresh if former is not None else {name: state[name].clone() for name in of_backbone}
     return ClientState(
         site=site,
         settings=settings,
@@ -103,6 +106,7 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
         recogniser=recogniser,
         manifest=manifest_of({name: state[name] for name in names}) if former is None else former.manifest,
         private=private,
+        head_seed=head_seed,
         fresh=fresh,
     )
 
@@ -129,11 +133,29 @@ def _first_model(state: ClientState) -> NDArray[np.float32]:
     return flatten(recogniser.state_dict(), state.manifest)
 
 
-def val_people_digest(pack: FacePack) -> str:
-    """A digest of the validation people's pictures: equal for equal validation sets.  It does not leave as it is."""
+def val_people_digest(pack: FacePack, max_pairs: int | str = "all") -> str:
+    """A digest of the validation people's pictures and of which pairs are scored: equal for equal validation sets.
+
+    It does not leave as it is.
+    """
     digest = hashlib.sha256(pack.key.encode())
     digest.update(pack.indices(Split.VAL_PEOPLE).tobytes())
+    if design_of(pack, "val", max_pairs) is not None:
+        digest.update(f"at most {max_pairs} pairs".encode())
     return digest.hexdigest()[:16]
+
+
+def _pairs_scored(pack: FacePack, max_pairs: int | str) -> tuple[int, int]:
+    """How many pairs of validation and test people there are, and how many of them a round scores."""
+    every, scored = 0, 0
+    for split, (_, people) in SPLITS.items():
+        design, own = design_of(pack, split, max_pairs), num_pairs_of(len(pack.indices(people)))
+        if design is not None and pack.family is not None:  # see `evaluation`: pairs of one choice of pictures
+            scored += num_pairs_of(len(design.impostor))
+        else:
+            scored += own if design is None else design.num_pairs
+        every += own
+    return every, scored
 
 
 def join(site: SiteSettings, settings: Settings) -> Site:
@@ -149,6 +171,8 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
     secret = site_secret(site.cache_dir)
+    max_pairs = settings.verification.max_pairs
+    num_pairs, num_scored_pairs = _pairs_scored(pack, max_pairs)
     return Site(
         name=site.name,
         dataset=site.dataset,
@@ -157,8 +181,10 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_training_people=pack.num_classes,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
         num_quarantined=len(pack.quarantined) + pack.account.num_unused_data,
-        val_people=keyed_digest(secret, "val people", val_people_digest(pack), digits=16),
-        test_pairs=keyed_digest(secret, TEST_PAIRS, people_digest(pack, "test"), digits=16),
+        val_people=keyed_digest(secret, "val people", val_people_digest(pack, max_pairs), digits=16),
+        test_pairs=keyed_digest(secret, TEST_PAIRS, people_digest(pack, "test", max_pairs), digits=16),
+        num_pairs=num_pairs,
+        num_scored_pairs=num_scored_pairs,
         machine=keyed_digest(secret, "machine", machine_digest(), digits=12),
         cores=num_cores(),
         device=device.split(":")[0],
@@ -204,6 +230,7 @@ def _restore_private(
     folder = state.state_folder(run_id)
     found = load_private(folder, server_round, state.recogniser, optimiser, state.private)
     if found < 0:
+        renew_heads(state.recogniser, state.head_seed)
         tensors = state.recogniser.state_dict()
         with torch.no_grad():
             for name, tensor in state.fresh.items():
@@ -216,8 +243,9 @@ def _evaluate(
 ) -> dict[str, EvaluationSums | str]:
     """By split what leaves of its sums, or the words that leave in their place.  model: as received, [size]."""
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
+    max_pairs = state.settings.verification.max_pairs
     for split in task.splits.split():
-        sums = evaluate(state.recogniser, state.pack, split, compute)
+        sums = evaluate(state.recogniser, state.pack, split, compute, max_pairs=max_pairs)
         seed = 0
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")
@@ -268,7 +296,6 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     """
     began = time.perf_counter() if began is None else began
     settings, recogniser = state.settings, state.recogniser
-    federation = settings.federation
     compute, received = _receive(state, task, shared)
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
@@ -284,15 +311,13 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     if found <= 0:  # round 0's private state is the fresh one
         warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
     warmed_up = time.perf_counter()
-    first = (task.server_round - 1) * federation.local_epochs
-    sums = train_epochs(
+    sums = train_round(
         recogniser,
         optimiser,
         state.pack,
         settings=settings,
         compute=compute,
-        epochs=range(first, first + federation.local_epochs),
-        total_epochs=settings.total_epochs,
+        server_round=task.server_round,
         stream_name=state.site.name,
         penalty=_penalty(state),
     )

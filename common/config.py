@@ -39,6 +39,9 @@ GONE: Mapping[str, object] = {
 }
 
 
+ROUND_LENGTHS = ("local_epochs", "local_steps")  # of [federation]: one of them
+
+
 def _section_types() -> dict[str, type]:
     hints = typing.get_type_hints(Settings)
     return {f.name: hints[f.name] for f in dataclasses.fields(Settings)}
@@ -119,6 +122,10 @@ def _read_section(section: str, kind: type, raw: object, problems: list[str]) ->
 
 def _conflicts(settings: Settings) -> list[str]:
     """Settings that are fine alone but not together."""
+    given = [key for key in ROUND_LENGTHS if isinstance(getattr(settings.federation, key), int)]
+    if len(given) != 1:
+        both = " and ".join(f"federation.{key} = {getattr(settings.federation, key)}" for key in ROUND_LENGTHS)
+        return [f'{both}: a round is counted in one of them; set the other to "off".']
     if settings.model.pretrained == "imagenet" and settings.model.width != 1.0:
         return [f'model.width = {settings.model.width} has no ImageNet weights; use 1.0 or model.pretrained = "none".']
     if settings.model.normalisation == "private" and settings.model.pretrained != "none":
@@ -184,6 +191,9 @@ def _ablation_problems(settings: Settings) -> list[str]:
 def _changed(settings: Settings, values: Mapping[str, object]) -> tuple[Settings, list[str]]:
     """The settings with values changed, by "section.key", and what is wrong with these, alone and beside the others."""
     problems = [problem for name, value in values.items() if (problem := value_problem(name, value))]
+    given = [key for key in ROUND_LENGTHS if isinstance(values.get(f"federation.{key}"), int)]
+    if len(given) == 1:  # the other one is off then
+        values = {f"federation.{key}": "off" for key in ROUND_LENGTHS if key not in given} | dict(values)
     for name, value in () if problems else values.items():
         section, _, key = name.partition(".")
         number = float(value) if isinstance(value, int) and takes_fractions(name) else value
@@ -204,6 +214,7 @@ def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Setting
     Raises ConfigError with every problem found, each prefixed by `source`.
     """
     sections = _section_types()
+    raw = _one_round_length(raw)
     problems = [_unknown_section(name, sections) for name in raw if name not in sections]
     values = {name: _read_section(name, kind, raw.get(name, {}), problems) for name, kind in sections.items()}
     settings = Settings(**values)
@@ -211,6 +222,15 @@ def from_mapping(raw: Mapping[str, object], source: str = "settings") -> Setting
     if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
     return settings
+
+
+def _one_round_length(raw: Mapping[str, object]) -> Mapping[str, object]:
+    """Where only the steps of a round are given, its epochs are off, whatever their default."""
+    table = raw.get("federation")
+    steps = table.get("local_steps") if isinstance(table, Mapping) else None
+    if isinstance(table, Mapping) and isinstance(steps, int) and steps > 0 and "local_epochs" not in table:
+        return {**raw, "federation": {**table, "local_epochs": "off"}}
+    return raw
 
 
 def find_config(name: str, flag: str = "--config") -> Path:
@@ -249,6 +269,10 @@ def load_with_address(
     overrides: (section, key) -> value.  Raises ConfigError with all problems at once.
     """
     raw = _read_toml(path) if path else {}
+    model = raw.get("model")
+    asked = (overrides or {}).get(("model", "backbone"))
+    if isinstance(model, dict) and asked not in (None, model.get("backbone", ModelSettings().backbone)):
+        model.pop("width", None)  # it is of the file's backbone; another one is built as wide as it is
     for (section, key), value in (overrides or {}).items():
         table = raw.setdefault(section, {})
         if isinstance(table, dict):

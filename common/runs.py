@@ -98,8 +98,9 @@ def federated_kind(settings: Settings, program: str = "") -> RunKind:
         params={
             "method": federation.strategy,
             "rounds": federation.rounds,
-            "epochs": settings.total_epochs,  # of each picture: comparable with a run without a federation
+            "epochs": settings.planned,  # of each picture: comparable with a run without a federation
             "local_epochs": federation.local_epochs,
+            "local_steps": federation.local_steps,
         },
     )
 

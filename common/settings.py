@@ -6,6 +6,7 @@ What names a row of a table (a strategy, a backbone) may be any of that table, w
 import dataclasses
 from typing import Any
 
+from common.errors import UserError
 from common.redact import shown_uri
 
 INFERENCES = ("sa", "glca", "both")
@@ -76,6 +77,7 @@ class ModelSettings:
     embedding_size: int = setting(512, low=8, high=4096)
     head: str = setting("cosface")
     head_scale: float = setting(30.0, above=0.0)
+    head_sample: float = setting(1.0, above=0.0, high=1.0)  # of the people that a step sees; for 100,000 and more
     head_margin: float = setting(0.35, low=0.0, high=1.5)  # cosface: cosine; arcface: radians; softmax: none
     dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
     pretrained: str = setting("none")  # none | imagenet | FILE.safetensors | models:/NAME@ALIAS | a run's folder or id
@@ -142,7 +144,8 @@ class FederationSettings:
 
     strategy: str = setting("fedavg")  # a row of common/strategies.py
     rounds: int = setting(10, low=1)
-    local_epochs: int = setting(2, low=1)
+    local_epochs: int | str = setting(2, low=1, word="off")  # in each round; off where local_steps is given
+    local_steps: int | str = setting("off", low=1, word="off")  # in each round, instead: batches, across epochs' ends
     proximal_mu: float = setting(0.01, low=0.0)  # fedprox only
     server_lr: float | str = setting("auto", above=0.0, word="auto")  # of the server's step; auto: the strategy's own
     server_momentum: float = setting(0.9, low=0.0, high=0.999)  # fedavgm; fedadam and fedyogi: beta 1
@@ -167,11 +170,15 @@ class FederationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VerificationSettings:
-    """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model."""
+    """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model.
+
+    And how many of its own pairs a client scores in a round: see `common/metrics/design.py`.
+    """
 
     public_dir: str = setting("none")  # a folder with one folder a person; none: no such set
     public_pairs: str = setting("pairs.txt")  # the list of pairs, in public_dir or by its own path
     public_crop: float = setting(1.0, low=0.1, high=1.0)  # the central part of each picture that is used
+    max_pairs: int | str = setting(10**9, low=1000, word="all")  # of an open set; more are scored by a design
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,8 +217,28 @@ class Settings:
 
     @property
     def total_epochs(self) -> int:
-        """How often each picture is processed in the whole federation, and in local training by default."""
-        return self.federation.rounds * self.federation.local_epochs
+        """How often each picture is processed in the whole federation, and in local training by default.
+
+        Raises UserError where rounds are counted in steps, which are another part of an epoch at each client.
+        """
+        epochs = self.federation.local_epochs
+        if isinstance(epochs, str):
+            raise UserError(
+                'training.epochs = "auto" is rounds x local_epochs, and federation.local_steps ='
+                f" {self.federation.local_steps} counts rounds in steps; give training.epochs (--epochs)."
+            )
+        return self.federation.rounds * epochs
+
+    @property
+    def planned(self) -> int | str:
+        """`total_epochs`, or such as "15000 steps" where rounds are counted in those."""
+        steps = self.federation.local_steps
+        return f"{self.federation.rounds * steps} steps" if isinstance(steps, int) else self.total_epochs
+
+    def total_steps(self, per_epoch: int) -> int:
+        """How many batches a client of so many an epoch trains on in the whole federation."""
+        steps = self.federation.local_steps
+        return self.federation.rounds * steps if isinstance(steps, int) else self.total_epochs * per_epoch
 
     @property
     def local_training_epochs(self) -> int:

@@ -233,6 +233,7 @@ class Federation:
             bound=self.bound,
             share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
             limited=self.record.limited,
+            max_pairs=self.settings.verification.max_pairs,
         )
         exchange.send(tasks, members, model)
         self.waiter.do_work()

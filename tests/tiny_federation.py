@@ -268,7 +268,8 @@ def tiny_workplace(settings: Settings, folder: Path, name: str = "alpha") -> Cli
         recogniser=recogniser,
         manifest=manifest_of({n: state[n] for n in shared_names(recogniser, settings.model.normalisation)}),
         private=private,
-        fresh={n: state[n].clone() for n in private},
+        head_seed=2,
+        fresh={n: state[n].clone() for n in private if n.startswith("backbone.")},
     )
 
 

@@ -186,15 +186,20 @@ def training_batches(
     augmentation: AugmentationSettings,
     stream: torch.Generator,
     device: str,
+    steps: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: each chosen picture once, in random order, in batches of nearly equal size.
+
+    steps: which of the epoch's batches; None: all.
 
     Equal sizes instead of a small last batch keep batch normalisation away from batches of one.
     pictures: [N, S, S, 3] uint8.  labels: [N] int64.  chosen: [M] int64 in [0, N).
     Yields ([B, 3, S, S] float32 in [-1, 1], [B] int64) on `device`.
     """
     order = chosen[torch.randperm(len(chosen), generator=stream).numpy()]
-    parts = np.array_split(order, num_batches(len(chosen), batch_size))
+    if steps is not None and steps.start > 0:  # later batches are changed by other random numbers than the first
+        stream.manual_seed(int(torch.randint(2**62, (1,), generator=stream)) + steps.start)
+    parts = _some_of(np.array_split(order, num_batches(len(chosen), batch_size)), steps)
     # in file order, so that reading moves forward
     read = ((pictures[rows], labels[rows]) for rows in map(np.sort, parts))
     for batch, targets in on_device(read, device):
@@ -224,6 +229,7 @@ def twin_batches(
     twins: TwinSettings,
     stream: torch.Generator,
     device: str,
+    steps: range | None = None,
 ) -> Iterator[Batch]:
     """One epoch, as `training_batches` makes it, but of pairs, and with partners.
 
@@ -233,7 +239,7 @@ def twin_batches(
     """
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
     pairs = pair_up(chosen, person, family, twins, random)
-    parts = into_batches(pairs, person, family, num_batches(len(chosen), batch_size), random)
+    parts = _some_of(into_batches(pairs, person, family, num_batches(len(chosen), batch_size), random), steps)
     # in file order, so that reading moves forward
     in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
     read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
@@ -360,8 +366,16 @@ def _beside_twins(pairs: list[Rows], person: NDArray[np.int64], family: NDArray[
     return groups + [[pair] for others in waiting.values() for pair in others]
 
 
-def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int) -> Generator[Batch]:
+def _some_of(parts: list[Item], steps: range | None) -> list[Item]:
+    return parts if steps is None else parts[steps.start : steps.stop]
+
+
+def epoch_batches(
+    pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int, steps: range | None = None
+) -> Generator[Batch]:
     """The training batches of one epoch; the same (seed, stream_name, epoch) gives the same batches anywhere.
+
+    steps: which of them, counted from 0; None: all.  What is not asked for is not read.
 
     Each training picture is used once, whichever kind of batches it is: see `training_batches` and `twin_batches`.
     """
@@ -375,6 +389,7 @@ def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_nam
             augmentation=settings.augmentation,
             stream=stream,
             device=device,
+            steps=steps,
         ):
             yield Batch(pictures, labels, None)
         return
@@ -389,4 +404,5 @@ def epoch_batches(pack: FacePack, settings: Settings, *, device: str, stream_nam
         twins=settings.twins,
         stream=stream,
         device=device,
+        steps=steps,
     )

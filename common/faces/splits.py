@@ -3,6 +3,10 @@
 Closed set: each training person's pictures go to TRAIN, VAL_PICTURES and TEST_PICTURES. Open set: VAL_PEOPLE and
 TEST_PEOPLE are people never trained on, by the official split where there is one, else by hash.
 
+From MANY_PEOPLE on, a person's hash alone decides whether they are in an open set, so nobody moves when others are
+added, and a model of an earlier run was trained on nobody whom a later one tests. Fewer people are dealt by their
+number, since of few people a hash alone would give too few or too many.
+
 Families are never divided: a twin and the sibling stand on one side, for they are nearly the same face.
 """
 
@@ -19,6 +23,7 @@ from common.settings import DataSettings
 
 MIN_PEOPLE = 2  # in training and in each open set: one person alone gives neither a choice nor an impostor pair
 MIN_OPEN_PICTURES = 2  # of a person in an open set: a single picture gives no genuine pair
+MANY_PEOPLE = 1000  # from so many on, whom a hash puts in an open set does not depend on who else is there
 MIN_GIVING_PICTURES = 3  # fewer stay whole in training: with three, one can be left in each of the closed parts
 
 
@@ -80,17 +85,21 @@ def _people_parts(index: FaceIndex, count: NDArray[np.int64], data: DataSettings
     part[official == OFFICIAL_TEST] = Split.TEST_PEOPLE
     part[(count < MIN_OPEN_PICTURES) & (official > OFFICIAL_TRAIN)] = Split.UNUSED
     part[count < max(data.min_pictures_per_person, 1)] = Split.UNUSED
-    order = np.argsort(_hashes(f"{index.dataset}/people", index.people), kind="stable")
+    hashes = _hashes(f"{index.dataset}/people", index.people)
+    order = np.argsort(hashes, kind="stable")
     training = np.bincount(family[part == Split.TRAIN], minlength=len(part))
     useless = np.bincount(family[(part == Split.TRAIN) & (count < MIN_OPEN_PICTURES)], minlength=len(part))
     free = order[(training[order] > 0) & (useless[order] == 0)]  # families, by their first member
-    total = len(free)
+    total, edge = len(free), 0.0
     for code, known, fraction in (
         (Split.TEST_PEOPLE, OFFICIAL_TEST, data.fraction_test_people),
         (Split.VAL_PEOPLE, OFFICIAL_VALIDATION, data.fraction_val_people),
     ):
         if not (official == known).any():
+            edge += fraction
             number = max(MIN_PEOPLE, round(fraction * total))
+            if total >= MANY_PEOPLE:  # whoever else is there, a hash below the edge stays below it
+                number = int(np.searchsorted(hashes[free], np.uint64(edge * 2.0**64)))
             part[np.isin(family, free[:number]) & (part == Split.TRAIN)] = code
             free = free[number:]
     return part

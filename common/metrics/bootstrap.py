@@ -7,6 +7,10 @@ its own pairs, and pairs of two people w_p * w_q times; copies of one person are
 "impostor" pairs would be genuine ones. Replicates of different models that use the same weights are paired, so that
 gaps between models have intervals too: `interval(scores_a - scores_b)`.
 
+A replicate's impostor pairs need those of each two people, another look at all pairs. Above EXACT_PAIRS each person's
+sums serve (`UnitSums`), which one look gives together with the histogram: w_p * w_q is taken as w_p + w_q - 1. What is
+left out is of the order of one part in as many as there are people (the U-statistic's linear part; Hoeffding, 1948).
+
 With twins whole families are drawn, not people: siblings are no two independent draws. A family's pairs, of one member
 or of two, count as its own.
 
@@ -26,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
+from common.metrics.design import num_pairs_of
 from common.metrics.figures import (
     JUDGED,
     KINDS,
@@ -42,6 +47,8 @@ MAX_UNITS: Final = 1000  # above so many people, groups of them are drawn instea
 COARSE_BINS: Final = 512
 _FAR_FLOOR: Final = 1e-4  # below it the coarse bins follow the genuine scores only
 _BLOCK_PAIRS: Final = 2**21  # scores computed at once: 8 MiB
+_GPU_BLOCK_PAIRS: Final = 2**26
+EXACT_PAIRS: Final = 3 * 10**8  # above so many, replicates are made of each person's sums
 NUM_GENUINE, NUM_IMPOSTOR = "num_genuine_pairs", "num_impostor_pairs"
 
 Embeddings = NDArray[np.float32] | Tensor
@@ -129,6 +136,70 @@ def bootstrap_histograms(
     return pooled.numpy().transpose(1, 0, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitSums:
+    """The scores of each unit's pairs, counted: all that replicates of very many pairs need.
+
+    A unit is a person, or above MAX_UNITS people one of as many groups.
+    """
+
+    own: NDArray[np.int64]  # [2, U, NUM_BINS]: genuine and impostor pairs within the unit
+    others: NDArray[np.int64]  # [U, NUM_BINS]: with pictures of all other units, so each of these pairs is in two rows
+
+    @property
+    def histogram(self) -> NDArray[np.int64]:
+        """As `pair_histogram` counts them, [2, NUM_BINS]."""
+        own, others = self.own.sum(axis=1), self.others.sum(axis=0) // 2
+        return np.stack([own[0], own[1] + others])
+
+    def counts(self, weights: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.float64]:
+        """As `bootstrap_histograms` returns them, the pairs of two units in linear approximation."""
+        table, chances = torch.from_numpy(bins), torch.from_numpy(weights.astype(np.float64))
+        own, others = (
+            torch.zeros(*part.shape[:-1], COARSE_BINS, dtype=torch.float64).index_add_(
+                part.ndim - 1, table, torch.from_numpy(part.astype(np.float64))
+            )
+            for part in (self.own, self.others)
+        )
+        pooled = chances @ own
+        pooled[1] += (chances @ others - others.sum(0) / 2).clamp_min_(0.0)
+        return pooled.numpy().transpose(1, 0, 2)
+
+
+def unit_sums(embeddings: Embeddings, person: NDArray[np.int64]) -> UnitSums:
+    """Each unit's sums, in one look at each ordered pair, on the embeddings' device.
+
+    embeddings: [N, D] float, of any length.  person: [N] int64.  Memory is that of three matrices [U, NUM_BINS].
+    Raises TrainingFailed when an embedding is not finite.
+    """
+    unit_of = _units(person)
+    order = np.argsort(unit_of, kind="stable")
+    unit = unit_length(torch.as_tensor(embeddings))
+    unit = unit[torch.from_numpy(order).to(unit.device)]
+    people = torch.from_numpy(person[order]).to(unit.device)
+    ends = np.searchsorted(unit_of[order], np.arange(int(unit_of.max(initial=-1)) + 1), side="right").tolist()
+    own = np.zeros((2, len(ends), NUM_BINS), dtype=np.int64)
+    others = np.zeros((len(ends), NUM_BINS), dtype=np.int64)
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        mine = slice(start, end)
+        table = torch.arange(NUM_BINS, dtype=torch.int32, device=unit.device)
+        own[:, number] = _within(unit[mine], people[mine], people[mine], table, "all", num_bins=NUM_BINS).cpu().numpy()
+        for columns in (slice(0, start), slice(end, len(unit))):
+            others[number] += _scores_between(unit[mine], unit[columns]).cpu().numpy()
+    return UnitSums(own=own, others=others)
+
+
+def _scores_between(unit: Tensor, others: Tensor) -> Tensor:
+    """Counts [NUM_BINS] int64 of the scores of a unit's pictures with all others."""
+    counts = torch.zeros(NUM_BINS, dtype=torch.int64, device=unit.device)
+    block = _GPU_BLOCK_PAIRS if unit.device.type == "cuda" else _BLOCK_PAIRS
+    step = max(1, block // max(1, len(unit)))
+    for start in range(0, len(others), step):
+        codes = score_bins(unit @ others[start : start + step].T)
+        counts += torch.bincount(codes.flatten(), minlength=NUM_BINS)
+    return counts
+
+
 def _units(person: NDArray[np.int64]) -> NDArray[np.int64]:
     """The person (or family), or group of them, of each picture: [N] int64 in [0, MAX_UNITS)."""
     people, numbers = np.unique(person, return_inverse=True)
@@ -143,23 +214,25 @@ def _units(person: NDArray[np.int64]) -> NDArray[np.int64]:
     return group[numbers]
 
 
-def _within(unit: Tensor, people: Tensor, kin: Tensor, table: Tensor, kind: str) -> Tensor:
-    """Counts [2, COARSE_BINS] of one unit's own pairs: genuine, then impostor (of its different people).
+def _within(
+    unit: Tensor, people: Tensor, kin: Tensor, table: Tensor, kind: str, *, num_bins: int = COARSE_BINS
+) -> Tensor:
+    """Counts [2, num_bins] of one unit's own pairs: genuine, then impostor (of its different people).
 
     kind "twins": pairs of one family only, "strangers": no pairs of two siblings.
     """
-    counts = torch.zeros(2 * COARSE_BINS, dtype=torch.int64)
+    counts = torch.zeros(2 * num_bins, dtype=torch.int64, device=unit.device)
     step = max(1, _BLOCK_PAIRS // max(1, len(unit)))
-    places = torch.arange(len(unit))
+    places = torch.arange(len(unit), device=unit.device)
     for row in range(0, len(unit), step):
         rows = slice(row, row + step)
-        codes = table[score_bins(unit[rows] @ unit.T)] + COARSE_BINS * (people[rows, None] != people)
+        codes = table[score_bins(unit[rows] @ unit.T)] + num_bins * (people[rows, None] != people)
         counted = places[rows, None] < places
         if kind != "all":
             of_family = kin[rows, None] == kin
             counted &= of_family if kind == "twins" else ~of_family | (people[rows, None] == people)
-        counts += torch.bincount(codes[counted], minlength=2 * COARSE_BINS)
-    return counts.reshape(2, COARSE_BINS).float()
+        counts += torch.bincount(codes[counted], minlength=2 * num_bins)
+    return counts.reshape(2, num_bins).float()
 
 
 def _against(unit: Tensor, others: Tensor, columns: Tensor, table: Tensor) -> Tensor:
@@ -178,6 +251,11 @@ def accuracy_bins(threshold: float) -> NDArray[np.int64]:
     return (np.arange(NUM_BINS) >= accepted_from(threshold)).astype(np.int64)
 
 
+def needs_sums(person: NDArray[np.int64], family: NDArray[np.int64]) -> bool:
+    """Whether replicates are made of each person's sums: too many pairs for another look, and each person a family."""
+    return num_pairs_of(len(person)) > EXACT_PAIRS and len(np.unique(family)) == len(np.unique(person))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """One holder's test people as a model embeds them, and how often each replicate draws each family."""
@@ -186,6 +264,7 @@ class Drawn:
     person: NDArray[np.int64]  # [N]
     family: NDArray[np.int64]  # [N]; each person their own where the data set knows of none
     weights: NDArray[np.int64]  # [B, U], as `person_weights` returns them
+    sums: UnitSums | None = None  # where there are more than EXACT_PAIRS, and no families
 
     @classmethod
     def by_seed(
@@ -199,7 +278,8 @@ class Drawn:
     ) -> "Drawn":
         """With the same seed and families the replicates of two models are paired."""
         weights = person_weights(len(np.unique(family)), num_replicates, seed)
-        return cls(embeddings=embeddings, person=person, family=family, weights=weights)
+        sums = unit_sums(embeddings, person) if needs_sums(person, family) else None
+        return cls(embeddings=embeddings, person=person, family=family, weights=weights, sums=sums)
 
     def counts(
         self, kind: str, histogram: NDArray[np.int64], threshold: float | None
@@ -210,6 +290,8 @@ class Drawn:
         None: nothing is judged, in half the time.
         """
         bins = {PAIRS: coarse_bins(histogram)} | ({} if threshold is None else {JUDGED: accuracy_bins(threshold)})
+        if self.sums is not None and kind == "all":
+            return {of: self.sums.counts(self.weights, own) for of, own in bins.items()}
         return {
             of: bootstrap_histograms(self.embeddings, self.person, self.weights, own, family=self.family, kind=kind)
             for of, own in bins.items()

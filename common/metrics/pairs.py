@@ -12,6 +12,7 @@ Siblings are the hardest impostors there are, and so few among all pairs that fi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -21,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import TrainingFailed
+from common.metrics.design import PairDesign
 from common.metrics.figures import check_both_kinds
 from common.metrics.sums import NUM_BINS
 
 BLOCK: Final = 512  # pictures on each side of a block of pairs: its scores take 1 MiB and stay in the cache
+GPU_BLOCK: Final = 4096  # on a GPU, which small blocks would keep waiting: 64 MiB, and a few times that
 
 
 def pair_histogram(embeddings: NDArray[np.float32] | Tensor, person: NDArray[np.int64] | Tensor) -> NDArray[np.int64]:
@@ -82,17 +85,59 @@ def pair_histograms(
     return others + siblings, siblings
 
 
-def _counted(unit: Tensor, num_classes: int, add_class: Callable[[Tensor, slice, slice], None]) -> NDArray[np.int64]:
+def designed_histogram(
+    embeddings: NDArray[np.float32] | Tensor, person: NDArray[np.int64], design: PairDesign
+) -> NDArray[np.int64]:
+    """`pair_histogram` of the pairs of a design only.
+
+    embeddings: [N, D] float.  person: [N] int64.  Raises TrainingFailed and DataError as `pair_histogram` does.
+    """
+    unit = unit_length(torch.as_tensor(embeddings))
+    rows = []
+    for chosen, is_genuine in ((design.genuine, True), (design.impostor, False)):
+        order = chosen[np.argsort(person[chosen], kind="stable")]
+        people = torch.from_numpy(person[order]).to(unit.device)
+        # Sorted, so beside the diagonal alone there are genuine pairs.
+        wanted = partial(_may_share_a_person, people) if is_genuine else _any_block
+        add_class = partial(_add_other_person, people)
+        counts = _counted(unit[torch.from_numpy(order).to(unit.device)], 2, add_class, wanted)
+        rows.append(counts[0 if is_genuine else 1])
+    histogram = np.stack(rows)
+    check_both_kinds(histogram)
+    return histogram
+
+
+def _add_other_person(people: Tensor, codes: Tensor, rows: slice, columns: slice) -> None:
+    codes += NUM_BINS * (people[rows, None] != people[None, columns])
+
+
+def _may_share_a_person(people: Tensor, rows: slice, columns: slice) -> bool:
+    return bool(people[rows][-1] >= people[columns][0])
+
+
+def _any_block(_rows: slice, _columns: slice) -> bool:
+    return True
+
+
+def _counted(
+    unit: Tensor,
+    num_classes: int,
+    add_class: Callable[[Tensor, slice, slice], None],
+    wanted: Callable[[slice, slice], bool] = _any_block,
+) -> NDArray[np.int64]:
     """Counts [num_classes, NUM_BINS] of the scores of the pairs (row, column) with row < column.
 
-    unit: [N, D] of length 1.  add_class: adds NUM_BINS times each pair's class to a block's bins.
+    unit: [N, D] of length 1.  add_class: adds NUM_BINS times each pair's class to a block's bins.  wanted: whether a
+    block of rows and columns counts, and with it all blocks between the two.
     """
-    not_a_pair = num_classes * NUM_BINS
+    not_a_pair, side = num_classes * NUM_BINS, GPU_BLOCK if unit.device.type == "cuda" else BLOCK
     counts = torch.zeros(not_a_pair, dtype=torch.int64, device=unit.device)
     with torch.autocast(unit.device.type, enabled=False):  # bfloat16 would round scores to a few hundred values
-        for start in range(0, len(unit), BLOCK):
-            for other in range(start, len(unit), BLOCK):
-                rows, columns = slice(start, start + BLOCK), slice(other, other + BLOCK)
+        for start in range(0, len(unit), side):
+            for other in range(start, len(unit), side):
+                rows, columns = slice(start, start + side), slice(other, other + side)
+                if not wanted(rows, columns):
+                    break
                 codes = score_bins(unit[rows] @ unit[columns].T)
                 add_class(codes, rows, columns)
                 if start == other:

@@ -5,7 +5,7 @@ Heads stay at the client: row i is another person elsewhere.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,39 @@ MarginFunction = Callable[[Tensor, Tensor, float, float], Tensor]
 # sin(theta) is kept above this, so that its gradient, -cos / sin, stays finite at theta = 0 and pi.
 _SMALLEST_SIN_SQUARED: Final = 1e-6
 _SMALLEST_SQUARED_DISTANCE: Final = 1e-6
+_SMALLEST_LENGTH: Final = 1e-12  # as in F.normalize
+
+
+class _Cosines(torch.autograd.Function):
+    """Cosines of unit embeddings and of rows of any length, without a normalised copy of the rows.
+
+    F.normalize and F.linear would keep one, and make two more for its gradient: with 360,000 people 0.7 GB each. Here
+    products are divided by the rows' lengths, and the gradient is made where it stays.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, rows: Tensor) -> Tensor:  # noqa: ANN401 - torch names no type
+        """unit: [B, D] float.  rows: [C, D] float; a row of zeros has cosine 0.  Returns [B, C]."""
+        lengths = torch.linalg.vector_norm(rows, dim=1).clamp_min_(_SMALLEST_LENGTH)
+        cosine = (unit @ rows.T).div_(lengths)
+        ctx.save_for_backward(unit, rows, lengths, cosine)
+        return cosine
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
+        """gradient: [B, C] of the cosines.  Returns those of unit and rows.
+
+        With L the row's length, d cos / d row = (unit - cos row / L) / L.
+        """
+        unit, rows, lengths, cosine = ctx.saved_tensors
+        scaled = gradient / lengths
+        of_unit = scaled @ rows if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_unit, None
+        along = (scaled * cosine).sum(0).div_(lengths).neg_()
+        along.masked_fill_(lengths <= _SMALLEST_LENGTH, 0.0)
+        of_rows = scaled.T @ unit
+        return of_unit, of_rows.addcmul_(rows, along[:, None])
 
 
 def cosface_logits(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
@@ -24,8 +57,8 @@ def cosface_logits(cosine: Tensor, labels: Tensor, margin: float, scale: float) 
     cosine: [B, C] float in [-1, 1].  labels: [B] int64 in [0, C).  margin: in units of cosine.
     Returns logits [B, C].
     """
-    target = F.one_hot(labels, cosine.shape[1]).to(cosine.dtype)
-    return scale * (cosine - margin * target)
+    column = labels.unsqueeze(1)
+    return scale * cosine.scatter(1, column, cosine.gather(1, column) - margin)
 
 
 def arcface_logits(cosine: Tensor, labels: Tensor, margin_rad: float, scale: float) -> Tensor:
@@ -103,20 +136,34 @@ class SoftmaxHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=embedding_size**-0.5)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002 - as the heads with a margin
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings: [B, D], any float dtype.  labels: [B] int64, not used.  Returns logits [B, C] float32."""
-        return self.class_logits(embeddings)
+        return self.with_margin(self.scores(embeddings), labels)
 
     @property
-    def identity_vectors(self) -> Tensor:
+    def identity_vectors(self) -> nn.Parameter:
         """One row a person, [C, D] float32."""
-        return self.linear.weight
+        weight: nn.Parameter = self.linear.weight  # type: ignore[assignment]
+        return weight
 
-    def class_logits(self, embeddings: Tensor) -> Tensor:
-        """The same logits: there is no margin."""
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [B, D], any float dtype.  Returns logits [B, C] float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             logits: Tensor = self.linear(embeddings.float())
         return logits
+
+    def with_margin(self, scores: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002 - as the heads with a margin
+        """The training logits of `scores`, which are the same: there is no margin."""
+        return scores
+
+    def class_logits(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [B, D].  Returns logits [B, C] float32."""
+        return self.scores(embeddings)
+
+    def reset_parameters(self) -> None:
+        """Draw the head anew, as it was made, from the CPU's global random state."""
+        people, size = self.linear.weight.shape
+        self.load_state_dict(SoftmaxHead(size, people).state_dict())
 
 
 class CosineHead(nn.Module):
@@ -131,27 +178,45 @@ class CosineHead(nn.Module):
         self.margin = margin
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_people, embedding_size))
-        # Short rows, as in ArcFace's own code: a step turns a direction by lr / length squared, so short ones turn fast
-        # at first and slow down as they grow. Rows of unit length would learn about twenty times slower at the start.
-        nn.init.normal_(self.weight, std=0.01)
+        self.reset_parameters()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings: [B, D], any float dtype.  labels: [B] int64 in [0, C).  Returns logits [B, C] float32."""
-        return self.add_margin(self._cosine(embeddings), labels, self.margin, self.scale)
+        return self.with_margin(self.scores(embeddings), labels)
 
     @property
-    def identity_vectors(self) -> Tensor:
+    def identity_vectors(self) -> nn.Parameter:
         """One row a person, [C, D] float32, of any length."""
         return self.weight
 
-    def class_logits(self, embeddings: Tensor) -> Tensor:
-        """embeddings: [B, D].  Returns scale x cosine, [B, C] float32, without margin."""
-        return self.scale * self._cosine(embeddings)
-
-    def _cosine(self, embeddings: Tensor) -> Tensor:
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [B, D], any float dtype.  Returns cosines [B, C] float32."""
         # bfloat16 has 8 bits: at scale 64 it would round logits to steps of 0.25, so autocast is off here.
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.linear(F.normalize(embeddings.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+            unit = F.normalize(embeddings.float(), dim=1)
+            cosine: Tensor = _Cosines.apply(unit, self.weight.float())
+        return cosine
+
+    def with_margin(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The training logits of `scores`, [B, C] float32.  labels: [B] int64 in [0, C)."""
+        return self.add_margin(scores, labels, self.margin, self.scale)
+
+    def class_logits(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [B, D].  Returns scale x cosine, [B, C] float32, without margin."""
+        return self.scale * self.scores(embeddings)
+
+    def reset_parameters(self) -> None:
+        """Draw the head anew, as it was made, from the CPU's global random state.
+
+        Short rows, as in ArcFace's own code: a step turns a direction by lr / length squared, so short ones turn fast
+        at first and slow down as they grow. Rows of unit length would learn about twenty times slower at the start.
+        """
+        with torch.no_grad():
+            on_cpu = self.weight.device.type == "cpu"
+            drawn = self.weight if on_cpu else torch.empty(self.weight.shape)
+            nn.init.normal_(drawn, std=0.01)
+            if not on_cpu:
+                self.weight.copy_(drawn)
 
 
 MARGINS: Final[dict[str, MarginFunction]] = {"cosface": cosface_logits, "arcface": arcface_logits}

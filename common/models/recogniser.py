@@ -74,13 +74,16 @@ class Recogniser(nn.Module):
             return self.backbone.embeddings(pictures, partners=partners)
         return {"sa": self.embed(pictures)}
 
+    def head_of(self, branch: str) -> SoftmaxHead | CosineHead:
+        """The head of a branch's embeddings."""
+        return self.glca_head if branch == "glca" and self.glca_head is not None else self.head
+
     def branch_logits(self, branch: str, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Training logits of a branch, [B, C] float32, with the margin of its head.
 
         embeddings: [B, D] of that branch.  labels: [B] int64 in [0, C).
         """
-        head = self.glca_head if branch == "glca" and self.glca_head is not None else self.head
-        logits: Tensor = head(embeddings, labels)
+        logits: Tensor = self.head_of(branch)(embeddings, labels)
         return logits
 
     def combined(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -189,6 +192,20 @@ def with_new_heads(recogniser: Recogniser, model: ModelSettings, *, num_people: 
         torch.default_generator.manual_seed(head_seed)
         heads = [build_head(model, num_people=num_people) for head in (recogniser.head, recogniser.glca_head) if head]
     return Recogniser(recogniser.backbone, *heads)
+
+
+def renew_heads(recogniser: Recogniser, head_seed: int) -> None:
+    """Put what is private beside the backbone back to what `build_recogniser` made of this seed, in place.
+
+    No copy of a head is needed to have a fresh one.  The global random state stays untouched.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(head_seed)
+        recogniser.head.reset_parameters()
+        if recogniser.glca_head is not None:
+            recogniser.glca_head.reset_parameters()
+        for weight in (recogniser.loss_weights or {}).values():
+            weight.zero_()
 
 
 def for_people(recogniser: Recogniser, people: slice) -> Recogniser:

@@ -97,6 +97,8 @@ class Site:
     memory_format: str
     compiled: bool = False
     policy: str = ""  # digest of the site's own policy
+    num_pairs: int = 0  # of validation and of test people
+    num_scored_pairs: int = 0  # of those, in a round: fewer where verification.max_pairs are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,7 +180,7 @@ def resolve_compute(
         seconds = trials.get(key, lambda: measure(settings, candidates, device=device, threads=threads))
         precision, memory_format = min(seconds, key=lambda name: seconds[name]).split("/")
     compute = Compute(device=device, precision=precision, memory_format=memory_format, threads=threads)
-    num_steps = settings.total_epochs * num_batches(num_training_pictures, settings.training.batch_size)
+    num_steps = settings.total_steps(num_batches(num_training_pictures, settings.training.batch_size))
     return dataclasses.replace(compute, compiled=_is_compiled(settings, compute, trials, key, num_steps))
 
 

@@ -1,7 +1,8 @@
 """The one evaluation of all modes: sums of the closed set, histograms of pairs of the open set."""
 
 import hashlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from common.errors import TrainingFailed
 from common.faces.batches import evaluation_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.design import PairDesign, num_pairs_of, pair_design
 from common.metrics.folds import choose_pairs, fold_histogram, pair_scores
-from common.metrics.pairs import pair_histogram, pair_histograms
+from common.metrics.pairs import designed_histogram, pair_histogram, pair_histograms
 from common.metrics.sums import ClosedSetSums, EvaluationSums, closed_set_sums, grouped_confusion, no_twins
 from common.models.recogniser import Recogniser
 from common.system.runtime import stream_seed
@@ -21,21 +23,32 @@ from common.training.loop import Compute
 
 TEST_PAIRS = "test pairs"  # of `people_digest`, where a site keys it with its secret before it leaves
 EVALUATION_BATCH = 64  # on a CPU a tenth faster than 128
+CLOSED_BLOCK: Final = 2**25  # logits at once: 128 MiB, and as much again for their loss
 SPLITS = {"val": (Split.VAL_PICTURES, Split.VAL_PEOPLE), "test": (Split.TEST_PICTURES, Split.TEST_PEOPLE)}
 
 
-def people_digest(pack: FacePack, split: str) -> str:
-    """A digest of who is on which picture of the open set of a split ("val" or "test").
+def people_digest(pack: FacePack, split: str, max_pairs: int | str = "all") -> str:
+    """A digest of who is on which picture of the open set of a split ("val" or "test"), and which pairs are scored.
 
     Models may be compared only on equal test pairs, and equal digests mean equal pairs. It does not depend on how the
-    pictures were aligned or how large they are.
+    pictures were aligned or how large they are, nor on max_pairs while there are no more.
     """
     _, people = SPLITS[split]
     shown = pack.person[pack.indices(people)]
     named = "\n".join(pack.people[person] for person in shown.tolist())
     if pack.family is not None:  # which pairs are of twins is decided by it
         named += "\n\n" + "\n".join(pack.people[first] for first in pack.family[shown].tolist())
+    if isinstance(max_pairs, int) and num_pairs_of(len(shown)) > max_pairs:
+        named += f"\n\nat most {max_pairs} pairs"
     return hashlib.sha256(f"{pack.dataset}\n{named}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def design_of(pack: FacePack, split: str, max_pairs: int | str) -> PairDesign | None:
+    """Which pairs of a split's open set are scored; None: all.  The same for every model, round and machine."""
+    person = pack.person[pack.indices(SPLITS[split][1])]
+    if isinstance(max_pairs, str) or num_pairs_of(len(person)) <= max_pairs:
+        return None
+    return pair_design(person, most=max_pairs, seed=stream_seed("pairs", people_digest(pack, split)))
 
 
 @torch.inference_mode()
@@ -59,29 +72,47 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
 
 
 @torch.no_grad()
-def _class_logits(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute: Compute) -> torch.Tensor:
-    """[len(indices), C] float32 on the CPU, without margin."""
-    return recogniser.class_logits(embed(recogniser, pack, indices, compute).to(compute.device)).float().cpu()
+def _in_blocks(
+    recogniser: Recogniser, embeddings: torch.Tensor, compute: Compute
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Which embeddings, and their logits [block, C] float32 on the training device, without margin.
+
+    A block has so many rows that its logits are CLOSED_BLOCK numbers at most: never pictures x people.
+    """
+    rows = max(1, CLOSED_BLOCK // recogniser.head.identity_vectors.shape[0])
+    for start in range(0, len(embeddings), rows):
+        block = slice(start, start + rows)
+        yield block, recogniser.class_logits(embeddings[block].to(compute.device)).float()
 
 
 def closed_set_predictions(
     recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(predicted, labels), [N] int64 each: the most likely of the client's own people, and who it is."""
+    predicted, labels, _ = _predicted(recogniser, pack, split, compute)
+    return predicted, labels
+
+
+def _predicted(
+    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
+) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
+    """`closed_set_predictions`, and the cross-entropy summed over the pictures."""
     indices = pack.indices(split)
-    return _class_logits(recogniser, pack, indices, compute).argmax(1).numpy(), pack.training_labels[indices]
+    labels = pack.training_labels[indices]
+    predicted, loss_sum = np.empty(len(indices), dtype=np.int64), 0.0
+    for block, logits in _in_blocks(recogniser, embed(recogniser, pack, indices, compute), compute):
+        predicted[block] = logits.argmax(1).cpu().numpy()
+        loss_sum += float(F.cross_entropy(logits, torch.from_numpy(labels[block]).to(logits.device), reduction="sum"))
+    return predicted, labels, loss_sum
 
 
 def _closed_set(
     recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
 ) -> tuple[ClosedSetSums, NDArray[np.int64]]:
     """The sums of one client's own people, and how they are confused."""
-    indices = pack.indices(split)
-    labels = pack.training_labels[indices]
-    logits = _class_logits(recogniser, pack, indices, compute)
-    loss_sum = F.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-    predicted = logits.argmax(1).numpy()
-    return closed_set_sums(predicted, labels, float(loss_sum)), grouped_confusion(predicted, labels, logits.shape[1])
+    predicted, labels, loss_sum = _predicted(recogniser, pack, split, compute)
+    num_people = recogniser.head.identity_vectors.shape[0]
+    return closed_set_sums(predicted, labels, loss_sum), grouped_confusion(predicted, labels, num_people)
 
 
 def evaluate(
@@ -91,17 +122,24 @@ def evaluate(
     compute: Compute,
     *,
     open_embeddings: NDArray[np.float32] | None = None,
+    open_pairs: NDArray[np.int64] | None = None,
+    max_pairs: int | str = "all",
 ) -> EvaluationSums:
     """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open).
 
     open_embeddings: [N, D] of the split's open set in the pack's order, where the caller has them already.
+    open_pairs: [2, NUM_BINS] of them, where the caller has counted them too and there are no families.
+    max_pairs: of the open set; where it has more, the pairs of `design_of` are scored.
     """
     pictures, people = SPLITS[split]
     indices = pack.indices(people)
     embeddings = embed(recogniser, pack, indices, compute).numpy() if open_embeddings is None else open_embeddings
     closed, confusion = _closed_set(recogniser, pack, pictures, compute)
     chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
-    pairs, twins = _open_set(embeddings, pack, indices)
+    if open_pairs is None:
+        pairs, twins = _open_set(embeddings, pack, indices, design_of(pack, split, max_pairs), compute)
+    else:
+        pairs, twins = open_pairs, no_twins()
     return EvaluationSums(
         closed=closed,
         pairs=pairs,
@@ -112,12 +150,26 @@ def evaluate(
 
 
 def _open_set(
-    embeddings: NDArray[np.float32], pack: FacePack, indices: NDArray[np.int64]
+    embeddings: NDArray[np.float32],
+    pack: FacePack,
+    indices: NDArray[np.int64],
+    design: PairDesign | None,
+    compute: Compute,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The histograms of all pairs and of the twins' among them; zeros where a virtual client has no open set."""
+    """The histograms of all pairs and of the twins' among them; zeros where a virtual client has no open set.
+
+    They are worked out on the training device where that is a GPU.  Where families are known, a design's twins are
+    those among its impostors' pictures.
+    """
     person = pack.person[indices]
     if len(indices) == 0:
         return no_twins(), no_twins()
-    if pack.family is None:
-        return pair_histogram(embeddings, person), no_twins()
-    return pair_histograms(embeddings, person, pack.family[person])
+    placed = torch.from_numpy(embeddings)
+    if compute.device_kind == "cuda":
+        placed = placed.to(compute.device)
+    if pack.family is not None:
+        chosen = np.arange(len(indices)) if design is None else design.impostor
+        return pair_histograms(placed[torch.from_numpy(chosen)], person[chosen], pack.family[person[chosen]])
+    if design is None:
+        return pair_histogram(placed, person), no_twins()
+    return designed_histogram(placed, person, design), no_twins()

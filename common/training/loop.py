@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from common.strategies import Penalty
 from common.system.runtime import random_stream
 from common.training.compute import Compute as Compute
 from common.training.optimiser import make_optimiser as make_optimiser
+from common.training.sampled_head import HeadSample
 from common.training.step import Stepped, Stepper, activation_checkpointing, loss_scaler
 
 HEAD_WARMUP_STREAM = "head-warmup"  # no client's name has a "/", so "NAME/head-warmup" is nobody's
@@ -103,6 +104,13 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+def _head_sample(settings: Settings, stream_name: str, *began: int) -> HeadSample | None:
+    fraction = settings.model.head_sample
+    if fraction >= 1.0:
+        return None
+    return HeadSample(fraction=fraction, stream=random_stream(settings.run.seed, stream_name, "head-sample", *began))
+
+
 def warm_up_head(
     recogniser: Recogniser, pack: FacePack, *, settings: Settings, compute: Compute, stream_name: str
 ) -> TrainSums:
@@ -120,7 +128,13 @@ def warm_up_head(
     compute = dataclasses.replace(compute, compiled=False)  # a graph of its own would not pay back
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser.heads, settings.training)
-    stepper = Stepper(recogniser=recogniser, optimiser=optimiser, training=settings.training, compute=compute)
+    stepper = Stepper(
+        recogniser=recogniser,
+        optimiser=optimiser,
+        training=settings.training,
+        compute=compute,
+        sample=_head_sample(settings, f"{stream_name}/{HEAD_WARMUP_STREAM}"),
+    )
     with _frozen(recogniser.backbone):
         for epoch in range(settings.training.head_warmup_epochs):
             batches = epoch_batches(
@@ -153,14 +167,99 @@ def train_epochs(
     `twins.partner` does not make it the twin.
     Raises TrainingFailed when a loss or gradient is not finite.
     """
+    per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    return _train(
+        recogniser,
+        optimiser,
+        pack,
+        settings=settings,
+        compute=compute,
+        stretches=[(epoch, range(per_epoch)) for epoch in epochs],
+        progress=lambda epoch, step: (epoch + (step + 0.5) / per_epoch) / total_epochs,
+        stream_name=stream_name,
+        penalty=penalty,
+        choose_partners=choose_partners,
+    )
+
+
+def train_round(
+    recogniser: Recogniser,
+    optimiser: torch.optim.Optimizer,
+    pack: FacePack,
+    *,
+    settings: Settings,
+    compute: Compute,
+    server_round: int,
+    stream_name: str,
+    penalty: Penalty | None = None,
+) -> TrainSums:
+    """`train_epochs` for a round of the federation, from 1: its local epochs, or its local steps.
+
+    Steps go on in the next round where this one's end, also in the middle of an epoch, so every picture is still
+    processed once an epoch.
+    """
+    federation = settings.federation
+    if isinstance(federation.local_epochs, int):
+        first = (server_round - 1) * federation.local_epochs
+        return train_epochs(
+            recogniser,
+            optimiser,
+            pack,
+            settings=settings,
+            compute=compute,
+            epochs=range(first, first + federation.local_epochs),
+            total_epochs=settings.total_epochs,
+            stream_name=stream_name,
+            penalty=penalty,
+        )
+    per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    total, steps = settings.total_steps(per_epoch), settings.total_steps(per_epoch) // federation.rounds
+    return _train(
+        recogniser,
+        optimiser,
+        pack,
+        settings=settings,
+        compute=compute,
+        stretches=in_epochs(range((server_round - 1) * steps, server_round * steps), per_epoch),
+        progress=lambda epoch, step: (epoch * per_epoch + step + 0.5) / total,
+        stream_name=stream_name,
+        penalty=penalty,
+    )
+
+
+def in_epochs(steps: range, per_epoch: int) -> list[tuple[int, range]]:
+    """Consecutive steps of all training as (epoch, its steps), in order."""
+    epochs = range(steps.start // per_epoch, -(-steps.stop // per_epoch))
+    return [
+        (epoch, range(max(steps.start - epoch * per_epoch, 0), min(steps.stop - epoch * per_epoch, per_epoch)))
+        for epoch in epochs
+    ]
+
+
+def _train(
+    recogniser: Recogniser,
+    optimiser: torch.optim.Optimizer,
+    pack: FacePack,
+    *,
+    settings: Settings,
+    compute: Compute,
+    stretches: Sequence[tuple[int, range]],
+    progress: Callable[[int, int], float],
+    stream_name: str,
+    penalty: Penalty | None = None,
+    choose_partners: Partners = random_partners,
+) -> TrainSums:
+    """Train on some steps of some epochs.  progress: (epoch, step) -> the fraction of all steps that are done."""
     compute.place(recogniser)
     recogniser.train()
     sums = TrainSums()
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     scaler = loss_scaler(compute)
-    for epoch in epochs:
-        torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", epoch).initial_seed())
-        stream = random_stream(settings.run.seed, stream_name, "partners", epoch)
+    for epoch, steps in stretches:
+        # An epoch that was begun in an earlier round goes on with other numbers than it began with.
+        began = (epoch,) if steps.start == 0 else (epoch, steps.start)
+        torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
+        stream = random_stream(settings.run.seed, stream_name, "partners", *began)
         partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
         stepper = Stepper(
             recogniser=recogniser,
@@ -171,11 +270,14 @@ def train_epochs(
             choose_partners=partners if "pwca" in recogniser.branches else None,
             stream=stream,
             scaler=scaler,
+            sample=_head_sample(settings, stream_name, *began),
         )
-        batches = epoch_batches(pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch)
+        batches = epoch_batches(
+            pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch, steps=steps
+        )
         with closing(batches), activation_checkpointing(recogniser, settings.training):
-            for step, batch in enumerate(batches):
-                sums.lr_last = learning_rate(settings.training, (epoch + (step + 0.5) / per_epoch) / total_epochs)
+            for step, batch in zip(steps, batches, strict=True):
+                sums.lr_last = learning_rate(settings.training, progress(epoch, step))
                 for group in optimiser.param_groups:
                     group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
                 stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")

@@ -24,6 +24,7 @@ from common.settings import TrainingSettings
 from common.strategies import Penalty
 from common.training.compute import Compute, compiled, eager, give_up, is_given_up
 from common.training.optimiser import flat, settle
+from common.training.sampled_head import HeadSample, only_rows
 
 ChoosePartners = Callable[[Batch], Tensor]  # of each picture PWCA's other one, [B] int64
 TRIPLET_MARGIN = 0.3  # distance of unit embeddings
@@ -94,16 +95,23 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
 
 def _branch_losses(
     recogniser: Recogniser, embeddings: dict[str, Tensor], labels: Tensor, training: TrainingSettings
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each branch the cross-entropy, and what is minimised: that and the triplet loss."""
-    told, minimised = {}, {}
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Of each branch the cross-entropy, and what is minimised: that and the triplet loss.
+
+    Third how many self-attention tells right, without the margin, which would count right answers as wrong.
+    """
+    told, minimised, correct = {}, {}, torch.zeros(())
     for name, embedding in embeddings.items():
-        logits = recogniser.branch_logits(name, embedding.float(), labels)
+        head = recogniser.head_of(name)
+        scores = head.scores(embedding.float())
+        if name == "sa":
+            correct = (scores.detach().argmax(1) == labels).sum().float()
+        logits = head.with_margin(scores, labels)
         told[name] = minimised[name] = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
         if training.triplet > 0.0:
             triplet = batch_hard_triplet(embedding.float(), labels, TRIPLET_MARGIN)
             minimised[name] = told[name] + training.triplet * triplet
-    return told, minimised
+    return told, minimised, correct
 
 
 @cache
@@ -196,6 +204,7 @@ class Stepper:
     stream: torch.Generator | None = None
     scaler: torch.amp.GradScaler | None = None  # a former stepper's, to go on with; None: a new one
     num_halvings: int = 0
+    sample: HeadSample | None = None  # None: a step sees all of the head's people
     _scaler: torch.amp.GradScaler = field(init=False)
     _before: _Before = field(init=False)
 
@@ -210,6 +219,14 @@ class Stepper:
         Raises TrainingFailed if loss or gradient is not finite, or when the memory does not suffice for half a batch;
         the parameters are then as before the step.
         """
+        if self.sample is None:
+            return self._step(batch, where)
+        rows = self.sample.rows(batch.labels, self.recogniser.head.identity_vectors.shape[0])
+        settle(self.optimiser)
+        with only_rows(self.recogniser, self.optimiser, rows):
+            return self._step(Batch(batch.pictures, torch.searchsorted(rows, batch.labels), batch.twins), where)
+
+    def _step(self, batch: Batch, where: str) -> Stepped:
         self._before.remember()
         told = self._gradient(batch, where)
         self._scaler.unscale_(self.optimiser)
@@ -288,17 +305,14 @@ class Stepper:
             partners = None if self.choose_partners is None else self.choose_partners(part)
             with self.compute.autocast():
                 embeddings = network(self.recogniser, self.compute.laid_out(part.pictures), partners)
-            told, minimised = _branch_losses(self.recogniser, embeddings, part.labels, self.training)
+            told, minimised, correct = _branch_losses(self.recogniser, embeddings, part.labels, self.training)
             objective = self.recogniser.combined(minimised)
             if self.training.spreadout > 0.0:
                 apart = spreadout(self.recogniser.head.identity_vectors, self.training.spreadout_margin)
                 objective = objective + self.training.spreadout * apart
             share = len(part.labels) / len(batch.labels)
             self._scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                logits = self.recogniser.head.class_logits(embeddings["sa"].detach().float())
-                correct = (logits.argmax(1) == part.labels).sum()
-                figures.append(torch.stack([*(loss.detach() * share for loss in told.values()), correct.float()]))
+            figures.append(torch.stack([*(loss.detach() * share for loss in told.values()), correct]))
         return torch.stack(figures).sum(0)
 
 

@@ -24,6 +24,9 @@ from server.global_model import Buffer, Span
 LARGEST_CHANGE = 1e15
 STATISTICS_FACTOR = 100.0  # how much longer running statistics may be beside theirs: they follow the activations
 MOST_COUNTED = 10**9  # pictures, people or cores of one client
+MOST_PAIRS = 10**18  # of so many pictures, of validation and of test
+PAIRS_OF_SITE = ("num_pairs", "num_scored_pairs")
+NOISE_ROOM = 1.01  # times verification.max_pairs
 LONGEST_TEXT = 128  # of what a client tells of itself
 MEMORY_FORMATS = ("contiguous", "channels_last")
 # As the guard and common.errors.TrainingFailed say it.
@@ -62,9 +65,10 @@ def _check_site_texts(site: Site) -> None:
 
 def _check_site_counts(site: Site) -> None:
     for name, value in vars(site).items():
-        if isinstance(value, int) and value > MOST_COUNTED:
+        if isinstance(value, int) and value > (MOST_PAIRS if name in PAIRS_OF_SITE else MOST_COUNTED):
             raise ReplyRefused(f"the answer to join is malformed: {name} is {value}, more than {MOST_COUNTED}")
-    for part, whole in (("num_training_pictures", "num_pictures"), ("num_training_people", "num_people")):
+    parts = {"num_training_pictures": "num_pictures", "num_training_people": "num_people"}
+    for part, whole in (parts | {"num_scored_pairs": "num_pairs"}).items():
         if getattr(site, part) > getattr(site, whole):
             raise ReplyRefused(
                 f"the answer to join is malformed: {part} is {getattr(site, part)}, more than {whole},"
@@ -127,8 +131,13 @@ def check_sender(message: Message, node_id: int) -> None:
         raise ReplyRefused("the reply is of another node than the one that was asked")
 
 
-def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str) -> None:
-    """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec."""
+def check_train_reply(
+    reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str, max_pairs: int | str = "all"
+) -> None:
+    """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec.
+
+    max_pairs: verification.max_pairs, by which every client scores.
+    """
     _check_origin(reply, server_round, manifest)
     _check_num_examples(reply.num_examples, site)
     _check_change(reply, manifest, codec)
@@ -136,15 +145,17 @@ def check_train_reply(reply: Reply, *, server_round: int, manifest: Manifest, si
     if missing:
         raise ReplyRefused(f"the reply lacks the training sum {missing[0]}")
     _check_sums(reply.train)
-    _check_evaluations(reply, site)
+    _check_evaluations(reply, site, max_pairs)
 
 
-def check_evaluation_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site) -> None:
+def check_evaluation_reply(
+    reply: Reply, *, server_round: int, manifest: Manifest, site: Site, max_pairs: int | str = "all"
+) -> None:
     """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
     _check_origin(reply, server_round, manifest)
     if reply.change is not None or reply.train:
         raise ReplyRefused("the reply holds results of training, and an evaluation was asked for")
-    _check_evaluations(reply, site)
+    _check_evaluations(reply, site, max_pairs)
 
 
 def _check_origin(reply: Reply, server_round: int, manifest: Manifest) -> None:
@@ -195,7 +206,7 @@ def _check_sums(sums: Mapping[str, object], prefix: str = "") -> None:
             raise ReplyRefused(f"{prefix}{name} is {value}; sums are finite and not negative")
 
 
-def _check_evaluations(reply: Reply, site: Site) -> None:
+def _check_evaluations(reply: Reply, site: Site, max_pairs: int | str) -> None:
     for split, sums in reply.evaluations.items():
         _check_sums(sums.numbers(), f"{split}-")
         _check_closed(split, sums.closed)
@@ -206,6 +217,9 @@ def _check_evaluations(reply: Reply, site: Site) -> None:
         most = site.num_pictures * (site.num_pictures - 1) // 2
         if float(sums.pairs.sum(dtype=np.float64)) > most:
             raise ReplyRefused(f"the {split} histogram counts more pairs than {site.num_pictures} pictures have")
+        # A site whose policy adds noise to its counts may be a little above.
+        if isinstance(max_pairs, int) and float(sums.pairs.sum(dtype=np.float64)) > max_pairs * NOISE_ROOM:
+            raise ReplyRefused(f"the {split} histogram counts more pairs than verification.max_pairs, {max_pairs}")
         if bool((sums.twins > sums.pairs).any()):
             raise ReplyRefused(f"the {split} histogram counts more pairs of twins than pairs")
         if float(sums.folds.sum(dtype=np.float64)) > most:

@@ -42,6 +42,7 @@ class Exchange:
     refused: Callable[[int, str, str], None]  # is told the round, the client, the reason
     bound: ChangeBound  # of the model that is sent
     share: Share | None = None  # None: all that a client holds is counted
+    max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
     reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
     norms: dict[str, ChangeNorms] = field(default_factory=dict)  # client -> of its change
@@ -93,10 +94,22 @@ class Exchange:
         reply = wire.read_reply(message, task.splits)
         check_sender(message, member.node_id)
         if change is None:
-            check_evaluation_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site)
+            check_evaluation_reply(
+                reply,
+                server_round=task.server_round,
+                manifest=self.manifest,
+                site=member.site,
+                max_pairs=self.max_pairs,
+            )
             return self._in_share(name, reply)
-        codec = self.federation.upload_codec
-        check_train_reply(reply, server_round=task.server_round, manifest=self.manifest, site=member.site, codec=codec)
+        check_train_reply(
+            reply,
+            server_round=task.server_round,
+            manifest=self.manifest,
+            site=member.site,
+            codec=self.federation.upload_codec,
+            max_pairs=self.max_pairs,
+        )
         if reply.change is not None:
             self.norms[name] = self.bound.check(reply.change)
         reply = self._in_share(name, reply)

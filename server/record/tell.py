@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.metrics.design import PAIRS_PER_CPU_S, auc_half_width
 from common.metrics.figures import (
     AUC,
     FEW_PEOPLE,
@@ -115,6 +116,7 @@ class Record:
         if len(members) <= MOST_TOLD_APART:
             for name in new:
                 self._begin_child(name, members[name].site)
+                self._tell_pairs(name, members[name].site)
         elif not self._are_many:
             self._are_many = True
             line = (
@@ -219,12 +221,35 @@ class Record:
     def scored(self, history: History, step: int, tally: Tally) -> None:
         """The model of round `step` was scored: keep, log, tell."""
         metrics = history.score(step, tally)
+        metrics |= self._drawn(tally.split, metrics)
+        history.at(step).metrics |= metrics
         if metrics:
             self._tracked.log_metrics(metrics, step=step)
         for name, own in tally.metrics.items():
             history.at(step).clients.setdefault(name, {}).update(own)
         self._log_of_clients(tally.metrics, step)
         self._events.emit("scored", round=step, split=tally.split, best_round=history.best_round, **metrics)
+
+    def _drawn(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """How far off the pooled AUC may be because pairs were drawn; nothing where all were scored."""
+        most, auc = self._settings.verification.max_pairs, metrics.get(of_split(split, AUC))
+        was_drawn = any(site.num_scored_pairs < site.num_pairs for site in self._sites.values())
+        if isinstance(most, str) or auc is None or not was_drawn:
+            return {}
+        return {of_split(split, f"{AUC}_half_width"): auc_half_width(auc, most)}
+
+    def _tell_pairs(self, name: str, site: Site) -> None:
+        """Say once at the start which part of a client's pairs a round scores, and what it may cost."""
+        most = self._settings.verification.max_pairs
+        if isinstance(most, str) or site.num_scored_pairs >= site.num_pairs:
+            return
+        line = (
+            f"{name} scores {site.num_scored_pairs:.2g} of {site.num_pairs:.2g} pairs of unseen people in each round"
+            f" (verification.max_pairs = {most:.2g} for validation and for test), about"
+            f" {site.num_scored_pairs / PAIRS_PER_CPU_S:.0f} CPU-seconds; an AUC of 0.9 is within"
+            f" {auc_half_width(0.9, most):.4f} of that of all pairs (95 %)"
+        )
+        self._events.emit("warning", line=line)
 
     def public_scored(self, history: History, step: int, metrics: Mapping[str, float]) -> None:
         """The model of round `step` was scored on the public pairs: keep, log, tell."""

@@ -277,7 +277,10 @@ def record_results(
         "clients": scores,
         "untrained": known_scores(pooled(untrained.test)),
         "untrained_val_auc": known_scores(untrained.val).get(AUC),
-        "test_pairs": {name: people_digest(pack, "test") for name, pack in trainee.clients.items()},
+        "test_pairs": {
+            name: people_digest(pack, "test", trainee.settings.verification.max_pairs)
+            for name, pack in trainee.clients.items()
+        },
         "epochs": progress.rows,
         **twins,
     }

@@ -34,7 +34,11 @@ class Trainee:
 
     def evaluate(self, split: str) -> dict[str, EvaluationSums]:
         """The present model on one split ("val" or "test") of each client: client -> sums."""
-        return {name: evaluate(self.own(name), pack, split, self.compute) for name, pack in self.clients.items()}
+        most = self.settings.verification.max_pairs
+        return {
+            name: evaluate(self.own(name), pack, split, self.compute, max_pairs=most)
+            for name, pack in self.clients.items()
+        }
 
     def evaluate_pooled(self, split: str) -> EvaluationSums:
         """The same, summed over the clients: pairs within each client's people only, as in a federation."""
@@ -43,7 +47,8 @@ class Trainee:
     @property
     def val_people(self) -> str:
         """A digest of the validation people, formed as the federation's server does it."""
-        return "+".join(val_people_digest(pack) for pack in self.clients.values())
+        most = self.settings.verification.max_pairs
+        return "+".join(val_people_digest(pack, most) for pack in self.clients.values())
 
     def sizes(self) -> dict[str, int]:
         """Pictures by what they serve, and people to train on, as the tracking shows them."""

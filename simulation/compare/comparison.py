@@ -6,14 +6,17 @@ Each client's test people are the same for every model.
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from common.errors import DataError, UserError
 from common.faces.pack import FacePack
 from common.faces.splits import Split
+from common.metrics.bootstrap import EXACT_PAIRS
+from common.metrics.design import PAIRS_PER_CPU_S
 from common.metrics.figures import AUC, gap_figures
 from common.metrics.pairs import pair_counts
 from common.settings import DataSettings
@@ -25,6 +28,7 @@ from simulation.compare.scoring import POOLED, Gap, Scored, gap
 # What may differ: the same people are shown, only cut out in another way.
 _HARMLESS = ("image_size", "alignment", "box_margin", "max_quarantined_fraction")
 
+DRAWN_PER_CPU_S: Final = 3e7  # pairs, by another look for 1,000 replicates; measured: 10 to 50 million
 Packs = Mapping[DataSettings, Mapping[str, FacePack]]
 
 
@@ -47,6 +51,16 @@ class TestSet:
         if kind == "twins":
             return self.num_twin_genuine, self.num_twin_impostor
         return self.num_genuine, self.num_impostor - (self.num_twin_impostor if kind == "strangers" else 0)
+
+    @property
+    def num_pairs(self) -> int:
+        """All pairs, each once."""
+        return self.num_genuine + self.num_impostor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a client's replicates are made of each person's sums; of all clients together each is as its own."""
+        return bool(self.digest) and self.num_pairs > EXACT_PAIRS and not self.num_families
 
     @property
     def drawn_over(self) -> str:
@@ -79,12 +93,14 @@ def check_same_pairs(
         for model in models:
             if people_digest(packs[model.settings.data][client], "test") != wanted:
                 raise UserError(_different_pairs(first, model, client))
-            recorded = model.test_pairs.get(client) or wanted
-            keyed = keyed_digest(secret, TEST_PAIRS, wanted, digits=16) if secret else wanted
-            if recorded not in (wanted, keyed):
+            # All are scored anew, on all pairs; a run's own score may be of a design.
+            now = people_digest(packs[model.settings.data][client], "test", model.settings.verification.max_pairs)
+            recorded = model.test_pairs.get(client) or now
+            keyed = keyed_digest(secret, TEST_PAIRS, now, digits=16) if secret else now
+            if recorded not in (now, keyed):
                 raise UserError(
                     f"{model.name} ({model.source}) was tested on other pairs of {client} than there are now"
-                    f" (digest {recorded}, now {wanted}): the data set has changed since; give that run's data set with"
+                    f" (digest {recorded}, now {now}): the data set has changed since; give that run's data set with"
                     f" --data-dir {client}=DIR (of a federation with the site's own --cache-dir, where the secret of"
                     f" its digests is), or train {model.name} again."
                 )
@@ -181,6 +197,26 @@ def gaps_of(
                     if figure in scored[model.name][test_set].replicates  # equal pairs, so the other has it too
                 ]
     return found
+
+
+def cpu_seconds_of(test_sets: Iterable[TestSet]) -> float:
+    """About what one model's pairs and their intervals cost on one core; embeddings are not in it."""
+    return sum(
+        2 * test.num_pairs / PAIRS_PER_CPU_S
+        if test.is_linear
+        else test.num_pairs / PAIRS_PER_CPU_S + test.num_pairs / DRAWN_PER_CPU_S
+        for test in test_sets
+    )
+
+
+def notes_of_size(test_sets: Mapping[str, TestSet]) -> list[str]:
+    """How the intervals of very large test sets are made."""
+    return [
+        f"{name} has {test.num_pairs:,} pairs, all of them scored; its intervals are made of each person's sums, which"
+        " leaves out one part in as many as there are people"
+        for name, test in test_sets.items()
+        if test.is_linear
+    ]
 
 
 def notes_of(models: Sequence[FoundModel], scored: Mapping[str, Mapping[str, Scored]]) -> list[str]:

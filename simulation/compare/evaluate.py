@@ -25,7 +25,16 @@ from common.tracking.page import tracking_line
 from common.tracking.run import TrackedRun
 from common.training.autotune import threads_for
 from common.training.loop import Compute
-from simulation.compare.comparison import Comparison, check_same_pairs, describe, gaps_of, notes_of, with_pooled
+from simulation.compare.comparison import (
+    Comparison,
+    check_same_pairs,
+    cpu_seconds_of,
+    describe,
+    gaps_of,
+    notes_of,
+    notes_of_size,
+    with_pooled,
+)
 from simulation.compare.model_lookup import (
     UNTRAINED,
     FoundModel,
@@ -40,6 +49,7 @@ from simulation.compare.scoring import Scored, score
 from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of, usual_folder
 
 _SPAN = row_of(AUC).span
+TOLD_FROM = 10**8  # pairs: what a model costs is told before it is scored
 _KIND = {"all": "all pairs", "twins": "pairs of twins", "strangers": "pairs of strangers"}  # for the plots
 
 
@@ -154,6 +164,10 @@ def _compare(
     compute, seed = _compute(settings, resolve_device(_device(settings, request))), settings.run.seed
     test_sets = with_pooled({name: describe(name, packs[models[0].settings.data][name]) for name in clients})
     scored, without = {}, []
+    num_pairs = sum(test.num_pairs for test in test_sets.values() if test.digest)
+    if num_pairs > TOLD_FROM:
+        seconds = cpu_seconds_of(test for test in test_sets.values() if test.digest)
+        out.write(f"{num_pairs:,} pairs a model: about {seconds:,.0f} CPU-seconds of one core, less on a GPU\n")
     for model in models:
         out.write(escaped(f"scoring {model.name}: {model.source}") + "\n")
         out.flush()
@@ -174,7 +188,7 @@ def _compare(
         test_sets=test_sets,
         scored=scored,
         gaps=gaps_of(models, list(test_sets), scored),
-        notes=[*without, *notes_of(models, scored)],
+        notes=[*without, *notes_of_size(test_sets), *notes_of(models, scored)],
     )
 
 

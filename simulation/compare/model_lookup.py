@@ -99,12 +99,12 @@ class FoundModel:
         return self.folder / "checkpoints" / f"{name}.safetensors"
 
     @property
-    def num_epochs(self) -> int:
-        """How often each picture was processed, as planned."""
+    def num_epochs(self) -> int | str:
+        """How often each picture was processed, as planned; or in how many steps, where rounds are counted in those."""
         settings = self.settings
         if self.wanted.kind == UNTRAINED:
             return 0
-        return settings.total_epochs if self.wanted.mode == "federated" else settings.local_training_epochs
+        return settings.planned if self.wanted.mode == "federated" else settings.local_training_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common.faces.pack import FacePack
@@ -71,8 +72,17 @@ def score(
         indices, person, family = packs[name].shown_in(Split.TEST_PEOPLE)
         embeddings = embed(ready.recogniser, packs[name], indices, compute).numpy()
         own_seed = stream_seed(seed, name, "bootstrap")
-        drawn[name] = Drawn.by_seed(embeddings, person, family, num_replicates=NUM_REPLICATES, seed=own_seed)
-        sums[name] = evaluate(ready.recogniser, packs[name], "test", compute, open_embeddings=embeddings)
+        placed = torch.from_numpy(embeddings).to(compute.device if compute.device_kind == "cuda" else "cpu")
+        drawn[name] = Drawn.by_seed(placed, person, family, num_replicates=NUM_REPLICATES, seed=own_seed)
+        own_sums = drawn[name].sums
+        sums[name] = evaluate(
+            ready.recogniser,
+            packs[name],
+            "test",
+            compute,
+            open_embeddings=embeddings,
+            open_pairs=None if own_sums is None else own_sums.histogram,
+        )
         no_head[name] = ready.no_head
         if any(pack.family is not None for pack in packs.values()):
             validation += _validation_pairs(ready.recogniser, packs[name], compute)

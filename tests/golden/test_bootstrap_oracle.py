@@ -14,6 +14,7 @@ from common.metrics.bootstrap import (
     interval,
     person_weights,
     replicates,
+    unit_sums,
 )
 from common.metrics.figures import PAIRS, eer, open_set_scores, roc_auc, tar_at_far
 from common.metrics.pairs import pair_histogram
@@ -135,3 +136,33 @@ def test_the_interval_of_paired_replicates_is_narrower_than_that_of_independent_
         drawn.append(replicates({PAIRS: bootstrap_histograms(model, person, weights, bins)})["roc_auc"])
     paired, apart = (interval(drawn[0] - drawn[k]) for k in (1, 2))
     assert paired[1] - paired[0] < 0.6 * (apart[1] - apart[0])
+
+
+def test_each_persons_sums_hold_the_histogram_and_the_pairs_of_each_person() -> None:
+    embeddings = signs(40, 1)
+    person = np.random.default_rng(2).integers(0, 9, 40) * 10**12 - 3
+    sums = unit_sums(embeddings, person)
+    np.testing.assert_array_equal(sums.histogram, pair_histogram(embeddings, person))
+    for number, who in enumerate(np.unique(person)):
+        own, other = embeddings[person == who], embeddings[person != who]
+        scores = (own.astype(np.float64) @ other.T / 64).ravel()
+        bins = np.minimum(((scores + 1) * NUM_BINS / 2).astype(int), NUM_BINS - 1)
+        np.testing.assert_array_equal(sums.others[number], np.bincount(bins, minlength=NUM_BINS))
+        assert sums.own[:, number].sum() == len(own) * (len(own) - 1) // 2
+
+
+def test_replicates_of_sums_are_the_genuine_pairs_exactly_and_intervals_nearly() -> None:
+    """120 people: what the linear part leaves out is of the order of 1/120; sums of all weights 1 leave out nothing."""
+    embeddings, person = faces(120, 1500, 3)
+    histogram = pair_histogram(embeddings, person)
+    bins, sums = coarse_bins(histogram), unit_sums(embeddings, person)
+    weights = person_weights(120, 400, seed=4)
+    exact = bootstrap_histograms(embeddings, person, weights, bins)
+    linear = sums.counts(weights, bins)
+    np.testing.assert_array_equal(linear[:, 0], exact[:, 0])
+    once = sums.counts(np.ones((1, 120), dtype=np.int64), bins)
+    assert replicates({PAIRS: once})["roc_auc"][0] == pytest.approx(open_set_scores(histogram)["roc_auc"], abs=1e-4)
+    for name, values in replicates({PAIRS: linear}).items():
+        wanted = interval(replicates({PAIRS: exact})[name])
+        width = wanted[1] - wanted[0]
+        assert interval(values) == pytest.approx(wanted, abs=0.1 * width), name

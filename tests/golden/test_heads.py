@@ -7,18 +7,19 @@ import torch
 from pytorch_metric_learning import losses
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.models.heads import CosineHead, arcface_logits, cosface_logits, spreadout
+from common.models.heads import CosineHead, _Cosines, arcface_logits, cosface_logits, spreadout
 from common.models.recogniser import build_head
 from common.settings import ModelSettings
 
 NUM_PEOPLE, SIZE = 6, 16
 
 
-def cosine_head(name: str, margin: float, scale: float) -> CosineHead:
+def cosine_head(name: str, margin: float, scale: float, people: int = NUM_PEOPLE) -> CosineHead:
     torch.manual_seed(0)
     model = ModelSettings(head=name, head_margin=margin, head_scale=scale, embedding_size=SIZE)
-    head = build_head(model, num_people=NUM_PEOPLE)
+    head = build_head(model, num_people=people)
     assert isinstance(head, CosineHead)
     return head
 
@@ -173,3 +174,45 @@ def test_identity_vectors_are_one_row_a_person_of_the_head_itself(name: str) -> 
     head = build_head(ModelSettings(head=name, embedding_size=SIZE), num_people=NUM_PEOPLE)
     assert head.identity_vectors.shape == (NUM_PEOPLE, SIZE)
     assert any(head.identity_vectors is parameter for parameter in head.parameters())
+
+
+def test_cosines_and_their_gradients_are_those_of_normalised_copies() -> None:
+    stream = torch.Generator().manual_seed(5)
+    head = cosine_head("cosface", 0.0, 1.0).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=stream))
+        head.weight[3] = 0.0  # no direction: cosine 0, and a gradient that is finite
+    unit = F.normalize(torch.randn(7, SIZE, generator=stream, dtype=torch.float64), dim=1).requires_grad_()
+    gradient = torch.randn(7, len(head.weight), generator=stream, dtype=torch.float64)
+    gradient[:, 3] = 0.0  # where F.normalize's own is 1e12 times what comes in
+    wanted = F.linear(unit, F.normalize(head.weight, dim=1))
+    expected = torch.autograd.grad(wanted, (unit, head.weight), gradient)
+    seen = _Cosines.apply(unit, head.weight)
+    torch.testing.assert_close(seen, wanted, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(seen, (unit, head.weight), gradient), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+class Made(TorchDispatchMode):
+    """Remembers how large each memory is that an operation takes for its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        given = {tensor.untyped_storage().data_ptr() for tensor in arguments if isinstance(tensor, Tensor)}
+        found = operator(*arguments, **(options or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("name", ["cosface", "arcface"])
+def test_a_step_makes_one_thing_of_the_heads_size_its_gradient(name: str) -> None:
+    head, embeddings, labels = cosine_head(name, 0.3, 30.0, people=20_000), torch.randn(2, SIZE), torch.tensor([0, 5])
+    with Made() as made:
+        F.cross_entropy(head(embeddings, labels), labels).backward()
+    assert head.weight.grad is not None
+    assert sum(size >= head.weight.untyped_storage().nbytes() for size in made.sizes) == 1

@@ -18,6 +18,7 @@ from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
 from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
+from clients.local_update import join
 from common import config
 from common.errors import DataError, NotEnoughClients, UserError
 from common.faces.batches import twin_batches
@@ -62,6 +63,7 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "model.head": "arcface",
     "model.head_scale": 20.0,
     "model.head_margin": 0.1,
+    "model.head_sample": 0.5,
     "model.dropout": 0.3,
     "model.normalisation": "private",
     "model.patch_size": 8,
@@ -89,6 +91,7 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "federation.server_adaptivity": 0.1,
     "federation.rounds": 3,
     "federation.local_epochs": 2,
+    "federation.local_steps": 3,
     "federation.proximal_mu": 0.05,
     "federation.upload_codec": "int8",
     "federation.download_codec": "float16",
@@ -571,6 +574,21 @@ def public(tmp_path_factory) -> Path:
         ]
         (root / name).write_text("\n".join(["2\t4", *folds[0], *folds[1]]) + "\n")
     return root
+
+
+@proves("verification.max_pairs")
+def test_a_set_with_more_pairs_is_scored_by_a_design(tmp_path):
+    """Ten people of 30 pictures, of whom two are the test's: 60 x 59 / 2 = 1,770 pairs."""
+    for who in range(10):
+        (tmp_path / "faces" / f"P{who}").mkdir(parents=True)
+        for number in range(30):
+            pixels = np.random.default_rng(30 * who + number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "faces" / f"P{who}" / f"{number}.png")
+    site = site_at(tmp_path / "site", "folder", tmp_path / "faces")
+    whole, drawn = join(site, BASE), join(site, changed(BASE, verification__max_pairs=1000))
+    assert whole.num_scored_pairs == whole.num_pairs == drawn.num_pairs > 2 * 1000
+    assert drawn.num_scored_pairs <= 2 * 1000
+    assert (whole.test_pairs, whole.val_people) != (drawn.test_pairs, drawn.val_people)
 
 
 @proves("verification.public_dir", "verification.public_pairs", "verification.public_crop")

@@ -9,12 +9,13 @@ from flwr.common.serde import recorddict_to_proto
 from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny_workplace
 
 from clients.local_update import evaluate_global, join, train
+from clients.private_state import save_private
 from common.errors import CheckpointError, ReplyRefused, TrainingFailed
 from common.protocol import wire
 from common.protocol.codec import decode
 from common.protocol.parameters import flatten
 from common.protocol.wire import TRAIN_FIELDS
-from common.training.loop import TrainSums
+from common.training.loop import TrainSums, make_optimiser
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -63,8 +64,9 @@ def test_a_marker_in_every_private_tensor_is_not_in_the_bytes_of_the_reply(tmp_p
     for name, parameter in state.recogniser.named_parameters():
         parameter.requires_grad_(name not in state.private)
     for name in state.private:
-        for tensor in (tensors[name], state.fresh[name]):
-            tensor.copy_(torch.from_numpy(np.resize(MARKER, tensor.shape)))
+        tensors[name].copy_(torch.from_numpy(np.resize(MARKER, tensors[name].shape)))
+    optimiser = make_optimiser(state.recogniser, state.settings.training)
+    save_private(state.state_folder("run-1"), 0, state.recogniser, optimiser, state.private)
     reply = (train if kind == "train" else evaluate_global)(state, task_of(state, kind=kind), shared)
     sent = on_the_wire(reply)
     assert MARKER.tobytes() == first_bytes(tensors["head.weight"])  # it was there to the end
@@ -273,10 +275,11 @@ def test_the_received_model_is_scored_with_the_head_that_came_before_the_warm_up
 
 def test_private_normalisation_does_not_move_in_the_warm_up(tmp_path, monkeypatch):
     """What trains afterwards is left out here, so the state that is kept is that of the warm-up."""
-    monkeypatch.setattr("clients.local_update.train_epochs", lambda *_, **__: TrainSums())
+    monkeypatch.setattr("clients.local_update.train_round", lambda *_, **__: TrainSums())
     state, shared = workplace_in(tmp_path, training__head_warmup_epochs=1, model__normalisation="private")
-    train(state, task_of(state), shared)
     tensors = state.recogniser.state_dict()
-    moved = {name for name in state.private if not torch.equal(tensors[name], state.fresh[name])}
+    fresh = {name: tensors[name].clone() for name in state.private}
+    train(state, task_of(state), shared)
+    moved = {name for name in state.private if not torch.equal(tensors[name], fresh[name])}
     assert moved == {"head.weight"}
     assert flatten(tensors, state.manifest).tobytes() == shared.tobytes()

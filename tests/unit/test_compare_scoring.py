@@ -8,12 +8,20 @@ import torch
 
 from common.errors import CheckpointError, DataError, UserError
 from common.faces.splits import Split
-from common.metrics.bootstrap import Estimate
+from common.metrics.bootstrap import Drawn, Estimate
 from common.metrics.figures import closed_scores, open_set_scores, scores, wilson
 from common.models.recogniser import for_people
 from common.system.checkpoints import write_tensors
 from common.training.evaluation import embed, evaluate, people_digest
-from simulation.compare.comparison import check_same_pairs, describe, gaps_of, notes_of, with_pooled
+from simulation.compare.comparison import (
+    check_same_pairs,
+    cpu_seconds_of,
+    describe,
+    gaps_of,
+    notes_of,
+    notes_of_size,
+    with_pooled,
+)
 from simulation.compare.model_lookup import Search, Wanted, find_models
 from simulation.compare.scoring import POOLED, gap, score
 from tests.comparable_models import CLIENTS, CPU, PACKS, one_person_test, write_private, write_run
@@ -236,3 +244,21 @@ def test_every_tensor_comes_from_the_checkpoint(tmp_path):
     for name, tensor in ready.recogniser.state_dict().items():
         if tensor.is_floating_point():
             assert torch.equal(tensor, trained.state_dict()[name]), name
+
+
+def test_a_very_large_test_set_is_looked_at_once_and_told_of(monkeypatch):
+    monkeypatch.setattr("common.metrics.bootstrap.EXACT_PAIRS", 10)
+    monkeypatch.setattr("simulation.compare.comparison.EXACT_PAIRS", 10)
+    test = describe("alpha", PACKS["alpha"])
+    assert test.is_linear
+    assert cpu_seconds_of([test]) == pytest.approx(2 * test.num_pairs / 4e7)
+    [note] = notes_of_size({"alpha": test})
+    assert note.startswith(f"alpha has {test.num_pairs:,} pairs, all of them scored")
+    indices, person, family = PACKS["alpha"].shown_in(Split.TEST_PEOPLE)
+    embeddings = np.random.default_rng(1).normal(size=(len(indices), 8)).astype(np.float32)
+    drawn = Drawn.by_seed(embeddings, person, family, num_replicates=5, seed=1)
+    assert drawn.sums is not None
+    looks = []
+    monkeypatch.setattr("common.metrics.bootstrap.bootstrap_histograms", lambda *_, **__: looks.append(1))
+    assert drawn.counts("all", drawn.sums.histogram, None)["pairs"].shape == (5, 2, 512)
+    assert not looks

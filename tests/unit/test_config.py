@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import config
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 from common.models.table import VITS
 from common.settings import RunSettings, Settings
 from simulation.alone.sweep_plan import base_config, check_together, load_plan
@@ -211,7 +211,11 @@ def valid_settings(draw) -> Settings:
     raw = {section: {} for section in SECTIONS}
     for section, field, kind in FIELDS:
         raw[section][field.name] = draw(values_for(section, field, kind))
-    model = raw["model"]  # the conflicts have tests of their own
+    if isinstance(raw["federation"]["local_epochs"], int):  # the conflicts have tests of their own
+        raw["federation"]["local_steps"] = "off"
+    elif raw["federation"]["local_steps"] == "off":
+        raw["federation"]["local_steps"] = 7
+    model = raw["model"]
     model["pretrained"] = "none"
     if model["backbone"] in VITS:
         raw["data"]["image_size"] = model["patch_size"] * -(-32 // model["patch_size"])
@@ -333,3 +337,30 @@ def test_a_file_of_windows_editors_is_read(tmp_path, encoding):
     file = tmp_path / "a.toml"
     file.write_bytes("[run]\r\nseed = 7\r\n".encode(encoding))
     assert config.load(file).run.seed == 7
+
+
+def test_a_round_is_counted_in_epochs_or_in_steps():
+    steps = config.from_mapping({"federation": {"local_steps": 500}})
+    assert (steps.federation.local_epochs, steps.federation.local_steps) == ("off", 500)
+    assert config.from_json(config.to_json(steps)) == steps
+    assert steps.total_steps(7) == 10 * 500
+    assert config.from_mapping({}).total_steps(7) == 10 * 2 * 7
+    with pytest.raises(ConfigError, match=r"local_epochs = 1 and federation\.local_steps = 5: .* set the other to"):
+        config.from_mapping({"federation": {"local_steps": 5, "local_epochs": 1}})
+    with pytest.raises(ConfigError, match="set the other to"):
+        config.from_mapping({"federation": {"local_epochs": "off"}})
+    changed = config.with_value(config.from_mapping({}), "federation", "local_steps", 5)
+    assert (changed.federation.local_epochs, changed.federation.local_steps) == ("off", 5)
+    with pytest.raises(UserError, match=r"counts rounds in steps; give training\.epochs"):
+        _ = changed.local_training_epochs
+
+
+def test_a_files_width_is_that_of_its_own_backbone(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('[model]\nbackbone = "resnet18"\nwidth = 0.5\n', encoding="utf-8")
+    for backbone, width in (("resnet18", 0.5), ("vit_base", 1.0)):
+        read, _ = config.load_with_address(path, {("model", "backbone"): backbone})
+        assert (read.model.backbone, read.model.width) == (backbone, width)
+    assert config.load(path).model.width == 0.5
+    both = {("model", "backbone"): "vit_base", ("model", "width"): 0.25}
+    assert config.load_with_address(path, both)[0].model.width == 0.25

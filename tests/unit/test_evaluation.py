@@ -74,6 +74,19 @@ def test_both_sets_against_scikit_learn(pack, recogniser, split):
     assert scores["roc_auc"] == pytest.approx(roc_auc_score(who[first] == who[second], bins), abs=1 / 54)
 
 
+def test_the_closed_set_in_blocks_is_that_of_all_logits_at_once(pack, recogniser, monkeypatch):
+    whole = evaluate(recogniser, pack, "test", CPU)
+    blocks = []
+    class_logits = recogniser.class_logits
+    monkeypatch.setattr("common.training.evaluation.CLOSED_BLOCK", 2 * pack.num_classes + 1)  # two pictures
+    monkeypatch.setattr(recogniser, "class_logits", lambda e: blocks.append(len(e)) or class_logits(e))
+    parts = evaluate(recogniser, pack, "test", CPU)
+    assert blocks == [2] * 7 + [1]
+    np.testing.assert_array_equal(parts.confusion, whole.confusion)
+    assert parts.closed.correct == whole.closed.correct
+    assert parts.closed.loss_sum == pytest.approx(whole.closed.loss_sum, rel=1e-6)
+
+
 def test_validation_and_test_are_different_pictures_and_people(pack):
     parts = [set(pack.indices(part).tolist()) for split in SPLITS.values() for part in split]
     assert sum(len(part) for part in parts) == len(set().union(*parts))

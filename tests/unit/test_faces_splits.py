@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from common.faces.index import FaceIndex, build_index
+from common.faces.index import OFFICIAL_TEST, FaceIndex, build_index
 from common.faces.splits import Split, assign_splits
 from common.settings import DataSettings
 
@@ -64,6 +64,23 @@ def test_fractions_hold_over_the_set(val: float, test: float) -> None:
     closed = int(np.isin(split, CLOSED).sum())
     assert int((split == Split.VAL_PICTURES).sum()) == pytest.approx(val * closed, abs=1)
     assert int((split == Split.TEST_PICTURES).sum()) == pytest.approx(test * closed, abs=1)
+
+
+@pytest.mark.parametrize("official", [None, OFFICIAL_TEST], ids=["no lists", "official test"])
+def test_many_people_keep_their_part_when_others_are_added(official: int | None) -> None:
+    """By number, as few people are dealt, some of these would move."""
+    num_old, num_new = 1200, 1500
+    parts = None if official is None else [official if k % 10 == 0 else -1 for k in range(num_new)]
+    few, many = {}, {}
+    for found, count in ((few, num_old), (many, num_new)):
+        index = index_of([2] * count, None if parts is None else parts[:count])
+        found |= dict(zip(index.paths, assign_splits(index, DataSettings()).tolist(), strict=True))
+    for code in OPEN:
+        assert [path for path in few if few[path] == code] == [p for p in many if many[p] == code and p in few]
+    new = [many[path] for path in many.keys() - few.keys()]
+    assert Split.VAL_PEOPLE in new
+    free = (num_new if official is None else num_new * 9 // 10) * 2
+    assert list(many.values()).count(Split.VAL_PEOPLE) == pytest.approx(0.12 * free, rel=0.25)
 
 
 def test_pictures_are_chosen_by_hash_not_by_name() -> None:

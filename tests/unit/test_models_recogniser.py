@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common.models.recogniser import EmbeddingModel, Recogniser, build_backbone, build_recogniser
+from common.models.recogniser import EmbeddingModel, Recogniser, build_backbone, build_recogniser, renew_heads
 from common.models.table import BACKBONES, HEADS, VITS
 from common.settings import ModelSettings
 
@@ -148,3 +148,18 @@ def test_embedding_model_exports_with_any_batch_size(name: str) -> None:
     exported = torch.export.export(model, (pictures(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     for num in (1, 3):
         torch.testing.assert_close(exported(pictures(num)), model(pictures(num)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_are_renewed_in_place_to_the_bits_of_their_seed(head: str) -> None:
+    built = recogniser(dataclasses.replace(SMALL, head=head), head_seed=2)
+    wanted = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(1.0)
+    before = torch.get_rng_state()
+    renew_heads(built, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    same = {name for name, tensor in built.state_dict().items() if torch.equal(tensor, wanted[name])}
+    learned = {name for name, _ in built.named_parameters()}
+    assert same & learned == {name for name in learned if name.startswith("head.")}

@@ -153,6 +153,21 @@ def test_more_counts_than_the_clients_pictures_have_are_refused(name, count, tol
                 check(reply)
 
 
+def test_more_pairs_than_are_scored_by_the_design_are_refused():
+    for most, accepted in (("all", True), (200, True), (197, False)):  # 100 genuine and 100 impostor pairs
+        asked = {"server_round": 3, "manifest": MANIFEST, "site": SITE, "max_pairs": most}
+        evaluation = reply_to(dataclasses.replace(TASK, kind="evaluate"))
+        for examine in (
+            lambda asked=asked: check_train_reply(good(), codec="float32", **asked),
+            lambda asked=asked, reply=evaluation: check_evaluation_reply(reply, **asked),
+        ):
+            if accepted:
+                examine()
+            else:
+                with pytest.raises(ReplyRefused, match=r"more pairs than verification\.max_pairs, 197"):
+                    examine()
+
+
 def test_more_pairs_than_the_clients_pictures_have_are_refused():
     """100 pictures have 100 * 99 / 2 = 4,950 pairs; counts near 2**63 would turn the sum over clients negative."""
     for count, accepted in ((4950, True), (4951, False), (2**62, False)):

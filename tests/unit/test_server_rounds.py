@@ -111,6 +111,19 @@ def test_the_best_round_is_chosen_on_validation_and_never_on_test(tmp_path):
     assert federation.checkpoints.load(1).tolist() == [0.5] * MANIFEST.size
 
 
+def test_a_round_that_is_scored_by_a_design_says_so_and_how_far_off_it_may_be(tmp_path):
+    """sqrt(1.5e9) pictures: 1.96 sqrt(2 x 0.6 x 0.4 / 38,729) = 0.0069 for the AUC of 0.6 that is answered."""
+    drawn = {"num_pairs": 7 * 10**10, "num_scored_pairs": 10**9}
+    run(tmp_path / "drawn", {1: client("alpha", **drawn), 2: client("beta")}, federation__rounds=1)
+    run(tmp_path / "whole", {1: client("alpha"), 2: client("beta")}, federation__rounds=1)
+    found, whole = (spooled(tmp_path / name) for name in ("drawn", "whole"))
+    assert found["", "val_roc_auc_half_width", 0] == pytest.approx(0.0069, abs=5e-5)
+    assert not any(key == "val_roc_auc_half_width" for _, key, _ in whole)
+    events = (tmp_path / "drawn" / "events.jsonl").read_text()
+    assert "alpha scores 1e+09 of 7e+10 pairs of unseen people" in events
+    assert "about 25 CPU-seconds" in events
+
+
 def test_an_equal_validation_score_leaves_the_earlier_round_the_best(tmp_path):
     _, outcome = run(tmp_path, {1: client("alpha"), 2: client("beta")}, federation__rounds=3)
     assert outcome.history.best_round == 1

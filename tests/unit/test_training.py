@@ -9,11 +9,22 @@ from packs_in_memory import CPU, memory_pack, recogniser_for, same_bits
 
 from common import config
 from common.errors import TrainingFailed
+from common.faces.batches import epoch_batches, num_batches
+from common.faces.splits import Split
 from common.settings import TrainingSettings
 from common.strategies import proximal
 from common.training import loop as training
 from common.training import step as training_step
-from common.training.loop import Compute, TrainSums, learning_rate, make_optimiser, train_epochs, warm_up_head
+from common.training.loop import (
+    Compute,
+    TrainSums,
+    in_epochs,
+    learning_rate,
+    make_optimiser,
+    train_epochs,
+    train_round,
+    warm_up_head,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = config.from_mapping({"data": {"image_size": 32}, "training": {"batch_size": 8, "lr": 0.05}})
@@ -372,3 +383,34 @@ def test_a_warm_up_that_diverges_says_where(monkeypatch):
     monkeypatch.setattr(training_step.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * math.nan)
     with pytest.raises(TrainingFailed, match=r"at epoch 1 of the head's warm-up, step 1; lower training.lr"):
         warm_up(1)
+
+
+def test_steps_that_end_in_the_middle_of_an_epoch_go_on_with_its_other_pictures():
+    assert in_epochs(range(4, 11), 5) == [(0, range(4, 5)), (1, range(5)), (2, range(1))]
+    assert in_epochs(range(5, 7), 5) == [(1, range(2))]
+    pack = memory_pack(7)
+    settings = config.with_value(SETTINGS, "federation", "local_steps", 3)
+    per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    assert per_epoch % 3 > 0  # so a round ends within an epoch
+
+    def labels(epoch, steps=None):
+        batches = epoch_batches(pack, settings, device="cpu", stream_name="a", epoch=epoch, steps=steps)
+        return [batch.labels.tolist() for batch in batches]
+
+    whole = labels(0)
+    assert labels(0, range(3, per_epoch)) == whole[3:]
+    assert labels(0, range(3)) == whole[:3]
+
+
+def test_a_round_of_steps_is_so_many_and_the_rate_falls_over_all_of_them():
+    pack, rates = memory_pack(7), []
+    settings = config.with_values(SETTINGS, {"federation.local_steps": 2, "federation.rounds": 3})
+    recogniser = recogniser_for(pack)
+    optimiser = make_optimiser(recogniser, settings.training)
+    for number in (1, 2, 3):
+        sums = train_round(
+            recogniser, optimiser, pack, settings=settings, compute=CPU, server_round=number, stream_name="a"
+        )
+        assert sums.num_steps == 2
+        rates.append(sums.lr_last)
+    assert rates == [pytest.approx(learning_rate(settings.training, (k + 0.5) / 6)) for k in (1, 3, 5)]
