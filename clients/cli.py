@@ -5,23 +5,33 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError, escaped
 from common.faces.datasets import DATASETS
-from common.flags import add_shared_files, program_parser
+from common.flags import add_shared_files, one_of, program_parser
 from common.names import CLIENT_NAME, NAME_RULE
 from common.settings import LOG_LEVELS
 from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
+from common.system.live import Live
 from common.system.processes import host_port, is_loopback, is_this_machine, parse_address
+from common.system.run_view import header_lines, header_row
 from common.system.runtime import go_silent, num_cores, reach_directly
+
+if TYPE_CHECKING:
+    from common.system.progress import Amount
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `flower-client`."""
     program = program_parser(
-        "flower-client", "Take part in federations with the pictures of one folder, which never leave it."
+        "flower-client",
+        "Take part in federations with the pictures of one folder, which never leave it.",
+        "flower-client --dataset celeba                           data/celeba, a server of this machine",
+        "flower-client --dataset folder --name north --data-dir faces --once",
+        "flower-client --dataset folder --tls certs/north --server fl.example.org:443 --data-dir faces",
     )
-    program.add_argument("--dataset", required=True, metavar="NAME", help=", ".join(DATASETS))
+    program.add_argument("--dataset", required=True, metavar="NAME", help=one_of(DATASETS))
     program.add_argument("--data-dir", metavar="DIR", help="the data set's folder (default: data/NAME)")
     program.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT", help="where flower-server listens")
     program.add_argument(
@@ -56,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument(
         "--tls", metavar="DIR", help="the folder that the server's operator made for this site with `facefed certs`"
     )
-    program.add_argument("--log-level", default="info", metavar="LEVEL", help=", ".join(LOG_LEVELS))
+    program.add_argument("--log-level", default="info", metavar="LEVEL", help=one_of(LOG_LEVELS))
     add_shared_files(program)
     return program
 
@@ -119,6 +129,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
     index = read_index(arguments.dataset, data_dir)
     device = resolve_device(arguments.device)
+    _say(header_lines(f"the site {name} of {host_port(host, port)}", {})[0])
     _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} in {data_dir}, {device}")
     if index.account.missing:
         _say(f"{name}: {len(index.account.missing):,} pictures that are listed are not there")
@@ -143,9 +154,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     options = ClientOptions(
         host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once, tls=tls
     )
-    launch = Launch(site, options, _say)
-    with stopping_on_signals(launch.request_stop):
-        launch.run()
+    _say(header_row("device", device))
+    _say(header_row("state", f"{site.state_dir} (what stays here, and the ledger of what leaves)"))
+    with Live(sys.stdout) as live:
+
+        def under_way(amount: "Amount | None") -> None:
+            if amount is None:
+                live.rest()
+            else:
+                live.move(f"round {amount.server_round}", amount)
+
+        launch = Launch(site, options, live.say, under_way=under_way)
+        with stopping_on_signals(launch.request_stop):
+            launch.run()
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.own_record import export_own_model, keep_own_record
+from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
 from clients.past_tasks import PastTasks
 from clients.policy import against_data, digest_of, require_none
@@ -45,6 +45,7 @@ from common.protocol.wire import Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
 from common.system.events import SHOWN
+from common.system.progress import telling
 from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
@@ -311,16 +312,19 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     if found <= 0:  # round 0's private state is the fresh one
         warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
     warmed_up = time.perf_counter()
-    sums = train_round(
-        recogniser,
-        optimiser,
-        state.pack,
-        settings=settings,
-        compute=compute,
-        server_round=task.server_round,
-        stream_name=state.site.name,
-        penalty=_penalty(state),
-    )
+    num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
+    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
+        sums = train_round(
+            recogniser,
+            optimiser,
+            state.pack,
+            settings=settings,
+            compute=compute,
+            server_round=task.server_round,
+            stream_name=state.site.name,
+            penalty=_penalty(state),
+            tick=tick,
+        )
     trained = time.perf_counter()
 
     change, residue = _coded_change(state, folder, found, received)
@@ -353,6 +357,7 @@ def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] 
     if task.last and state.site.share is None:  # the best model, for good; a virtual client keeps nothing
         export_own_model(state.site, task, state.settings, state.recogniser)
         keep_own_record(state.site, task, state.settings, state.recogniser, state.pack, compute)
+        tell_end(state.site, task)
     found = _evaluate(state, task, compute, received)
     return Reply(
         server_round=task.server_round,

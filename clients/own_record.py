@@ -4,12 +4,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from clients.egress import LEDGER
 from clients.site import SiteSettings
-from common.errors import FaceFedError
+from common.errors import CheckpointError, FaceFedError
 from common.faces.pack import FacePack
-from common.metrics.figures import scores, train_metrics
+from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of, known_scores, scores, train_metrics
 from common.metrics.names import BYTES_DOWN, BYTES_UP
 from common.models.recogniser import Recogniser
 from common.private_figures import HARDEST, hardest, own_threshold, private_pictures
@@ -17,6 +18,8 @@ from common.protocol.codec import num_bytes
 from common.protocol.wire import Reply, Task, counts_nbytes
 from common.settings import Settings, TrackingSettings
 from common.system.checkpoints import write_tensors
+from common.system.events import SHOWN
+from common.system.files import read_json
 from common.system.runtime import facefed_version, git_commit, resolve_device
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.notes import NOTE_TAG, data_note, experiment_note, run_note
@@ -25,6 +28,7 @@ from common.training.evaluation import evaluate
 from common.training.loop import Compute
 
 _MODE: Final = "federated_client"
+RESULTS_FILE, UNTRAINED_FILE = "metrics.json", "untrained.json"  # in the site's folder of a run
 
 log = logging.getLogger("facefed.client")
 
@@ -68,6 +72,8 @@ def keep_round(
                     down = num_bytes(settings.federation.download_codec, reply.change.size)
                 sizes = {BYTES_DOWN: float(down), BYTES_UP: float(up + counts_nbytes(reply))}
                 tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
+                if reply.server_round == 1 and "test" in reply.evaluations:  # of the model before any training
+                    tracked.log_dict(known_scores(reply.evaluations["test"]), UNTRAINED_FILE)
 
         yield told
 
@@ -88,7 +94,7 @@ def keep_own_record(
         with finishing(tracked):
             found = scores(evaluate(recogniser, pack, "test", compute))
             tracked.log_metrics({f"test_{name}": value for name, value in found.items()}, step=task.server_round)
-            tracked.log_dict({"round": task.server_round, "test": found}, "metrics.json")
+            tracked.log_dict({"round": task.server_round, "test": found}, RESULTS_FILE)
             pictures: Mapping[str, SavesFigure] = {}
             if draws:
                 pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
@@ -107,6 +113,40 @@ def _keep_hardest(
     figure = hardest(recogniser, pack, compute, client=client, threshold=threshold)
     if figure is not None:
         tracked.keep_figure(figure, HARDEST)
+
+
+def tell_end(site: SiteSettings, task: Task) -> None:
+    """Say to the site's own user what the run came to here, and where it lies; the server never sees it."""
+    folder = own_folder(site, task.run_id)
+    found, untrained = _figures(folder / RESULTS_FILE).get("test", {}), _figures(folder / UNTRAINED_FILE)
+    if found:
+        log.info("%s%s: %s", SHOWN, site.name, end_words(found, untrained, task.server_round))
+    if untrained.get(AUC, 0.0) > found.get(AUC, 1.0):
+        line = "the model is worse on this site's own test people than the untrained one"
+        log.warning("%s%s: warning: %s", SHOWN, site.name, line)
+    if (folder / "plots").is_dir():
+        log.info("%s%s: pictures and figures of this run: %s", SHOWN, site.name, folder)
+    ledger = site.state_dir / LEDGER / f"{task.run_id}.jsonl"
+    how = f"facefed egress report --state-dir {site.state_dir}"
+    log.info("%s%s: what left this site: %s (%s shows it)", SHOWN, site.name, ledger, how)
+
+
+def end_words(found: Mapping[str, float], untrained: Mapping[str, float], server_round: int) -> str:
+    """The best model's figures on the site's own test data, beside those of the untrained one."""
+    names = {row.name: row.told for row in figures_of(CLOSED, PAIRS) if row.told}
+    told = []
+    for name, label in names.items():
+        if name in found:
+            before = f" (untrained {untrained[name]:.3f})" if name in untrained else ""
+            told.append(f"{label} {found[name]:.3f}{before}")
+    return f"the best model, of round {server_round}, on this site's own test pictures: {', '.join(told)}"
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
 
 
 def _open(

@@ -4,11 +4,13 @@ Only the standard library is imported, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import difflib
+import functools
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
@@ -17,7 +19,7 @@ from common import config
 from common.errors import EXIT_USER, ConfigError
 from common.models.table import BACKBONES, HEADS
 from common.redact import passwords_in, shown_uri
-from common.settings import Settings
+from common.settings import LOG_LEVELS, Settings
 from common.strategies import STRATEGIES
 from common.system.runtime import facefed_version, tracking_uri_of_environment
 
@@ -25,8 +27,52 @@ _CHOICES = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$", re.DOTALL
 GIVEN_AS = "given_as"  # of a parsed command line: dest -> the option as it was typed
 
 
+@functools.cache
+def _values_of(name: str | None) -> dict[str, object]:
+    """Each setting's value in a configuration, by its name."""
+    settings = Settings()
+    with contextlib.suppress(ConfigError):
+        settings = config.load(config.find_config(name)) if name else settings
+    return {
+        f"{section}.{key}": value
+        for section, values in config.to_mapping(settings).items()
+        for key, value in values.items()
+    }
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse's own, with the default of each option behind its words, and examples as they were written."""
+
+    def __init__(self, prog: str, read_defaults: Callable[[], Mapping[str, object]] = dict) -> None:
+        """read_defaults: by dest; asked for only where a help is shown, as each added option makes a formatter."""
+        super().__init__(prog, max_help_position=30)
+        self._read_defaults = read_defaults
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        value = self._read_defaults().get(action.dest, action.default)
+        is_told = "default" in text or not action.option_strings or isinstance(value, bool)
+        if is_told or value in (None, "", [], argparse.SUPPRESS):
+            return text
+        return f"{text} (default: {str(value).replace('%', '%%')})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(f"{indent}{line}" for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
 class ProgramParser(argparse.ArgumentParser):
     """argparse's own, which answers a mistyped word with the nearest one; the parsers of its commands are such too."""
+
+    default_config: str | None = None  # that whose values are shown as defaults
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        return _Help(self.prog, self.shown_defaults)
+
+    def shown_defaults(self) -> dict[str, object]:
+        """Each run setting's value where no flag is given, by its name; read only when the help is shown."""
+        return _values_of(self.default_config)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -65,6 +111,9 @@ class ProgramParser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         name = word.partition("=")[0]
+        readers = next((flag.read_by for flag in FLAGS if name in flag.names), ())
+        if readers:
+            return f"{self.prog} does not read {name}; {one_of(readers, 'and')} do"
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
         if near:
             return f"{name} is unknown; did you mean {near[0]}?"
@@ -89,9 +138,14 @@ def _extra(words: Sequence[str]) -> str:
     return f"{' '.join(words)}: nothing more was expected; does an option's name stand before it?"
 
 
-def program_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The parser of one of our programs."""
-    parser = ProgramParser(prog=program, description=description)
+def examples(*lines: str) -> str:
+    """What stands at the end of a help."""
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
+def program_parser(program: str, description: str, *lines: str) -> argparse.ArgumentParser:
+    """The parser of one of our programs.  lines: examples."""
+    parser = ProgramParser(prog=program, description=description, epilog=examples(*lines) if lines else None)
     parser.add_argument("--version", action="version", version=f"%(prog)s {facefed_version()}")
     return parser
 
@@ -111,12 +165,20 @@ class Flag:
     key: str
     metavar: str
     help: str
+    read_by: tuple[str, ...] = ()  # the commands that have it; empty: all that have run settings
+    choices: tuple[str, ...] = ()  # its values, where they can be listed
 
 
-def one_of(names: Iterable[str]) -> str:
+def one_of(names: Iterable[str], word: str = "or") -> str:
     """Names as a choice to read: "a, b or c"."""
     *others, last = names
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} {word} {last}"
+
+
+FEDERATE: Final = ("flower-server", "flower-simulation", "facefed train federated")
+TRAIN_ALONE: Final = ("facefed train local", "facefed train centralized", "facefed train twins")
+TRAIN: Final = (*FEDERATE, *TRAIN_ALONE)
+PREPARE: Final = ("facefed data prepare", "facefed data audit")
 
 
 FLAGS: tuple[Flag, ...] = (
@@ -125,16 +187,33 @@ FLAGS: tuple[Flag, ...] = (
         section="federation",
         key="strategy",
         metavar="NAME",
-        help=", ".join(STRATEGIES),
+        help=one_of(STRATEGIES),
+        read_by=FEDERATE,
+        choices=tuple(STRATEGIES),
     ),
-    Flag(names=("--rounds",), section="federation", key="rounds", metavar="N", help="rounds of the federation"),
-    Flag(names=("--local-epochs",), section="federation", key="local_epochs", metavar="N", help="epochs in each round"),
+    Flag(
+        names=("--rounds",),
+        section="federation",
+        key="rounds",
+        metavar="N",
+        help="rounds of the federation",
+        read_by=FEDERATE,
+    ),
+    Flag(
+        names=("--local-epochs",),
+        section="federation",
+        key="local_epochs",
+        metavar="N",
+        help="epochs in each round",
+        read_by=FEDERATE,
+    ),
     Flag(
         names=("--proximal-mu",),
         section="federation",
         key="proximal_mu",
         metavar="MU",
         help="fedprox: pull to the received model",
+        read_by=FEDERATE,
     ),
     Flag(
         names=("--model",),
@@ -142,16 +221,34 @@ FLAGS: tuple[Flag, ...] = (
         key="backbone",
         metavar="NAME",
         help=one_of(BACKBONES),
+        read_by=(*TRAIN, "facefed evaluate"),
+        choices=tuple(BACKBONES),
     ),
-    Flag(names=("--head",), section="model", key="head", metavar="NAME", help=one_of(HEADS)),
-    Flag(names=("--lr",), section="training", key="lr", metavar="RATE", help="highest learning rate"),
-    Flag(names=("--batch-size",), section="training", key="batch_size", metavar="N", help="pictures in a batch"),
+    Flag(
+        names=("--head",),
+        section="model",
+        key="head",
+        metavar="NAME",
+        help=one_of(HEADS),
+        read_by=TRAIN,
+        choices=tuple(HEADS),
+    ),
+    Flag(names=("--lr",), section="training", key="lr", metavar="RATE", help="highest learning rate", read_by=TRAIN),
+    Flag(
+        names=("--batch-size",),
+        section="training",
+        key="batch_size",
+        metavar="N",
+        help="pictures in a batch",
+        read_by=TRAIN,
+    ),
     Flag(
         names=("--epochs",),
         section="training",
         key="epochs",
         metavar="N",
-        help="epochs of local and centralised training",
+        help="epochs; auto: as often as the configuration's federation trains on each picture",
+        read_by=TRAIN_ALONE,
     ),
     Flag(
         names=("--max-identities",),
@@ -159,8 +256,16 @@ FLAGS: tuple[Flag, ...] = (
         key="max_people",
         metavar="N",
         help="use at most so many people of each data set",
+        read_by=(*TRAIN, *PREPARE),
     ),
-    Flag(names=("--seed",), section="run", key="seed", metavar="N", help="seed of every random stream"),
+    Flag(
+        names=("--seed",),
+        section="run",
+        key="seed",
+        metavar="N",
+        help="seed of every random stream",
+        read_by=(*TRAIN, "facefed evaluate"),
+    ),
     Flag(
         names=("--tracking-uri", "--mlflow-uri", "--mlflow_uri"),
         section="tracking",
@@ -168,8 +273,15 @@ FLAGS: tuple[Flag, ...] = (
         metavar="URI",
         help="MLflow: sqlite:///FILE or http://HOST:PORT",
     ),
-    Flag(names=("--out",), section="run", key="out", metavar="DIR", help="where runs are kept (default: runs)"),
-    Flag(names=("--log-level",), section="run", key="log_level", metavar="LEVEL", help="debug, info, warning or error"),
+    Flag(names=("--out",), section="run", key="out", metavar="DIR", help="where runs are kept"),
+    Flag(
+        names=("--log-level",),
+        section="run",
+        key="log_level",
+        metavar="LEVEL",
+        help=one_of(LOG_LEVELS),
+        choices=LOG_LEVELS,
+    ),
 )
 
 
@@ -182,13 +294,25 @@ def add_shared_files(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     )
 
 
-def add_run_settings(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
-    """Add --config, all run-setting flags but those in `without`, --no-mlflow and --set."""
+def flags_of(command: str) -> list[Flag]:
+    """The flags of run settings that a command reads."""
+    return [flag for flag in FLAGS if not flag.read_by or command in flag.read_by]
+
+
+def add_run_settings(
+    parser: argparse.ArgumentParser, *, flags: Sequence[Flag] = FLAGS, default_config: str | None = None
+) -> None:
+    """Add --config, the flags of run settings, --no-mlflow and --set.
+
+    flags: those that are read.  default_config: is used where --config is not given.
+    """
+    if isinstance(parser, ProgramParser):
+        parser.default_config = default_config
     group = parser.add_argument_group("run settings (they override the configuration)")
-    group.add_argument("--config", metavar="NAME|FILE", help="a TOML file, or NAME for configs/NAME.toml")
-    for flag in FLAGS:
-        if flag.names[0] not in without:
-            group.add_argument(*flag.names, dest=f"{flag.section}.{flag.key}", metavar=flag.metavar, help=flag.help)
+    usual = f" (default: {default_config})" if default_config else ""
+    group.add_argument("--config", metavar="NAME|FILE", help=f"a TOML file, or NAME for configs/NAME.toml{usual}")
+    for flag in flags:
+        group.add_argument(*flag.names, dest=f"{flag.section}.{flag.key}", metavar=flag.metavar, help=flag.help)
     group.add_argument(
         "--no-mlflow", "--mlflow-disabled", "--mlflow_disabled", action="store_true", help="keep the local record only"
     )

@@ -215,6 +215,13 @@ class Settings:
     verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    def round_pictures(self, num_training_pictures: int) -> int:
+        """How many pictures a client that trains on so many processes in a round, each as often as it is seen."""
+        epochs, steps = self.federation.local_epochs, self.federation.local_steps
+        if isinstance(epochs, int):
+            return epochs * num_training_pictures
+        return steps * self.training.batch_size if isinstance(steps, int) else 0
+
     @property
     def total_epochs(self) -> int:
         """How often each picture is processed in the whole federation, and in local training by default.

@@ -24,6 +24,7 @@ from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.system.files import write_json
+from common.system.run_view import model_words
 from common.system.runtime import stream_seed
 from common.tracking.run import TrackedRun
 from server.exchange.mailbox import Mailbox, Waiter
@@ -49,6 +50,7 @@ class Surroundings:
     run_folder: Path
     stopped: Callable[[], bool]  # asked often; True ends the run
     all_nodes_are_here: Callable[[], bool]  # a simulation: nobody else can come
+    simulated: bool = False  # the clients are processes of this program
     git_commit: str
     program: str = "flower-server"
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
@@ -139,6 +141,8 @@ def _federate(
 ) -> dict[str, object]:
     recogniser, manifest = initial_model(settings)
     surroundings.expect(manifest.num_bytes)
+    num_parameters = sum(parameter.numel() for parameter in recogniser.backbone.parameters())
+    events.emit("begun", model=model_words(settings, num_parameters=num_parameters, travels=manifest.size))
     limit = settings.federation.run_timeout_s
     waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
@@ -157,6 +161,7 @@ def _federate(
             waiter=waiter,
             all_nodes_are_here=surroundings.all_nodes_are_here,
             keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
+            simulated=surroundings.simulated,
         ),
         waiter=waiter,
         checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),

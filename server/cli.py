@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, escaped
-from common.flags import add_run_settings, program_parser, read_run, refuse_ablation, refuse_run_settings
+from common.flags import add_run_settings, flags_of, program_parser, read_run, refuse_ablation, refuse_run_settings
 from common.settings import RunSettings, Settings
-from common.system.console import (
-    Follower,
-    RunView,
-    run_program,
-    set_up_logging,
-    stopping_on_signals,
-    summary_lines,
-    warn_of_open_files,
-)
+from common.system.console import run_program, set_up_logging, stopping_on_signals, warn_of_open_files
 from common.system.events import EventReader
 from common.system.processes import host_port, is_loopback, parse_address, require_free_port
+from common.system.run_view import Follower, RunView, begin_rows, ending_lines, federation_ending, header_lines
 from common.system.runtime import go_silent, reach_directly
 
 if TYPE_CHECKING:
@@ -33,7 +26,14 @@ DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `flower-server`."""
-    program = program_parser("flower-server", "Run one federation: wait for clients, train, record, end with the run.")
+    program = program_parser(
+        "flower-server",
+        "Run one federation: wait for clients, train, record, end with the run.",
+        "flower-server --config demo                              two clients of this machine",
+        "flower-server --tls certs --address 0.0.0.0:443          clients of other machines, each with its key",
+        "flower-server --strategy fedprox --rounds 20 --model resnet50",
+        "flower-server --resume 20261128-101500-1a2b3c            go on with a run that was stopped",
+    )
     group = program.add_argument_group("this server")
     group.add_argument("--address", default="127.0.0.1:8000", metavar="HOST:PORT", help="where clients connect")
     # Named like the settings that they override, they are read and checked together with all others.
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="let nginx listen, which passes on what clients need and nothing else (default: where other machines reach"
         " the address)",
     )
-    add_run_settings(program, without=("--epochs",))
+    add_run_settings(program, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
     return program
 
 
@@ -187,11 +187,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     """The run from its beginning to the lines that tell its end; returns the exit code."""
-    from common.tracking.page import tracking_line
+    from common.tracking.page import tracking_line, where_to_look
     from server.flower.launch import Launch
 
     launch = Launch(settings, options, run_folder)
     _say_where(options, settings.federation.min_clients)
+    rows = begin_rows(settings, run_folder, look=where_to_look(settings), federated=True)
+    sys.stdout.writelines(f"{line}\n" for line in header_lines(f"run {run_folder.name}", rows))
+    sys.stdout.flush()
     with (
         stopping_on_signals(launch.request_stop),
         RunView(sys.stdout) as view,
@@ -199,8 +202,9 @@ def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:
     ):
         outcome = launch.run()
     if outcome["exit_code"] == 0:
-        tracking = tracking_line(settings, run_folder)
-        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking)
+        lines = ending_lines(
+            federation_ending(follower.summary), run_folder, tracking=tracking_line(settings, run_folder)
+        )
         sys.stdout.write("\n".join(lines) + "\n")
     else:
         sys.stderr.write(

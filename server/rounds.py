@@ -234,8 +234,10 @@ class Federation:
             share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
             limited=self.record.limited,
             max_pairs=self.settings.verification.max_pairs,
+            answered=self.record.answered,
         )
         exchange.send(tasks, members, model)
+        self.record.asked(tasks, members)
         self.waiter.do_work()
         self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
@@ -325,10 +327,10 @@ class Federation:
         }
 
     def _score(self, step: int, replies: Mapping[str, Reply], splits: str) -> None:
-        for split in splits.split():
-            tally = Tally(split)
+        tallies = [Tally(split) for split in splits.split()]
+        for tally in tallies:
             tally.add(replies)
-            self.record.scored(self.history, step, tally)
+        self.record.scored(self.history, step, tallies)
 
     def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool) -> None:
         """Everybody's scores of one model, asked for again while too few can be used, as in a round."""
@@ -343,8 +345,7 @@ class Federation:
                     raise
                 self.record.repeated(str(few))
                 members = self.roster.gather()
-        for tally in tallies:
-            self.record.scored(self.history, step, tally)
+        self.record.scored(self.history, step, tallies)
 
     def _ask_all(
         self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool

@@ -14,6 +14,8 @@ from common.faces.datasets import DATASETS, DRAWN
 from common.flags import (
     add_run_settings,
     add_shared_files,
+    examples,
+    flags_of,
     program_parser,
     read_run,
     read_run_settings,
@@ -37,6 +39,7 @@ from simulation.admin.cli import (
     egress,
     show_policy,
 )
+from simulation.admin.completion import SHELLS, completion_script
 
 if TYPE_CHECKING:
     from clients.site import SiteSettings
@@ -45,11 +48,20 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 TWINS_CONFIG = "twins_dcal"
-# Of training alone: models are compared as they were trained.
-TRAINING_FLAGS = (
-    "--strategy", "--rounds", "--local-epochs", "--proximal-mu", "--head", "--lr", "--batch-size", "--epochs",
-    "--max-identities",
-)  # fmt: skip
+TRAIN_EXAMPLES = {
+    "local": (
+        "facefed train local --config demo --client celeba",
+        "facefed train local --client mine:folder=faces --epochs 20 --model mobilenet_v2",
+        "facefed train local --resume 20261128-101500-1a2b3c",
+    ),
+    "centralized": ("facefed train centralized --config demo --client celeba --client vggface2",),
+    "federated": ("facefed train federated --config demo --client celeba --client vggface2 --rounds 5",),
+    "twins": (
+        "facefed train twins --data-dir data/twins",
+        "facefed train twins --config twins_finetune --data-dir data/twins --set model.pretrained=weights.safetensors",
+        "facefed train twins --sweep twins_sweep --data-dir data/twins",
+    ),
+}
 
 
 def _add_site_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +75,11 @@ def _add_site_options(parser: argparse.ArgumentParser) -> None:
 def simulation_parser() -> argparse.ArgumentParser:
     """The parser of `flower-simulation`."""
     parser = program_parser(
-        "flower-simulation", "Federate data sets of this machine: the same app as flower-server, under Ray."
+        "flower-simulation",
+        "Federate data sets of this machine: the same app as flower-server, under Ray.",
+        "flower-simulation --config demo --client celeba=data/celeba --client vggface2=data/vggface2",
+        "flower-simulation --client north:folder=faces/north --client south:folder=faces/south --strategy fedprox",
+        "flower-simulation --client celeba=data/celeba --clients 100 --set federation.clients_per_round=10",
     )
     parser.add_argument(
         "--client",
@@ -74,7 +90,7 @@ def simulation_parser() -> argparse.ArgumentParser:
     )
     _add_site_options(parser)
     _add_engine_options(parser)
-    add_run_settings(parser, without=("--epochs",))
+    add_run_settings(parser, flags=flags_of(parser.prog), default_config=DEFAULT_CONFIG)
     return parser
 
 
@@ -153,7 +169,16 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     data = commands.add_parser("data", help="make, prepare and check face data sets").add_subparsers(
         dest="action", required=True
     )
-    synth = data.add_parser("synth", help="write a synthetic data set in an official layout")
+    text = "write a synthetic data set in an official layout"
+    synth = data.add_parser(
+        "synth",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed data synth --layout celeba --out data/celeba --people 80 --pictures 24",
+            "facefed data synth --layout twins --out data/twins --families 40 --closeness 0.7",
+        ),
+    )
     synth.add_argument("--layout", required=True, choices=DRAWN)
     synth.add_argument("--out", dest="folder", required=True, metavar="DIR", help="the folder to make")
     synth.add_argument("--people", type=int, metavar="N", help="how many people (not with twins)")
@@ -165,7 +190,15 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     synth.add_argument("--seed", type=int, default=1, metavar="N")
     add_shared_files(synth)
     for name, text in (("prepare", "align and pack a data set once"), ("audit", "report what is in a data set")):
-        command = data.add_parser(name, help=text)
+        command = data.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples(
+                f"facefed data {name} --client celeba",
+                f"facefed data {name} --config demo --client mine:folder=faces",
+            ),
+        )
         if name == "audit":
             command.add_argument("--json", action="store_true", help="print the report as JSON")
         else:
@@ -176,7 +209,7 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
             )
         _add_data_sources(command)
         _add_site_options(command)
-        add_run_settings(command, without=("--epochs", "--rounds"))
+        add_run_settings(command, flags=flags_of(command.prog), default_config=DEFAULT_CONFIG)
     _packs_parser(data)
 
 
@@ -185,7 +218,12 @@ def _packs_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         dest="packs_action", required=True
     )
     for name, text in (("list", "which packs there are, of what, and how large"), ("remove", "remove packs")):
-        command = packs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command = packs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples(f"facefed data packs {name}{' --earlier' if name == 'remove' else ''}"),
+        )
         if name == "remove":
             command.add_argument(
                 "packs", nargs="*", metavar="PACK", help="the beginning of its name, as the list shows it"
@@ -233,11 +271,12 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         ("federated", "the Ray simulation, as flower-simulation runs it"),
         ("twins", "verification of identical twins, by attention within a picture and across two (DCAL)"),
     ):
-        command = actions.add_parser(name, help=text)
+        command = actions.add_parser(name, help=text, description=text, epilog=examples(*TRAIN_EXAMPLES[name]))
         _add_data_sources(command)
         _add_site_options(command)
+        flags = flags_of(command.prog)
         if name == "federated":
-            add_run_settings(command, without=("--epochs",))
+            add_run_settings(command, flags=flags, default_config=DEFAULT_CONFIG)
             continue
         command.add_argument("--resume", default="", metavar="RUN", help="go on with a stopped run: its id or folder")
         if name == "twins":
@@ -247,12 +286,19 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
                 metavar="NAME|FILE",
                 help="search over settings, as the file says",
             )
-        add_run_settings(command)
+        default = TWINS_CONFIG if name == "twins" else DEFAULT_CONFIG
+        add_run_settings(command, flags=flags, default_config=default)
 
 
 def facefed_parser() -> argparse.ArgumentParser:
     """The parser of `facefed`."""
-    parser = program_parser("facefed", "Face data, local training, and what surrounds a federation.")
+    parser = program_parser(
+        "facefed",
+        "Face data, local training, and what surrounds a federation.",
+        "facefed data synth --layout celeba --out data/celeba",
+        "facefed train local --config demo --client celeba",
+        "facefed tracking serve",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _data_parser(commands)
     _train_parser(commands)
@@ -263,6 +309,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     add_egress_parser(commands)
     add_policy_parser(commands, _add_site_data)
     add_privacy_parser(commands, _add_site_data)
+    _completion_parser(commands)
     return parser
 
 
@@ -271,8 +318,42 @@ def _add_site_data(parser: argparse.ArgumentParser) -> None:
     _add_site_options(parser)
 
 
+def _completion_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "print what makes the Tab key complete our commands in a shell"
+    parser = commands.add_parser(
+        "completion",
+        help=text,
+        description=text,
+        epilog=examples(
+            'eval "$(facefed completion bash)"       in ~/.bashrc',
+            'eval "$(facefed completion zsh)"        in ~/.zshrc, after compinit',
+            "facefed completion fish > ~/.config/fish/completions/facefed.fish",
+        ),
+    )
+    parser.add_argument("shell", choices=SHELLS)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from clients.cli import parser as client_parser
+    from server.cli import parser as server_parser
+
+    parsers = [facefed_parser(), server_parser(), client_parser(), simulation_parser()]
+    sys.stdout.write(completion_script(arguments.shell, parsers))
+    return 0
+
+
 def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluate = commands.add_parser("evaluate", help="compare local, centralised and federated models on the same pairs")
+    text = "compare local, centralised and federated models on the same pairs"
+    evaluate = commands.add_parser(
+        "evaluate",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed evaluate --config demo --mode all",
+            "facefed evaluate --mode single --client celeba --compare local,fedavg",
+            "facefed evaluate --run fedavg=20261128-101500-1a2b3c",
+        ),
+    )
     evaluate.add_argument(
         "--mode", choices=("single", "all"), default="all", help="one client's test people, or all clients' (default)"
     )
@@ -293,11 +374,20 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     )
     _add_data_sources(evaluate)
     _add_site_options(evaluate)
-    add_run_settings(evaluate, without=TRAINING_FLAGS)
+    add_run_settings(evaluate, flags=flags_of(evaluate.prog), default_config=DEFAULT_CONFIG)
 
 
 def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("attention", help="draw where a vision transformer looks in given pictures")
+    text = "draw where a vision transformer looks in given pictures"
+    parser = commands.add_parser(
+        "attention",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed attention --model 20261128-101500-1a2b3c a.jpg b.jpg -o maps.png",
+            "facefed attention --model models:/vit_tiny_twins@champion a.jpg -o maps.pdf",
+        ),
+    )
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="JPEG, PNG, WebP or BMP; two are also compared")
     parser.add_argument(
         "--model",
@@ -480,6 +570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: _attention(arguments),
+        ("completion", ""): lambda: _completion(arguments),
         ("egress", "report"): lambda: egress(arguments),
         ("policy", "show"): lambda: show_policy(arguments),
         ("policy", "check"): lambda: _check_policy(arguments),

@@ -14,14 +14,23 @@ from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
-from common.metrics.figures import AUC
 from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, unfinished_run
 from common.settings import Settings
-from common.system.console import Follower, RunView, summary_lines
 from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
 from common.system.files import read_json
+from common.system.progress import FOLDER as PROGRESS
+from common.system.run_view import (
+    Ending,
+    Follower,
+    RunView,
+    amounts_of,
+    begin_rows,
+    ending_lines,
+    federation_ending,
+    header_lines,
+)
 from common.tracking.address import with_absolute_tracking
-from common.tracking.page import tracking_line
+from common.tracking.page import tracking_line, where_to_look
 from common.weights import begin_run, check_weights
 from server.public_set import open_public_set, with_absolute_public_set
 from simulation.alone.baselines import BaselineSummary, run_centralized, run_local, run_twins
@@ -88,20 +97,35 @@ def federate_here(
     ]
     packs = {site.name: pack_at_the_door(site, settings, out) for site in held}
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
+    packs_held = {name: (pack.num_classes, len(pack.indices(Split.TRAIN))) for name, pack in packs.items()}
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
     settings, run_folder = begin_run(settings, address)
     from simulation.engine.run import simulate
 
-    with RunView(out) as view, Follower(EventReader(run_folder), view) as follower:
+    rows = {
+        "data": _data_words(held, packs_held),
+        **begin_rows(settings, run_folder, look=where_to_look(settings), federated=True),
+    }
+    out.writelines(f"{line}\n" for line in header_lines(f"run {run_folder.name}", rows))
+    out.flush()
+    at_work = amounts_of(run_folder / PROGRESS, run_folder.name)
+    with RunView(out, at_work=at_work) as view, Follower(EventReader(run_folder), view) as follower:
         exit_code = simulate(settings, sites, run_folder, ray_address=engine.ray_address, num_actors=engine.num_actors)
     if exit_code == 0:
-        tracking = tracking_line(settings, run_folder)
-        lines = summary_lines(follower.summary, folder=str(run_folder), tracking=tracking)
+        lines = ending_lines(
+            federation_ending(follower.summary), run_folder, tracking=tracking_line(settings, run_folder)
+        )
         out.write("\n".join(lines) + "\n")
     else:
         err.write(f"flower-simulation: {_failure(run_folder)} {_what_is_kept(run_folder)}\n")
     return exit_code
+
+
+def _data_words(held: Sequence[SiteSettings], packs: Mapping[str, tuple[int, int]]) -> str:
+    """packs: of each data set the people and the pictures to train on."""
+    told = (f"{site.name} {packs[site.name][0]:,} people, {packs[site.name][1]:,} pictures" for site in held)
+    return f"to train on: {'; '.join(told)}"
 
 
 def _check_engine(engine: Engine, out: TextIO) -> None:
@@ -221,14 +245,17 @@ def _check_same_data(resumed: _Resumed, packs: Mapping[str, FacePack]) -> None:
 
 
 def _show(summary: BaselineSummary, label: str, settings: Settings, out: TextIO) -> int:
-    out.write(
-        f"\ntest AUC on people never seen: untrained {summary.untrained[AUC]:.3f} -> {label} {summary.test[AUC]:.3f}\n"
+    ending = Ending(
+        label=label,
+        when=f"best epoch {summary.best_epoch} of {summary.epochs}",
+        untrained=summary.untrained,
+        trained=summary.test,
+        clients=summary.clients,
+        below_untrained=summary.below_untrained,
+        few_people=summary.few_people,
+        registered=summary.registered,
     )
-    out.write(f"best epoch {summary.best_epoch} of {summary.epochs}\n")
-    out.writelines(f"registered: {name}\n" for name in summary.registered)
-    if summary.below_untrained:
-        out.write(f"warning: {summary.below_untrained}\n")
-    out.write(f"run folder: {summary.folder}\ntracking: {tracking_line(settings, summary.folder)}\n")
+    out.write("\n".join(ending_lines(ending, summary.folder, tracking=tracking_line(settings, summary.folder))) + "\n")
     return 0
 
 

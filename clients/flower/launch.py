@@ -29,6 +29,8 @@ from common.system.processes import (
     start,
     stop,
 )
+from common.system.progress import FILE as PROGRESS
+from common.system.progress import Amount, read_amounts
 
 log = logging.getLogger("facefed.client")
 
@@ -62,9 +64,17 @@ class ClientOptions:
 class Launch:
     """One site's SuperNode and its restarts."""
 
-    def __init__(self, site: SiteSettings, options: ClientOptions, say: Callable[[str], object]) -> None:
-        """say: shows one line to the user."""
-        self._site, self._options, self._tell = site, options, say
+    def __init__(
+        self,
+        site: SiteSettings,
+        options: ClientOptions,
+        say: Callable[[str], object],
+        *,
+        under_way: Callable[[Amount | None], object] = bool,
+    ) -> None:
+        """say: shows one line to the user.  under_way: how far the training of a round is; None: there is none."""
+        self._site, self._options, self._tell, self._under_way = site, options, say, under_way
+        self._scored = ""  # the round whose model was last said to be evaluated
         self._stop = threading.Event()
         self._round = ""
         self._answered_last = False
@@ -241,6 +251,7 @@ class Launch:
         state = self._site.state_dir
         self._round = ""
         self._answered_last = self._connected = self._refused = False
+        self._scored = ""
         process = start(
             self._command(trainer.folder), environment=child_environment(state / "flwr"), output=subprocess.PIPE
         )
@@ -264,6 +275,7 @@ class Launch:
             if self._stop.wait(LOOK_EVERY_S):
                 raise InterruptedRun("stopped by the user")
             trainer.keep_alive()
+            self._under_way(next(iter(read_amounts(self._site.state_dir / PROGRESS)), None))
             self._require_in_time()
             if self._reaches():
                 if misses >= MISSES:
@@ -331,7 +343,8 @@ class Launch:
             self._say(f"connected to {self._options.where}")
         elif word == "receives" and value == "train":
             self._say(f"round {self._round}: training")
-        elif word == "receives":
+        elif word == "receives" and self._scored != self._round:  # again: the best is the last, or it is asked again
+            self._scored = self._round
             self._say(f"model of round {self._round}: evaluating")
         elif word == "sent" and self._last_task().exists():
             self._say("the run is over")

@@ -38,6 +38,8 @@ from common.errors import FaceFedError
 from common.system.events import SHOWN
 from common.system.files import short_private_folder, write_new
 from common.system.processes import child_environment, start, stop
+from common.system.progress import FILE as PROGRESS
+from common.system.progress import tell_into
 from common.system.runtime import go_silent
 
 CLIENT_FAILED = 500  # as in common.protocol.wire, which would bring torch along
@@ -210,6 +212,7 @@ def main(folder: Path, parent: int) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     go_silent()
     site = site_from_json((folder / SITE).read_text(encoding="utf-8"))
+    tell_into(site.state_dir / PROGRESS)
     from clients.message_handler import answer  # torch and all: seconds, while nobody waits yet
 
     serve(folder, site, answer)

@@ -20,10 +20,16 @@ def tracking_line(settings: Settings, folder: Path) -> str:
     page = run_page(uri, folder)
     if uri.startswith(SERVERS):
         return "\n".join([uri, *([f"this run: {page}"] if page else [])])
-    serve = "facefed tracking serve"
-    if sqlite_path(uri) != Path.cwd() / _SERVED_FILE:
-        serve += f" --backend {shlex.quote(uri)}"
-    return "\n".join([uri, f"to look: {serve}", *([f"this run, then: {page}"] if page else [])])
+    return "\n".join([uri, f"to look: {where_to_look(settings)}", *([f"this run, then: {page}"] if page else [])])
+
+
+def where_to_look(settings: Settings) -> str:
+    """The command that shows what is tracked, or the server's address; "" where nothing is."""
+    uri = settings.tracking.uri
+    if not settings.tracking.enabled or uri.startswith(SERVERS):
+        return uri if settings.tracking.enabled else ""
+    here = sqlite_path(uri) == Path.cwd() / _SERVED_FILE
+    return "facefed tracking serve" + ("" if here else f" --backend {shlex.quote(uri)}")
 
 
 def run_page(uri: str, folder: Path) -> str:

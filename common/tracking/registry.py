@@ -93,7 +93,7 @@ def register_model(
     key = run.log_model(folder, name=name, step=step, tags=tags, metrics=metrics, people=people, note=note, about=about)
     if not run.flush(FLUSH_TIMEOUT_S):
         _log.warning("Tracking: model %s is not registered yet, since MLflow is away; it is kept in %s.", name, folder)
-    elif verdict := f"it does not become champion: {held_back}" if held_back else run.verdict_on(key):
+    elif verdict := "it does not become champion" if held_back else run.verdict_on(key):
         tell(verdict)
     return run.version_of(key) or None
 

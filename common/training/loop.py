@@ -20,6 +20,7 @@ from common.models.dcal import Partners, random_partners
 from common.models.recogniser import Recogniser
 from common.settings import Settings, TrainingSettings
 from common.strategies import Penalty
+from common.system.progress import Tick, no_tick
 from common.system.runtime import random_stream
 from common.training.compute import Compute as Compute
 from common.training.optimiser import make_optimiser as make_optimiser
@@ -159,12 +160,13 @@ def train_epochs(
     stream_name: str,
     penalty: Penalty | None = None,
     choose_partners: Partners = random_partners,
+    tick: Tick = no_tick,
 ) -> TrainSums:
     """Train in place for `epochs`, a range within [0, total_epochs).
 
     The learning rate follows the position within all epochs, so rounds do not restart it; dropout and the like draw
     from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA and
-    `twins.partner` does not make it the twin.
+    `twins.partner` does not make it the twin.  tick: is told after each step how many pictures it took.
     Raises TrainingFailed when a loss or gradient is not finite.
     """
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
@@ -179,6 +181,7 @@ def train_epochs(
         stream_name=stream_name,
         penalty=penalty,
         choose_partners=choose_partners,
+        tick=tick,
     )
 
 
@@ -192,6 +195,7 @@ def train_round(
     server_round: int,
     stream_name: str,
     penalty: Penalty | None = None,
+    tick: Tick = no_tick,
 ) -> TrainSums:
     """`train_epochs` for a round of the federation, from 1: its local epochs, or its local steps.
 
@@ -211,6 +215,7 @@ def train_round(
             total_epochs=settings.total_epochs,
             stream_name=stream_name,
             penalty=penalty,
+            tick=tick,
         )
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     total, steps = settings.total_steps(per_epoch), settings.total_steps(per_epoch) // federation.rounds
@@ -224,6 +229,7 @@ def train_round(
         progress=lambda epoch, step: (epoch * per_epoch + step + 0.5) / total,
         stream_name=stream_name,
         penalty=penalty,
+        tick=tick,
     )
 
 
@@ -248,6 +254,7 @@ def _train(
     stream_name: str,
     penalty: Penalty | None = None,
     choose_partners: Partners = random_partners,
+    tick: Tick = no_tick,
 ) -> TrainSums:
     """Train on some steps of some epochs.  progress: (epoch, step) -> the fraction of all steps that are done."""
     compute.place(recogniser)
@@ -282,5 +289,6 @@ def _train(
                     group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
                 stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")
                 sums.add(stepped, len(batch.labels))
+                tick(len(batch.labels))
         sums.num_halvings += stepper.num_halvings
     return sums

@@ -44,6 +44,7 @@ class Exchange:
     share: Share | None = None  # None: all that a client holds is counted
     max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
+    answered: Callable[[str], None] = lambda _client: None  # is told whose reply was taken, or given up
     reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
     norms: dict[str, ChangeNorms] = field(default_factory=dict)  # client -> of its change
     _tasks: Mapping[str, Task] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Exchange:
             except ReplyRefused as refusal:
                 self.reasons[name] = str(refusal)
                 self.refused(task.server_round, name, str(refusal))
+            self.answered(name)
         return replies
 
     def _receive(self, name: str, task: Task, change: Aggregate | None) -> Reply:

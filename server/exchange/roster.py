@@ -20,6 +20,7 @@ from server.exchange.mailbox import Mailbox, Waiter
 
 T = TypeVar("T")
 SAY_WAITING_EVERY_S = 10.0
+SAY_PREPARING_EVERY_S = 30.0  # of a simulation, where nobody has to do anything
 MOST_TOLD_APART: Final = 32  # more clients have no runs, curves and sums of their own, but quantiles over them
 
 
@@ -44,11 +45,14 @@ class Roster:
         waiter: Waiter,
         all_nodes_are_here: Callable[[], bool],
         keys: Callable[[], Mapping[int, str] | None] = lambda: None,
+        simulated: bool = False,
     ) -> None:
         """task: what joining clients are sent.  all_nodes_are_here: nobody else can come (a simulation).
 
         keys: the names of the admitted keys by node, or None where nodes have no keys.
+        simulated: nobody has to start anything, also while nodes are still to appear.
         """
+        self._simulated = simulated
         self._mailbox, self._federation, self._task = mailbox, federation, task
         self._events, self._waiter = events, waiter
         self._all_nodes_are_here, self._keys = all_nodes_are_here, keys
@@ -75,10 +79,12 @@ class Roster:
             if len(self._members) >= self._federation.min_clients and not self._still_answering():
                 return True
             self._check_hope()
-            if time.monotonic() - said[0] >= SAY_WAITING_EVERY_S:
+            if time.monotonic() - said[0] >= (SAY_PREPARING_EVERY_S if self._simulated else SAY_WAITING_EVERY_S):
                 said[0] = time.monotonic()
                 if len(self._members) <= MOST_TOLD_APART:
-                    self._events.emit("waiting", **self._who(), seconds=round(said[0] - started))
+                    self._events.emit(
+                        "waiting", **self._who(), seconds=round(said[0] - started), simulated=self._simulated
+                    )
                 else:
                     self._say_how_many()
             return None

@@ -22,11 +22,12 @@ from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
 from common.protocol.refusals import refused_setting
-from common.protocol.wire import Reply, Site
+from common.protocol.wire import Reply, Site, Task
 from common.results import draw_scores, margin_words, worse_than_untrained
 from common.runs import federated_kind, write_run_file
 from common.settings import Settings
 from common.system.events import EventLog
+from common.system.run_view import compute_words
 from common.system.runtime import machine_digest
 from common.tracking.hardware import gpu_type
 from common.tracking.notes import chosen_note, data_note, run_note
@@ -54,6 +55,7 @@ def _gpu_type(site: Site) -> str:
     return gpu_type(site.device)
 
 
+TELL_ANSWERS = 50  # times a round at most
 LONGEST_TAG = 1000  # characters: two reasons, each of which may be cut and end in the hash of the whole
 DRAWING_FRACTION = 0.05  # of the run's time, for curves that are drawn anew while it runs
 
@@ -77,6 +79,8 @@ class Record:
         self._are_many = False  # more clients than are told apart
         self._budget = TimeBudget(DRAWING_FRACTION)
         self._limited: dict[str, str] = {}  # client -> what it says and what it counts for
+        self._asked: dict[str, int] = {}  # client -> pictures that it trains on, of those whose answers are awaited
+        self._answered = self._told_answered = self._answered_pictures = 0
         self._went_back: list[str] = []  # for each time that a round's model was of no use, what was done
         self._restored = History()  # of a run that goes on
 
@@ -111,7 +115,12 @@ class Record:
         tags = _data_tags(sites)
         self._tracked.set_tags(tags)
         self._tracked.describe(data=data_note(tags["dataset"], tags["dataset_size"], len(sites)))
-        self._events.emit("members", clients=len(members), rounds=self._settings.federation.rounds)
+        self._events.emit(
+            "members",
+            clients=len(members),
+            rounds=self._settings.federation.rounds,
+            compute=self._compute_words(sites) if not self._children else "",
+        )
         write_run_file(self._tracked.folder, self._settings, federated_kind(self._settings), list(self._sites))
         if len(members) <= MOST_TOLD_APART:
             for name in new:
@@ -124,6 +133,20 @@ class Record:
                 " over the clients, and no run and curves for each of them"
             )
             self._events.emit("warning", line=line)
+
+    def _compute_words(self, sites: Sequence[Site]) -> str:
+        """How the clients compute, each way once; those of one machine and device do it as the first of them."""
+        on_machine = Counter(site.machine for site in sites)
+        precision: dict[tuple[str, str], str] = {}
+        ways = []
+        for site in sites:
+            usual = precision.setdefault((site.machine, site.device), site.precision)
+            threads = threads_for(self._settings, on_machine[site.machine], site.cores)
+            ways.append(compute_words(site.device, usual, threads))
+        counted = Counter(ways)
+        if len(counted) == 1:
+            return f"{ways[0]} for each client"
+        return "; ".join(f"{way} for {number} client{'s' * (number != 1)}" for way, number in counted.items())
 
     def _begin_child(self, name: str, site: Site) -> None:
         counted = {
@@ -218,8 +241,32 @@ class Record:
         """How many replies were left out in the whole run."""
         return self._num_refused
 
-    def scored(self, history: History, step: int, tally: Tally) -> None:
-        """The model of round `step` was scored: keep, log, tell."""
+    def asked(self, tasks: Mapping[str, Task], members: Mapping[str, Member]) -> None:
+        """Tasks were sent, all of one kind and round: from now on it is told how many have answered."""
+        if not tasks:
+            return
+        first, pictures = next(iter(tasks.values())), self._settings.round_pictures
+        self._asked = {name: pictures(members[name].site.num_training_pictures) for name in tasks}
+        self._answered = self._told_answered = 0
+        self._events.emit(
+            "asked", round=first.server_round, task=first.kind, clients=len(tasks), pictures=sum(self._asked.values())
+        )
+
+    def answered(self, client: str) -> None:
+        """A client's reply was taken, or given up; told at most TELL_ANSWERS times a round."""
+        total, self._answered = len(self._asked), self._answered + 1
+        self._answered_pictures = (self._answered_pictures if self._answered > 1 else 0) + self._asked.get(client, 0)
+        if self._answered < total and self._answered - self._told_answered < total / TELL_ANSWERS:
+            return
+        self._told_answered = self._answered
+        self._events.emit("answered", answered=self._answered, pictures=self._answered_pictures)
+
+    def scored(self, history: History, step: int, tallies: Sequence[Tally]) -> None:
+        """The model of round `step` was scored, on one split or several: keep, log, tell."""
+        for number, tally in enumerate(tallies, start=1):
+            self._scored(history, step, tally, is_last=number == len(tallies))
+
+    def _scored(self, history: History, step: int, tally: Tally, *, is_last: bool) -> None:
         metrics = history.score(step, tally)
         metrics |= self._drawn(tally.split, metrics)
         history.at(step).metrics |= metrics
@@ -228,7 +275,9 @@ class Record:
         for name, own in tally.metrics.items():
             history.at(step).clients.setdefault(name, {}).update(own)
         self._log_of_clients(tally.metrics, step)
-        self._events.emit("scored", round=step, split=tally.split, best_round=history.best_round, **metrics)
+        self._events.emit(
+            "scored", round=step, split=tally.split, best_round=history.best_round, is_last=is_last, **metrics
+        )
 
     def _drawn(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """How far off the pooled AUC may be because pairs were drawn; nothing where all were scored."""

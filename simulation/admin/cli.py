@@ -10,8 +10,18 @@ from typing import Final, NamedTuple
 
 from common.errors import EXIT_INTERRUPTED, escaped
 from common.faces.datasets import DATASETS, DEFAULT_CLIENTS
-from common.flags import FLAGS, add_run_settings, add_shared_files, read_run, read_run_settings, tell_of_password
+from common.flags import (
+    FLAGS,
+    add_run_settings,
+    add_shared_files,
+    examples,
+    flags_of,
+    read_run,
+    read_run_settings,
+    tell_of_password,
+)
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
+from server.cli import DEFAULT_CONFIG
 
 
 def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +29,13 @@ def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     actions = commands.add_parser(
         "certs", help="TLS certificates of the server, and a key for each site"
     ).add_subparsers(dest="action", required=True)
-    init = actions.add_parser("init", help="make a new folder of them")
+    text = "make a new folder of them"
+    init = actions.add_parser(
+        "init",
+        help=text,
+        description=text,
+        epilog=examples("facefed certs init certs --server-name fl.example.org --client north --client south"),
+    )
     init.add_argument("folder", metavar="DIR", help="must not hold anything yet")
     _add_names(init, "where clients connect to: a host name or address; repeatable", required=True)
     init.add_argument(
@@ -29,12 +45,13 @@ def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         help=f"a site that takes part; repeatable (default: {', '.join(DEFAULT_CLIENTS)})",
     )
     for name, text in (("add", "a key for one more site"), ("revoke", "accept a site's key no more")):
-        action = actions.add_parser(name, help=text)
+        action = actions.add_parser(
+            name, help=text, description=text, epilog=examples(f"facefed certs {name} certs east")
+        )
         action.add_argument("folder", metavar="DIR")
         action.add_argument("name", metavar="NAME", help="the site")
-    renew = actions.add_parser(
-        "renew", help="a new server certificate by the same authority, before the old one expires"
-    )
+    text = "a new server certificate by the same authority, before the old one expires"
+    renew = actions.add_parser("renew", help=text, description=text, epilog=examples("facefed certs renew certs"))
     renew.add_argument("folder", metavar="DIR", help="with ca.key in it")
     _add_names(renew, "instead of the names in the present certificate; repeatable")
 
@@ -137,7 +154,15 @@ def add_egress_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     """Add `egress` to the commands of `facefed`."""
     actions = commands.add_parser("egress", help="what left this site").add_subparsers(dest="action", required=True)
     text = "show what left this site in a run, and whether it is what the server received"
-    report = actions.add_parser("report", help=text, description=text)
+    report = actions.add_parser(
+        "report",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed egress report",
+            "facefed egress report --name north --run 20261128-101500-1a2b3c --server-run runs/20261128-101500-1a2b3c",
+        ),
+    )
     report.add_argument(
         "--name", default="", metavar="NAME", help="the site (default: all whose state is in .facefed/clients)"
     )
@@ -174,12 +199,17 @@ def add_policy_parser(
     actions = commands.add_parser("policy", help="what a site lets itself be asked").add_subparsers(
         dest="action", required=True
     )
-    show = actions.add_parser("show", help="every limit, its default, and why it is there")
-    check = actions.add_parser("check", help="whether a site would take part in a run, or what stands against it")
+    text = "every limit, its default, and why it is there"
+    show = actions.add_parser("show", help=text, description=text, epilog=examples("facefed policy show"))
+    text = "whether a site would take part in a run, or what stands against it"
+    lines = examples("facefed policy check --policy policy.toml --config demo --client celeba")
+    check = actions.add_parser("check", help=text, description=text, epilog=lines)
     for action in (show, check):
         action.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
     add_data(check)
-    add_run_settings(check, without=("--epochs",))
+    add_run_settings(
+        check, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG
+    )  # of the run that a server would ask for
 
 
 def add_privacy_parser(
@@ -191,10 +221,11 @@ def add_privacy_parser(
         dest="action", required=True
     )
     text = "play attacks of a hostile server against this site's own code, with its policy and without"
-    attack = actions.add_parser("attack", help=text, description=text)
+    lines = examples("facefed privacy attack --config demo --client celeba")
+    attack = actions.add_parser("attack", help=text, description=text, epilog=lines)
     attack.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
     add_data(attack)
-    add_run_settings(attack, without=("--epochs",))
+    add_run_settings(attack, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
 
 
 def show_policy(arguments: argparse.Namespace) -> int:
@@ -220,12 +251,13 @@ def add_tracking_parser(commands: "argparse._SubParsersAction[argparse.ArgumentP
     tracking = commands.add_parser("tracking", help="run, fill and check the MLflow server")
     actions = tracking.add_subparsers(dest="action", required=True)
     for name, action in TRACKING_ACTIONS.items():
-        action.add_options(actions.add_parser(name, help=action.text, description=action.text))
+        parser = actions.add_parser(name, help=action.text, description=action.text, epilog=examples(*EXAMPLES[name]))
+        action.add_options(parser)
 
 
 def add_tracking_settings(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--tracking-uri`, `--out` and `--log-level`, as every program has them."""
-    add_run_settings(parser, without=[flag.names[0] for flag in FLAGS if flag.names[0] not in _OWN])
+    add_run_settings(parser, flags=[flag for flag in FLAGS if flag.names[0] in _OWN])
 
 
 def _sync_options(parser: argparse.ArgumentParser) -> None:
@@ -366,6 +398,12 @@ def _import_wandb(arguments: argparse.Namespace) -> int:
     )
 
 
+EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "serve": ("facefed tracking serve", "facefed tracking serve --host 0.0.0.0 --backend postgresql://me@db/mlflow"),
+    "sync": ("facefed tracking sync runs/20261128-101500-1a2b3c",),
+    "import-wandb": ("facefed tracking import-wandb wandb --tracking-uri http://127.0.0.1:5000",),
+    "doctor": ("facefed tracking doctor --tracking-uri http://127.0.0.1:5000",),
+}
 # The name typed after `facefed tracking` -> what it is.
 TRACKING_ACTIONS: Final[Mapping[str, Action]] = {
     "serve": Action("check, start and watch an MLflow server of your own", _serve_options, _serve),

@@ -28,8 +28,10 @@ from common.private_figures import HARDEST, hardest, private_pictures
 from common.results import Trained, draw_scores, margin_words, register_models, worse_than_untrained
 from common.runs import CHECKPOINTS, RunKind, recorded
 from common.settings import Settings
+from common.system.run_view import begin_rows, compute_words, header_lines, model_words
 from common.system.runtime import stream_seed
 from common.tracking.notes import chosen_note
+from common.tracking.page import where_to_look
 from common.tracking.run import TrackedRun
 from common.training.evaluation import embed, people_digest
 from simulation.alone.epochs import VAL_AUC, AfterEpoch, Epochs, go_on, show_graph
@@ -142,8 +144,25 @@ def _run(
     mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
 ) -> BaselineSummary:
     command = f"facefed train {mode}"
+    out.writelines(f"{line}\n" for line in header_lines(f"run {folder.name}", _header(trainee, folder)))
+    out.flush()
     with recorded(trainee.settings, folder, kind_of(mode, trainee, sites), command=command) as tracked:
         return train_and_test(mode, trainee, tracked, model_name, out)
+
+
+def _header(trainee: Trainee, folder: Path) -> dict[str, str]:
+    """The rows of a run without a federation."""
+    recogniser, compute, sizes = trainee.recogniser, trainee.compute, trainee.sizes()
+    in_backbone = sum(parameter.numel() for parameter in recogniser.backbone.parameters())
+    in_all = sum(parameter.numel() for parameter in recogniser.parameters())
+    return {
+        "model": model_words(trainee.settings, num_parameters=in_backbone, head=in_all - in_backbone),
+        "device": compute_words(compute.device, compute.precision, compute.threads),
+        "data": f"{'; '.join(trainee.clients)}: {sizes['num_training_people']:,} people,"
+        f" {sizes['num_training_pictures']:,} pictures to train on; pictures of people kept for validation"
+        f" {sizes['num_val_people_pictures']:,}, for test {sizes['num_test_people_pictures']:,}",
+        **begin_rows(trainee.settings, folder, look=where_to_look(trainee.settings)),
+    }
 
 
 def train_and_test(

@@ -9,7 +9,7 @@ show faces, so they stay in the run's folder and in TensorBoard's, and never go 
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -30,6 +30,9 @@ from common.models.recogniser import EmbeddingModel
 from common.plots.attention import attention_maps
 from common.system.checkpoints import read_tensors, write_tensors
 from common.system.files import read_json, write_json
+from common.system.live import Live, clock_text
+from common.system.progress import Amount, Meter
+from common.system.run_view import BEST_MARK, scores_text
 from common.tracking.run import TrackedRun
 from common.training.loop import make_optimiser, train_epochs, warm_up_head
 from simulation.alone.trainee import Trainee
@@ -89,15 +92,15 @@ class Epochs:
 
     def run(self, out: TextIO) -> None:
         """All epochs that are left; the best and the last model are in RUN/checkpoints then.  Raises TrainingFailed."""
-        if self.progress.epoch == 0:
-            self._warm_up()
         training, progress = self.trainee.settings.training, self.progress
-        while progress.epoch < self.total and not training.is_out_of_patience(progress.epoch - progress.best_epoch):
-            self._epoch(out)
-        if progress.epoch < self.total:
-            out.write(
-                f"stopped early after epoch {progress.epoch}: {training.patience} validations without a better AUC\n"
-            )
+        with Live(out) as live:
+            if progress.epoch == 0:
+                self._warm_up()
+            while progress.epoch < self.total and not training.is_out_of_patience(progress.epoch - progress.best_epoch):
+                self._epoch(live)
+            if progress.epoch < self.total:
+                why = f"{training.patience} validations without a better AUC"
+                live.say(f"stopped early after epoch {progress.epoch}: {why}")
         if self.trainee.settings.tracking.plots != "none":
             show_attention(self.trainee, self.tracked)
         self._save_model("last")
@@ -112,9 +115,14 @@ class Epochs:
         )
         self.progress.num_warmup_pictures = sums.num_warmup_pictures
 
-    def _epoch(self, out: TextIO) -> None:
+    def _epoch(self, live: Live) -> None:
         started = time.perf_counter()
         epoch, progress = self.progress.epoch, self.progress
+        label = f"epoch {epoch + 1}/{self.total}"
+        meter = Meter(
+            len(self.trainee.pack.indices(Split.TRAIN)),
+            lambda amount: live.move(label, amount, self._rest_of_run(amount)),
+        )
         sums = train_epochs(
             self.trainee.recogniser,
             self.optimiser,
@@ -124,12 +132,14 @@ class Epochs:
             epochs=range(epoch, epoch + 1),
             total_epochs=self.total,
             stream_name=self.trainee.name,
+            tick=meter,
         )
         seconds = time.perf_counter() - started
         row = {**sums.merged(), "learning_rate": sums.lr_last, EPOCH_SECONDS: seconds} | self._validate()
         progress.epoch = epoch + 1
         progress.num_pictures += sums.num_pictures
         progress.num_steps += sums.num_steps
+        former = progress.rows[-1].get(VAL_AUC) if progress.rows else None
         progress.rows.append({"step": float(epoch + 1), **row})
         if row.get(VAL_AUC, 0.0) > progress.best_val_auc:
             progress.best_epoch, progress.best_val_auc = epoch + 1, row.get(VAL_AUC, 0.0)
@@ -138,12 +148,23 @@ class Epochs:
         self.tracked.log_metrics(row, step=epoch + 1)
         if self.trainee.settings.tracking.plots == "all" and is_time_to_look(epoch + 1, self.total):
             show_attention(self.trainee, self.tracked)
-        out.write(
-            f"epoch {epoch + 1} of {self.total}: train loss {row['train_loss']:.3f},"
-            f" val AUC {row.get(VAL_AUC, float('nan')):.3f}, {seconds:.1f} s\n"
-        )
-        out.flush()
+        live.say(self._line(row, former))
         self.after_epoch(self)
+
+    def _line(self, row: Mapping[str, float], former: float | None) -> str:
+        """The newest epoch in one line.  former: the AUC of the one before."""
+        epoch, best = self.progress.epoch, self.progress.best_epoch
+        figures = {name: row[metric] for metric, (name, _) in validated().items() if metric in row}
+        scores = scores_text("val", figures, before=former)
+        begun = f"epoch {epoch} of {self.total}: train loss {row['train_loss']:.3f}, {row[EPOCH_SECONDS]:.1f} s"
+        return "; ".join(text for text in (begun, scores) if text) + BEST_MARK * (best == epoch)
+
+    def _rest_of_run(self, amount: Amount) -> str:
+        """What the epochs to come will take, at the pace of this one."""
+        to_come = self.total - self.progress.epoch - 1
+        if to_come < 1 or amount.rate <= 0.0 or amount.seconds_left is None:
+            return ""
+        return f" (whole run {clock_text(amount.seconds_left + to_come * amount.total / amount.rate)})"
 
     def _validate(self) -> dict[str, float]:
         scores = known_scores(self.trainee.evaluate_pooled("val"))

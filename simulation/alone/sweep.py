@@ -378,4 +378,5 @@ def sweep_lines(summary: SweepSummary) -> list[str]:
     lines += [f"  {name} = {shown_value(value)}\n" for name, value in summary.params.items()]
     lines += twin_lines(summary.twins)
     lines += [f"registered: {name}\n" for name in summary.registered]
+    lines += [f"warning: {summary.below_untrained}\n"] if summary.below_untrained else []
     return [*lines, f"configuration: {summary.folder / BEST_FILE}\n"]

@@ -7,6 +7,7 @@ used, and a test pins it.
 import contextlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,11 @@ from common import config
 from common.errors import EXIT_FAILED, CheckpointError
 from common.settings import Settings
 from common.system.console import stopping_on_signals
-from common.system.events import OUTCOME_FILE
+from common.system.events import OUTCOME_FILE, EventLog
 from common.system.files import read_json
 from common.system.processes import be_killed_with_parent
+from common.system.progress import FOLDER as PROGRESS
+from common.system.progress import tell_into
 from common.system.runtime import git_commit
 from server.app import Surroundings, federate
 from server.flower.grid import GridMailbox
@@ -61,6 +64,7 @@ def _server_app(
                 run_folder=run_folder,
                 stopped=stop.is_set,
                 all_nodes_are_here=lambda: len(mailbox.node_ids()) >= len(sites),
+                simulated=True,
                 git_commit=git_commit(),
                 program="flower-simulation",
                 clients_keep_the_model=sites[0].share is None,
@@ -74,7 +78,8 @@ def _server_app(
     return server_app
 
 
-def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources) -> None:
+def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources, progress: Path) -> None:
+    """progress: the folder into which each actor tells how far it is, where it is on this machine."""
     table = sites if isinstance(sites, VirtualSites) else tuple(sites)
     umask = os.umask(0o077)
     os.umask(umask)
@@ -82,6 +87,7 @@ def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources:
     def find_site(context: Context) -> SiteSettings:  # runs in Ray's actors
         os.umask(umask)  # of this program, and not of whoever started the cluster that was joined
         share_buffers()
+        tell_into(progress / f"{os.getpid()}.json")
         be_killed_with_parent()  # an actor that trains outlives Ray's shutdown by minutes
         return table[int(context.node_config["partition-id"])]
 
@@ -128,8 +134,13 @@ def simulate(
     try:
         with opened as cluster, stopping_on_signals(stop.set):
             settings = _with_threads(settings, cluster)
-            _run_engine(_server_app(settings, run_folder, sites, cluster, stop, processes), sites, cluster.resources)
+            progress = run_folder / PROGRESS
+            progress.mkdir(exist_ok=True)
+            EventLog(run_folder).emit("starting", actors=cluster.num_actors)
+            server_app = _server_app(settings, run_folder, sites, cluster, stop, processes)
+            _run_engine(server_app, sites, cluster.resources, progress)
     finally:
+        shutil.rmtree(run_folder / PROGRESS, ignore_errors=True)
         for process in processes:  # idle workers outlive their Ray by seconds
             with contextlib.suppress(psutil.Error):
                 process.kill()

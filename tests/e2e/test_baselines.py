@@ -29,7 +29,7 @@ def test_all_in_one_place(faces, programs, with_tables):
     ended = program.ended()
     assert ended.code == 0, ended
     assert ended.err == ""
-    assert re.search(r"^test AUC .*: untrained 0\.\d{3} -> centralised 0\.\d{3}$", ended.out, re.MULTILINE)
+    assert re.search(r"^test AUC .*: untrained 0\.\d{3} -> centralised 0\.\d{3} \(", ended.out, re.MULTILINE)
     assert re.search(r"^registered: models:/cnn_centralized/1 \((best and )?last, epoch 2\)", ended.out, re.MULTILINE)
     program.assert_nothing_left()
     run = run_folder(programs.cwd)

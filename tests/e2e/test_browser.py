@@ -9,6 +9,7 @@ import shutil
 import urllib.request
 
 import pytest
+from champions import best_version
 from programs import Programs, free_port, run_folder
 
 from tests.conftest import skip_or_fail
@@ -141,7 +142,13 @@ def test_pictures_render(run_page, simulated, picture):
         assert drawn.width in run_page.evaluate(WIDTHS)
 
 
-def test_the_registered_model_shows_its_alias(page):
+def test_the_registered_model_shows_its_alias(page, simulated):
+    """Trained so shortly, it may be no better than the untrained one, and then it is no champion of its own."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{simulated.cwd / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.set_registered_model_alias(MODEL, "champion", best_version(client, MODEL))
     page.goto("/#/models")
     see(page, MODEL)
     see(page, "@ champion")

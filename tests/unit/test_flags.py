@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import re
+import shlex
 
 import pytest
 
@@ -146,7 +148,7 @@ def test_every_flag_names_a_setting_that_exists():
 
 def test_flags_can_be_left_out():
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_run_settings(parser, without=("--epochs",))
+    add_run_settings(parser, flags=[flag for flag in FLAGS if flag.names[0] != "--epochs"])
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         parser.parse_args(["--epochs", "3"])
 
@@ -204,8 +206,21 @@ def said(capsys, *words):
         ("facefed trian local", "did you mean 'train'?"),
         ("facefed train locla", "did you mean 'local'?"),
         ("facefed data synth --layout celba --out x", "did you mean 'celeba'?"),
-        ("facefed train local --ruonds 3", "facefed train local: error: --ruonds is unknown; did you mean --rounds?"),
-        ("facefed train local --ruonds=3", "facefed train local: error: --ruonds is unknown; did you mean --rounds?"),
+        ("flower-server --ruonds 3", "flower-server: error: --ruonds is unknown; did you mean --rounds?"),
+        ("flower-server --ruonds=3", "flower-server: error: --ruonds is unknown; did you mean --rounds?"),
+        (
+            "facefed train local --client celeba --rounds 3",
+            "does not read --rounds; flower-server, flower-simulation and facefed train federated do",
+        ),
+        (
+            "flower-server --epochs=3",
+            "does not read --epochs; facefed train local, facefed train centralized and facefed train twins do",
+        ),
+        (
+            "facefed data audit --lr 1",
+            "flower-simulation, facefed train federated, facefed train local, facefed train"
+            " centralized and facefed train twins do",
+        ),
         ("flower-client --datset celeba", "flower-client: error: --datset is unknown; did you mean --dataset?"),
         ("flower-server --weight-decay 0.1", "write --set training.weight_decay=VALUE"),
         ("flower-simulation --xyzzy", "--xyzzy is unknown; flower-simulation --help lists what there is"),
@@ -252,3 +267,52 @@ def test_a_flags_mistake_is_not_the_files(tmp_path, words, line):
         read_run_settings(parser.parse_args(["--config", str(file), *words]))
     [problem] = caught.value.problems
     assert problem.startswith(line.replace("FILE", str(file)))
+
+
+def leaves(parser):
+    below = [action for action in parser._actions if hasattr(action, "choices") and isinstance(action.choices, dict)]
+    return [leaf for action in below for each in action.choices.values() for leaf in leaves(each)] or [parser]
+
+
+PARSERS = {
+    "facefed": simulation.cli.facefed_parser,
+    "flower-server": server.cli.parser,
+    "flower-client": clients.cli.parser,
+    "flower-simulation": simulation.cli.simulation_parser,
+}
+HELPED = [leaf for make in PARSERS.values() for leaf in leaves(make())]
+
+
+@pytest.mark.parametrize("parser", HELPED, ids=[leaf.prog for leaf in HELPED])
+def test_every_command_shows_examples_that_parse(parser):
+    shown = parser.format_help().partition("examples:\n")[2].splitlines()
+    assert shown
+    for line in shown:
+        command = re.sub(r"^\s+(?:eval \"\$\()?|\)\" +.*$| > \S+$", "", line)
+        program, *words = shlex.split(re.split(r" {3,}", command)[0])
+        assert " ".join([program, *words]).startswith(parser.prog)
+        PARSERS[program]().parse_args(words)
+
+
+def test_defaults_are_those_of_the_commands_own_configuration():
+    helps = {leaf.prog: " ".join(leaf.format_help().split()) for leaf in HELPED}
+    assert "highest learning rate (default: 0.05)" in helps["facefed train local"]
+    assert (
+        f"learning rate (default: {config.load(config.find_config('twins_dcal')).training.lr})"
+        in helps["facefed train twins"]
+    )
+    assert "where flower-server listens (default: 127.0.0.1:8000)" in helps["flower-client"]
+
+
+# What a run would be that a server asks for.
+AS_A_SERVER = dict.fromkeys(("facefed policy check", "facefed privacy attack"), "flower-server")
+
+
+def test_a_command_offers_only_what_it_reads():
+    for leaf in HELPED:
+        offered = {action.dest for action in leaf._actions}
+        for flag in FLAGS:
+            if flag.read_by:
+                is_offered = f"{flag.section}.{flag.key}" in offered
+                reader = AS_A_SERVER.get(leaf.prog, leaf.prog)
+                assert is_offered == (reader in flag.read_by), (leaf.prog, flag.names[0])

@@ -31,7 +31,7 @@ from common.metrics.sums import NUM_BINS
 from common.plots.comparison import client_comparison
 from common.plots.curves import convergence
 from common.protocol.wire import Task
-from common.system.console import event_line
+from common.system.run_view import RoundLines
 from server.record.history import History, Tally, final_metrics, round_metrics
 from simulation.alone.sweep_plan import allowed_metrics, load_plan
 from simulation.compare.comparison import Comparison, describe, gaps_of, notes_of, with_pooled
@@ -97,7 +97,8 @@ def test_a_row_more_is_scored_recorded_told_and_drawn():
     history, tally = History(), Tally("val")
     tally.add({"alpha": reply_to(TASK, auc=0.6)})
     assert recorded.items() <= history.score(1, tally).items()
-    assert "toy 0.600" in event_line({"kind": "scored", "round": 1, "split": "val", **recorded})
+    event = {"kind": "scored", "round": 1, "split": "val", "is_last": True, **recorded}
+    assert "toy 0.600" in RoundLines().scored(event)
     drawn = convergence(history.rows())
     assert "People never seen: toy figure" in [axes.get_title() for axes in drawn.axes]
     panels = [axes.get_title() for axes in client_comparison(intervals_from_sums({"alpha": sums})[0]).axes]

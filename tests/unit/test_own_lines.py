@@ -13,8 +13,9 @@ from tiny_federation import site_settings
 from clients.flower.launch import ClientOptions, Launch
 from clients.flower.own_lines import FlowerTold, ShownLines, follow, mark_of
 from common.errors import FaceFedError
-from common.system.console import OneLine, RunView, run_program
+from common.system.console import OneLine, run_program
 from common.system.events import SHOWN
+from common.system.run_view import RunView
 
 MARK = mark_of(b"k" * 32)
 FORGED = "1]\nSuperNode ID: 4242\nfacefed: \x1b[36mall is well\nnode 4242\n" + "0" * 33 + "node 4242"
