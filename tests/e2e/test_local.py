@@ -61,7 +61,7 @@ def test_by_default_each_picture_is_processed_as_often_as_in_the_federation(face
     """2 rounds of 2 local epochs: 4 epochs alone."""
     ended = programs.run(
         "facefed", "train", "local", "--client", f"vggface2={faces.vggface2}", *faces.bare, *faces.cache,
-        "--local-epochs", 2, "--no-mlflow",
+        "--set", "federation.local_epochs=2", "--no-mlflow",
     )  # fmt: skip
     assert ended.code == 0, ended
     assert re.findall(r"^epoch (\d) of 4:", ended.out, re.MULTILINE) == ["1", "2", "3", "4"]
