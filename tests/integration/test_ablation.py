@@ -105,7 +105,7 @@ def test_the_table_is_the_variants_own_figures_and_the_paired_gaps(whole, twins)
         own = read_json(folder / f"attention-{row['variant']}" / "metrics.json")["twins"]["figures"]
         assert float(row["twins_roc_auc"]) == own["twins"]["roc_auc"]["value"]
         assert float(row["strangers_eer_high"]) == own["strangers"]["eer"]["high"]
-        assert logged[f"{row['variant']}_twins_roc_auc"] == float(row["twins_roc_auc"])
+        assert logged[f"{row['variant']}/twins_roc_auc"] == float(row["twins_roc_auc"])
         if row["variant"] == "sa":
             assert row["twins_gap"] == ""
             continue

@@ -40,7 +40,7 @@ settings = config.from_mapping({
 })
 run = federate_in(here / "run", settings, LocalMailbox([site_at(here / "sites", "flat", here / "faces")]))
 metrics = read_json(run / "metrics.json")
-print(metrics["rounds_table"][-1]["round_val_youden"], metrics["best"]["youden"])
+print(metrics["rounds_table"][-1]["val_youden"], metrics["best"]["youden"])
 """
 
 
