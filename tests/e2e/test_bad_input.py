@@ -61,8 +61,9 @@ def _left(home):
 
 @pytest.mark.parametrize("name", READERS)
 def test_all_problems_of_the_settings_at_once(name, home, alone):
-    problems = ("--model", "resnet81", "--strategy", "fedpro", "--rounds", "0", "--lr", "-1", "--set",
-                "data.image_sze=3", "--set", "federation.min_clients=-2", "--batch-size", "many")  # fmt: skip
+    problems = ("--model", "resnet81", "--set", "federation.strategy=fedpro", "--set", "federation.rounds=0",
+                "--lr", "-1", "--set", "data.image_sze=3", "--set", "federation.min_clients=-2",
+                "--batch-size", "many")  # fmt: skip
     ended = _start(alone, name, *problems)
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
@@ -145,7 +146,7 @@ def test_what_the_client_refuses(home, programs):
     assert _left(home) == []
     ended = programs.run("flower-client", *nobody)
     assert_one_line(ended, "flower-client", "no server at 127.0.0.1:9 within 1 s (--connect-timeout)")
-    assert ended.out.startswith("celeba: 12 people, 96 pictures in ")
+    assert ended.out.startswith("FaceFed 0.1.0, the site celeba of 127.0.0.1:9\nceleba: 12 people, 96 pictures in ")
 
 
 def test_what_the_simulation_refuses(home, programs):

@@ -56,6 +56,7 @@ def ready(faces, simulated, tmp_path_factory, with_tables):
     with_tables(programs.cwd)
     assert simulated.ended.code == 0, simulated.ended
     [fedavg] = [path.parent for path in (simulated.cwd / "runs").glob("*/run.json")]
+    cache = ("--cache-dir", simulated.cwd / ".facefed" / "packs")  # where the secret of that run's digests is
     shutil.copytree(simulated.cwd / "runs", programs.cwd / "runs")
     lines = [
         line
@@ -64,11 +65,9 @@ def ready(faces, simulated, tmp_path_factory, with_tables):
     ]
     assert len(lines) == 3
     for line in lines:
-        ended = programs.run(
-            *shlex.split(line), *faces.cache, "--no-mlflow", "--epochs", 1, "--set", "tracking.plots=none"
-        )
+        ended = programs.run(*shlex.split(line), *cache, "--no-mlflow", "--epochs", 1, "--set", "tracking.plots=none")
         assert ended.code == 0, ended
-    yield Ready(programs, (*faces.small, *faces.cache), faces.cache, fedavg)
+    yield Ready(programs, (*faces.small, *cache), cache, fedavg)
     programs.close()
 
 

@@ -20,10 +20,8 @@ ANSWERS_WITHIN_S = 120.0
 
 
 @pytest.fixture
-def served(simulated, tmp_path):
+def served(simulated):
     """(environment, the model's address, its example): a user's shell with the programs on its path."""
-    import mlflow
-
     uri = f"sqlite:///{simulated.cwd}/mlflow.db"
     programs = str(Path(sys.executable).parent)
     environment = os.environ | {
@@ -31,12 +29,12 @@ def served(simulated, tmp_path):
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    model = f"models:/{NAME}@champion"
-    kept = mlflow.artifacts.download_artifacts(f"{model}", dst_path=str(tmp_path / "model"), tracking_uri=uri)
-    return environment, model, Path(kept) / "serving_input_example.json"
+    model = f"models:/{NAME}/1"  # whether it became champion is of no matter here
+    [example, *_] = sorted((simulated.cwd / "mlruns").rglob("serving_input_example.json"))
+    return environment, model, example
 
 
-def _asked(port, example):
+def _asked(server, port, example):
     """What the server answers the example, when it is up."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations", example.read_bytes(), {"Content-Type": "application/json"}
@@ -50,6 +48,7 @@ def _asked(port, example):
         except urllib.error.HTTPError:
             raise
         except OSError:
+            assert server.poll() is None, server.stdout.read()
             if time.monotonic() > end:
                 raise
             time.sleep(0.2)
@@ -68,7 +67,7 @@ def test_mlflow_serve_and_predict_answer_the_models_own_example(served):
                 [mlflow, "models", "predict", "-m", model, *local, "-i", example, "-t", "json"],
                 env=environment, capture_output=True, text=True, timeout=300,
             )  # fmt: skip
-            answered = _asked(port, example)
+            answered = _asked(server, port, example)
         finally:
             server.terminate()
             server.communicate(timeout=30)
