@@ -76,7 +76,7 @@ types: $(STAMP) ## mypy --strict
 
 unit: $(STAMP) ## unit, golden and integration tests
 	@tests/system-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(UNIT_WORKERS) --dist loadfile tests/unit tests/golden tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(UNIT_WORKERS) --dist loadfile tests/unit tests/golden tests/integration tests/hostile
 
 e2e: $(STAMP) ## whole programs, as a user runs them
 	@tests/system-packages
