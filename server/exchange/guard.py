@@ -65,8 +65,9 @@ def _check_site_texts(site: Site) -> None:
 
 def _check_site_counts(site: Site) -> None:
     for name, value in vars(site).items():
-        if isinstance(value, int) and value > (MOST_PAIRS if name in PAIRS_OF_SITE else MOST_COUNTED):
-            raise ReplyRefused(f"the answer to join is malformed: {name} is {value}, more than {MOST_COUNTED}")
+        most = MOST_PAIRS if name in PAIRS_OF_SITE else MOST_COUNTED
+        if isinstance(value, int) and value > most:
+            raise ReplyRefused(f"the answer to join is malformed: {name} is {value}, more than {most}")
     parts = {"num_training_pictures": "num_pictures", "num_training_people": "num_people"}
     for part, whole in (parts | {"num_scored_pairs": "num_pairs"}).items():
         if getattr(site, part) > getattr(site, whole):

@@ -237,7 +237,8 @@ def test_an_audit_of_names_that_no_terminal_can_show_is_printed(inside):
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         option = ClientOption(name="a", dataset="folder", data_dir=inside)
         assert (
-            check("picture", shape, lambda s=shape, o=out, c=option: audit_data(Settings(), [c], shape=s, out=o)) == 0
+            check("picture", shape, lambda s=shape, o=out, c=option: audit_data(Settings(), [c], shape=s, out=o, err=o))
+            == 0
         )
         out.flush()
         assert b"\x1b" not in out.buffer.getvalue()

@@ -125,7 +125,7 @@ def test_another_backbones_file_is_refused_in_one_short_line(tmp_path: Path) -> 
 
 
 def test_a_name_that_is_no_choice_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r'"imagenette" is unknown; write "none", "imagenet", or'):
+    with pytest.raises(ConfigError, match=r'"imagenette" is no file of weights; write none, imagenet, FILE'):
         recogniser(dataclasses.replace(SMALL, pretrained="imagenette"))
 
 
