@@ -8,7 +8,6 @@ compared with them here and nowhere else.  A refusal that leaves is `refusal_lin
 import dataclasses
 import hashlib
 import json
-import math
 import tomllib
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -351,17 +350,7 @@ def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) ->
             if meta["choices"] and one not in meta["choices"]:
                 return unknown_name(name, one, meta["choices"])
         return None if value or name == "pretrained" else f"{name} is empty; leave the line out, or allow something."
-    number = float(typing.cast("float", value))
-    low, high, above = meta["low"], meta["high"], meta["above"]
-    if not math.isfinite(number):
-        return f"{name} = {value} is not finite; write an ordinary number."
-    if above is not None and number <= above:
-        return f"{name} = {value} must be greater than {above:g}."
-    if low is not None and number < low:
-        return f"{name} = {value} must be at least {low:g}."
-    if high is not None and number > high:
-        return f"{name} = {value} must be at most {high:g}."
-    return None
+    return config.range_problem(name, value, meta)
 
 
 def _fits(value: object, kind: object) -> bool:

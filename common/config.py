@@ -70,19 +70,8 @@ def _wanted(kind: object, word: str) -> str:
     return names.get(kind, f'a {"number" if kind == float | str else "whole number"} or "{word}"')
 
 
-def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) -> str | None:
-    """What is wrong with one value, or None."""
-    if not _fits_type(value, kind, meta["word"]):
-        return f"{name} = {_shown(value)} has the wrong type; write {_wanted(kind, meta['word'])}."
-    if isinstance(value, str):
-        choices = meta["choices"] or TABLES.get(name, ())
-        if choices and value not in choices:
-            return unknown_name(name, value, choices)
-        if not value.strip():
-            return f"{name} is empty; write a value or leave the line out."
-        # Neither TOML nor a file's name can hold them.
-        odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
-        return f"{name} = {json.dumps(value)} holds a character that cannot be written; leave it out." if odd else None
+def range_problem(name: str, value: object, meta: Mapping[str, Any]) -> str | None:
+    """What is wrong with a number beside its range, or None.  meta: with low, high and above, each a number or None."""
     try:
         number = float(typing.cast("float", value))
     except OverflowError:  # a whole number of more than 308 digits
@@ -97,6 +86,22 @@ def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) ->
     if high is not None and number > high:
         return f"{name} = {value} must be at most {high:g}."
     return None
+
+
+def _problem(name: str, value: object, kind: object, meta: Mapping[str, Any]) -> str | None:
+    """What is wrong with one value, or None."""
+    if not _fits_type(value, kind, meta["word"]):
+        return f"{name} = {_shown(value)} has the wrong type; write {_wanted(kind, meta['word'])}."
+    if isinstance(value, str):
+        choices = meta["choices"] or TABLES.get(name, ())
+        if choices and value not in choices:
+            return unknown_name(name, value, choices)
+        if not value.strip():
+            return f"{name} is empty; write a value or leave the line out."
+        # Neither TOML nor a file's name can hold them.
+        odd = any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
+        return f"{name} = {json.dumps(value)} holds a character that cannot be written; leave it out." if odd else None
+    return range_problem(name, value, meta)
 
 
 def _read_section(section: str, kind: type, raw: object, problems: list[str]) -> Any:  # noqa: ANN401
