@@ -170,7 +170,7 @@ def _virtual_sites(
 
 def _failure(run_folder: Path) -> str:
     try:
-        return escaped(str(read_json(run_folder / OUTCOME_FILE)["line"]))
+        return f"{escaped(str(read_json(run_folder / OUTCOME_FILE)['line'])).removesuffix('.')}."
     except CheckpointError:
         return f"the run ended without a word; see {run_folder}."
 

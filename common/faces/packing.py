@@ -1,7 +1,6 @@
 """Fills a pack's folder with shards: takes over what earlier packs hold, decodes the rest, finds out what is where."""
 
 import contextlib
-import logging
 import os
 import stat
 from collections import Counter
@@ -20,7 +19,6 @@ from common.faces.pack_store import require_space
 from common.faces.shards import PLACE, Shard, ShardWriter, entries_of, shards_in, take_over
 
 _LIVE = 0.5  # a shard with less of its bytes still in use is not linked: what is in use is copied out of it
-logger = logging.getLogger("facefed.faces")
 
 
 class Changed(Exception):
@@ -93,10 +91,8 @@ def fill(folder: Path, task: Task, others: Sequence[Path], *, workers: int, prog
         side = task.recipe.image_size
         picture_bytes = side**2 * 3 if task.recipe.coding == RAW else int(side**2 * JPEG_BYTES_PER_PIXEL)
         require_space(folder.parent, len(todo), picture_bytes)
-        if (num_there := total - len(todo)) and len(todo):
-            logger.info("%s: %d of %d pictures are packed already", task.index.root, num_there, total)
-            if progress is not None:
-                progress(num_there, total)
+        if len(todo) and progress is not None:
+            progress(total - len(todo), total)
         if len(todo):
             _decode(task, todo, entries, writer, workers=workers, progress=progress)
     again = stamps_of(task.index, todo.tolist())

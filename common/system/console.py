@@ -114,7 +114,7 @@ class PackProgress:
         self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Called by the packer with the number of pictures done and the number of all."""
+        """Called by the packer with the number of pictures done and the number of all, first with what is there."""
         self._seen = done
         if self._first is None:
             self._began, self._first = time.monotonic(), done
@@ -160,7 +160,8 @@ class PackProgress:
         if self._progress is not None:
             self._progress.stop()
         elif self._seen:
-            self._stream.write(f"{self._label}: {self._seen:,} pictures\n")
+            there = f", {self._first:,} of them were packed already" if self._first else ""
+            self._stream.write(f"{self._label}: {self._seen:,} pictures{there}\n")
             self._stream.flush()
 
 

@@ -234,7 +234,7 @@ def again(faces, simulated, made_once):
     packs = simulated.cwd / ".facefed" / "packs"
 
     def federate(programs: Programs) -> list[Ended]:
-        times = {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.npy")}
+        times = {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.pictures")}
         (programs.cwd / "packs.json").write_text(json.dumps(times))
         folders = [
             word for name in ("celeba", "vggface2") for word in ("--data-dir", f"{name}={faces.folder}/data/{name}")

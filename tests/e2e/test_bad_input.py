@@ -263,7 +263,7 @@ def test_no_space_left_while_packing(home):
         assert done.returncode == 2, done
         assert "no space left: packing needs" in done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert not list(tiny.rglob("*.npy"))
+        assert not list(tiny.rglob("*.pictures"))
     finally:
         if is_mounted:
             subprocess.run(["umount", str(tiny)], check=True)

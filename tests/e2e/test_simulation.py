@@ -218,7 +218,7 @@ def test_a_second_start_reuses_the_packs_and_needs_no_mlflow(simulated, again):
     assert "packing celeba: 96 pictures" in simulated.ended.out
     assert ended.code == 0, ended
     assert "packing" not in ended.out
-    assert {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.npy")} == before
+    assert {str(path): path.stat().st_mtime_ns for path in packs.rglob("*.pictures")} == before
     assert "tracking: off; the record is spool.jsonl in the run folder" in ended.out
     assert "registered" not in ended.out
     assert not list(again.cwd.glob("ml*"))

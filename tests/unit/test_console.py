@@ -32,9 +32,19 @@ def test_packing_has_a_bar_on_a_terminal_and_a_line_elsewhere(terminal):
     assert out.getvalue() == "packing celeba: 1,000 pictures\n"
 
 
+def test_packing_that_goes_on_tells_what_was_there():
+    out = io.StringIO()
+    progress = PackProgress("packing celeba", out)
+    progress(80, 96)
+    progress(96, 96)
+    progress.close()
+    assert out.getvalue() == "packing celeba: 96 pictures, 80 of them were packed already\n"
+
+
 def test_packing_that_broke_off_tells_how_far_it_came_and_none_tells_nothing():
     out = io.StringIO()
     progress = PackProgress("packing celeba", out)
+    progress(0, 1000)
     progress(500, 1000)
     progress.close()
     assert out.getvalue() == "packing celeba: 500 pictures\n"
