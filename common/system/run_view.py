@@ -104,6 +104,14 @@ def scores_text(split: str, metrics: Mapping[str, float], *, before: float | Non
 BEST_MARK: Final = " * best so far"
 
 
+def best_mark(validation: Mapping[str, float]) -> str:
+    """The mark of the best round; it names the median of the sites' AUC, which chose it, where another AUC is shown."""
+    median = validation.get(f"{AUC}_median")
+    if median is None or round(median, 3) == round(validation.get(AUC, median), 3):
+        return BEST_MARK
+    return f"{BEST_MARK} by the sites' median AUC, {median:.3f}"
+
+
 @dataclass
 class RoundLines:
     """Makes one line of a round from what is told of it at several times: its training, then its model's scores."""
@@ -128,6 +136,7 @@ class RoundLines:
         if not event.get("is_last", False):
             return ""
         found, auc = self._scores.pop(step), None
+        mark = best_mark(found.get("val", {})) if step > 0 and step == event.get("best_round") else ""
         texts = []
         for split, figures in found.items():
             before = self._former_auc if split == "val" else None
@@ -140,7 +149,6 @@ class RoundLines:
         begun = self._trained.pop(step, "")
         if not scores:
             return begun
-        mark = BEST_MARK if step > 0 and step == event.get("best_round") else ""
         return f"{begun}; {scores}{mark}" if begun else f"{again}: {scores}{mark}"
 
     def left(self) -> list[str]:

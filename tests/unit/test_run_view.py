@@ -112,7 +112,9 @@ def test_a_round_is_one_line_with_its_scores_their_change_and_the_best():
     ]
     assert lines.left() == ["round 3 of 3: 2 clients, train loss 4.568, 10.0 s"], "nobody has scored its model"
     assert lines.left() == []
-    assert lines.scored(scored(2, "val", 2, roc_auc=0.8)) == "model of round 2: val AUC 0.800 (+0.100) * best so far"
+    by_median = lines.scored(scored(3, "val", 3, roc_auc=0.79, roc_auc_median=0.81))
+    assert by_median.endswith("val AUC 0.790 (+0.090) * best so far by the sites' median AUC, 0.810")
+    assert lines.scored(scored(2, "val", 2, roc_auc=0.8)) == "model of round 2: val AUC 0.800 (+0.010) * best so far"
 
 
 class Clock:
