@@ -144,14 +144,19 @@ def _run(
     mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings], model_name: str, folder: Path, out: TextIO
 ) -> BaselineSummary:
     command = f"facefed train {mode}"
-    out.writelines(f"{line}\n" for line in header_lines(f"run {folder.name}", _header(trainee, folder)))
-    out.flush()
+    write_header(trainee, folder, out)
     with recorded(trainee.settings, folder, kind_of(mode, trainee, sites), command=command) as tracked:
         return train_and_test(mode, trainee, tracked, model_name, out)
 
 
+def write_header(trainee: Trainee, folder: Path, out: TextIO, *, study: str = "") -> None:
+    """The first lines of a run without a federation.  study: what is tried in it, in words; "" where nothing is."""
+    rows = {"study": study, **_header(trainee, folder)}
+    out.writelines(f"{line}\n" for line in header_lines(f"run {folder.name}", rows))
+    out.flush()
+
+
 def _header(trainee: Trainee, folder: Path) -> dict[str, str]:
-    """The rows of a run without a federation."""
     recogniser, compute, sizes = trainee.recogniser, trainee.compute, trainee.sizes()
     in_backbone = sum(parameter.numel() for parameter in recogniser.backbone.parameters())
     in_all = sum(parameter.numel() for parameter in recogniser.parameters())

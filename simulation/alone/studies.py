@@ -35,7 +35,7 @@ from common.system.runtime import stream_seed
 from common.tracking.notes import data_note, run_note
 from common.tracking.run import TrackedRun
 from common.training.evaluation import embed, people_digest
-from simulation.alone.baselines import check_twins, kind_of, train_and_test
+from simulation.alone.baselines import check_twins, kind_of, train_and_test, write_header
 from simulation.alone.trainee import Trainee, local_trainee
 from simulation.alone.twin_results import NUM_REPLICATES, named_parts
 
@@ -144,6 +144,8 @@ def run_ablation(settings: Settings, site: SiteSettings, pack: FacePack, folder:
     first = local_trainee(variants[0].settings, site, pack)
     kind = study_kind("ablation", experiment_of(settings), first, site)
     with recorded(settings, folder, kind, command=COMMAND) as parent:
+        tried = f"{settings.ablation.over} = {', '.join(variant.value for variant in variants)}; all else equal"
+        write_header(first, folder, out, study=tried)
         del first  # of no use any more
         for variant in variants:
             _train(variant, site, pack, parent, out)

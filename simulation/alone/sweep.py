@@ -40,6 +40,7 @@ from simulation.alone.baselines import (
     register_trained,
     score_best,
     score_untrained,
+    write_header,
 )
 from simulation.alone.epochs import PROGRESS_FILE, Epochs, Progress
 from simulation.alone.studies import COMMAND, checkpoints_of, csv_text, nested_run, study_kind
@@ -119,6 +120,8 @@ def run_sweep(
     with recorded(settings, folder, kind, command=COMMAND) as parent:
         parent.log_file(folder / PLAN_FILE, PLAN_FILE)
         record_datasets(parent, trainee)
+        tried = f"{plan.trials:,} trials over {', '.join(plan.space)}; the rows below are what they start from"
+        write_header(trainee, folder, out, study=tried)
         del trainee  # of no use any more
         storage = _open_journal(folder)
         sweep = _Sweep(
