@@ -68,7 +68,8 @@ def training_words(settings: Settings, *, federated: bool = False) -> str:
     training, federation = settings.training, settings.federation
     about = f"batches of {training.batch_size}, learning rate {training.lr:g}, seed {settings.run.seed}"
     if not federated:
-        return f"{settings.local_training_epochs} epochs, {about}"
+        epochs = settings.local_training_epochs
+        return f"{epochs} epoch{'s' * (epochs != 1)}, {about}"
     unit, number = "epoch", federation.local_epochs
     if not isinstance(number, int):
         unit, number = "step", federation.local_steps
