@@ -1,0 +1,1 @@
+"""Differential privacy: what a release costs, and how it is made noisy."""
