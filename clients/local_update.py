@@ -19,7 +19,7 @@ from torch import Tensor
 from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
 from clients.past_tasks import PastTasks
-from clients.policy import against_data, digest_of, require_none
+from clients.policy import against_data, against_share, digest_of, require_none
 from clients.private_state import load_private, load_residue, prune, save_private
 from clients.received_model import ModelWatch
 from clients.scores import leaving
@@ -50,6 +50,7 @@ from common.system.runtime import machine_digest, num_cores, resolve_device, str
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
 from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, people_digest
+from common.training.gradient_shares import GradientShares
 from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
 
 log = logging.getLogger("facefed.client")
@@ -289,6 +290,13 @@ def _penalty(state: ClientState) -> Penalty | None:
     return term([named[entry.name] for entry in state.manifest.entries if entry.name in named], federation)
 
 
+def _shares(state: ClientState) -> GradientShares | None:
+    """What counts whose the gradients are; None where nothing is looked at."""
+    if state.watch is None or state.site.policy.max_person_share >= 1.0:
+        return None
+    return GradientShares(num_people=state.pack.num_classes)
+
+
 def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
     """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
 
@@ -313,6 +321,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
     warmed_up = time.perf_counter()
     num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
+    shares = _shares(state)
     with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
         sums = train_round(
             recogniser,
@@ -324,7 +333,10 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
             stream_name=state.site.name,
             penalty=_penalty(state),
             tick=tick,
+            shares=shares,
         )
+    if shares is not None:
+        require_none(against_share(state.site.policy, shares.largest()))
     trained = time.perf_counter()
 
     change, residue = _coded_change(state, folder, found, received)

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from common import config
 from common.errors import ConfigError, ReplyRefused, UserError, unknown_name
@@ -22,6 +22,9 @@ from common.protocol.refusals import refusal_line
 from common.settings import CODECS, PRECISIONS, Settings
 from common.strategies import STRATEGIES
 from common.system.files import read_text
+
+if TYPE_CHECKING:  # the policy is shown without torch
+    from common.training.gradient_shares import Share
 
 LOSSES: Final = ("head", "triplet", "spreadout")
 NORMALISATIONS: Final = ("shared", "private")
@@ -111,6 +114,9 @@ class Policy:
     max_relative_move: float = limit(
         0.9, "of a weight's own norm may it always move; one that has nothing to do with it is at 1.4", low=0.0
     )
+    max_person_share: float = limit(
+        0.5, "of a unit's gradient in a round may be one person's; 1: not looked at", above=0.0, high=1.0
+    )
     require_dp: bool = limit(default=False, why="whether a run must have differential privacy")
     require_secagg: bool = limit(default=False, why="whether a run must have secure aggregation")
 
@@ -136,6 +142,7 @@ OWN_MACHINE: Final = dataclasses.replace(
     max_runs_a_day=10**9,
     max_tasks_a_run=10**9,
     max_models_a_day=10**9,
+    max_person_share=1.0,
     max_data_choices_a_day=10**9,
     max_cpu_hours_a_run=1e9,
     max_disk_gb_a_run=1e9,
@@ -249,6 +256,14 @@ def against_scores(policy: Policy, genuine: int, impostor: int) -> list[Against]
         for kind, number in (("genuine", genuine), ("impostor", impostor))
         if number < policy.min_pairs
     ]
+
+
+def against_share(policy: Policy, largest: "Share | None") -> list[Against]:
+    """The limit that stands against an update of which one person has so large a share of a unit's gradient."""
+    if largest is None or largest.share <= (allowed := largest.allowed(policy.max_person_share)):
+        return []
+    seen = f"{largest.share:.2f} of the gradient of unit {largest.unit} of backbone.{largest.layer} is one person's"
+    return [Against("model", "max_person_share", seen, f"{allowed:.2f}")]
 
 
 class TaskWords(NamedTuple):

@@ -346,6 +346,12 @@ def read_reply(message: Message, splits: str) -> Reply:
         raise ReplyRefused(f"the reply is malformed: {type(error).__name__}: {error}") from None
 
 
+def read_change(content: RecordDict) -> NDArray[np.float32]:
+    """The change of a train reply alone, as it was sent, [size] float32.  Raises KeyError where there is none."""
+    arrays: Any = content[ARRAYS]
+    return codec.decode(_read_flat(arrays, CHANGE))
+
+
 def error_message(reason: str, request: Message) -> Message:
     """A client's refusal or failure, as one line."""
     return Message(Error(code=CLIENT_FAILED, reason=reason), reply_to=request)

@@ -6,7 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +23,7 @@ from common.strategies import Penalty
 from common.system.progress import Tick, no_tick
 from common.system.runtime import random_stream
 from common.training.compute import Compute as Compute
+from common.training.gradient_shares import GradientShares
 from common.training.optimiser import make_optimiser as make_optimiser
 from common.training.sampled_head import HeadSample
 from common.training.step import Stepped, Stepper, activation_checkpointing, loss_scaler
@@ -161,12 +162,14 @@ def train_epochs(
     penalty: Penalty | None = None,
     choose_partners: Partners = random_partners,
     tick: Tick = no_tick,
+    shares: GradientShares | None = None,
 ) -> TrainSums:
     """Train in place for `epochs`, a range within [0, total_epochs).
 
     The learning rate follows the position within all epochs, so rounds do not restart it; dropout and the like draw
     from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA and
     `twins.partner` does not make it the twin.  tick: is told after each step how many pictures it took.
+    shares: counts whose gradients they are.
     Raises TrainingFailed when a loss or gradient is not finite.
     """
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
@@ -182,6 +185,7 @@ def train_epochs(
         penalty=penalty,
         choose_partners=choose_partners,
         tick=tick,
+        shares=shares,
     )
 
 
@@ -196,6 +200,7 @@ def train_round(
     stream_name: str,
     penalty: Penalty | None = None,
     tick: Tick = no_tick,
+    shares: GradientShares | None = None,
 ) -> TrainSums:
     """`train_epochs` for a round of the federation, from 1: its local epochs, or its local steps.
 
@@ -216,6 +221,7 @@ def train_round(
             stream_name=stream_name,
             penalty=penalty,
             tick=tick,
+            shares=shares,
         )
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     total, steps = settings.total_steps(per_epoch), settings.total_steps(per_epoch) // federation.rounds
@@ -230,6 +236,7 @@ def train_round(
         stream_name=stream_name,
         penalty=penalty,
         tick=tick,
+        shares=shares,
     )
 
 
@@ -255,6 +262,7 @@ def _train(
     penalty: Penalty | None = None,
     choose_partners: Partners = random_partners,
     tick: Tick = no_tick,
+    shares: GradientShares | None = None,
 ) -> TrainSums:
     """Train on some steps of some epochs.  progress: (epoch, step) -> the fraction of all steps that are done."""
     compute.place(recogniser)
@@ -278,11 +286,13 @@ def _train(
             stream=stream,
             scaler=scaler,
             sample=_head_sample(settings, stream_name, *began),
+            shares=shares,
         )
         batches = epoch_batches(
             pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch, steps=steps
         )
-        with closing(batches), activation_checkpointing(recogniser, settings.training):
+        watched = nullcontext() if shares is None else shares.watching(recogniser)
+        with closing(batches), activation_checkpointing(recogniser, settings.training), watched:
             for step, batch in zip(steps, batches, strict=True):
                 sums.lr_last = learning_rate(settings.training, progress(epoch, step))
                 for group in optimiser.param_groups:

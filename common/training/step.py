@@ -23,6 +23,7 @@ from common.models.recogniser import Recogniser
 from common.settings import TrainingSettings
 from common.strategies import Penalty
 from common.training.compute import Compute, compiled, eager, give_up, is_given_up
+from common.training.gradient_shares import GradientShares
 from common.training.optimiser import flat, settle
 from common.training.sampled_head import HeadSample, only_rows
 
@@ -205,6 +206,7 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None  # a former stepper's, to go on with; None: a new one
     num_halvings: int = 0
     sample: HeadSample | None = None  # None: a step sees all of the head's people
+    shares: GradientShares | None = None  # counts whose gradients they are, and wants passes that are not compiled
     _scaler: torch.amp.GradScaler = field(init=False)
     _before: _Before = field(init=False)
 
@@ -219,6 +221,8 @@ class Stepper:
         Raises TrainingFailed if loss or gradient is not finite, or when the memory does not suffice for half a batch;
         the parameters are then as before the step.
         """
+        if self.shares is not None:
+            self.shares.see(batch.labels)
         if self.sample is None:
             return self._step(batch, where)
         rows = self.sample.rows(batch.labels, self.recogniser.head.identity_vectors.shape[0])
@@ -254,7 +258,7 @@ class Stepper:
     def _gradient(self, batch: Batch, where: str) -> Tensor:
         """Into the parameters' .grad; tells what `_passes` does.  Tries again in parts, or without a compiler."""
         while True:
-            is_compiled, is_full = self.compute.compiled and not is_given_up(), False
+            is_compiled, is_full = self.compute.compiled and self.shares is None and not is_given_up(), False
             try:
                 return self._passes(batch, is_compiled=is_compiled)
             except torch.OutOfMemoryError:
@@ -300,8 +304,11 @@ class Stepper:
         # Also of what this optimiser does not hold, or it would count in the norm.
         self.recogniser.zero_grad(set_to_none=True)
         network = compiled() if is_compiled else eager
-        figures = []
+        figures, start = [], 0
         for part in in_parts(batch, self._num_parts()):
+            if self.shares is not None:
+                self.shares.begin_part(start, len(part.labels))
+                start += len(part.labels)
             partners = None if self.choose_partners is None else self.choose_partners(part)
             with self.compute.autocast():
                 embeddings = network(self.recogniser, self.compute.laid_out(part.pictures), partners)

@@ -22,6 +22,7 @@ from clients.site import SiteSettings
 from common import config
 from common.errors import EXIT_DONE
 from common.faces.pack import FacePack
+from common.faces.splits import Split
 from common.metrics.sums import NUM_BINS
 from common.models.recogniser import build_recogniser, shared_names
 from common.protocol import wire
@@ -32,10 +33,12 @@ from common.protocol.wire import Task
 from common.settings import Settings
 from common.system.runtime import stream_seed
 from common.training.evaluation import people_digest
+from simulation.admin import imprint
 
 # Of the control: no limit at all, and no received model is looked at.
 OPEN: Final = dataclasses.replace(OWN_MACHINE, first_model=False, max_move=0.0, max_extra_models=10**9)
 VARIANTS, PROBES = 5, 12  # crafted models that are tried; models that are scored
+PRINTED: Final = 0.99  # correlation from which on a picture counts as read; another picture's is 0.85 at most
 Buffer = NDArray[np.float32]
 
 
@@ -102,6 +105,19 @@ def crafted_models(server: Hostile) -> float:
     """Models that no seed gives, in a run's first round: how many of them are trained on."""
     models = (first_model(server.settings, seed=1000 + number)[0] for number in range(VARIANTS))
     return float(sum(server.ask("train", model) is not None for model in models))
+
+
+def imprinted(server: Hostile, brightest: float = imprint.BRIGHTEST) -> float:
+    """A model that prints single pictures into its change: how many training pictures one reply gives back."""
+    side = server.settings.data.image_size
+    settings = config.with_values(server.settings, {**imprint.SETTINGS, "model.patch_size": side})
+    model, manifest = imprint.crafted(settings, brightest)
+    reply = server.ask("train", model, settings=settings)
+    if reply is None:
+        return 0.0
+    read = imprint.read_pictures(wire.read_change(reply), manifest, side)
+    pictures = np.asarray(server.pack.pictures[server.pack.indices(Split.TRAIN)])
+    return float((imprint.best_correlations(read, pictures) > PRINTED).sum())
 
 
 def huge_rate(server: Hostile) -> float:
@@ -189,6 +205,7 @@ class Attack:
 
 ATTACKS: Final = (
     Attack("crafted first model", f"of {VARIANTS} variants trained on", crafted_models),
+    Attack("imprint from one reply", f"training pictures read, correlation above {PRINTED}", imprinted),
     Attack("learning rate of 20", "update returned", huge_rate),
     Attack("update of a few pictures", "pictures behind an update (0: none)", few_people),
     Attack("another model in mid-run", "trained on", swapped_model),

@@ -17,6 +17,7 @@ from clients.policy import (
     against_data,
     against_scores,
     against_settings,
+    against_share,
     against_task,
     digest_of,
     read_policy,
@@ -29,6 +30,7 @@ from common.errors import ConfigError, UserError
 from common.protocol.refusals import refused_setting
 from common.settings import CODECS, Settings
 from common.strategies import STRATEGIES
+from common.training.gradient_shares import Share
 from tests.tiny_federation import site_settings
 from tests.tiny_settings import changed
 
@@ -202,3 +204,13 @@ def test_the_trainer_gets_the_whole_policy(tmp_path):
     site = dataclasses.replace(site_settings("alpha", tmp_path), policy=OWN_MACHINE)
     assert site_from_json(site_to_json(site)) == site
     assert "policy" in json.loads(site_to_json(site))
+
+
+def test_one_persons_share_of_a_gradient_is_limited_and_its_words_stay_here():
+    share = Share("trunk.blocks.0.1", 7, 0.98, even=0.1, num_people=20)
+    [against] = against_share(DEFAULT, share)
+    assert (against.setting, against.limit, against.allowed) == ("model", "max_person_share", "0.50")
+    assert against.asked == "0.98 of the gradient of unit 7 of backbone.trunk.blocks.0.1 is one person's"
+    assert "0.98" not in str(PolicyRefusal(against))
+    assert against_share(DEFAULT, dataclasses.replace(share, share=0.49)) == []
+    assert against_share(DEFAULT, None) == []

@@ -1,0 +1,124 @@
+"""How much of each unit's gradient in a round is one person's: a crafted unit that one picture alone switches on shows.
+
+A unit is an output channel of one of a backbone's layers.  What reaches its weights of a picture is the gradient at its
+output, which is zero where a later layer gates it off; a picture's part is that gradient's norm over its places.  Of a
+convolution without a bias the normalisation behind it is looked at, in which pictures of a batch mix.  It is watched in
+the training itself, all of whose pictures count, so nothing is computed twice.  Not seen: weights of a ViT's attention
+inputs, of which the layers before and behind are; and units whose *difference* is one person's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from common.models.recogniser import Recogniser
+
+MOST_GROUPS: Final = 64  # of people, who are told apart up to so many; a group's share is no less than a person's
+MOST: Final = 0.95  # a share above it is never allowed to a round of fewer people
+FEW: Final = 6.0  # times an even share may always be one person's
+OWN: Final = 2.0  # times their share of the pictures may always be one person's
+
+
+@dataclass(frozen=True)
+class Share:
+    """The largest share that one person, or group of people, has of a unit's gradient."""
+
+    layer: str
+    unit: int
+    share: float  # in [0, 1]
+    even: float  # the largest share of the round's pictures that a person or group has, in (0, 1]
+    num_people: int  # who had a picture in the round; or groups
+
+    def allowed(self, limit: float) -> float:
+        """The largest share that is none too large.  limit: where there are people enough, in (0, 1]."""
+        return max(limit, min(MOST, max(FEW / self.num_people, OWN * self.even)))
+
+
+@dataclass(kw_only=True)
+class GradientShares:
+    """The sums of a round: of each layer's units and each group of people the norms of their pictures' gradients."""
+
+    num_people: int  # of the site, who have a label
+    _group: Tensor = field(init=False)  # [num_people] int64
+    _batch: Tensor = field(init=False)  # [B] int64, the groups of the step's pictures
+    _part: Tensor | None = field(default=None, init=False)  # those of the pass that is under way
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False)  # by layer [groups, units] float32
+    _pictures: Tensor = field(init=False)  # [groups] float32
+
+    def __post_init__(self) -> None:
+        groups = min(MOST_GROUPS, self.num_people)
+        self._group = torch.arange(self.num_people) % groups
+        self._pictures = torch.zeros(groups)
+
+    def see(self, labels: Tensor) -> None:
+        """The next step is of these pictures.  labels: [B] int64 in [0, num_people)."""
+        self._group, self._pictures = self._group.to(labels.device), self._pictures.to(labels.device)
+        self._batch = self._group[labels]
+        self._pictures.index_add_(0, self._batch, torch.ones_like(self._batch, dtype=torch.float32))
+
+    def begin_part(self, start: int, number: int) -> None:
+        """The next pass is of so many of the step's pictures, from the `start`th."""
+        self._part = self._batch[start : start + number]
+
+    @contextmanager
+    def watching(self, recogniser: Recogniser) -> Iterator[None]:
+        """In here every pass of the backbone whose pictures were `see`n is counted."""
+        hooks = [
+            layer.register_forward_hook(self._hook(name))
+            for name, layer in recogniser.backbone.named_modules()
+            if _is_watched(layer)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def forward(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
+            if self._part is not None and output.requires_grad:
+                groups = self._part
+                output.register_hook(lambda gradient: self._add(name, groups, gradient))  # type: ignore[no-untyped-call]
+
+        return forward
+
+    def _add(self, name: str, groups: Tensor, gradient: Tensor) -> None:
+        """groups: [B] int64.  gradient: [B, U, h, w], [B, N, U] or [B, U]; not finite where float16 skips a step."""
+        parts = norms_of_units(gradient).nan_to_num_(0.0, 0.0, 0.0)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(len(self._pictures), parts.shape[1], device=parts.device)
+        self._sums[name].index_add_(0, groups, parts)
+
+    def largest(self) -> Share | None:
+        """The largest share of all units; None where no gradient was seen."""
+        seen = int((self._pictures > 0).sum())
+        found = None
+        for name, sums in self._sums.items():
+            whole = sums.sum(0)
+            shares = torch.where(whole > 0, sums.amax(0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
+            share, unit = shares.max(0)
+            if found is None or float(share) > found.share:
+                even = float(self._pictures.max() / self._pictures.sum())
+                found = Share(name, int(unit), float(share), even, seen)
+        return found
+
+
+def norms_of_units(gradient: Tensor) -> Tensor:
+    """[B, U, h, w], [B, N, U] or [B, U] of any float -> [B, U] float32: Euclidean norms over places."""
+    if gradient.dim() == 4:
+        norms: Tensor = torch.linalg.vector_norm(gradient, dim=(2, 3), dtype=torch.float32)
+    elif gradient.dim() == 3:
+        norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+    else:
+        norms = gradient.abs().float()
+    return norms
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Layers with weights of their own; a convolution without a bias has a normalisation behind it."""
+    has_weights = next(layer.parameters(recurse=False), None) is not None
+    return has_weights and not (isinstance(layer, nn.Conv2d) and layer.bias is None)

@@ -1,0 +1,113 @@
+"""Whose a unit's gradient is: against gradients of single pictures, and how a crafted unit stands out."""
+
+import pytest
+import torch
+from packs_in_memory import CPU
+from torch import nn
+
+from common.training.gradient_shares import MOST_GROUPS, GradientShares, Share, norms_of_units
+from common.training.loop import train_round
+from common.training.optimiser import make_optimiser
+from tests.tiny_federation import settings_with, tiny_workplace
+
+PEOPLE = (0, 0, 1, 2, 2, 2)
+
+
+class Net(nn.Module):
+    """A layer without what mixes pictures of a batch, so that each one's gradient is its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.backbone = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+
+    def loss(self, pictures):
+        return self.backbone(pictures).square().sum()
+
+
+def largest_of(net, pictures, people=PEOPLE, num_people=3, parts=1):
+    shares, labels = GradientShares(num_people=num_people), torch.tensor(people)
+    with shares.watching(net):
+        shares.see(labels)
+        size = len(labels) // parts
+        for start in range(0, len(labels), size):
+            shares.begin_part(start, size)
+            net.loss(pictures[start : start + size]).backward()
+    return shares.largest()
+
+
+def by_hand(net, pictures):
+    """The shares [people, units], a picture at a time."""
+    sums = torch.zeros(3, 3)
+    for picture, person in zip(pictures, PEOPLE, strict=True):
+        before = net.backbone[0](picture[None]).detach().requires_grad_()
+        net.backbone[1:](before).square().sum().backward()
+        sums[person] += before.grad[0].flatten(1).norm(dim=1)
+    return sums / sums.sum(0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_share_is_what_single_pictures_give(parts):
+    net, pictures = Net(), torch.randn(6, 1, 6, 6)
+    expected = by_hand(net, pictures)
+    largest = largest_of(net, pictures, parts=parts)
+    assert (largest.layer, largest.unit) == ("0", int(expected.amax(0).argmax()))
+    assert largest.share == pytest.approx(float(expected.max()), rel=1e-4)
+    assert (largest.num_people, largest.even) == (3, 0.5)
+
+
+def test_a_unit_that_one_picture_alone_switches_on_is_all_that_pictures():
+    net, pictures = Net(), torch.randn(6, 1, 6, 6).clamp(-1, 1)
+    pictures[2] += 10.0
+    with torch.no_grad():
+        net.backbone[0].weight[1] = 1.0
+        net.backbone[0].bias[1] = -45.0
+    largest = largest_of(net, pictures)
+    assert (largest.layer, largest.unit, largest.share) == ("0", 1, pytest.approx(1.0))
+
+
+def test_people_are_counted_in_groups_and_a_group_has_no_less_than_a_person():
+    net, pictures = Net(), torch.randn(6, 1, 6, 6)
+    many = largest_of(net, pictures, people=(0, 0, 1, 2, 2, 2), num_people=10 * MOST_GROUPS)
+    assert many.share == pytest.approx(largest_of(net, pictures).share)
+    folded = largest_of(net, pictures, people=(0, 0, MOST_GROUPS, 2, 2, 2), num_people=10 * MOST_GROUPS)
+    assert folded.num_people == 2
+    assert folded.share >= many.share
+
+
+def test_norms_are_over_places_and_in_float32():
+    gradient = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(norms_of_units(gradient), gradient.flatten(2).norm(dim=2))
+    torch.testing.assert_close(norms_of_units(gradient[0]), gradient[0].norm(dim=1))
+    halves = norms_of_units(gradient.bfloat16())
+    assert halves.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("num_people", "even", "allowed"),
+    [(100, 0.02, 0.5), (8, 0.2, 0.75), (4, 0.3, 0.95), (100, 0.4, 0.8), (100, 0.9, 0.95)],
+)
+def test_few_people_and_a_person_with_most_pictures_may_have_more(num_people, even, allowed):
+    assert Share("0", 1, 1.0, even, num_people).allowed(0.5) == pytest.approx(allowed)
+
+
+@pytest.mark.parametrize("values", [{}, {"training__accumulate": 2}, {"training__activation_checkpointing": True}])
+@pytest.mark.parametrize("backbone", ["cnn", "vit_tiny"])
+def test_watching_changes_no_bit_and_counts_every_picture_once(tmp_path, backbone, values):
+    vit = {"model__depth": 1, "model__patch_size": 16} if backbone == "vit_tiny" else {}
+    settings = settings_with(model__backbone=backbone, **vit, **values)
+    found = []
+    for shares in (None, GradientShares(num_people=6)):
+        place = tiny_workplace(settings, tmp_path)
+        optimiser = make_optimiser(place.recogniser, settings.training)
+        train_round(
+            place.recogniser, optimiser, place.pack, settings=settings, compute=CPU, server_round=1,
+            stream_name="alpha", shares=shares,
+        )  # fmt: skip
+        found.append({name: tensor.clone() for name, tensor in place.recogniser.state_dict().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    largest = shares.largest()
+    assert largest.num_people == 6
+    assert largest.even == pytest.approx(1 / 6)  # 24 pictures of six people
+    assert 1 / 6 < largest.share < largest.allowed(0.5)
+    assert not any(layer._forward_hooks for layer in place.recogniser.modules())
