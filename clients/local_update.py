@@ -5,7 +5,9 @@ Pure of Flower: arrays and settings in, a `Reply` out. A simulation's ClientApp 
 
 import dataclasses
 import hashlib
+import json
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clients.group_training import divide, num_groups_of, summed_changes
 from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
 from clients.past_tasks import PastTasks
 from clients.policy import against_data, against_share, digest_of, require_none
-from clients.private_state import load_private, load_residue, prune, save_private
+from clients.privacy_budget import Release, budget_file, require_budget, spend, spent_in
+from clients.private_state import (
+    load_answer,
+    load_private,
+    load_residue,
+    prune,
+    rounds_here,
+    save_answer,
+    save_private,
+)
 from clients.received_model import ModelWatch
 from clients.scores import leaving
 from clients.site import SiteSettings
@@ -39,9 +51,11 @@ from common.models.recogniser import (
     trainable_names,
     with_new_heads,
 )
-from common.protocol.codec import Coded, encode, is_lossy, residue_of
-from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of
-from common.protocol.wire import Reply, Site, Task
+from common.privacy.accounting import noise_multiplier
+from common.privacy.mechanism import SEED_BYTES, add_clipped, released
+from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
+from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
+from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
 from common.system.events import SHOWN
@@ -83,6 +97,7 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     """
     pack = open_site_pack(site, settings.data)
     _require_enough(site, pack)
+    _require_private(settings, pack.num_classes)
     head_seed = stream_seed(settings.run.seed, site.name, "head")
     if former is not None:
         recogniser = with_new_heads(former.recogniser, settings.model, num_people=pack.num_classes, head_seed=head_seed)
@@ -164,6 +179,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
     """What this client tells of itself; no model is built.  Raises UserError when the data do not fit."""
     pack = open_site_pack(site, settings.data)
     _require_enough(site, pack)
+    _require_private(settings, pack.num_classes)
     device = resolve_device(site.device)
     compute = resolve_compute(
         settings,
@@ -252,8 +268,11 @@ def _evaluate(
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")
         asked = state.settings.tracking.plots != "none"
-        found[split] = leaving(policy, sums, seed, num_pictures=len(state.pack), asks_confusion=asked)
-        if isinstance(found[split], str):
+        is_private = state.settings.privacy.is_on
+        found[split] = leaving(
+            policy, sums, seed, num_pictures=len(state.pack), asks_confusion=asked, is_private=is_private
+        )
+        if isinstance(found[split], str) and not is_private:
             log.warning("%s%s: no score of %s leaves: %s", SHOWN, state.site.name, split, found[split])
     return found
 
@@ -266,8 +285,10 @@ def _withheld(found: Mapping[str, EvaluationSums | str]) -> dict[str, str]:
     return {split: words for split, words in found.items() if isinstance(words, str)}
 
 
-def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float]) -> dict[str, float]:
-    return {
+def _train_fields(
+    sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, float], is_private: bool
+) -> dict[str, float]:
+    fields = {
         "num_pictures": sums.num_pictures,
         "num_steps": sums.num_steps,
         "correct": sums.correct,
@@ -278,6 +299,7 @@ def _train_fields(sums: TrainSums, warmup: TrainSums, *, seconds: Mapping[str, f
         "num_halvings": sums.num_halvings + warmup.num_halvings,
         **seconds,
     }
+    return {name: value for name, value in fields.items() if not (is_private and name in OF_CONTENT)}
 
 
 def _penalty(state: ClientState) -> Penalty | None:
@@ -295,6 +317,32 @@ def _shares(state: ClientState) -> GradientShares | None:
     if state.watch is None or state.site.policy.max_person_share >= 1.0:
         return None
     return GradientShares(num_people=state.pack.num_classes)
+
+
+def _train_all(state: ClientState, task: Task, compute: Compute, optimiser: torch.optim.Optimizer) -> TrainSums:
+    """Train backbone and head on all of the site's training pictures, in place.
+
+    Raises PolicyRefusal where one person gave too much of it.
+    """
+    settings, recogniser, shares = state.settings, state.recogniser, _shares(state)
+    recogniser.keeps_statistics = settings.privacy.is_on
+    num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
+    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
+        sums = train_round(
+            recogniser,
+            optimiser,
+            state.pack,
+            settings=settings,
+            compute=compute,
+            server_round=task.server_round,
+            stream_name=state.site.name,
+            penalty=_penalty(state),
+            tick=tick,
+            shares=shares,
+        )
+    if shares is not None:
+        require_none(against_share(state.site.policy, shares.largest()))
+    return sums
 
 
 def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
@@ -317,29 +365,16 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     found_scores = _evaluate(state, task, compute, received)
     evaluated = time.perf_counter()
     warmup = TrainSums()
-    if found <= 0:  # round 0's private state is the fresh one
+    if found <= 0 and settings.privacy.unit != "person":  # round 0's private state is the fresh one
         warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
     warmed_up = time.perf_counter()
-    num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
-    shares = _shares(state)
-    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
-        sums = train_round(
-            recogniser,
-            optimiser,
-            state.pack,
-            settings=settings,
-            compute=compute,
-            server_round=task.server_round,
-            stream_name=state.site.name,
-            penalty=_penalty(state),
-            tick=tick,
-            shares=shares,
-        )
-    if shares is not None:
-        require_none(against_share(state.site.policy, shares.largest()))
+    if settings.privacy.unit == "person":
+        sums, change, residue = _train_in_groups(state, task, compute, found, received)
+    else:
+        sums = _train_all(state, task, compute, optimiser)
+        change, residue = _coded_change(state, folder, found, received)
     trained = time.perf_counter()
 
-    change, residue = _coded_change(state, folder, found, received)
     save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
     # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
     # repeat both.
@@ -355,7 +390,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         server_round=task.server_round,
         manifest=state.manifest.digest,
         num_examples=len(state.pack.indices(Split.TRAIN)),
-        train=_train_fields(sums, warmup, seconds=seconds),
+        train=_train_fields(sums, warmup, seconds=seconds, is_private=settings.privacy.is_on),
         evaluations=_shared_scores(found_scores),
         withheld=_withheld(found_scores),
         change=change,
@@ -389,9 +424,20 @@ def _coded_change(
 
     found: the round of the private state that training began with.
     """
-    codec = state.settings.federation.upload_codec
     change = flatten(state.recogniser.state_dict(), state.manifest)
     change -= received
+    if state.settings.privacy.unit == "site":  # the server clips again, and adds the noise to the sum
+        total = np.zeros(len(change), dtype=np.float64)
+        add_clipped(total, change, state.settings.privacy.clip)
+        change = total.astype(np.float32)
+    return _coded(state, folder, found, change)
+
+
+def _coded(
+    state: ClientState, folder: Path, found: int, change: NDArray[np.float32]
+) -> tuple[Coded, NDArray[np.float32] | None]:
+    """A change as it travels, and what is lost by that.  change: [size], which may be written to."""
+    codec = state.settings.federation.upload_codec
     if state.watch is not None:
         state.watch.trained(change)
     if not is_lossy(codec):
@@ -399,6 +445,112 @@ def _coded_change(
     change += load_residue(folder, found, state.manifest.size)
     coded = encode(change, codec)
     return coded, residue_of(change, coded)
+
+
+# ---- with differential privacy of people: groups, noise, and a budget that outlives the run
+
+
+def _train_in_groups(
+    state: ClientState, task: Task, compute: Compute, found: int, received: NDArray[np.float32]
+) -> tuple[TrainSums, Coded, NDArray[np.float32] | None]:
+    """A noisy change of the model: what training took, the change as it travels, and what the codec lost of it.
+
+    The spend is on the disk before this returns.  The same question gets the bits that were answered before, and
+    nothing is spent; where those are gone, or anything differs, it is a second release.
+    Raises PolicyRefusal where the budget is spent.
+    """
+    folder, size = state.state_folder(task.run_id), state.manifest.size
+    question = _question(state, task, received)
+    codec = state.settings.federation.upload_codec
+    kept = load_answer(folder, task.server_round, question)
+    if kept is not None and len(kept) == num_bytes(codec, size):
+        log.info("%s%s: round %d is answered as before: nothing is spent", SHOWN, state.site.name, task.server_round)
+        residue = load_residue(folder, task.server_round, size) if is_lossy(codec) else None
+        return _nominal(state), Coded(codec=codec, size=size, data=kept), residue
+    release = _release(state, task)
+    before = spent_in(budget_file(state.site), task.run_id)
+    require_budget(before, release, state.settings.privacy, state.site.policy)
+    if task.server_round in rounds_here(folder):
+        log.warning(
+            "%s%s: round %d is asked for again, and its answer is not here or the question is another one: it is"
+            " answered with noise of its own, and paid for again",
+            SHOWN, state.site.name, task.server_round,
+        )  # fmt: skip
+    total, sums = _sum_of_groups(state, task, compute, received, release.num_groups)
+    spend(state.site, release, state.settings.privacy)
+    privacy = state.settings.privacy
+    change = released(
+        total,
+        [span for span, is_trained in trainable_spans(state.manifest, trainable_names(state.recogniser)) if is_trained],
+        deviation=release.noise_multiplier * 2.0 * privacy.clip,
+        divisor=release.num_groups,
+        seed=secrets.token_bytes(SEED_BYTES),
+    )
+    coded, residue = _coded(state, folder, found, change)
+    save_answer(folder, task.server_round, question, coded.data)
+    return dataclasses.replace(_nominal(state), num_halvings=sums.num_halvings), coded, residue
+
+
+def _question(state: ClientState, task: Task, received: NDArray[np.float32]) -> str:
+    """A digest of all that a round's change follows from; of two that differ in anything neither has the other's."""
+    asked = (task.settings, task.server_round, task.precision, task.memory_format, task.compiled, task.threads)
+    words = [*asked, state.manifest.digest, state.pack.key, buffer_sha256(received), state.site.name, task.run_id]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def _release(state: ClientState, task: Task) -> Release:
+    """What one more reply is, by the run's settings and how many people there are."""
+    privacy, rounds = state.settings.privacy, state.settings.federation.rounds
+    return Release(
+        run_id=task.run_id,
+        server_round=task.server_round,
+        noise_multiplier=noise_multiplier(privacy.epsilon, privacy.delta, rounds),
+        num_groups=num_groups_of(state.pack.num_classes, privacy.group_people),
+    )
+
+
+def _sum_of_groups(
+    state: ClientState, task: Task, compute: Compute, received: NDArray[np.float32], num_groups: int
+) -> tuple[NDArray[np.float64], TrainSums]:
+    """The clipped changes of this round's groups, added: [size]; and what training took."""
+    stream = f"{task.run_id}\n{task.server_round}"
+    groups = divide(state.pack, number=num_groups, secret=site_secret(state.site.cache_dir), stream=stream)
+    num_pictures = state.settings.round_pictures(sum(len(pack) for pack in groups.packs.values()))
+    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
+        return summed_changes(
+            state.recogniser,
+            state.manifest,
+            received,
+            groups,
+            settings=state.settings,
+            compute=compute,
+            server_round=task.server_round,
+            stream_name=state.site.name,
+            penalty=lambda: _penalty(state),
+            tick=tick,
+        )
+
+
+def _nominal(state: ClientState) -> TrainSums:
+    """What a round takes as far as the counts that the site joined with say; how the groups turned out stays here."""
+    num_pictures = state.settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
+    return TrainSums(num_pictures=num_pictures, num_steps=-(-num_pictures // state.settings.training.batch_size))
+
+
+def _require_private(settings: Settings, num_people: int) -> None:
+    """Raises ReplyRefused where so few people cannot be protected as the run wants."""
+    privacy = settings.privacy
+    if privacy.unit != "person":
+        return
+    if privacy.delta * num_people >= 1.0:
+        raise ReplyRefused(
+            f"privacy.delta = {privacy.delta:g} would allow one of {num_people} people to be given away whole; it must"
+            f" be below {1.0 / num_people:.2g}."
+        )
+    if num_people < privacy.group_people:
+        raise ReplyRefused(
+            f"privacy.group_people = {privacy.group_people} is more than the {num_people} people to train on; lower it."
+        )
 
 
 def read_settings(task: Task) -> Settings:

@@ -19,7 +19,7 @@ from common import config
 from common.errors import ConfigError, ReplyRefused, UserError, unknown_name
 from common.models.table import BACKBONES, HEADS
 from common.protocol.refusals import refusal_line
-from common.settings import CODECS, PRECISIONS, Settings
+from common.settings import CODECS, PRECISIONS, PrivacySettings, Settings
 from common.strategies import STRATEGIES
 from common.system.files import read_text
 
@@ -117,7 +117,13 @@ class Policy:
     max_person_share: float = limit(
         0.5, "of a unit's gradient in a round may be one person's; 1: not looked at", above=0.0, high=1.0
     )
-    require_dp: bool = limit(default=False, why="whether a run must have differential privacy")
+    require_dp: bool = limit(
+        default=False, why="whether a run must have differential privacy of people, whose noise is this site's own"
+    )
+    max_epsilon: float = limit(
+        10.0, "that one person may have spent, over all runs on a data set, at max_delta", above=0.0, high=1000.0
+    )
+    max_delta: float = limit(1e-5, "of max_epsilon, and the largest that a run may ask for", above=0.0, high=0.1)
     require_secagg: bool = limit(default=False, why="whether a run must have secure aggregation")
 
 
@@ -146,6 +152,8 @@ OWN_MACHINE: Final = dataclasses.replace(
     max_data_choices_a_day=10**9,
     max_cpu_hours_a_run=1e9,
     max_disk_gb_a_run=1e9,
+    max_epsilon=1e9,
+    max_delta=0.5,
     pretrained=(ANY,),
     confusion=True,
 )
@@ -208,7 +216,8 @@ def against_settings(policy: Policy, settings: Settings) -> list[Against]:
         asked, choices = _value(settings, name), getattr(policy, key)
         if asked not in choices and ANY not in choices:
             found.append(Against(name, key, asked, ", ".join(choices)))
-    return found + _against_model(policy, settings) + _against_losses(policy, settings) + _against_privacy(policy)
+    found += _against_model(policy, settings) + _against_losses(policy, settings)
+    return found + _against_privacy(policy, settings.privacy)
 
 
 def _against_model(policy: Policy, settings: Settings) -> list[Against]:
@@ -232,10 +241,18 @@ def _against_losses(policy: Policy, settings: Settings) -> list[Against]:
     ]
 
 
-def _against_privacy(policy: Policy) -> list[Against]:
-    """Neither is built yet, so no run has it."""
-    wanted = (("privacy.epsilon", "require_dp"), ("secagg", "require_secagg"))
-    return [Against(setting, name, "none", "required") for setting, name in wanted if getattr(policy, name)]
+def _against_privacy(policy: Policy, privacy: PrivacySettings) -> list[Against]:
+    found = []
+    if policy.require_dp and privacy.unit != "person":
+        found.append(Against("privacy.unit", "require_dp", privacy.unit, "person"))
+    if privacy.unit == "person":
+        for name, key in (("epsilon", "max_epsilon"), ("delta", "max_delta")):
+            asked, allowed = getattr(privacy, name), getattr(policy, key)
+            if asked > allowed:
+                found.append(Against(f"privacy.{name}", key, f"{asked:g}", f"{allowed:g}"))
+    if policy.require_secagg:  # not built yet, so no run has it
+        found.append(Against("secagg", "require_secagg", "none", "required"))
+    return found
 
 
 def against_data(policy: Policy, *, num_people: int, num_pictures: int) -> list[Against]:
@@ -395,7 +412,7 @@ def _contradictions(policy: Policy) -> list[str]:
     return []
 
 
-# Whoever requires these knows that no run has them yet.
+# Whoever requires these knows that no configuration of ours has them.
 _NOT_BUILT: Final[Mapping[str, Any]] = {"require_dp": False, "require_secagg": False}
 
 

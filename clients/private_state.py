@@ -1,5 +1,5 @@
 """What stays with a client between rounds, on its disk: its head, private normalisation, their optimiser state, and
-what a lossy codec has not sent yet.
+what a lossy codec has not sent yet; of a run with differential privacy the noisy answers too.
 
 Kept by run and round (the previous, the latest and the best round's), so that a repeated round starts from where that
 round started.
@@ -22,7 +22,7 @@ from common.system.events import SHOWN
 log = logging.getLogger("facefed.client")
 
 MODEL, OPTIMISER = "model/", "optimiser/"
-RESIDUE = "residue"
+RESIDUE, ANSWER = "residue", "answer"
 
 
 def _round_file(folder: Path, server_round: int) -> Path:
@@ -135,6 +135,28 @@ def load_residue(folder: Path, server_round: int, size: int) -> NDArray[np.float
     return residue
 
 
+def _answer_file(folder: Path, server_round: int) -> Path:
+    return folder / f"answer-{server_round:06d}.safetensors"
+
+
+def save_answer(folder: Path, server_round: int, question: str, answer: bytes) -> None:
+    """Keep a noisy change as it leaves, so that the same question gets the same bits and no second noise.
+
+    question: a digest of all that the answer follows from.  answer: at least one byte.
+    """
+    tensors = {ANSWER: torch.frombuffer(bytearray(answer), dtype=torch.uint8)}
+    write_sealed(_answer_file(folder, server_round), tensors, {"question": question})
+
+
+def load_answer(folder: Path, server_round: int, question: str) -> bytes | None:
+    """The answer that was kept for this round and question; None where there is none, or it is damaged."""
+    try:
+        tensors, notes = read_sealed(_answer_file(folder, server_round))
+    except CheckpointError:
+        return None
+    return tensors[ANSWER].numpy().tobytes() if notes.get("question") == question and ANSWER in tensors else None
+
+
 def rounds_here(folder: Path) -> list[int]:
     """The rounds whose private state is here, ascending."""
     numbers = (path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors"))
@@ -150,3 +172,4 @@ def prune(folder: Path, keep: Iterable[int]) -> None:
     wanted = {max((number for number in here if number <= server_round), default=-1) for server_round in keep}
     for server_round in set(here) - wanted:
         _round_file(folder, server_round).unlink()
+        _answer_file(folder, server_round).unlink(missing_ok=True)

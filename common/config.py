@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import ConfigError, unknown_name
 from common.models.table import ATTENTIONS, BACKBONES, HEADS, VITS
-from common.settings import ModelSettings, Settings
+from common.settings import FederationSettings, ModelSettings, Settings
 from common.strategies import STRATEGIES
 from common.system.files import read_text
 
@@ -138,7 +138,44 @@ def _conflicts(settings: Settings) -> list[str]:
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
             ' with model.pretrained, or model.pretrained = "none".'
         ]
-    return _attention_conflicts(settings.model) + _patch_conflicts(settings)
+    return _attention_conflicts(settings.model) + _patch_conflicts(settings) + _privacy_conflicts(settings)
+
+
+def _privacy_conflicts(settings: Settings) -> list[str]:
+    """What would leave a site, or reach the model, outside of the guarantee."""
+    privacy, federation = settings.privacy, settings.federation
+    if not privacy.is_on:
+        return []
+    problems = []
+    on = f'privacy.unit = "{privacy.unit}"'
+    if settings.model.normalisation == "private":
+        problems.append(f'model.normalisation = "private" keeps layers that everybody trained; with {on} use "shared".')
+    if has_statistics(settings.model) and settings.model.pretrained == "none":
+        problems.append(
+            f"{on}: batch statistics would leave as they are, so they stay as they are received, and a model that is"
+            f" freshly drawn has none; take a ViT ({', '.join(VITS)}), or weights to begin with (model.pretrained)."
+        )
+    if settings.training.patience != "off":
+        problems.append(f'training.patience counts scores, and with {on} no site\'s scores leave; use "off".')
+    if privacy.unit == "site":
+        problems += _site_privacy_conflicts(federation)
+    return problems
+
+
+def _site_privacy_conflicts(federation: FederationSettings) -> list[str]:
+    """What the server may not do with changes before it has added them up and made the sum noisy."""
+    on = 'privacy.unit = "site"'
+    if STRATEGIES[federation.strategy].rule is not None:
+        means = ", ".join(row.name for row in STRATEGIES.values() if row.rule is None)
+        return [f'federation.strategy = "{federation.strategy}" looks at single changes; with {on} use one of {means}.']
+    if federation.norm_factor != "off":
+        return [f'federation.norm_factor leaves changes out because of others; with {on} use "off".']
+    return []
+
+
+def has_statistics(model: ModelSettings) -> bool:
+    """Whether the backbone's layers normalise with running statistics of batches."""
+    return not BACKBONES[model.backbone].is_vit
 
 
 def _attention_conflicts(model: ModelSettings) -> list[str]:

@@ -15,6 +15,7 @@ ALIGNMENTS = ("landmarks", "box", "resize")
 CODECS = ("float32", "float16", "int8")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PRIVACY_UNITS = ("off", "person", "site")
 
 
 def setting(
@@ -169,6 +170,25 @@ class FederationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """[privacy]: differential privacy of a federation's changes; for what it means see docs/PRIVACY.md.
+
+    Of a person: each site adds the noise itself.  Of a site (one of many virtual clients): the server adds it.
+    """
+
+    unit: str = setting("off", choices=PRIVACY_UNITS)  # who is protected
+    epsilon: float = setting(8.0, above=0.0, high=1000.0)  # of the whole run, with delta
+    delta: float = setting(1e-5, low=1e-12, high=0.1)  # less than one in the people (or sites)
+    clip: float = setting(1.0, above=0.0, high=1e6)  # the longest change of a group (or site), Euclidean norm
+    group_people: int = setting(16, low=2)  # on average, of whom a group is trained
+
+    @property
+    def is_on(self) -> bool:
+        """Whether changes are clipped and noisy."""
+        return self.unit != "off"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VerificationSettings:
     """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model.
 
@@ -212,6 +232,7 @@ class Settings:
     twins: TwinSettings = TwinSettings()
     ablation: AblationSettings = AblationSettings()
     federation: FederationSettings = FederationSettings()
+    privacy: PrivacySettings = PrivacySettings()
     verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

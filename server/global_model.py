@@ -18,27 +18,11 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError
 from common.protocol.codec import Coded, decode, encode, is_lossy
-from common.protocol.parameters import Manifest
+from common.protocol.parameters import Manifest, Span, trainable_spans
 from common.settings import FederationSettings
 from common.strategies import STRATEGIES, Rates, Strategy
 
 Buffer = NDArray[np.float32]
-Span = tuple[slice, bool]  # elements of the flat model, and whether they are trainable
-
-
-def trainable_spans(manifest: Manifest, trainable: Collection[str]) -> tuple[Span, ...]:
-    """The flat model as the longest runs of elements that are all trainable or all not.
-
-    trainable: names, as of `common.models.recogniser.trainable_names`.
-    """
-    spans: list[Span] = []
-    for entry in manifest.entries:
-        is_trainable, end = entry.name in trainable, entry.offset + entry.size
-        if spans and spans[-1][1] == is_trainable:
-            spans[-1] = (slice(spans[-1][0].start, end), is_trainable)
-        else:
-            spans.append((slice(entry.offset, end), is_trainable))
-    return tuple(spans)
 
 
 class ServerOptimiser:

@@ -234,6 +234,7 @@ class Federation:
             share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
             limited=self.record.limited,
             max_pairs=self.settings.verification.max_pairs,
+            is_private=self.settings.privacy.is_on,
             answered=self.record.answered,
         )
         exchange.send(tasks, members, model)

@@ -545,14 +545,15 @@ def known_scores(sums: "EvaluationSums") -> dict[str, float]:
 def train_metrics(train: Mapping[str, float]) -> dict[str, float]:
     """train_loss, train_accuracy, gradient_norm, images_per_second from a reply's (or merged) training sums.
 
-    The warm-up of new heads has figures of its own, where there was one.
+    The warm-up of new heads has figures of its own, where there was one.  With differential privacy the first three are
+    not there: their sums stay at the client.
     """
     pictures, steps = max(train["num_pictures"], 1.0), max(train["num_steps"], 1.0)
     warmup = {"num_warmup_pictures": train["num_warmup_pictures"], seconds_of("warmup"): train["warmup_seconds"]}
-    figures = {
-        "train_loss": train["loss_sum"] / pictures,
-        "train_accuracy": train["correct"] / pictures,
-        "gradient_norm": train["gradient_norm_sum"] / steps,
+    sums = {"train_loss": ("loss_sum", pictures), "train_accuracy": ("correct", pictures)}
+    sums |= {"gradient_norm": ("gradient_norm_sum", steps)}
+    figures = {name: train[field] / number for name, (field, number) in sums.items() if field in train}
+    figures |= {
         "images_per_second": train["num_pictures"] / max(train["seconds"], 1e-9),
         seconds_of("receive"): train["receive_seconds"],
         seconds_of("evaluate"): train["evaluate_seconds"],

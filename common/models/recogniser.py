@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from common.models.vit import VitTrunk
 from common.settings import ModelSettings
 
 _SHARED_PREFIX: Final = "backbone."
+_BATCH_NORMALISATION: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
 _NORMALISATION_LAYERS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -38,9 +39,19 @@ class Recogniser(nn.Module):
         self.backbone = backbone
         self.head = head
         self.glca_head = glca_head
+        self.keeps_statistics = False  # in training too, batch normalisation uses the running statistics and keeps them
         self.loss_weights: nn.ParameterDict | None = None
         if len(self.branches) > 1:
             self.loss_weights = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.branches})
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's own
+        """As torch's; with `keeps_statistics` layers with running statistics stay as in evaluation."""
+        super().train(mode)
+        if self.keeps_statistics:
+            for module in self.modules():
+                if isinstance(module, _BATCH_NORMALISATION):
+                    module.eval()
+        return self
 
     @property
     def branches(self) -> tuple[str, ...]:

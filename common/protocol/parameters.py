@@ -5,7 +5,7 @@ Flower's transfer cost follows the number of objects, not their bytes, so a mode
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 
 FLOAT32_BYTES = 4
+Span = tuple[slice, bool]  # elements of the flat model, and whether they are trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,21 @@ def manifest_of(state: Mapping[str, Tensor]) -> Manifest:
         entries.append(entry)
         offset += entry.size
     return Manifest(tuple(entries))
+
+
+def trainable_spans(manifest: Manifest, trainable: Collection[str]) -> tuple[Span, ...]:
+    """The flat model as the longest runs of elements that are all trainable or all not.
+
+    trainable: names, as of `common.models.recogniser.trainable_names`.
+    """
+    spans: list[Span] = []
+    for entry in manifest.entries:
+        is_trainable, end = entry.name in trainable, entry.offset + entry.size
+        if spans and spans[-1][1] == is_trainable:
+            spans[-1] = (slice(spans[-1][0].start, end), is_trainable)
+        else:
+            spans.append((slice(entry.offset, end), is_trainable))
+    return tuple(spans)
 
 
 def flatten(state: Mapping[str, Tensor], manifest: Manifest) -> NDArray[np.float32]:

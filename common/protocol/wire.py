@@ -47,6 +47,8 @@ TRAIN_FIELDS = (
     "num_halvings",
     "receive_seconds", "evaluate_seconds", "warmup_seconds", "seconds", "send_seconds",
 )  # fmt: skip
+# Follow from the pictures' content, so they stay at the client where the run has differential privacy.
+OF_CONTENT = ("correct", "loss_sum", "gradient_norm_sum")
 
 _REPLY_NAMES: Mapping[str, frozenset[str]] = {
     SUMS: frozenset(
@@ -108,7 +110,7 @@ class Reply:
     server_round: int
     manifest: str
     num_examples: int
-    train: Mapping[str, float]  # TRAIN_FIELDS; empty after evaluate
+    train: Mapping[str, float]  # TRAIN_FIELDS, with differential privacy not OF_CONTENT; empty after evaluate
     evaluations: Mapping[str, EvaluationSums]  # by split
     withheld: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> why nothing else of it leaves
     change: Coded | None  # None after evaluate

@@ -123,9 +123,10 @@ class RoundLines:
 
     def trained(self, event: Mapping[str, Any]) -> None:
         """A round is whole; its line comes with its scores."""
+        loss = event.get("train_loss")  # stays at the clients where the run has differential privacy
+        told = "" if loss is None else f" train loss {loss:.3f},"
         self._trained[event["round"]] = (
-            f"round {event['round']} of {event['rounds']}: {event['clients']} clients, train loss"
-            f" {event['train_loss']:.3f}, {event['seconds']:.1f} s"
+            f"round {event['round']} of {event['rounds']}: {event['clients']} clients,{told} {event['seconds']:.1f} s"
         )
 
     def scored(self, event: Mapping[str, Any]) -> str:

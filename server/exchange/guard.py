@@ -15,10 +15,10 @@ from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.names import CLIENT_NAME, NAME_RULE
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude, pieces
-from common.protocol.parameters import Manifest
-from common.protocol.wire import TRAIN_FIELDS, Reply, Site
+from common.protocol.parameters import Manifest, Span
+from common.protocol.wire import OF_CONTENT, TRAIN_FIELDS, Reply, Site
 from common.settings import PRECISIONS
-from server.global_model import Buffer, Span
+from server.global_model import Buffer
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
@@ -133,18 +133,28 @@ def check_sender(message: Message, node_id: int) -> None:
 
 
 def check_train_reply(
-    reply: Reply, *, server_round: int, manifest: Manifest, site: Site, codec: str, max_pairs: int | str = "all"
+    reply: Reply,
+    *,
+    server_round: int,
+    manifest: Manifest,
+    site: Site,
+    codec: str,
+    max_pairs: int | str = "all",
+    is_private: bool = False,
 ) -> None:
     """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec.
 
-    max_pairs: verification.max_pairs, by which every client scores.
+    max_pairs: verification.max_pairs, by which every client scores.  is_private: privacy.unit is not "off".
     """
     _check_origin(reply, server_round, manifest)
     _check_num_examples(reply.num_examples, site)
     _check_change(reply, manifest, codec)
-    missing = [name for name in TRAIN_FIELDS if name not in reply.train]
+    wanted = [name for name in TRAIN_FIELDS if not (is_private and name in OF_CONTENT)]
+    missing = [name for name in wanted if name not in reply.train]
     if missing:
         raise ReplyRefused(f"the reply lacks the training sum {missing[0]}")
+    if len(reply.train) > len(wanted):
+        raise ReplyRefused("the reply holds sums that no reply with differential privacy has")
     _check_sums(reply.train)
     _check_evaluations(reply, site, max_pairs)
 

@@ -43,6 +43,7 @@ class Exchange:
     bound: ChangeBound  # of the model that is sent
     share: Share | None = None  # None: all that a client holds is counted
     max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
+    is_private: bool = False  # the run has differential privacy
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
     answered: Callable[[str], None] = lambda _client: None  # is told whose reply was taken, or given up
     reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
@@ -111,6 +112,7 @@ class Exchange:
             site=member.site,
             codec=self.federation.upload_codec,
             max_pairs=self.max_pairs,
+            is_private=self.is_private,
         )
         if reply.change is not None:
             self.norms[name] = self.bound.check(reply.change)

@@ -149,8 +149,9 @@ class History:
     def score(self, step: int, tally: Tally) -> dict[str, float]:
         """Keep the sums of the model of round `step`; returns its metrics (val_roc_auc, ...), pooled but for one.
 
-        An equal median of the clients' validation AUC leaves the earlier round the best. Round 0 is never the best: it
-        is untrained. The best round's model may be scored again, by more clients; then that score is its own.
+        An equal median of the clients' validation AUC leaves the earlier round the best; where no client's leaves, the
+        last round is it. Round 0 is never the best: it is untrained. The best round's model may be scored again, by
+        more clients; then that score is its own.
         """
         if tally.total is None:
             return {}
@@ -162,10 +163,16 @@ class History:
         if split == "val" and aucs:
             metrics[BY_CLIENT_AUC] = float(np.median(aucs))
         better = metrics.get(BY_CLIENT_AUC, 0.0) > self._best_by_client()
+        if BY_CLIENT_AUC not in metrics and self._is_unscored(self.best_round):
+            better = step > self.best_round
         record.metrics |= metrics
         if split == "val" and step > 0 and (better or step == self.best_round):
             self.best_round, self.best_val_auc = step, known_scores(tally.total).get(AUC, 0.0)
         return metrics
+
+    def _is_unscored(self, step: int) -> bool:
+        """Whether no client's validation AUC is known of that round's model: there is nothing to choose by."""
+        return BY_CLIENT_AUC not in self.at(step).metrics and of_split("val", AUC) not in self.at(step).metrics
 
     def _best_by_client(self) -> float:
         """What chose the best round."""

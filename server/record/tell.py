@@ -327,7 +327,7 @@ class Record:
         self._num_warmup_pictures += merged["num_warmup_pictures"]
         train = train_metrics(merged)
         record = history.at(server_round)
-        record.metrics |= {name: train[name] for name in ("train_loss", "train_accuracy")}
+        record.metrics |= {name: train[name] for name in ("train_loss", "train_accuracy") if name in train}
         record.metrics |= sizes
         record.metrics["round_clients"] = float(len(replies))
         record.metrics[WORK_SECONDS] = sum(merged[f"{part}seconds"] for part in ("evaluate_", "warmup_", ""))
@@ -353,7 +353,7 @@ class Record:
             rounds=self._settings.federation.rounds,
             clients=int(metrics["round_clients"]),
             seconds=seconds[ROUND_SECONDS],
-            train_loss=metrics["train_loss"],
+            train_loss=metrics.get("train_loss"),  # stays at the clients where they have differential privacy
         )
 
     def stopped_early(self, last_round: int, history: History) -> None:

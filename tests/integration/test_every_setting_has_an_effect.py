@@ -211,6 +211,29 @@ def test_the_pack_depends_on_it(name, faces, tmp_path):
         assert after.pictures.shape[1:3] == (other, other)
 
 
+PRIVATE = {
+    "model__backbone": "vit_tiny",
+    "model__depth": 1,
+    "privacy__unit": "person",
+    "privacy__group_people": 3,
+    "privacy__clip": 0.1,
+}
+
+
+@proves("privacy.unit", "privacy.epsilon", "privacy.delta", "privacy.clip", "privacy.group_people")
+def test_privacy_changes_the_model_also_where_the_noise_is_the_same(faces, tmp_path, monkeypatch):
+    """The noise of each reply is drawn anew, so it is fixed here: what differs then is the settings' doing."""
+    monkeypatch.setattr("clients.local_update.secrets.token_bytes", lambda number: bytes(range(number)))
+
+    def model(**values: object) -> str:
+        folder = tmp_path / "-".join(["site", *map(str, values.values())])
+        return buffer_sha256(two_rounds(changed(BASE, **(PRIVATE | values)), site_at(folder, "folder", faces))[0])
+
+    found = [model(), model(privacy__group_people=2), model(privacy__clip=0.2), model(privacy__epsilon=4.0)]
+    found += [model(privacy__delta=1e-6), model(privacy__unit="site"), model(privacy__unit="off")]
+    assert len(set(found)) == 7
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 
