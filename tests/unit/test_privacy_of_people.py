@@ -148,7 +148,9 @@ def test_a_group_knows_nothing_of_the_groups_before_it(tmp_path):
 def test_running_statistics_stay_as_they_were_received(tmp_path):
     state, shared = workplace_in(tmp_path)
     change = decode(train(state, task_of(state), shared).change)
+    total = sum_of(state, shared, groups_of(state.pack, tmp_path))
     spans = trainable_spans(state.manifest, trainable_names(state.recogniser))
+    assert not any(total[span].any() for span, is_trained in spans if not is_trained)  # in training already
     assert any(not is_trained for _, is_trained in spans)
     for span, is_trained in spans:
         assert bool(change[span].any()) is is_trained
