@@ -7,12 +7,14 @@ people would bound what one person moves (docs/adr/0027-privacy-of-people.md).
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import TrainingFailed
 from common.faces.pack import FacePack
 from common.faces.partition import part_of
 from common.faces.splits import Split
@@ -21,10 +23,13 @@ from common.privacy.mechanism import Buffer, add_clipped
 from common.protocol.parameters import Manifest, flatten, load_shared
 from common.settings import Settings
 from common.strategies import Penalty
+from common.system.events import SHOWN
 from common.system.progress import Tick, no_tick
 from common.system.runtime import stream_seed
 from common.system.site_secret import keyed_seed
 from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
+
+log = logging.getLogger("facefed.client")
 
 CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
 
@@ -80,7 +85,7 @@ def summed_changes(
 
     recogniser: its backbone does the work and holds the received model again afterwards; its heads are not used.
     penalty: makes what the strategy adds to a loss, of the backbone as it is then.
-    Raises TrainingFailed when a loss or gradient is not finite.
+    A group whose loss or gradient is not finite adds nothing: to answer with its failure would tell of its people.
     """
     total, all_sums = np.zeros(manifest.size, dtype=np.float64), TrainSums()
     # Each group has heads of other shapes, and a graph for each would not pay back.
@@ -96,18 +101,22 @@ def summed_changes(
         learner.keeps_statistics = True
         load_shared(learner, received, manifest)
         compute.place(learner)
-        warmed = warm_up_head(learner, pack, settings=settings, compute=compute, stream_name=own)
-        sums = train_round(
-            learner,
-            make_optimiser(learner, settings.training),
-            pack,
-            settings=settings,
-            compute=compute,
-            server_round=server_round,
-            stream_name=own,
-            penalty=penalty(),
-            tick=tick,
-        )
+        try:
+            warmed = warm_up_head(learner, pack, settings=settings, compute=compute, stream_name=own)
+            sums = train_round(
+                learner,
+                make_optimiser(learner, settings.training),
+                pack,
+                settings=settings,
+                compute=compute,
+                server_round=server_round,
+                stream_name=own,
+                penalty=penalty(),
+                tick=tick,
+            )
+        except TrainingFailed as error:
+            log.warning("%sgroup %d of round %d adds nothing: %s", SHOWN, group, server_round, error)
+            continue
         change = flatten(learner.state_dict(), manifest)
         change -= received
         add_clipped(total, change, settings.privacy.clip)

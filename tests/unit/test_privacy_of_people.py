@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from tiny_federation import settings_with, task_for, tiny_pack, tiny_workplace
 
+import clients.group_training
 import clients.local_update
 from clients import privacy_budget
 from clients.group_training import Groups, divide, num_groups_of, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
 from clients.privacy_budget import Release, budget_file, spent_in
-from common.errors import ConfigError, ReplyRefused
+from common.errors import ConfigError, ReplyRefused, TrainingFailed
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
 from common.privacy.accounting import epsilon_of, noise_multiplier, squared_mu
@@ -143,6 +144,24 @@ def test_a_group_knows_nothing_of_the_groups_before_it(tmp_path):
     alone = [sum_of(state, shared, Groups(packs={n: pack}, number=3)) for n, pack in groups.packs.items()]
     np.testing.assert_allclose(sum_of(state, shared, groups), np.sum(alone, axis=0), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(flatten(state.recogniser.state_dict(), state.manifest), shared)
+
+
+def test_a_group_that_fails_adds_nothing_and_is_told_at_the_site_only(tmp_path, monkeypatch, caplog):
+    state, shared = workplace_in(tmp_path)
+    groups = groups_of(state.pack, tmp_path)
+    first = min(groups.packs)
+    usual = clients.group_training.train_round
+
+    def fails(learner, *args, stream_name, **named):
+        if stream_name.endswith(f"group-{first}"):
+            raise TrainingFailed("the loss is nan")
+        return usual(learner, *args, stream_name=stream_name, **named)
+
+    others = Groups(packs={n: pack for n, pack in groups.packs.items() if n != first}, number=3)
+    expected = sum_of(state, shared, others)
+    monkeypatch.setattr(clients.group_training, "train_round", fails)
+    np.testing.assert_array_equal(sum_of(state, shared, groups), expected)
+    assert f"group {first} of round 1 adds nothing" in caplog.text
 
 
 def test_running_statistics_stay_as_they_were_received(tmp_path):
