@@ -40,7 +40,7 @@ from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.design import num_pairs_of
+from common.metrics.design import most_pairs_of_a_person, num_pairs_of
 from common.metrics.sums import EvaluationSums
 from common.models.recogniser import (
     Recogniser,
@@ -150,29 +150,41 @@ def _first_model(state: ClientState) -> NDArray[np.float32]:
     return flatten(recogniser.state_dict(), state.manifest)
 
 
-def val_people_digest(pack: FacePack, max_pairs: int | str = "all") -> str:
+def val_people_digest(pack: FacePack, max_pairs: int | str = "all", person_pairs: int = 0) -> str:
     """A digest of the validation people's pictures and of which pairs are scored: equal for equal validation sets.
 
     It does not leave as it is.
     """
     digest = hashlib.sha256(pack.key.encode())
     digest.update(pack.indices(Split.VAL_PEOPLE).tobytes())
-    if design_of(pack, "val", max_pairs) is not None:
+    design = design_of(pack, "val", max_pairs, person_pairs)
+    if design is not None:
         digest.update(f"at most {max_pairs} pairs".encode())
+        digest.update(f"at most {person_pairs} of a person".encode() if design.is_cut else b"")
     return digest.hexdigest()[:16]
 
 
-def _pairs_scored(pack: FacePack, max_pairs: int | str) -> tuple[int, int]:
+def _pairs_scored(pack: FacePack, max_pairs: int | str, person_pairs: int) -> tuple[int, int]:
     """How many pairs of validation and test people there are, and how many of them a round scores."""
     every, scored = 0, 0
     for split, (_, people) in SPLITS.items():
-        design, own = design_of(pack, split, max_pairs), num_pairs_of(len(pack.indices(people)))
+        design, own = design_of(pack, split, max_pairs, person_pairs), num_pairs_of(len(pack.indices(people)))
         if design is not None and pack.family is not None:  # see `evaluation`: pairs of one choice of pictures
             scored += num_pairs_of(len(design.impostor))
         else:
             scored += own if design is None else design.num_pairs
         every += own
     return every, scored
+
+
+def _tell_pairs_of_a_person(site: SiteSettings, pack: FacePack, max_pairs: int | str, person_pairs: int) -> None:
+    """Say to the site's own user by how much one person can move a count of pairs."""
+    for split, (_, people) in SPLITS.items():
+        person = pack.person[pack.indices(people)]
+        design = design_of(pack, split, max_pairs, person_pairs)
+        most = most_pairs_of_a_person(person, design)
+        cut = f", bounded by max_person_pairs = {person_pairs:,}" if design is not None and design.is_cut else ""
+        log.info("%s%s: one person is in %s of %s's pairs at most%s", SHOWN, site.name, f"{most:,}", split, cut)
 
 
 def join(site: SiteSettings, settings: Settings) -> Site:
@@ -189,8 +201,10 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
     secret = site_secret(site.cache_dir)
-    max_pairs = settings.verification.max_pairs
-    num_pairs, num_scored_pairs = _pairs_scored(pack, max_pairs)
+    pairs = settings.verification.max_pairs, site.policy.max_person_pairs
+    num_pairs, num_scored_pairs = _pairs_scored(pack, *pairs)
+    if site.share is None:
+        _tell_pairs_of_a_person(site, pack, *pairs)
     return Site(
         name=site.name,
         dataset=site.dataset,
@@ -199,8 +213,8 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_training_people=pack.num_classes,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
         num_quarantined=len(pack.quarantined) + pack.account.num_unused_data,
-        val_people=keyed_digest(secret, "val people", val_people_digest(pack, max_pairs), digits=16),
-        test_pairs=keyed_digest(secret, TEST_PAIRS, people_digest(pack, "test", max_pairs), digits=16),
+        val_people=keyed_digest(secret, "val people", val_people_digest(pack, *pairs), digits=16),
+        test_pairs=keyed_digest(secret, TEST_PAIRS, people_digest(pack, "test", *pairs), digits=16),
         num_pairs=num_pairs,
         num_scored_pairs=num_scored_pairs,
         machine=keyed_digest(secret, "machine", machine_digest(), digits=12),
@@ -261,9 +275,9 @@ def _evaluate(
 ) -> dict[str, EvaluationSums | str]:
     """By split what leaves of its sums, or the words that leave in their place.  model: as received, [size]."""
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
-    max_pairs = state.settings.verification.max_pairs
+    max_pairs, person_pairs = state.settings.verification.max_pairs, policy.max_person_pairs
     for split in task.splits.split():
-        sums = evaluate(state.recogniser, state.pack, split, compute, max_pairs=max_pairs)
+        sums = evaluate(state.recogniser, state.pack, split, compute, max_pairs=max_pairs, person_pairs=person_pairs)
         seed = 0
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")

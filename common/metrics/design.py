@@ -10,6 +10,9 @@ picture, so that it is the same for every round, machine and model:
 
 Pictures are drawn, not pairs: pairs of few pictures are cheap, and each is as likely as any, so the impostors' curve is
 an estimate of that of all. How far off it may be: `auc_half_width`.
+
+Where one person would be in more pairs than may be, pictures are left out of whoever has the most: a quarter of the
+bound is for the genuine pairs, the rest for those with others.  Folds and the closed set are beside it.
 """
 
 import math
@@ -33,6 +36,7 @@ class PairDesign:
     most_each: int  # K, pictures of a person among `genuine`
     num_pairs: int  # that are counted
     num_all: int  # that there are
+    is_cut: bool = False  # because one person would have been in too many
 
 
 def num_pairs_of(num_pictures: int) -> int:
@@ -40,11 +44,69 @@ def num_pairs_of(num_pictures: int) -> int:
     return num_pictures * (num_pictures - 1) // 2
 
 
-def pair_design(person: NDArray[np.int64], *, most: int | str, seed: int) -> PairDesign | None:
+def most_pairs_of_a_person(person: NDArray[np.int64], design: PairDesign | None) -> int:
+    """In how many of the counted pairs the person is who is in the most.  person: [N] int64.  design: None: all are."""
+    genuine, impostor = (person, person) if design is None else (person[design.genuine], person[design.impostor])
+    num_people = int(person.max(initial=-1)) + 1
+    own, shown = np.bincount(genuine, minlength=num_people), np.bincount(impostor, minlength=num_people)
+    return int((own * (own - 1) // 2 + shown * (len(impostor) - shown)).max(initial=0))
+
+
+def pair_design(person: NDArray[np.int64], *, most: int | str, seed: int, most_of_person: int = 0) -> PairDesign | None:
     """The design for a set of which at most `most` pairs may be scored; None: all of them are.
 
-    person: [N] int64, who each picture shows.  most: at least 1, or "all".  The same arguments give the same pairs.
+    person: [N] int64, who each picture shows.  most: at least 1, or "all".  most_of_person: pairs that one person may
+    be in, 4 or more; 0: any number.  The same arguments give the same pairs.
     """
+    design = _drawn(person, most, seed)
+    if not 0 < most_of_person < most_pairs_of_a_person(person, design):
+        return design
+    every = np.arange(len(person))
+    genuine, impostor = (every, every) if design is None else (design.genuine, design.impostor)
+    of_genuine = int(most_of_person * _OF_GENUINE)
+    most_each = (1 + math.isqrt(1 + 8 * of_genuine)) // 2  # n pictures have n (n - 1) / 2 pairs
+    random = np.random.default_rng(seed)
+    genuine = _first_of_each(person, genuine, most_each, random)
+    impostor = _first_of_each(person, impostor, _pictures_each(person[impostor], most_of_person - of_genuine), random)
+    own, shown = np.bincount(person[genuine]), np.bincount(person[impostor])
+    return PairDesign(
+        genuine=genuine,
+        impostor=impostor,
+        most_each=int(own.max(initial=0)),
+        num_pairs=_sum_of_pairs(own) + num_pairs_of(len(impostor)) - _sum_of_pairs(shown),
+        num_all=num_pairs_of(len(person)),
+        is_cut=True,
+    )
+
+
+def _first_of_each(
+    person: NDArray[np.int64], chosen: NDArray[np.int64], most_each: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """So many of each person's chosen pictures, at random; ascending."""
+    order = random.permutation(chosen)
+    order = order[np.argsort(person[order], kind="stable")]
+    sizes = np.unique(person[order], return_counts=True)[1]
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[place < most_each])
+
+
+def _pictures_each(shown: NDArray[np.int64], most: int) -> int:
+    """How many pictures of each person make no more than `most` pairs of one person with others; at least 1.
+
+    shown: [n] int64, who is on each picture.
+    """
+    sizes = np.unique(shown, return_counts=True)[1]
+    low, high = 1, int(sizes.max(initial=1))
+    while low < high:
+        each = (low + high + 1) // 2
+        cut = np.minimum(sizes, each)
+        is_within = int((cut * (cut.sum() - cut)).max()) <= most
+        low, high = (each, high) if is_within else (low, each - 1)
+    return low
+
+
+def _drawn(person: NDArray[np.int64], most: int | str, seed: int) -> PairDesign | None:
+    """The design that no bound of a person's pairs cuts."""
     num_all = num_pairs_of(len(person))
     if isinstance(most, str) or num_all <= most:
         return None

@@ -13,7 +13,7 @@ from common.errors import TrainingFailed
 from common.faces.batches import evaluation_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
-from common.metrics.design import PairDesign, num_pairs_of, pair_design
+from common.metrics.design import PairDesign, most_pairs_of_a_person, num_pairs_of, pair_design
 from common.metrics.folds import choose_pairs, fold_histogram, pair_scores
 from common.metrics.pairs import designed_histogram, pair_histogram, pair_histograms
 from common.metrics.sums import ClosedSetSums, EvaluationSums, closed_set_sums, grouped_confusion, no_twins
@@ -27,11 +27,11 @@ CLOSED_BLOCK: Final = 2**25  # logits at once: 128 MiB, and as much again for th
 SPLITS = {"val": (Split.VAL_PICTURES, Split.VAL_PEOPLE), "test": (Split.TEST_PICTURES, Split.TEST_PEOPLE)}
 
 
-def people_digest(pack: FacePack, split: str, max_pairs: int | str = "all") -> str:
+def people_digest(pack: FacePack, split: str, max_pairs: int | str = "all", person_pairs: int = 0) -> str:
     """A digest of who is on which picture of the open set of a split ("val" or "test"), and which pairs are scored.
 
     Models may be compared only on equal test pairs, and equal digests mean equal pairs. It does not depend on how the
-    pictures were aligned or how large they are, nor on max_pairs while there are no more.
+    pictures were aligned or how large they are, nor on max_pairs and person_pairs while there are no more.
     """
     _, people = SPLITS[split]
     shown = pack.person[pack.indices(people)]
@@ -40,15 +40,23 @@ def people_digest(pack: FacePack, split: str, max_pairs: int | str = "all") -> s
         named += "\n\n" + "\n".join(pack.people[first] for first in pack.family[shown].tolist())
     if isinstance(max_pairs, int) and num_pairs_of(len(shown)) > max_pairs:
         named += f"\n\nat most {max_pairs} pairs"
+    if person_pairs:
+        design = design_of(pack, split, max_pairs, person_pairs)
+        named += f"\n\nat most {person_pairs} of a person" if design is not None and design.is_cut else ""
     return hashlib.sha256(f"{pack.dataset}\n{named}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def design_of(pack: FacePack, split: str, max_pairs: int | str) -> PairDesign | None:
-    """Which pairs of a split's open set are scored; None: all.  The same for every model, round and machine."""
+def design_of(pack: FacePack, split: str, max_pairs: int | str, person_pairs: int = 0) -> PairDesign | None:
+    """Which pairs of a split's open set are scored; None: all.  The same for every model, round and machine.
+
+    max_pairs: in all, or "all".  person_pairs: that one person may be in; 0: any number.
+    """
     person = pack.person[pack.indices(SPLITS[split][1])]
-    if isinstance(max_pairs, str) or num_pairs_of(len(person)) <= max_pairs:
+    is_small = isinstance(max_pairs, str) or num_pairs_of(len(person)) <= max_pairs
+    if is_small and (person_pairs == 0 or most_pairs_of_a_person(person, None) <= person_pairs):
         return None
-    return pair_design(person, most=max_pairs, seed=stream_seed("pairs", people_digest(pack, split)))
+    seed = stream_seed("pairs", people_digest(pack, split))
+    return pair_design(person, most=max_pairs, seed=seed, most_of_person=person_pairs)
 
 
 @torch.inference_mode()
@@ -124,12 +132,14 @@ def evaluate(
     open_embeddings: NDArray[np.float32] | None = None,
     open_pairs: NDArray[np.int64] | None = None,
     max_pairs: int | str = "all",
+    person_pairs: int = 0,
 ) -> EvaluationSums:
     """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open).
 
     open_embeddings: [N, D] of the split's open set in the pack's order, where the caller has them already.
     open_pairs: [2, NUM_BINS] of them, where the caller has counted them too and there are no families.
-    max_pairs: of the open set; where it has more, the pairs of `design_of` are scored.
+    max_pairs, person_pairs: of the open set, and that one person is in; where there are more, the pairs of `design_of`
+    are scored.
     """
     pictures, people = SPLITS[split]
     indices = pack.indices(people)
@@ -137,7 +147,7 @@ def evaluate(
     closed, confusion = _closed_set(recogniser, pack, pictures, compute)
     chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
     if open_pairs is None:
-        pairs, twins = _open_set(embeddings, pack, indices, design_of(pack, split, max_pairs), compute)
+        pairs, twins = _open_set(embeddings, pack, indices, design_of(pack, split, max_pairs, person_pairs), compute)
     else:
         pairs, twins = open_pairs, no_twins()
     return EvaluationSums(

@@ -1,10 +1,10 @@
 """How much of each unit's gradient in a round is one person's: a crafted unit that one picture alone switches on shows.
 
-A unit is an output channel of one of a backbone's layers.  What reaches its weights of a picture is the gradient at its
-output, which is zero where a later layer gates it off; a picture's part is that gradient's norm over its places.  Of a
-convolution without a bias the normalisation behind it is looked at, in which pictures of a batch mix.  It is watched in
-the training itself, all of whose pictures count, so nothing is computed twice.  Not seen: weights of a ViT's attention
-inputs, of which the layers before and behind are; and units whose *difference* is one person's.
+A unit is an output channel of one of a backbone's layers.  What reaches its weights of a picture is the gradient at
+its output, which is zero where a later layer gates it off; a picture's part is what that amounts to, over its places.
+Of a convolution without a bias the normalisation behind it is looked at, in which pictures of a batch mix.  It is
+watched in the training itself, all of whose pictures count, so nothing is computed twice.  Not seen: weights of a ViT's
+attention inputs, of which the layers before and behind are; and units whose *difference* is one person's.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ class Share:
 
 @dataclass(kw_only=True)
 class GradientShares:
-    """The sums of a round: of each layer's units and each group of people the norms of their pictures' gradients."""
+    """The sums of a round: of each layer's units and each group of people the sums of their pictures' gradients."""
 
     num_people: int  # of the site, who have a label
     _group: Tensor = field(init=False)  # [num_people] int64
@@ -88,7 +88,7 @@ class GradientShares:
 
     def _add(self, name: str, groups: Tensor, gradient: Tensor) -> None:
         """groups: [B] int64.  gradient: [B, U, h, w], [B, N, U] or [B, U]; not finite where float16 skips a step."""
-        parts = norms_of_units(gradient).nan_to_num_(0.0, 0.0, 0.0)
+        parts = amounts_of_units(gradient).nan_to_num_(0.0, 0.0, 0.0)
         if name not in self._sums:
             self._sums[name] = torch.zeros(len(self._pictures), parts.shape[1], device=parts.device)
         self._sums[name].index_add_(0, groups, parts)
@@ -107,15 +107,14 @@ class GradientShares:
         return found
 
 
-def norms_of_units(gradient: Tensor) -> Tensor:
-    """[B, U, h, w], [B, N, U] or [B, U] of any float -> [B, U] float32: Euclidean norms over places."""
-    if gradient.dim() == 4:
-        norms: Tensor = torch.linalg.vector_norm(gradient, dim=(2, 3), dtype=torch.float32)
-    elif gradient.dim() == 3:
-        norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
-    else:
-        norms = gradient.abs().float()
-    return norms
+def amounts_of_units(gradient: Tensor) -> Tensor:
+    """[B, U, h, w], [B, N, U] or [B, U] of any float -> [B, U] float32: sums of amounts over places.
+
+    Euclidean norms would tell as much and take seven times as long of pictures in channels_last.
+    """
+    places = {4: (2, 3), 3: (1,)}.get(gradient.dim(), ())
+    amounts = gradient.abs()
+    return (amounts.sum(places) if places else amounts).float()
 
 
 def _is_watched(layer: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """One client's part of a round: what may leave, what is repeatable, and what each strategy adds."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -118,6 +119,22 @@ def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
 
 
 # ---- what is repeatable
+
+
+def test_a_policy_bounds_the_pairs_of_a_person_behind_each_score_and_says_so(tmp_path, monkeypatch, caplog):
+    state, model = workplace_in(tmp_path)
+    monkeypatch.setattr("clients.local_update.open_site_pack", lambda *_a, **_k: state.pack)
+    site = dataclasses.replace(state.site, policy=dataclasses.replace(state.site.policy, max_person_pairs=12))
+    bounded = dataclasses.replace(state, site=site)
+    with caplog.at_level("INFO", logger="facefed.client"):
+        joined = join(site, state.settings)
+    assert "alpha: one person is in 11 of val's pairs at most, bounded by max_person_pairs = 12" in caplog.text
+    whole = join(state.site, state.settings)
+    assert joined.num_scored_pairs < joined.num_pairs == whole.num_scored_pairs
+    assert joined.test_pairs != whole.test_pairs
+    assert joined.val_people != whole.val_people
+    scored = train(bounded, task_of(state), model).evaluations
+    assert sum(int(sums.pairs.sum()) for sums in scored.values()) == joined.num_scored_pairs
 
 
 @NORMALISATIONS

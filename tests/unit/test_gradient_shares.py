@@ -5,7 +5,7 @@ import torch
 from packs_in_memory import CPU
 from torch import nn
 
-from common.training.gradient_shares import MOST_GROUPS, GradientShares, Share, norms_of_units
+from common.training.gradient_shares import MOST_GROUPS, GradientShares, Share, amounts_of_units
 from common.training.loop import train_round
 from common.training.optimiser import make_optimiser
 from tests.tiny_federation import settings_with, tiny_workplace
@@ -42,7 +42,7 @@ def by_hand(net, pictures):
     for picture, person in zip(pictures, PEOPLE, strict=True):
         before = net.backbone[0](picture[None]).detach().requires_grad_()
         net.backbone[1:](before).square().sum().backward()
-        sums[person] += before.grad[0].flatten(1).norm(dim=1)
+        sums[person] += before.grad[0].abs().flatten(1).sum(1)
     return sums / sums.sum(0)
 
 
@@ -75,11 +75,12 @@ def test_people_are_counted_in_groups_and_a_group_has_no_less_than_a_person():
     assert folded.share >= many.share
 
 
-def test_norms_are_over_places_and_in_float32():
+def test_amounts_are_summed_over_places_and_told_in_float32():
     gradient = torch.randn(2, 3, 4, 5)
-    torch.testing.assert_close(norms_of_units(gradient), gradient.flatten(2).norm(dim=2))
-    torch.testing.assert_close(norms_of_units(gradient[0]), gradient[0].norm(dim=1))
-    halves = norms_of_units(gradient.bfloat16())
+    torch.testing.assert_close(amounts_of_units(gradient), gradient.flatten(2).abs().sum(2))
+    torch.testing.assert_close(amounts_of_units(gradient[0]), gradient[0].abs().sum(1))
+    torch.testing.assert_close(amounts_of_units(gradient[0, 0]), gradient[0, 0].abs())
+    halves = amounts_of_units(gradient.bfloat16())
     assert halves.dtype == torch.float32
 
 

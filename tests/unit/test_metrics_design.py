@@ -1,12 +1,13 @@
 """The stated part of the pairs that a large set is scored by: its size, people, what it tells, its digest."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from packs_in_memory import CPU, memory_pack, recogniser_for
 
-from common.metrics.design import auc_half_width, num_pairs_of, pair_design
+from common.metrics.design import auc_half_width, most_pairs_of_a_person, num_pairs_of, pair_design
 from common.metrics.figures import open_set_scores
 from common.metrics.pairs import designed_histogram, pair_histogram
 from common.training.evaluation import design_of, evaluate, people_digest
@@ -96,3 +97,55 @@ def test_a_pack_is_scored_by_its_design_and_its_digest_says_so():
     sums = evaluate(recogniser, of_twins, "test", CPU, max_pairs=14)
     assert (sums.twins <= sums.pairs).all()
     assert sums.pairs.sum() <= 14
+
+
+def pairs_of_each(person, design):
+    """In how many of the design's pairs each person is, counted a pair at a time."""
+    found = np.zeros(person.max() + 1, dtype=int)
+    for first, second in itertools.combinations(design.genuine, 2):
+        found[person[first]] += person[first] == person[second]
+    for first, second in itertools.combinations(design.impostor, 2):
+        if person[first] != person[second]:
+            found[[person[first], person[second]]] += 1
+    return found
+
+
+@pytest.mark.parametrize(("most", "bound"), [("all", 2000), ("all", 40), (5000, 900), (5000, 4)])
+def test_nobody_is_in_more_pairs_than_bounded(most, bound):
+    design = pair_design(PERSON, most=most, seed=3, most_of_person=bound)
+    each = pairs_of_each(PERSON, design)
+    assert design.is_cut
+    assert each.max() == most_pairs_of_a_person(PERSON, design) <= max(bound, len(SIZES) - 1)
+    assert bound < 40 or each.max() > 0.4 * bound
+    histogram = designed_histogram(embeddings_of(PERSON), PERSON, design)
+    assert histogram.sum() == design.num_pairs
+
+
+@pytest.mark.parametrize("most", ["all", 5000])
+def test_a_bound_that_nobody_is_above_changes_nothing(most):
+    plain = pair_design(PERSON, most=most, seed=3)
+    enough = most_pairs_of_a_person(PERSON, plain)
+    bounded = pair_design(PERSON, most=most, seed=3, most_of_person=enough)
+    assert (bounded is None) == (plain is None) == (most == "all")
+    if plain is not None:
+        np.testing.assert_array_equal(bounded.impostor, plain.impostor)
+    assert pair_design(PERSON, most=most, seed=3, most_of_person=enough - 1).is_cut
+
+
+def test_one_person_moves_the_counts_by_no_more_than_the_bound():
+    design = pair_design(PERSON, most="all", seed=3, most_of_person=600)
+    embeddings = embeddings_of(PERSON)
+    before = designed_histogram(embeddings, PERSON, design)
+    embeddings[PERSON == 4] = embeddings_of(PERSON, seed=9)[PERSON == 4]
+    moved = designed_histogram(embeddings, PERSON, design) - before
+    assert 0 < np.abs(moved).max() <= moved[moved > 0].sum() <= 600
+
+
+def test_a_bound_is_part_of_what_is_scored_and_of_its_digest_where_it_cuts():
+    pack = memory_pack(people=4)  # two test people of three pictures: a person is in 3 + 9 pairs
+    assert people_digest(pack, "test", "all", 12) == people_digest(pack, "test")
+    digests = {people_digest(pack, "test", "all", bound) for bound in (0, 11, 4)}
+    assert len(digests) == 3
+    recogniser = recogniser_for(pack)
+    scored = evaluate(recogniser, pack, "test", CPU, person_pairs=4).pairs
+    assert scored.sum() == design_of(pack, "test", "all", 4).num_pairs < 15
