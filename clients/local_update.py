@@ -23,7 +23,7 @@ from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
 from clients.past_tasks import PastTasks
 from clients.policy import against_data, against_share, digest_of, require_none
-from clients.privacy_budget import Release, budget_file, require_budget, spend, spent_in
+from clients.privacy_budget import Release, budget_file, require_budget, spend
 from clients.private_state import (
     load_answer,
     load_private,
@@ -55,6 +55,7 @@ from common.privacy.accounting import noise_multiplier
 from common.privacy.mechanism import SEED_BYTES, add_clipped, released
 from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
 from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
+from common.protocol.spending import spent_in
 from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty

@@ -170,6 +170,8 @@ def _site_privacy_conflicts(federation: FederationSettings) -> list[str]:
         return [f'federation.strategy = "{federation.strategy}" looks at single changes; with {on} use one of {means}.']
     if federation.norm_factor != "off":
         return [f'federation.norm_factor leaves changes out because of others; with {on} use "off".']
+    if federation.clients_per_round == "all":
+        return [f"{on} divides by a number that is fixed, whoever answers; set federation.clients_per_round."]
     return []
 
 

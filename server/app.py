@@ -39,6 +39,7 @@ from server.record.history import History
 from server.record.tell import Record
 from server.resume import resume
 from server.rounds import Federation, Outcome
+from server.site_privacy import SitePrivacy
 
 log = logging.getLogger("facefed.server")
 
@@ -167,6 +168,7 @@ def _federate(
         checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),
         record=Record(tracked, events, settings),
         public=public_scorer(settings, recogniser, manifest),
+        site_privacy=_site_privacy(settings, surroundings.run_folder),
         history=History(),
         farewell=surroundings.clients_keep_the_model,
     )
@@ -180,6 +182,11 @@ def _federate(
         events.emit("saving")
     summary["registered"] = _register(tracked, federation, outcome, str(summary["below_untrained"]))
     return summary
+
+
+def _site_privacy(settings: Settings, folder: Path) -> SitePrivacy | None:
+    privacy = settings.privacy
+    return SitePrivacy(privacy, settings.federation, folder) if privacy.unit == "site" else None
 
 
 app = ServerApp()

@@ -14,6 +14,7 @@ from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, encode, num_bytes
 from common.protocol.parameters import Manifest, buffer_sha256
+from common.protocol.refusals import is_spent
 from common.protocol.wire import Reply, Task
 from common.settings import Settings
 from common.strategies import check_number, fewest_clients
@@ -37,6 +38,7 @@ from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
 from server.record.history import History, Tally, longest_first, named_norms, standing_out
 from server.record.tell import Record
+from server.site_privacy import BudgetSpent, SitePrivacy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class Federation:
     checkpoints: RunCheckpoints
     record: Record
     public: PublicScorer | None = None
+    site_privacy: SitePrivacy | None = None  # of privacy.unit = "site"
     history: History = field(default_factory=History)
     clock: RoundClock = field(default_factory=RoundClock)  # of the round in progress
     sha256: str = ""  # of the model that was saved last
@@ -102,11 +105,18 @@ class Federation:
         return Outcome(history=self.history, last_round=last_round, sha256=self.sha256)
 
     def _train(self, last_round: int) -> int:
-        """The rounds after that one; returns the number of the last.  Raises _WentBack."""
+        """The rounds after that one; returns the number of the last, which is earlier where privacy is spent.
+
+        Raises _WentBack.
+        """
         rounds = self.settings.federation.rounds
         while last_round < rounds and not self._is_out_of_patience():
+            try:
+                self._round(last_round + 1)
+            except BudgetSpent:
+                self.record.out_of_privacy(last_round)
+                return last_round
             last_round += 1
-            self._round(last_round)
         if last_round < rounds:
             self.record.stopped_early(last_round, self.history)
         return last_round
@@ -124,6 +134,7 @@ class Federation:
         """One round.  Its model is saved and its figures are told while the next messages are answered.
 
         It is tried again while too few replies can be used, as whoever is missing may come back.
+        Raises BudgetSpent where one was trained before: more of it would break what the clients' people were promised.
         """
         self.clock = clock = RoundClock()
         attempts = self._attempts()
@@ -157,6 +168,8 @@ class Federation:
         splits = self._splits_to_score(server_round - 1)
         if server_round == self.first_round:
             check_number(self.settings.federation, len(members))
+        if self.site_privacy is not None:
+            self.site_privacy.require_room(len(self.roster.members()))
         tasks = self._tasks("train", server_round, members, splits)
         with closing(self._aggregate()) as change:
             self.bound.receive(self.model.received)
@@ -169,18 +182,24 @@ class Federation:
             try:
                 self._require_enough(replies, members, server_round, kept=server_round - 1)
             except NotEnoughClients as few:
+                if server_round > 1 and any(map(is_spent, exchange.reasons.values())):
+                    raise BudgetSpent from None  # nobody's comes back
                 if is_last:
                     raise
                 self.record.repeated(str(few))
                 return {}, {}, len(tasks)
             self._score(server_round - 1, replies, splits)
             self.clock.lap("evaluate")
+            if self.site_privacy is not None:
+                self.site_privacy.spend(server_round)
             self.model.step(self.optimiser, change.mean())
             self.clock.lap("aggregate")
         norms = {name: named_norms(*exchange.norms[name]) for name in replies}
         return replies, norms, len(tasks)
 
     def _aggregate(self) -> Aggregate:
+        if self.site_privacy is not None:
+            return self.site_privacy.empty_sum(self.manifest.size, self.optimiser.spans)
         return aggregate_for(self.settings.federation, self.manifest.size, self.checkpoints.replies_folder)
 
     def _round_is_whole(

@@ -6,6 +6,7 @@ Both sides know them: a refusal is an answer, which the server counts as such an
 import re
 from typing import Final
 
+OF_PRIVACY: Final = "privacy.epsilon"  # what a site names that has spent its people's privacy
 _WORDS: Final = "this site's policy does not allow it"
 _LINE: Final = re.compile(r"this site's policy does not allow it: ([a-z0-9_.]{1,60}) \(([a-z0-9_]{1,60})\)\.")
 
@@ -19,3 +20,8 @@ def refused_setting(reason: str) -> str | None:
     """The name of the setting that a client's policy refused, or None for any other reason of a client."""
     found = _LINE.search(reason)
     return found.group(1) if found else None
+
+
+def is_spent(reason: str) -> bool:
+    """Whether a client answers no more, for it has spent its people's privacy: to ask again is of no use."""
+    return refused_setting(reason) == OF_PRIVACY

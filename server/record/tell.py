@@ -365,6 +365,15 @@ class Record:
         )
         self._events.emit("stopped_early", round=last_round, line=line)
 
+    def out_of_privacy(self, last_round: int) -> None:
+        """No further round: the privacy of those who would have to answer is spent."""
+        self._tracked.set_tags({"stopped_early": f"after round {last_round}"})
+        line = (
+            f"stopped after round {last_round} of {self._settings.federation.rounds}: privacy.epsilon is spent (a round"
+            " that is repeated with other noise is paid for twice), or a site's own highest is"
+        )
+        self._events.emit("stopped_early", round=last_round, line=line)
+
     def finished(self, history: History, last_round: int, sha256: str) -> dict[str, Any]:
         """The last pictures and the summary, which is also RUN/metrics.json."""
         self._tell_refused(before=math.inf)

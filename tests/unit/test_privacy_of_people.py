@@ -15,7 +15,7 @@ from clients import privacy_budget
 from clients.group_training import Groups, divide, num_groups_of, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
-from clients.privacy_budget import Release, budget_file, spent_in
+from clients.privacy_budget import Release, budget_file
 from common.errors import ConfigError, ReplyRefused, TrainingFailed
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
@@ -23,6 +23,7 @@ from common.privacy.accounting import epsilon_of, noise_multiplier, squared_mu
 from common.privacy.mechanism import standard_normal
 from common.protocol.codec import decode
 from common.protocol.parameters import flatten, trainable_spans
+from common.protocol.spending import spent_in
 from common.protocol.wire import OF_CONTENT, TRAIN_FIELDS
 from common.settings import Settings
 from common.system.site_secret import site_secret
@@ -389,5 +390,5 @@ def test_a_policy_that_wants_it_takes_runs_of_people_within_its_epsilon_only():
     on = {"privacy__unit": "person", "model__backbone": "vit_tiny"}
     assert limits() == ["require_dp"]
     assert limits(**on) == []
-    assert limits(**on | {"privacy__unit": "site"}) == ["require_dp"]
+    assert limits(**on | {"privacy__unit": "site", "federation__clients_per_round": 2}) == ["require_dp"]
     assert limits(**on | {"privacy__epsilon": 20.0, "privacy__delta": 1e-3}) == ["max_epsilon", "max_delta"]
