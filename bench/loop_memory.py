@@ -56,6 +56,9 @@ class StandIns:
             return answer(wire.site_content(site(original.metadata.dst_node_id)), original)
         return answer(self._content(task), original)
 
+    def is_short(self, _message_id: str) -> bool:
+        return False
+
     def _content(self, task: wire.Task) -> RecordDict:
         key = (task.kind, task.splits)
         if key not in self._kept:

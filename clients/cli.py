@@ -162,7 +162,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             if amount is None:
                 live.rest()
             else:
-                live.move(f"round {amount.server_round}", amount)
+                live.move(amount.label, amount)
 
         launch = Launch(site, options, live.say, under_way=under_way)
         with stopping_on_signals(launch.request_stop):

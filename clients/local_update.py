@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,11 @@ from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
 from common.strategies import STRATEGIES, Penalty
 from common.system.events import SHOWN
-from common.system.progress import telling
+from common.system.progress import SCORING, TRAINING, WARMING_UP, Meter, telling
 from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
-from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, people_digest
+from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, num_scored, people_digest
 from common.training.gradient_shares import GradientShares
 from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
 
@@ -278,7 +279,16 @@ def _evaluate(
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
     max_pairs, person_pairs = state.settings.verification.max_pairs, policy.max_person_pairs
     for split in task.splits.split():
-        sums = evaluate(state.recogniser, state.pack, split, compute, max_pairs=max_pairs, person_pairs=person_pairs)
+        with _telling(state, task, SCORING, num_scored(state.pack, split)) as tick:
+            sums = evaluate(
+                state.recogniser,
+                state.pack,
+                split,
+                compute,
+                max_pairs=max_pairs,
+                person_pairs=person_pairs,
+                tick=tick,
+            )
         seed = 0
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")
@@ -290,6 +300,11 @@ def _evaluate(
         if isinstance(found[split], str) and not is_private:
             log.warning("%s%s: no score of %s leaves: %s", SHOWN, state.site.name, split, found[split])
     return found
+
+
+def _telling(state: ClientState, task: Task, work: str, num_pictures: int) -> AbstractContextManager[Meter]:
+    """What is to be called after each step of one part of a task."""
+    return telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round, work=work)
 
 
 def _shared_scores(found: Mapping[str, EvaluationSums | str]) -> dict[str, EvaluationSums]:
@@ -342,7 +357,7 @@ def _train_all(state: ClientState, task: Task, compute: Compute, optimiser: torc
     settings, recogniser, shares = state.settings, state.recogniser, _shares(state)
     recogniser.keeps_statistics = settings.privacy.is_on
     num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
-    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
+    with _telling(state, task, TRAINING, num_pictures) as tick:
         sums = train_round(
             recogniser,
             optimiser,
@@ -371,7 +386,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     compute, received = _receive(state, task, shared)
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
-    folder = state.state_folder(task.run_id)
+    folder, num_training = state.state_folder(task.run_id), len(state.pack.indices(Split.TRAIN))
     found = _restore_private(state, task.run_id, task.server_round - 1, optimiser)
     if found < 0:
         save_private(folder, 0, recogniser, optimiser, state.private)  # so that a repeated round starts here too
@@ -381,7 +396,10 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     evaluated = time.perf_counter()
     warmup = TrainSums()
     if found <= 0 and settings.privacy.unit != "person":  # round 0's private state is the fresh one
-        warmup = warm_up_head(recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name)
+        with _telling(state, task, WARMING_UP, num_training * settings.training.head_warmup_epochs) as tick:
+            warmup = warm_up_head(
+                recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name, tick=tick
+            )
     warmed_up = time.perf_counter()
     if settings.privacy.unit == "person":
         sums, change, residue = _train_in_groups(state, task, compute, found, received)
@@ -531,7 +549,7 @@ def _sum_of_groups(
     stream = f"{task.run_id}\n{task.server_round}"
     groups = divide(state.pack, number=num_groups, secret=site_secret(state.site.cache_dir), stream=stream)
     num_pictures = state.settings.round_pictures(sum(len(pack) for pack in groups.packs.values()))
-    with telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round) as tick:
+    with _telling(state, task, TRAINING, num_pictures) as tick:
         return summed_changes(
             state.recogniser,
             state.manifest,

@@ -11,14 +11,21 @@ from clients.site import SiteSettings
 from common.faces.pack import FacePack, open_pack
 from common.faces.partition import Rows, part_of, partition
 from common.settings import DataSettings
+from common.system.progress import PACKING, telling
 
 MOST_DATA_SETS = 8  # of one simulation's virtual clients; more are opened again
 
 
 def open_site_pack(site: SiteSettings, data: DataSettings) -> FacePack:
-    """The site's pictures.  Raises DataError and CheckpointError as `open_pack` does, and as `partition`."""
+    """The site's pictures; how far their packing is, is told (`common/system/progress.py`).
+
+    Raises DataError and CheckpointError as `open_pack` does, and as `partition`.
+    """
     if site.share is None:
-        return open_pack(site.dataset, site.data_dir, data, site.cache_dir, workers=site.pack_workers)
+        with telling(0, who=site.name, run="", server_round=0, work=PACKING) as meter:
+            return open_pack(
+                site.dataset, site.data_dir, data, site.cache_dir, workers=site.pack_workers, progress=meter.reach
+            )
     share = site.share
     whole = _whole(site.dataset, site.data_dir, data, site.cache_dir, site.pack_workers)
     parts = _parts(

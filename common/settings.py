@@ -163,7 +163,8 @@ class FederationSettings:
     min_clients: int = setting(2, low=1)  # to begin with, and usable replies of each round
     clients_per_round: int | str = setting("all", low=1, word="all")  # so many are drawn for each round
     join_timeout_s: float = setting(300.0, above=0.0)
-    round_timeout_s: float = setting(3600.0, above=0.0)
+    round_timeout_s: float | str = setting("auto", above=0.0, word="auto")  # auto: see server/exchange/patience.py
+    silence_s: float = setting(300.0, low=20.0)  # without progress, after which a site that packs or trains is given up
     round_attempts: int = setting(3, low=1)  # how often a round is tried in which too few replies can be used
     run_timeout_s: float | str = setting("off", above=0.0, word="off")  # from each start of the server
     test_every_rounds: int = setting(1, low=1)  # how often the test curve gets a point; never used for a choice

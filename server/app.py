@@ -28,6 +28,7 @@ from common.system.run_view import model_words
 from common.system.runtime import stream_seed
 from common.tracking.run import TrackedRun
 from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.patience import beat_s
 from server.exchange.receipts import ReceiptMailbox
 from server.exchange.roster import MOST_TOLD_APART, Roster
 from server.flower.grid import GridMailbox, ask_soon
@@ -54,6 +55,7 @@ class Surroundings:
     simulated: bool = False  # the clients are processes of this program
     git_commit: str
     program: str = "flower-server"
+    moves: Callable[[], bool] = lambda: False  # whether clients of this machine have moved since the last call
     clients_keep_the_model: bool = True  # else nobody is told what the best one was: they are virtual
     # Is told the bytes of the flat model as float32: no reply has more, beside its counts.
     expect: Callable[[int], None] = lambda _num_bytes: None
@@ -157,7 +159,13 @@ def _federate(
         roster=Roster(
             mailbox,
             settings.federation,
-            task=Task(kind="join", run_id=run_id, server_round=0, settings=config.to_json(settings)),
+            task=Task(
+                kind="join",
+                run_id=run_id,
+                server_round=0,
+                settings=config.to_json(settings),
+                beat_s=beat_s(settings.federation),
+            ),
             events=events,
             waiter=waiter,
             all_nodes_are_here=surroundings.all_nodes_are_here,
@@ -171,6 +179,7 @@ def _federate(
         site_privacy=_site_privacy(settings, surroundings.run_folder),
         history=History(),
         farewell=surroundings.clients_keep_the_model,
+        moves=surroundings.moves,
     )
     del recogniser
     if federation.checkpoints.exists():

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from server.exchange.clock import RoundClock
 from server.exchange.guard import ChangeBound, blames_the_model
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.messages import Download, Exchange
+from server.exchange.patience import beat_s
 from server.exchange.roster import (
     Member,
     Roster,
@@ -78,6 +79,8 @@ class Federation:
     _left_out: dict[int, dict[str, str]] = field(default_factory=dict)  # round -> client -> why it is not asked again
     _gone_back: Counter[int] = field(default_factory=Counter)  # round -> how often its model was of no use
     _blamed: Counter[str] = field(default_factory=Counter)  # client -> how often that was its doing
+    moves: Callable[[], bool] = lambda: False  # see `Exchange`
+    _pace: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # (client, kind, last) -> s a picture
 
     def __post_init__(self) -> None:
         self.bound = ChangeBound(self.optimiser.spans, self.model.received, self.settings.federation.max_change_factor)
@@ -235,6 +238,7 @@ class Federation:
             manifest=self.manifest.digest,
             splits=splits,
             best_round=self.history.best_round,
+            beat_s=beat_s(self.settings.federation),
         )
         return _tasks_for(members, task, self.settings)
 
@@ -255,13 +259,25 @@ class Federation:
             max_pairs=self.settings.verification.max_pairs,
             is_private=self.settings.privacy.is_on,
             answered=self.record.answered,
+            usual=lambda name, task: self._usual_seconds(name, task, members[name]),
+            heard=self.record.heard,
+            moves=self.moves,
         )
         exchange.send(tasks, members, model)
         self.record.asked(tasks, members)
         self.waiter.do_work()
         self._score_public(next(iter(tasks.values()), None), model)
         self.clock.lap("evaluate")
-        return exchange.replies(change), exchange
+        replies = exchange.replies(change)
+        for name in replies:
+            task, pictures = tasks[name], max(1, members[name].site.num_pictures)
+            self._pace[name, task.kind, task.last] = self.clock.answer_seconds(name) / pictures
+        return replies, exchange
+
+    def _usual_seconds(self, name: str, task: Task, member: Member) -> float | None:
+        """What a client takes for the like of a task, by its last answer and the pictures it announced."""
+        pace = self._pace.get((name, task.kind, task.last))
+        return None if pace is None else pace * member.site.num_pictures
 
     def _score_public(self, task: Task | None, model: Download) -> None:
         """Score the model that was just sent on the public pairs, while the clients work on it."""

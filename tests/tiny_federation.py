@@ -180,6 +180,10 @@ class ScriptedMailbox:
         script = self.nodes.get(message.metadata.dst_node_id)
         return None if script is None else script(wire.read_task(message.content)[0], message)
 
+    def is_short(self, message_id: str) -> bool:
+        reply = self.receive(message_id)
+        return reply is not None and (reply.has_error() or wire.ARRAYS not in reply.content)
+
 
 def roster_over(
     mailbox: ScriptedMailbox,
@@ -312,3 +316,6 @@ class InProcessMailbox:
         message = self._sent[int(message_id)]
         site = self.sites[message.metadata.dst_node_id]
         return self._tamper(site.name, wire.read_task(message.content)[0], handle(site, message))
+
+    def is_short(self, _message_id: str) -> bool:
+        return False

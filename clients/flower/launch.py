@@ -42,6 +42,7 @@ LOOK_EVERY_S, MISSES = 0.5, 3
 REFUSED = re.compile(r"\[code: 2004\]|401 Unauthorized")
 LONGEST_LINE = 1000  # characters of what is shown
 REFUSED_FOR_S = 30.0  # a server that starts may not have read its keys yet
+AGAIN = "again"  # as in common.protocol.wire, which would bring torch along
 GONE_AFTER_S = 60.0  # so long without a heartbeat the server takes a site for connected, and waits for its answer
 
 
@@ -76,7 +77,7 @@ class Launch:
         self._site, self._options, self._tell, self._under_way = site, options, say, under_way
         self._scored = ""  # the round whose model was last said to be evaluated
         self._stop = threading.Event()
-        self._round = ""
+        self._round, self._is_again = "", False
         self._answered_last = False
         self._connected = self._refused = self._interrupted = False
         self._refused_since = float("inf")
@@ -334,13 +335,16 @@ class Launch:
         """A line of the SuperNode's process, as `clients.flower.own_lines` words it."""
         word, _, value = line.strip().partition(" ")
         if word == "round":
-            self._round = value
+            self._is_again = value == AGAIN  # it is asked for an answer that it works on, and nothing new
+            self._round = self._round if self._is_again else value
         elif word == "retries":
             self._interrupted = self._interrupted or not self._connected
         elif word == "node":
             self._connected, self._interrupted, self._give_up_at = True, False, float("inf")
             self._last_node().write_text(value, encoding="utf-8")
             self._say(f"connected to {self._options.where}")
+        elif word == "receives" and self._is_again:
+            return
         elif word == "receives" and value == "train":
             self._say(f"round {self._round}: training")
         elif word == "receives" and self._scored != self._round:  # again: the best is the last, or it is asked again

@@ -23,7 +23,7 @@ LOG_KEPT_BYTES = 10_000_000
 # Flower's log by its templates, and what the arguments must be to become a line of ours: never a text of the server's.
 TOLD: Mapping[str, tuple[str, int | None, re.Pattern[str]]] = {  # template: our word, which argument goes with it
     "SuperNode ID: %s": ("node", 0, re.compile(r"\d{1,20}")),
-    "[RUN %s, ROUND %s]": ("round", 1, re.compile(r"\d{1,9}", re.ASCII)),
+    "[RUN %s, ROUND %s]": ("round", 1, re.compile(r"\d{1,9}|again", re.ASCII)),
     "Receiving: %s message (ID: %s)": ("receives", 0, re.compile(r"train|evaluate")),
     "Sent successfully": ("sent", None, re.compile("")),
     "Connection attempt failed, retrying in %.2f seconds": ("retries", None, re.compile("")),

@@ -15,12 +15,17 @@ site's last connection, beside which the egress ledger lies, and the arguments a
 """
 
 import argparse
+import contextlib
 import functools
 import logging
+import os
+import socket
 import ssl
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Context, Error, Message
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
@@ -46,14 +51,18 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from clients.egress import LEDGER, refusal
+from clients.egress import LEDGER, UNRECORDED, Asked, asked_by, record_egress, record_receipt, refusal
 from clients.flower.own_lines import FlowerTold, mark_of
 from clients.flower.patches import Pace, hold_on, quicken
-from clients.flower.trainer import API, CLIENT_FAILED, KEY, TrainerGone, hand_over
+from clients.flower.trainer import API, CLIENT_FAILED, JOIN, KEY, TrainerGone, hand_over
+from common.protocol import beats
+from common.protocol.beats import beat_of
+from common.system.progress import FILE as PROGRESS
 from common.system.runtime import go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
+NOT_HERE = "it does not work on that task any more: its client was started again."
 GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
 
 log = logging.getLogger("facefed.client")
@@ -128,8 +137,68 @@ def _interceptors(private_key: str) -> list[Any]:
     return [version, NodeAuthHttpInterceptor(key, key.public_key())]
 
 
+class Job:
+    """A task that the trainer works on, from a thread, until its answer is taken or it is left."""
+
+    def __init__(self, meeting: Path, message: Message) -> None:
+        """Hand the message's content over."""
+        self.message_id, self.asked = message.metadata.message_id, asked_by(message.content)
+        self.done, self.began = threading.Event(), time.time()
+        self._answer: RecordDict | str | TrainerGone = ""
+        self._connection: Connection | None = None
+        self._is_left = False
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, args=(meeting, message.content), name="job", daemon=True).start()
+
+    def _work(self, meeting: Path, content: RecordDict) -> None:
+        try:
+            self._answer = hand_over(meeting, content, connected=self._connected)
+        except TrainerGone as gone:
+            self._answer = gone
+        except Exception as error:
+            log.warning("a task could not be handed over (%s)", repr(error))
+            self._answer = TrainerGone("the trainer could not be asked; the client's own output says why.")
+        self._connection = None
+        self.done.set()
+
+    def _connected(self, connection: Connection) -> None:
+        with self._lock:
+            self._connection = connection
+            if self._is_left:
+                _hang_up(connection)
+
+    def leave(self) -> None:
+        """Nobody wants the answer any more: the trainer ends its work."""
+        with self._lock:
+            self._is_left = True
+            if self._connection is not None:
+                _hang_up(self._connection)
+
+    def answer(self) -> RecordDict | str:
+        """The answer, of one that is done.  Raises TrainerGone."""
+        if isinstance(self._answer, TrainerGone):
+            raise self._answer
+        return self._answer
+
+    def is_meant(self, again: str, asked: Asked) -> bool:
+        """Whether a message asks for this task's answer once more: by its id, or to join the same run."""
+        if again:
+            return again == self.message_id
+        return asked.kind == JOIN and (asked.kind, asked.run_id) == (self.asked.kind, self.asked.run_id)
+
+
+def _hang_up(connection: Connection) -> None:
+    """End a connection under whoever reads it; to close it would not wake that thread."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
+
+
 class Executor:
-    """Answers one message after the other, for as long as its SuperNode lives."""
+    """Answers one message after the other, for as long as its SuperNode lives.
+
+    Where the server wants to hear of a site that works (`beat_s` of its task), an answer that is not there by then
+    stays with its `Job`, a beat leaves instead, and the server asks again.
+    """
 
     def __init__(self, meeting: Path, *, name: str, pace: Pace, ledger: Path) -> None:
         """meeting: the folder where the trainer and the SuperNode are met.  name: the site's.
@@ -137,6 +206,7 @@ class Executor:
         ledger: the folder of the egress ledger, for what is said here in the trainer's place.
         """
         self._meeting, self._name, self._pace, self._ledger = meeting, name, pace, ledger
+        self._job: Job | None = None
         self._secret, self._through = (meeting / KEY).read_bytes(), ThroughSocket(meeting)
 
     def serve(self) -> None:
@@ -177,10 +247,42 @@ class Executor:
                 self._pace.tell_done()
 
     def _answered(self, message: Message) -> Message:
+        task: Mapping[str, Any] = message.content.get("task", ConfigRecord())
+        again, wait_s = task.get("again", ""), task.get("beat_s", 0.0)
+        asked, job = asked_by(message.content), self._job
+        if job is None or not job.is_meant(str(again), asked):
+            if again:
+                return self._said(message, NOT_HERE)
+            if job is not None and not job.done.is_set():
+                job.leave()
+            job = self._job = Job(self._meeting, message)
+        else:
+            record_receipt(self._ledger, self._name, asked, str(task.get("received", "")))
+        job.done.wait(max(wait_s, beats.SHORTEST_S) if isinstance(wait_s, float) and wait_s > 0.0 else None)
+        if not job.done.is_set():
+            return self._beat(message, asked, job.began)
+        self._job = None
         try:
-            answer = hand_over(self._meeting, message.content)
+            answer = job.answer()
         except TrainerGone as gone:
-            answer = refusal(self._ledger, self._name, message.content, f"{self._name}: {gone}")
+            return self._said(message, str(gone))
+        return self._reply(message, answer)
+
+    def _beat(self, message: Message, asked: Asked, since: float) -> Message:
+        """How far the trainer is, which is in the ledger before it leaves."""
+        beat = beat_of(self._ledger.parent / PROGRESS, self._name, since=since)
+        content = RecordDict({beats.RECORD: ConfigRecord(beat.values())})
+        try:
+            record_egress(self._ledger, self._name, asked, content)
+        except OSError:
+            return self._reply(message, UNRECORDED)
+        return self._reply(message, content)
+
+    def _said(self, message: Message, line: str) -> Message:
+        return self._reply(message, refusal(self._ledger, self._name, message.content, f"{self._name}: {line}"))
+
+    @staticmethod
+    def _reply(message: Message, answer: RecordDict | str) -> Message:
         if isinstance(answer, str):
             return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
         return Message(answer, reply_to=message)

@@ -4,7 +4,8 @@
                   --starts--> this process  <--- local socket ---'
 
 It answers one message at a time, ends with its flower-client, and ends itself when the executor that waits for an
-answer goes (the server went): what it was computing is then of no use, and the next run finds a fresh one.
+answer goes (the server went): what it was computing is then of no use, and the next run finds a fresh one.  But whoever
+packs to join goes on until somebody else wants the trainer: the next server asks for the same pictures.
 
 Here are the way to it, the process, and, last, `Trainer`, which is the process as its flower-client sees it.  The
 folder that all know is the user's own (0700) and holds the socket (0600) and a key, with which either side proves
@@ -31,7 +32,7 @@ from typing import Any, Self
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from clients import policy
-from clients.egress import LEDGER, refusal
+from clients.egress import LEDGER, asked_by, refusal
 from clients.flower.own_lines import ShownLines, follow, mark_of
 from clients.site import SiteSettings
 from common.errors import FaceFedError
@@ -43,6 +44,8 @@ from common.system.progress import tell_into
 from common.system.runtime import go_silent
 
 CLIENT_FAILED = 500  # as in common.protocol.wire, which would bring torch along
+WAITS = "waits-"  # how the file of one is called, in the same folder, who waits for the trainer
+JOIN = "join"  # the kind of a task, as in common.protocol.wire
 SOCKET, KEY, SITE = "socket", "key", "site.json"
 API = "supernode"  # the socket of the SuperNode's own API, in the same folder
 THERE_WITHIN_S = 120.0  # a trainer that was started again imports torch first
@@ -103,28 +106,43 @@ def receive_content(connection: Connection) -> RecordDict | str:
     return content
 
 
-def hand_over(folder: Path, content: RecordDict, *, there_within_s: float = THERE_WITHIN_S) -> RecordDict | str:
+def hand_over(
+    folder: Path,
+    content: RecordDict,
+    *,
+    there_within_s: float = THERE_WITHIN_S,
+    connected: Callable[[Connection], object] = bool,
+) -> RecordDict | str:
     """Have the trainer of `folder` answer a message's content; returns the reply's content or the line of a refusal.
 
-    Raises TrainerGone.
+    connected: is told the connection, whose end has the trainer end its work.  Raises TrainerGone.
     """
-    deadline = time.monotonic() + there_within_s
-    while True:
-        try:
-            connection = Client(str(folder / SOCKET), family="AF_UNIX", authkey=(folder / KEY).read_bytes())
-            break
-        except AuthenticationError:
-            raise TrainerGone("the trainer does not know this client's key; restart flower-client.") from None
-        except (OSError, EOFError):  # it is starting, or has just gone
-            if time.monotonic() > deadline or not folder.is_dir():
-                raise TrainerGone("the trainer is not there; its flower-client's output says why.") from None
-            time.sleep(KNOCK_EVERY_S)
-    with connection:
+    with _met(folder, there_within_s) as connection:
+        connected(connection)
         try:
             send_content(connection, content)
             return receive_content(connection)
         except (OSError, EOFError):
             raise TrainerGone("the trainer went in the middle of its work; it is started again.") from None
+
+
+def _met(folder: Path, there_within_s: float) -> Connection:
+    """A connection that the trainer of `folder` has accepted.  Raises TrainerGone."""
+    deadline, mark = time.monotonic() + there_within_s, folder / f"{WAITS}{secrets.token_hex(8)}"
+    with contextlib.suppress(OSError):
+        mark.touch()
+    try:
+        while True:
+            try:
+                return Client(str(folder / SOCKET), family="AF_UNIX", authkey=(folder / KEY).read_bytes())
+            except AuthenticationError:
+                raise TrainerGone("the trainer does not know this client's key; restart flower-client.") from None
+            except (OSError, EOFError):  # it is starting, or has just gone
+                if time.monotonic() > deadline or not folder.is_dir():
+                    raise TrainerGone("the trainer is not there; its flower-client's output says why.") from None
+                time.sleep(KNOCK_EVERY_S)
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def site_to_json(site: SiteSettings) -> str:
@@ -151,8 +169,13 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _end_when_left(connection: Connection, done: threading.Event, most_s: float) -> None:
-    """Until `done`: the other side says nothing more, so what can be read is its end.  It ends after `most_s` too."""
+def _end_when_left(
+    connection: Connection, done: threading.Event, most_s: float, stays: Callable[[], bool] = lambda: False
+) -> None:
+    """Until `done`: the other side says nothing more, so what can be read is its end.  It ends after `most_s` too.
+
+    stays: whether the work goes on all the same.
+    """
     end = time.monotonic() + most_s
     with contextlib.suppress(OSError):  # closed by us meanwhile
         while not done.is_set():
@@ -160,6 +183,9 @@ def _end_when_left(connection: Connection, done: threading.Event, most_s: float)
                 log.warning("%sa task took longer than %g s (max_task_seconds) and is ended", SHOWN, most_s)
                 os._exit(LEFT_ALONE)
             if connection.poll(LOOK_EVERY_S) and not done.is_set():
+                if stays():
+                    done.wait(LOOK_EVERY_S)
+                    continue
                 log.warning("the run was stopped in the middle of a task")
                 os._exit(LEFT_ALONE)
 
@@ -174,13 +200,19 @@ def _answered(site: SiteSettings, content: RecordDict, answer: Answer) -> Record
         return refusal(site.state_dir / LEDGER, site.name, content, reason)
 
 
-def serve_one(connection: Connection, site: SiteSettings, answer: Answer) -> None:
-    """Answer the one message of a connection.  Raises OSError, EOFError or ValueError when it breaks."""
+def serve_one(
+    connection: Connection, site: SiteSettings, answer: Answer, is_wanted: Callable[[], bool] = lambda: True
+) -> None:
+    """Answer the one message of a connection.  Raises OSError, EOFError or ValueError when it breaks.
+
+    is_wanted: whether somebody else waits for an answer; until then a site goes on packing to join.
+    """
     content = receive_content(connection)
     if isinstance(content, str):
         return  # a refusal is no message
-    done = threading.Event()
-    threading.Thread(target=_end_when_left, args=(connection, done, site.policy.max_task_seconds), daemon=True).start()
+    done, joins = threading.Event(), asked_by(content).kind == JOIN
+    watched = (connection, done, site.policy.max_task_seconds, lambda: joins and not is_wanted())
+    threading.Thread(target=_end_when_left, args=watched, daemon=True).start()
     reply = _answered(site, content, answer)
     done.set()
     send_content(connection, reply)
@@ -196,10 +228,16 @@ def serve(folder: Path, site: SiteSettings, answer: Answer) -> None:
     finally:
         os.umask(before)
     with listener:
+        for mark in folder.glob(f"{WAITS}*"):  # of who was killed while it waited
+            mark.unlink(missing_ok=True)
+
+        def is_wanted() -> bool:
+            return any(folder.glob(f"{WAITS}*"))
+
         while True:
             try:
                 with listener.accept() as connection:
-                    serve_one(connection, site, answer)
+                    serve_one(connection, site, answer, is_wanted)
             except Exception as error:  # whatever one connection says, the next is served
                 log.warning("a connection to the trainer broke (%s)", repr(error))
 

@@ -47,10 +47,11 @@ class PackingState:
         share = f"packing {100 * self.done // self.total} %"
         if self.left_s is None:
             return share
-        return f"{share}, {self.per_second:,.0f} pictures a second, {_time_words(self.left_s)} left"
+        return f"{share}, {self.per_second:,.0f} pictures a second, {time_words(self.left_s)} left"
 
 
-def _time_words(seconds: float) -> str:
+def time_words(seconds: float) -> str:
+    """Such as `40 s`, `40 min`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,7 @@
     join      -> task settings                      <- who the client is and what it holds (counts)
     train     -> task settings, shared parameters   <- their change, num-examples, sums, histograms
     evaluate  -> task settings, shared parameters   <- sums, histograms
+    any of them, asked again for its answer         <- the answer, or after `beat_s` how far it is (beats.py)
 
 Heads, embeddings and pictures have no place in any of them.
 
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 
 from common.errors import ReplyRefused
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, NOTHING, EvaluationSums
-from common.protocol import codec
+from common.protocol import beats, codec
+from common.protocol.beats import Beat
 from common.protocol.codec import Coded
 from common.settings import CODECS
 
@@ -40,6 +42,7 @@ _COUNT_DTYPES = (
     "uint32",
     "int64",
 )  # most counts are small, and the smallest that holds them travels
+AGAIN = "again"  # stands for the round in Flower's log of a message that asks for an answer once more
 CLIENT_FAILED = 500  # our error code in Flower's Error; its reason is the client's one line
 NODE_UNAVAILABLE = 5  # Flower's own, of a module that is not public
 TRAIN_FIELDS = (
@@ -77,6 +80,8 @@ class Task:
     threads: int = 1
     last: bool = False  # nothing follows: the run is over
     received: str = ""  # what came of this client last, for its egress ledger; see server/exchange/receipts.py
+    beat_s: float = 0.0  # after so long a client that works on says how far it is; 0: it answers when it is done
+    again: str = ""  # id of the message whose answer is asked for once more, after a beat; the model is not sent again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,9 @@ def task_content(task: Task, shared: ArrayRecord | None) -> RecordDict:
 def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s: float) -> Message:
     """The message of one task to one node; `shared` as in `task_content`."""
     content = task_content(task, shared)
-    return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=str(task.server_round))
+    # What a site's own program tells its user of a message is told once.
+    group = AGAIN if task.again else str(task.server_round)
+    return Message(content, node_id, MESSAGE_TYPES[task.kind], ttl=ttl_s, group_id=group)
 
 
 def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
@@ -242,6 +249,21 @@ def _refuse_extras(content: RecordDict) -> None:
         extra = [name for name in values if name not in known]
         if extra:
             raise ReplyRefused(f"the reply holds {extra[0]!r} in {record!r}, which no reply has")
+
+
+def beat_content(beat: Beat) -> RecordDict:
+    """The content of what a client says before it has its answer."""
+    return RecordDict({beats.RECORD: ConfigRecord(beat.values())})
+
+
+def read_beat(message: Message) -> Beat | None:
+    """The inverse of `beat_content` at the server; None for an answer or an error.  Raises ReplyRefused."""
+    if message.has_error() or beats.RECORD not in message.content:
+        return None
+    extra = [name for name in message.content if name != beats.RECORD]
+    if extra:
+        raise ReplyRefused(f"a beat holds the record {extra[0]!r}, which no beat has")
+    return beats.read_beat(dict(typing.cast("Mapping[str, Any]", message.content[beats.RECORD])))
 
 
 def site_content(site: Site) -> RecordDict:

@@ -29,8 +29,8 @@ class EventLog:
     def emit(self, kind: str, **values: object) -> None:
         """values: JSON.
 
-        kind: starting, begun, joined, gathered, waiting, members, refused, asked, answered, round, scored, resumed,
-        stopped_early, saving, warning, finished or failed.
+        kind: starting, begun, joined, gathered, waiting, members, refused, asked, progress, answered, round, scored,
+        resumed, stopped_early, saving, warning, finished or failed.
         """
         append_line(self.path, {"kind": kind, "time": time.time(), **values}, synced=False)
 

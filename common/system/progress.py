@@ -19,11 +19,17 @@ EVERY_S: Final = 0.5
 LINE_BYTES: Final = 512  # of the whole file, so that one write replaces it
 STALE_S: Final = 60.0  # whoever has said nothing for so long does not work any more
 
+PACKING, SCORING, WARMING_UP, TRAINING = WORKS = ("packing", "scoring", "warming up", "training")  # what is told of
+
 Tick = Callable[[int], object]  # is told after each step how many pictures it took
 
 
 def no_tick(_num_pictures: int) -> None:
     """Nobody wants to know."""
+
+
+def no_show(_amount: "Amount") -> None:
+    """Nobody looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +42,20 @@ class Amount:
     who: str = ""  # the client that works
     run: str = ""
     server_round: int = 0
+    work: str = TRAINING  # one of WORKS
+    before: int = 0  # of `done`, what was done before it began: a packing that was stopped goes on
+
+    @property
+    def label(self) -> str:
+        """What it is, for a person: "packing", "round 3", "round 3, scoring"."""
+        if self.work == PACKING:
+            return self.work
+        return f"round {self.server_round}" + (f", {self.work}" if self.work != TRAINING else "")
 
     @property
     def rate(self) -> float:
         """Pictures a second so far; 0 at the beginning."""
-        return self.done / self.seconds if self.seconds > 0.0 else 0.0
+        return (self.done - self.before) / self.seconds if self.seconds > 0.0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
@@ -73,12 +88,23 @@ class Meter:
     ) -> None:
         """total: pictures in all.  show: is called at most each `every_s`, from where the steps are made."""
         self._total, self._show, self._clock, self._every_s = total, show, clock, every_s
-        self._done = 0
+        self._done = self._before = 0
         self._began = self._shown = clock()
 
     def __call__(self, num_pictures: int) -> None:
         """One step was made."""
-        self._done += num_pictures
+        self._move(self._done + num_pictures)
+
+    def reach(self, done: int, total: int) -> None:
+        """So many pictures of so many are done, as whoever counts them says; the first time, before it began."""
+        if self._total != total:
+            self._total, self._done, self._before, self._shown = total, done, done, float("-inf")
+            self._move(done)
+        elif done != self._done:  # who waits for another program's work calls this, also while nothing moves
+            self._move(done)
+
+    def _move(self, done: int) -> None:
+        self._done = done
         now = self._clock()
         if now - self._shown >= self._every_s:
             self._shown = now
@@ -86,7 +112,7 @@ class Meter:
 
     def amount(self, now: float) -> Amount:
         """How far it is."""
-        return Amount(done=self._done, total=self._total, seconds=now - self._began)
+        return Amount(done=self._done, total=self._total, seconds=now - self._began, before=self._before)
 
 
 # -- from one process to another ---------------------------------------------------------------------------------------
@@ -101,13 +127,14 @@ def tell_into(path: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def telling(total: int, *, who: str, run: str, server_round: int) -> Iterator[Tick]:
-    """What is to be called after each step of one client's training; the file is gone afterwards.
+def telling(total: int, *, who: str, run: str, server_round: int, work: str = TRAINING) -> Iterator[Meter]:
+    """What is to be called after each step of one client's work; the file is gone afterwards.
 
-    A file that cannot be written costs nothing but the news.
+    total: pictures in all; 0: it is not known yet, and `Meter.reach` says it.  A file that cannot be written costs
+    nothing but the news.
     """
     if _place is None:
-        yield no_tick
+        yield Meter(total, no_show)
         return
     path, handle = _place, -1
     try:
@@ -115,7 +142,8 @@ def telling(total: int, *, who: str, run: str, server_round: int) -> Iterator[Ti
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
         def show(amount: Amount) -> None:
-            content = {**asdict(amount), "who": who, "run": run, "server_round": server_round, "time": time.time()}
+            about = {"who": who, "run": run, "server_round": server_round, "work": work}
+            content = {**asdict(amount), **about, "time": time.time()}
             with contextlib.suppress(OSError):
                 os.pwrite(handle, json.dumps(content).encode()[: LINE_BYTES - 1].ljust(LINE_BYTES - 1) + b"\n", 0)
 
@@ -131,12 +159,18 @@ def telling(total: int, *, who: str, run: str, server_round: int) -> Iterator[Ti
 
 def read_amounts(place: Path, *, now: Callable[[], float] = time.time) -> list[Amount]:
     """What the processes that tell into a folder, or into one file, say; what is old or half written is left out."""
-    found = []
-    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-        try:
-            content = json.loads(path.read_bytes())
-            if now() - float(content.pop("time")) <= STALE_S:
-                found.append(Amount(**content))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return found
+    told = [read_amount(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return [amount for amount, when in filter(None, told) if now() - when <= STALE_S]
+
+
+def read_amount(path: Path) -> tuple[Amount, float] | None:
+    """What a process that tells into that file said last, and when it moved, seconds since 1970.
+
+    None where nothing is under way, and of what is half written.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        when = float(content.pop("time"))
+        return Amount(**content), when
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -17,7 +17,7 @@ from common.settings import Settings
 from common.system.console import table
 from common.system.events import EventReader
 from common.system.live import Live, clock_text
-from common.system.progress import EVERY_S, Amount, added, read_amounts
+from common.system.progress import EVERY_S, TRAINING, Amount, added, read_amounts
 from common.system.runtime import facefed_version
 
 LONGEST_LABEL: Final = 11  # of the header's rows
@@ -197,7 +197,8 @@ def _gathering_line(event: Mapping[str, Any]) -> str:
     if event.get("simulated"):  # nobody can come who is not there
         return f"preparing: {missing} of {wanted} clients open their pictures ({event['seconds']} s)"
     here = ", ".join(event["here"]) or "nobody yet"
-    return f"waiting for clients: {here} here, {missing} more needed ({event['seconds']} s)"
+    at_work = "".join(f"; {name}: {words}" for name, words in event.get("at_work", {}).items())
+    return f"waiting for clients: {here} here, {missing} more needed ({event['seconds']} s){at_work}"
 
 
 @dataclass
@@ -211,6 +212,12 @@ class _Round:
     began: float
     answered: int = 0
     done: int = 0  # pictures of those who have answered
+    told: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # client -> what it said last of how far it is
+
+    @property
+    def words(self) -> str:
+        """How far those are who said so: "; celeba: training 31 %, 5 min left"."""
+        return "".join(f"; {name}: {one['words']}" for name, one in sorted(self.told.items()))
 
 
 class RunView:
@@ -253,9 +260,12 @@ class RunView:
             self._round = _Round(event["round"], event["task"], event["clients"], event["pictures"], self._clock())
         elif kind == "answered" and self._round is not None:
             self._round.answered, self._round.done = event["answered"], event["pictures"]
+            self._round.told.pop(event.get("client", ""), None)
             if self._round.answered >= self._round.clients:
                 self._round = None
                 self._live.rest()
+        elif kind == "progress" and self._round is not None:
+            self._round.told[event["client"]] = event
         elif kind == "round":
             self._lines.trained(event)
             self._seconds = [*self._seconds, event["seconds"]][-NEWEST_ROUNDS:]
@@ -275,19 +285,21 @@ class RunView:
         seconds = self._clock() - now.began
         if now.kind != "train":
             more = f"{now.answered} of {now.clients} clients have answered"
-            self._live.tell(f"scoring round {now.number}", now.answered, now.clients, f"{more}, {clock_text(seconds)}")
+            words = f"{more}, {clock_text(seconds)}{now.words}"
+            self._live.tell(f"scoring round {now.number}", now.answered, now.clients, words)
             return
         label = f"round {now.number}/{self._rounds}" if self._rounds else f"round {now.number}"
-        working = [amount for amount in self._at_work() if amount.server_round == now.number]
-        if working or now.done:
-            whole = added(working, done=now.done, total=now.pictures, seconds=seconds)
-            self._live.move(label, whole, self._rest_of_run(now, whole.seconds_left))
+        working = [one for one in self._at_work() if one.server_round == now.number and one.work == TRAINING]
+        done = now.done + sum(one["pictures"] for one in now.told.values() if one["work"] == TRAINING)
+        if working or done:
+            whole = added(working, done=done, total=now.pictures, seconds=seconds)
+            self._live.move(label, whole, self._rest_of_run(now, whole.seconds_left) + now.words)
             return
         words = f"{now.answered} of {now.clients} clients have answered, {clock_text(seconds)}"
         if self._seconds:
             usual = sum(self._seconds) / len(self._seconds)
             words += f" of about {clock_text(usual)}" + self._rest_of_run(now, max(0.0, usual - seconds))
-        self._live.tell(label, now.answered, now.clients, words)
+        self._live.tell(label, now.answered, now.clients, words + now.words)
 
     def _rest_of_run(self, now: _Round, left: float | None) -> str:
         to_come = self._rounds - now.number

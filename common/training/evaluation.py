@@ -18,6 +18,7 @@ from common.metrics.folds import choose_pairs, fold_histogram, pair_scores
 from common.metrics.pairs import designed_histogram, pair_histogram, pair_histograms
 from common.metrics.sums import ClosedSetSums, EvaluationSums, closed_set_sums, grouped_confusion, no_twins
 from common.models.recogniser import Recogniser
+from common.system.progress import Tick, no_tick
 from common.system.runtime import stream_seed
 from common.training.loop import Compute
 
@@ -60,10 +61,12 @@ def design_of(pack: FacePack, split: str, max_pairs: int | str, person_pairs: in
 
 
 @torch.inference_mode()
-def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute: Compute) -> torch.Tensor:
+def embed(
+    recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute: Compute, tick: Tick = no_tick
+) -> torch.Tensor:
     """Raw embeddings of the chosen pictures: [len(indices), D] float32 on the CPU.
 
-    Raises TrainingFailed when one is not finite.
+    tick: is told after each batch how many pictures it had.  Raises TrainingFailed when one is not finite.
     """
     if len(indices) == 0:  # people with too few pictures for a closed set: its sums are zeros, not an error
         return torch.empty(0, recogniser.embedding_size)
@@ -72,7 +75,9 @@ def embed(recogniser: Recogniser, pack: FacePack, indices: NDArray[Any], compute
     parts: list[torch.Tensor] = []
     batches = evaluation_batches(pack.pictures, indices, batch_size=EVALUATION_BATCH, device=compute.device)
     with compute.autocast():  # around all of them, so that the weights are rounded once
-        parts.extend(recogniser.embed(compute.laid_out(batch)).float() for batch in batches)
+        for batch in batches:
+            parts.append(recogniser.embed(compute.laid_out(batch)).float())
+            tick(len(batch))
     embeddings = torch.cat(parts).cpu()
     if not bool(torch.isfinite(embeddings).all()):
         raise TrainingFailed(f"the model gives embeddings that are not finite on {pack.dataset}'s pictures.")
@@ -102,23 +107,23 @@ def closed_set_predictions(
 
 
 def _predicted(
-    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
+    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute, tick: Tick = no_tick
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
     """`closed_set_predictions`, and the cross-entropy summed over the pictures."""
     indices = pack.indices(split)
     labels = pack.training_labels[indices]
     predicted, loss_sum = np.empty(len(indices), dtype=np.int64), 0.0
-    for block, logits in _in_blocks(recogniser, embed(recogniser, pack, indices, compute), compute):
+    for block, logits in _in_blocks(recogniser, embed(recogniser, pack, indices, compute, tick), compute):
         predicted[block] = logits.argmax(1).cpu().numpy()
         loss_sum += float(F.cross_entropy(logits, torch.from_numpy(labels[block]).to(logits.device), reduction="sum"))
     return predicted, labels, loss_sum
 
 
 def _closed_set(
-    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute
+    recogniser: Recogniser, pack: FacePack, split: Split, compute: Compute, tick: Tick
 ) -> tuple[ClosedSetSums, NDArray[np.int64]]:
     """The sums of one client's own people, and how they are confused."""
-    predicted, labels, loss_sum = _predicted(recogniser, pack, split, compute)
+    predicted, labels, loss_sum = _predicted(recogniser, pack, split, compute, tick)
     num_people = recogniser.head.identity_vectors.shape[0]
     return closed_set_sums(predicted, labels, loss_sum), grouped_confusion(predicted, labels, num_people)
 
@@ -133,18 +138,19 @@ def evaluate(
     open_pairs: NDArray[np.int64] | None = None,
     max_pairs: int | str = "all",
     person_pairs: int = 0,
+    tick: Tick = no_tick,
 ) -> EvaluationSums:
     """Evaluate on one split ("val" or "test"): the client's own people (closed) and people never seen (open).
 
     open_embeddings: [N, D] of the split's open set in the pack's order, where the caller has them already.
     open_pairs: [2, NUM_BINS] of them, where the caller has counted them too and there are no families.
     max_pairs, person_pairs: of the open set, and that one person is in; where there are more, the pairs of `design_of`
-    are scored.
+    are scored.  tick: as `embed` has it, of the pictures of `num_scored`; pairs are scored after the last.
     """
     pictures, people = SPLITS[split]
     indices = pack.indices(people)
-    embeddings = embed(recogniser, pack, indices, compute).numpy() if open_embeddings is None else open_embeddings
-    closed, confusion = _closed_set(recogniser, pack, pictures, compute)
+    embeddings = embed(recogniser, pack, indices, compute, tick).numpy() if open_embeddings is None else open_embeddings
+    closed, confusion = _closed_set(recogniser, pack, pictures, compute, tick)
     chosen = choose_pairs(pack.person[indices], seed=stream_seed("folds", people_digest(pack, split)))
     if open_pairs is None:
         pairs, twins = _open_set(embeddings, pack, indices, design_of(pack, split, max_pairs, person_pairs), compute)
@@ -157,6 +163,11 @@ def evaluate(
         confusion=confusion,
         twins=twins,
     )
+
+
+def num_scored(pack: FacePack, split: str) -> int:
+    """How many pictures `evaluate` looks at."""
+    return sum(len(pack.indices(part)) for part in SPLITS[split])
 
 
 def _open_set(

@@ -114,12 +114,19 @@ def _head_sample(settings: Settings, stream_name: str, *began: int) -> HeadSampl
 
 
 def warm_up_head(
-    recogniser: Recogniser, pack: FacePack, *, settings: Settings, compute: Compute, stream_name: str
+    recogniser: Recogniser,
+    pack: FacePack,
+    *,
+    settings: Settings,
+    compute: Compute,
+    stream_name: str,
+    tick: Tick = no_tick,
 ) -> TrainSums:
     """Train a new head alone for training.head_warmup_epochs on the backbone as it is, which does not change.
 
     The learning rate is training.lr throughout, the optimiser the run's kind with a state of its own. Batches come from
     streams of their own, so training afterwards sees the same as without. Does nothing when the epochs are 0.
+    tick: is told after each step how many pictures it took.
 
     Returns sums with num_warmup_pictures and num_warmup_steps only: they are no part of the budget of training.
     Raises TrainingFailed when a loss or gradient is not finite.
@@ -146,6 +153,7 @@ def warm_up_head(
                 stepper.step(batch, where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}")
                 sums.num_warmup_pictures += len(batch.labels)
                 sums.num_warmup_steps += 1
+                tick(len(batch.labels))
     return sums
 
 

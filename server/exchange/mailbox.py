@@ -31,6 +31,13 @@ class Mailbox(Protocol):
         """
         ...
 
+    def is_short(self, message_id: str) -> bool:
+        """Whether a reply to that message is there that holds no model, so that taking it costs no memory.
+
+        False also where that cannot be known.
+        """
+        ...
+
 
 class Waiter:
     """Waits until something happens, a deadline passes, or the run is stopped; pauses grow with what was waited."""
@@ -59,18 +66,20 @@ class Waiter:
         if work is not None:
             work()
 
-    def until(self, look: Callable[[], T | None], deadline: float) -> T | None:
+    def until(self, look: Callable[[], T | None], deadline: float | Callable[[], float]) -> T | None:
         """The first result of `look` that is not None, or None at the deadline (a time.monotonic() value).
 
-        Looks at least once, and does the work that was left before the first pause.  Raises InterruptedRun.
+        Looks at least once, and does the work that was left before the first pause.  deadline: where it moves, what
+        says where it is now.  Raises InterruptedRun.
         """
         began = time.monotonic()
         while True:
             self.check()
             seen = look()
-            if seen is not None or time.monotonic() >= deadline:
+            ends = deadline() if callable(deadline) else deadline
+            if seen is not None or time.monotonic() >= ends:
                 return seen
             self.do_work()
             now = time.monotonic()
             pause = min(max(FIRST_PAUSE_S, FRACTION_WAITED * (now - began)), LONGEST_PAUSE_S)
-            time.sleep(min(pause, max(0.0, deadline - now)))
+            time.sleep(min(pause, max(0.0, ends - now)))

@@ -9,7 +9,8 @@ from flwr.app import Message
 
 from common.errors import ReplyRefused
 from common.protocol import wire
-from common.protocol.codec import Coded
+from common.protocol.beats import Beat
+from common.protocol.codec import Coded, num_bytes
 from common.protocol.parameters import Manifest
 from common.protocol.wire import Reply, Task
 from common.settings import FederationSettings
@@ -23,11 +24,24 @@ from server.exchange.guard import (
     check_train_reply,
 )
 from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.patience import SLOWEST_BYTES_PER_S, Patience
 from server.exchange.roster import Member, Share
 
 Download = Callable[[], Coded]
 TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
 LOOK_WHO_IS_HERE_EVERY_S = 1.0
+SOONEST = 0.5  # times `Task.beat_s`: a client that answers sooner is not asked again at once
+
+
+@dataclass
+class _Awaited:
+    """A client whose answer is not taken yet."""
+
+    patience: Patience
+    first: str  # the id of the message with its task; empty where it could not be sent
+    asked: float  # when it was asked last, as time.monotonic()
+    message: str  # the id of the message that it has not answered; empty: it is asked again soon
+    early: Message | ReplyRefused | None = None  # a short answer that came before its turn, or what is wrong with it
 
 
 @dataclass(kw_only=True)
@@ -46,28 +60,45 @@ class Exchange:
     is_private: bool = False  # the run has differential privacy
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
     answered: Callable[[str], None] = lambda _client: None  # is told whose reply was taken, or given up
+    usual: Callable[[str, Task], float | None] = lambda _client, _task: None  # seconds of that client's like answers
+    heard: Callable[[str, Beat], None] = lambda _client, _beat: None  # is told how far a client is
+    moves: Callable[[], bool] = lambda: False  # whether clients of this machine have moved since the last call
     reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
     norms: dict[str, ChangeNorms] = field(default_factory=dict)  # client -> of its change
     _tasks: Mapping[str, Task] = field(default_factory=dict)
     _members: Mapping[str, Member] = field(default_factory=dict)
-    _sent: dict[str, str] = field(default_factory=dict)  # client -> message id
-    _deadline: float = 0.0
+    _awaited: dict[str, _Awaited] = field(default_factory=dict)
     _lost: set[int] = field(default_factory=set)  # nodes that have been away since their task was sent
     _looked: float = 0.0
 
     def send(self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download) -> None:
         """Send every task.  model: makes what is sent; it is not kept while the clients work."""
-        timeout_s = self.federation.round_timeout_s
-        self._deadline = time.monotonic() + timeout_s
         self._tasks, self._members = tasks, members
+        now = time.monotonic()
+        patience = {name: self._patience(name, task, now) for name, task in tasks.items()}
         shared = wire.pack_shared(model())
         messages = [
-            wire.task_message(task, shared, node_id=members[name].node_id, ttl_s=timeout_s + TTL_SLACK_S)
+            wire.task_message(task, shared, node_id=members[name].node_id, ttl_s=self._ttl_s(patience[name], now))
             for name, task in tasks.items()
         ]
-        self._sent = dict(zip(tasks, self.mailbox.send(messages), strict=True))
+        sent = dict(zip(tasks, self.mailbox.send(messages), strict=True))
         del messages, shared  # the SuperLink has them now
+        self._awaited = {name: _Awaited(patience[name], sent[name], now, sent[name]) for name in tasks}
         self.clock.sent()
+
+    def _patience(self, name: str, task: Task, now: float) -> Patience:
+        fixed, codec = self.federation.round_timeout_s, self.federation.upload_codec
+        change = num_bytes(codec, self.manifest.size) if task.kind == "train" else 0
+        return Patience(
+            began=now,
+            silence_s=self.federation.silence_s,
+            fixed_s=None if isinstance(fixed, str) else fixed,
+            usual_s=self.usual(name, task),
+            transfer_s=change / SLOWEST_BYTES_PER_S,
+        )
+
+    def _ttl_s(self, patience: Patience, now: float) -> float:
+        return patience.limit - now + TTL_SLACK_S
 
     def replies(self, change: Aggregate | None) -> dict[str, Reply]:
         """Take the replies in the order of the tasks; a bad or missing one is left out, and told.
@@ -82,17 +113,18 @@ class Exchange:
             except ReplyRefused as refusal:
                 self.reasons[name] = str(refusal)
                 self.refused(task.server_round, name, str(refusal))
+            del self._awaited[name]
             self.answered(name)
         return replies
 
     def _receive(self, name: str, task: Task, change: Aggregate | None) -> Reply:
-        member = self._members[name]
-        if not self._sent[name]:
+        member, awaited = self._members[name], self._awaited[name]
+        if not awaited.first:
             raise ReplyRefused("the task could not be sent; the client is not connected")
-        message = self.waiter.until(lambda: self._look(self._sent[name], member.node_id), self._deadline)
+        message = self.waiter.until(lambda: self._look(name), lambda: awaited.patience.ends)
         self.clock.lap("wait")
         if message is None:
-            raise ReplyRefused(f"no answer within {self.federation.round_timeout_s:g} s")
+            raise ReplyRefused(awaited.patience.words(time.monotonic()))
         self.clock.answered(name)
         reply = wire.read_reply(message, task.splits)
         check_sender(message, member.node_id)
@@ -144,7 +176,7 @@ class Exchange:
             evaluations={split: sums.at_most(share.num_pictures) for split, sums in reply.evaluations.items()},
         )
 
-    def _look(self, message_id: str, node_id: int) -> Message | None:
+    def _look(self, name: str) -> Message | None:
         """The reply if it is there; pulling it is no waiting.  Raises ReplyRefused where none can come any more.
 
         A client with a key of its own comes back as the node that it was, but without the task that it had; so who
@@ -152,12 +184,64 @@ class Exchange:
         """
         self.clock.lap("wait")
         if time.monotonic() - self._looked >= LOOK_WHO_IS_HERE_EVERY_S:
-            here = set(self.mailbox.node_ids())
-            self._lost |= {member.node_id for member in self._members.values()} - here
+            self._look_at_all(name)
             self._looked = time.monotonic()
-        message = self.mailbox.receive(message_id, self._deadline)
+        message = self._heard_or_answer(name)
         if message is not None:
             self.clock.lap("receive")
-        elif node_id in self._lost:
+        elif self._members[name].node_id in self._lost:
             raise ReplyRefused("the connection to the client was lost")
         return message
+
+    def _look_at_all(self, name: str) -> None:
+        """Who is away, who moves, and how far the others are, whose turn comes after that of `name`.
+
+        Their answers stay where they are until then, but for those without a model.
+        """
+        here = set(self.mailbox.node_ids())
+        self._lost |= {member.node_id for member in self._members.values()} - here
+        now, moves = time.monotonic(), self.moves()
+        for other, awaited in self._awaited.items():
+            if moves:
+                awaited.patience.move(now)
+            beat_s, waits = self._tasks[other].beat_s, bool(awaited.message)
+            if other == name or awaited.early is not None or not awaited.first or beat_s <= 0.0:
+                continue
+            if not waits or (now - awaited.asked >= SOONEST * beat_s and self.mailbox.is_short(awaited.message)):
+                try:
+                    awaited.early = self._heard_or_answer(other)
+                except ReplyRefused as refusal:
+                    awaited.early = refusal
+
+    def _heard_or_answer(self, name: str) -> Message | None:
+        """A client's answer; None where there is none yet, also when it said how far it is and was asked again.
+
+        Raises ReplyRefused.
+        """
+        awaited, task = self._awaited[name], self._tasks[name]
+        now = time.monotonic()
+        if isinstance(awaited.early, ReplyRefused):
+            raise awaited.early
+        if awaited.early is not None:
+            return awaited.early
+        if not awaited.message:
+            if now >= awaited.asked + SOONEST * task.beat_s:
+                self._ask_again(name, now)
+            return None
+        message = self.mailbox.receive(awaited.message, awaited.patience.ends)
+        beat = None if message is None else wire.read_beat(message)
+        if message is None or beat is None:
+            return message
+        check_sender(message, self._members[name].node_id)
+        awaited.message = ""
+        awaited.patience.hear(beat, now)
+        self.heard(name, beat)
+        return None
+
+    def _ask_again(self, name: str, now: float) -> None:
+        awaited, node_id = self._awaited[name], self._members[name].node_id
+        task = dataclasses.replace(self._tasks[name], again=awaited.first)
+        message = wire.task_message(task, None, node_id=node_id, ttl_s=self._ttl_s(awaited.patience, now))
+        awaited.message, awaited.asked = next(iter(self.mailbox.send([message])), ""), now
+        if not awaited.message:
+            raise ReplyRefused("it could not be asked again; the client is not connected")

@@ -69,6 +69,10 @@ class ReceiptMailbox:
             self._at_work = self._hasher.submit(self._take_down, self._sent.pop(message_id), message)
         return message
 
+    def is_short(self, message_id: str) -> bool:
+        """As the mailbox behind it says."""
+        return self._mailbox.is_short(message_id)
+
     def settle(self) -> None:
         """Wait until what was received is written down."""
         at_work, self._at_work = self._at_work, None

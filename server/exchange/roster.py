@@ -9,17 +9,20 @@ from typing import Final, TypeVar
 from flwr.app import Message
 
 from common.errors import NotEnoughClients, ReplyRefused, UserError
-from common.names import looks_of
+from common.names import CLIENT_NAME, looks_of
 from common.protocol import wire
+from common.protocol.beats import UNKNOWN, Beat
 from common.protocol.wire import Site, Task
 from common.settings import FederationSettings
 from common.system.events import EventLog
 from common.system.runtime import stream_seed
 from server.exchange.guard import check_sender, read_site
 from server.exchange.mailbox import Mailbox, Waiter
+from server.exchange.patience import LONGEST_S
 
 T = TypeVar("T")
 SAY_WAITING_EVERY_S = 10.0
+SAY_OFTEN_S = 120.0  # so long; then as seldom as the next line
 SAY_PREPARING_EVERY_S = 30.0  # of a simulation, where nobody has to do anything
 MOST_TOLD_APART: Final = 32  # more clients have no runs, curves and sums of their own, but quantiles over them
 
@@ -30,6 +33,24 @@ class Member:
 
     node_id: int
     site: Site
+
+
+@dataclass(kw_only=True)
+class _Joining:
+    """A node that was asked to join and has not answered.  Times are time.monotonic()."""
+
+    message: str  # the id of the message that it has not answered; empty: it is asked again soon
+    first: float  # when it was asked first
+    asked: float  # when it was asked last
+    beat: Beat | None = None  # what it said last of how far it is
+    moved: float = float("-inf")  # when that has moved last
+
+    def hear(self, beat: Beat, now: float) -> None:
+        if self.beat is None:
+            self.moved = now
+        if beat.still_s != UNKNOWN:
+            self.moved = max(self.moved, now - beat.still_s)
+        self.beat, self.message = beat, ""
 
 
 class Roster:
@@ -56,7 +77,7 @@ class Roster:
         self._mailbox, self._federation, self._task = mailbox, federation, task
         self._events, self._waiter = events, waiter
         self._all_nodes_are_here, self._keys = all_nodes_are_here, keys
-        self._asked: dict[int, str] = {}  # node -> message id, no answer yet
+        self._asked: dict[int, _Joining] = {}  # by node
         self._refused: dict[int, str] = {}  # node -> reason; these are not asked again while they are connected
         self._left: set[int] = set()  # of those refused, who has been away since
         self._members: dict[str, Member] = {}
@@ -68,28 +89,29 @@ class Roster:
     def gather(self) -> dict[str, Member]:
         """The members, in order of their names, as soon as there are `min_clients`; at once if there are.
 
-        Raises NotEnoughClients at the join deadline, saying who is here and how many are missing; UserError when two
-        clients claim one name.
+        Whoever packs its pictures is waited for beyond the join deadline while that moves, for LONGEST_S at most.
+        Raises NotEnoughClients, saying who is here and how many are missing; UserError when two clients claim one
+        name.
         """
         started = time.monotonic()
-        said = [started]
+        said, told = started, set[str]()
 
         def look() -> bool | None:
+            nonlocal said
             self._refresh()
             if len(self._members) >= self._federation.min_clients and not self._still_answering():
                 return True
             self._check_hope()
-            if time.monotonic() - said[0] >= (SAY_PREPARING_EVERY_S if self._simulated else SAY_WAITING_EVERY_S):
-                said[0] = time.monotonic()
-                if len(self._members) <= MOST_TOLD_APART:
-                    self._events.emit(
-                        "waiting", **self._who(), seconds=round(said[0] - started), simulated=self._simulated
-                    )
-                else:
-                    self._say_how_many()
+            now, at_work = time.monotonic(), self._at_work()
+            seldom = self._simulated or now - started > SAY_OFTEN_S
+            is_due = now - said >= (SAY_PREPARING_EVERY_S if seldom else SAY_WAITING_EVERY_S)
+            if is_due or at_work.keys() - told:  # at once, where somebody begins
+                said = now
+                told.update(at_work)
+                self._say_waiting(at_work, round(now - started))
             return None
 
-        found = self._waiter.until(look, started + self._federation.join_timeout_s)
+        found = self._waiter.until(look, lambda: self._join_ends(started + self._federation.join_timeout_s))
         if found is None and len(self._members) < self._federation.min_clients:
             raise NotEnoughClients(self._missing_line(f"within {self._federation.join_timeout_s:g} s"))
         if not self._complete and len(self._members) > MOST_TOLD_APART:
@@ -127,12 +149,33 @@ class Roster:
         """Whether a client that is missing can come back: not in a simulation."""
         return not self._all_nodes_are_here()
 
+    def _join_ends(self, deadline: float) -> float:
+        """The deadline, or later while someone packs and moves."""
+        silence_s = self._federation.silence_s
+        later = [min(one.moved + silence_s, one.first + LONGEST_S) for one in self._asked.values() if one.beat]
+        return max(deadline, *later) if later else deadline
+
+    def _at_work(self) -> dict[str, str]:
+        """How far those are who have not joined yet, in words by name; the first ones."""
+        keys, found = self._keys() or {}, {}
+        for node, one in list(self._asked.items())[:MOST_TOLD_APART]:
+            if one.beat is not None:
+                said = one.beat.client if CLIENT_NAME.fullmatch(one.beat.client) else f"node {node}"
+                found[keys.get(node, said)] = one.beat.words()
+        return found
+
     def _still_answering(self) -> bool:
         # In a simulation every node is known from the start, so a run begins with all of them.
         return self._all_nodes_are_here() and bool(self._asked)
 
     def _who(self) -> Mapping[str, object]:
         return {"here": sorted(self._members), "wanted": self._federation.min_clients}
+
+    def _say_waiting(self, at_work: Mapping[str, str], seconds: int) -> None:
+        if len(self._members) > MOST_TOLD_APART:
+            self._say_how_many()
+            return
+        self._events.emit("waiting", **self._who(), seconds=seconds, simulated=self._simulated, at_work=at_work)
 
     def _say_how_many(self) -> None:
         self._events.emit("gathered", clients=len(self._members), wanted=self._federation.min_clients)
@@ -145,6 +188,7 @@ class Roster:
         lines = dict.fromkeys(reason.strip().splitlines()[-1] for reason in self._refused.values() if reason.strip())
         reasons = "".join(f" Refused: {line}." for line in list(lines)[:MOST_TOLD_APART])
         gone = sorted(self._known - self._members.keys())[:MOST_TOLD_APART]
+        reasons += "".join(f" At work: {name}: {words}." for name, words in self._at_work().items())
         more = self._federation.min_clients - len(self._members) - len(gone)
         missing = [f"{name}, which was here before" for name in gone] + [f"{more} more"] * (more > 0)
         return (
@@ -162,24 +206,44 @@ class Roster:
         if keys is not None:
             online &= keys.keys()  # a node whose key nobody admitted is not asked, so it is sent nothing
         self._members = {name: m for name, m in self._members.items() if m.node_id in online}
-        self._asked = {node: message for node, message in self._asked.items() if node in online}
+        self._asked = {node: joining for node, joining in self._asked.items() if node in online}
         # With a key of its own a client that is started again is the node that it was.
         self._left |= self._refused.keys() - online
         known = {m.node_id for m in self._members.values()} | self._asked.keys() | (self._refused.keys() - self._left)
         new = sorted(online - known)
         self._left -= online
         if new:
-            messages = [self._ask(node) for node in new]
+            messages, now = [self._ask(node) for node in new], time.monotonic()
             sent = zip(new, self._mailbox.send(messages), strict=True)
-            self._asked |= {node: message_id for node, message_id in sent if message_id}
-        for node, message_id in list(self._asked.items()):
-            reply = self._mailbox.receive(message_id)
-            if reply is not None:
-                del self._asked[node]
-                self._admit(node, reply)
+            self._asked |= {node: _Joining(message=name, first=now, asked=now) for node, name in sent if name}
+        for node in list(self._asked):
+            self._hear(node)
+
+    def _hear(self, node: int) -> None:
+        """Take a node's answer, or what it says of how far it is, after which it is asked again."""
+        joining, now = self._asked[node], time.monotonic()
+        if not joining.message:
+            if now >= joining.asked + self._task.beat_s / 2:
+                joining.message, joining.asked = next(iter(self._mailbox.send([self._ask(node)])), ""), now
+            return
+        reply = self._mailbox.receive(joining.message)
+        if reply is None:
+            return
+        try:
+            beat = wire.read_beat(reply)
+            if beat is not None:
+                check_sender(reply, node)
+                joining.hear(beat, now)
+                return
+        except ReplyRefused as error:
+            del self._asked[node]
+            self._refuse(node, str(error))
+            return
+        del self._asked[node]
+        self._admit(node, reply)
 
     def _ask(self, node_id: int) -> Message:
-        return wire.task_message(self._task, None, node_id=node_id, ttl_s=self._federation.join_timeout_s + 60.0)
+        return wire.task_message(self._task, None, node_id=node_id, ttl_s=self._federation.join_timeout_s + LONGEST_S)
 
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
@@ -188,8 +252,7 @@ class Roster:
             self._check_name(site.name, node_id)
         except ReplyRefused as error:
             said = "a client that is no member says: " if reply.has_error() else ""
-            self._refused[node_id] = f"{said}{error}"
-            self._events.emit("refused", client=(self._keys() or {}).get(node_id, ""), reason=self._refused[node_id])
+            self._refuse(node_id, f"{said}{error}")
             return
         if site.name in self._members and not self._complete:
             raise UserError(
@@ -215,6 +278,10 @@ class Roster:
             device=site.device,
             **self._who(),
         )
+
+    def _refuse(self, node_id: int, reason: str) -> None:
+        self._refused[node_id] = reason
+        self._events.emit("refused", client=(self._keys() or {}).get(node_id, ""), reason=reason)
 
     def _check_name(self, name: str, node_id: int) -> None:
         """Raises ReplyRefused unless the name is the node's own: with a key the key's, and like nobody else's."""

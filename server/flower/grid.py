@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 from flwr.app import Array, Error, Message, MessageType, Metadata
 from flwr.app.message import make_message
@@ -30,6 +31,7 @@ log = logging.getLogger("facefed.server")
 UNREADABLE = 501  # our error code in Flower's Error
 UNDELIVERED = "Reply message objects are unavailable"  # Flower's words for a reply of which parts are missing
 QUICK_RETRY_S = 0.1  # of an object that is on its way into the SuperLink's store
+SHORT_OBJECTS: Final = 3  # of a reply with one record and no array: the message, its content, the record
 LEAST_PULL_S = 1.0  # a reply that is whole is never given up for what its transfer takes, even at the deadline
 
 
@@ -85,6 +87,8 @@ class GridMailbox:
         """grid: as the ServerApp got it.  tell: who else wants to know how large a model is, in bytes."""
         self._grid, self._tell = grid, tell
         self._model_bytes: int | None = None
+        self._announced: dict[str, Any] = {}  # message id -> the SuperLink's word on a reply that is there
+        self._asks = self._only_asks = False
         self.num_dropped = 0  # messages that answer nothing that was asked for
 
     def expect(self, model_bytes: int) -> None:
@@ -114,6 +118,40 @@ class GridMailbox:
             return _unreadable(message_id, "no answer: a reply was announced, and not all of it came")
         return found
 
+    def is_short(self, message_id: str) -> bool:
+        """Whether a reply is there that holds no model.
+
+        The SuperLink says once that a reply is there and of how many objects, and then gives them: its word is kept
+        for `receive`.
+        """
+        self._keep_words()
+        if message_id not in self._announced:
+            self._only_asks = self._asks
+            try:
+                if self._only_asks:
+                    self._grid.pull_messages([message_id])
+            finally:
+                self._only_asks = False
+        word = self._announced.get(message_id)
+        return word is not None and sum(map(_num_objects, word.message_object_trees)) <= SHORT_OBJECTS
+
+    def _keep_words(self) -> None:
+        """Stand before Flower's call, where this Grid has one: a simulation's has none."""
+        client: Any = getattr(self._grid, "_runtime_client", None)
+        if client is None or self._asks:
+            return
+        flowers, self._asks = client.PullMessages, True
+
+        def pull_messages(request: Any) -> Any:  # noqa: ANN401 - Flower's
+            name = next(iter(request.message_ids), "")
+            word = self._announced.pop(name, None) or flowers(request)
+            if not self._only_asks or not word.messages_list:
+                return word
+            self._announced[name] = word
+            return SimpleNamespace(messages_list=[], message_object_trees=[])
+
+        client.PullMessages = pull_messages
+
     def _own(self, message_id: str, messages: Iterable[Message]) -> Message | None:
         """The reply to that message; Flower gives what a node sent to the SuperLink unasked beside it."""
         found = None
@@ -126,6 +164,10 @@ class GridMailbox:
                 node = message.metadata.src_node_id
                 log.warning("a message of node %d answers nothing that was asked; it and its like are dropped", node)
         return found
+
+
+def _num_objects(tree: Any) -> int:  # noqa: ANN401 - Flower's
+    return 1 + sum(_num_objects(child) for child in tree.children)
 
 
 def _pull_until(deadline: float | None) -> None:

@@ -21,6 +21,7 @@ from common.metrics.sums import EvaluationSums
 from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
+from common.protocol.beats import Beat
 from common.protocol.refusals import refused_setting
 from common.protocol.wire import Reply, Site, Task
 from common.results import draw_scores, margin_words, worse_than_untrained
@@ -81,6 +82,7 @@ class Record:
         self._limited: dict[str, str] = {}  # client -> what it says and what it counts for
         self._asked: dict[str, int] = {}  # client -> pictures that it trains on, of those whose answers are awaited
         self._answered = self._told_answered = self._answered_pictures = 0
+        self._heard: dict[str, tuple[str, int]] = {}  # client -> at what it is, and at how much of it in percent
         self._went_back: list[str] = []  # for each time that a round's model was of no use, what was done
         self._restored = History()  # of a run that goes on
 
@@ -256,10 +258,19 @@ class Record:
         """A client's reply was taken, or given up; told at most TELL_ANSWERS times a round."""
         total, self._answered = len(self._asked), self._answered + 1
         self._answered_pictures = (self._answered_pictures if self._answered > 1 else 0) + self._asked.get(client, 0)
+        self._heard.pop(client, None)
         if self._answered < total and self._answered - self._told_answered < total / TELL_ANSWERS:
             return
         self._told_answered = self._answered
-        self._events.emit("answered", answered=self._answered, pictures=self._answered_pictures)
+        self._events.emit("answered", answered=self._answered, pictures=self._answered_pictures, client=client)
+
+    def heard(self, client: str, beat: Beat) -> None:
+        """A client said how far it is; told where that is news."""
+        if self._are_many or self._heard.get(client) == (beat.work, beat.percent):
+            return
+        self._heard[client] = beat.work, beat.percent
+        pictures = self._asked.get(client, 0) * max(beat.percent, 0) // 100
+        self._events.emit("progress", client=client, work=beat.work, words=beat.words(), pictures=pictures)
 
     def scored(self, history: History, step: int, tallies: Sequence[Tally]) -> None:
         """The model of round `step` was scored, on one split or several: keep, log, tell."""

@@ -70,6 +70,10 @@ class WindowedMailbox:
             self._refill()
         return reply
 
+    def is_short(self, _message_id: str) -> bool:
+        """Not known, and not needed: clients of a simulation answer when they are done."""
+        return False
+
     def _refill(self) -> None:
         while self._held and len(self._heavy) < self._window:
             message_id, message = self._held.popleft()

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from common.system.events import OUTCOME_FILE, EventLog
 from common.system.files import read_json
 from common.system.processes import be_killed_with_parent
 from common.system.progress import FOLDER as PROGRESS
-from common.system.progress import tell_into
+from common.system.progress import Amount, read_amounts, tell_into
 from common.system.runtime import git_commit
 from server.app import Surroundings, federate
 from server.flower.grid import GridMailbox
@@ -69,6 +69,7 @@ def _server_app(
                 program="flower-simulation",
                 clients_keep_the_model=sites[0].share is None,
                 expect=over_grid.expect,
+                moves=movement_in(run_folder / PROGRESS),
             ),
         )
         if cluster.is_ours:
@@ -76,6 +77,18 @@ def _server_app(
         end_actors(is_ours=cluster.is_ours)
 
     return server_app
+
+
+def movement_in(folder: Path) -> Callable[[], bool]:
+    """Whether an actor that tells into that folder has moved since the last call."""
+    seen: list[Amount] = []
+
+    def moves() -> bool:
+        nonlocal seen
+        before, seen = seen, read_amounts(folder)
+        return bool(seen) and seen != before
+
+    return moves
 
 
 def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources, progress: Path) -> None:

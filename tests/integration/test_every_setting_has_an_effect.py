@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from in_process import LocalMailbox, federate_in, site_at, two_rounds
 from PIL import Image
 from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
 from clients.local_update import join
 from common import config
-from common.errors import DataError, NotEnoughClients, UserError
+from common.errors import DataError, FaceFedError, NotEnoughClients, UserError
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.metrics.figures import AUC
+from common.protocol import wire
+from common.protocol.beats import Beat
 from common.protocol.codec import encode
 from common.protocol.parameters import buffer_sha256, flatten
 from common.settings import ALIGNMENTS, INFERENCES, Settings
@@ -32,6 +35,7 @@ from common.system.files import read_json
 from common.training import step as training_step
 from server.aggregate import aggregate_for
 from server.app import initial_model
+from server.exchange.mailbox import Waiter
 from simulation.alone.studies import run_ablation
 from simulation.commands import Machine, train_local
 from simulation.data.synthetic import SynthSettings, write_dataset
@@ -575,6 +579,26 @@ def test_a_round_waits_for_its_replies_so_long(faces, tmp_path):
     outcome = read_json(federate_in(tmp_path / "run", settings, silent) / "outcome.json")
     assert outcome["exit_code"] == 1
     assert "alpha: no answer within 0.25 s" in outcome["line"]
+
+
+@pytest.mark.usefixtures("in_a_run")
+@proves("federation.silence_s")
+def test_a_site_that_stands_still_so_long_is_given_up(tmp_path):
+    def stands_still(task, message):
+        said = wire.beat_content(Beat(client="alpha", work="training", percent=31, still_s=25.0))
+        return Message(said, reply_to=message) if task.kind == "train" else client("alpha")(task, message)
+
+    lines = {}
+    for silence_s in (20.0, 600.0):
+        settings = settings_with(federation__min_clients=1, federation__silence_s=silence_s)
+        settings = changed(settings, federation__round_timeout_s="auto", federation__round_attempts=1)
+        federation = federation_over(ScriptedMailbox({1: stands_still}), settings, tmp_path / f"run{silence_s}")
+        federation.waiter = federation.roster._waiter = Waiter(lambda: False, run_timeout_s=1.0)
+        with pytest.raises(FaceFedError) as seen:
+            federation.run()
+        lines[silence_s] = str(seen.value)
+    assert "alpha: its training stands still at 31 % for 25 s (federation.silence_s)" in lines[20.0]
+    assert lines[600.0].startswith("the run did not end within 1 s")
 
 
 # ------------------------------------------------------------------------------------------------------ verification

@@ -5,10 +5,12 @@ import json
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from flwr.app import Array, Message
+from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import (
@@ -18,16 +20,19 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
+from flwr.superlink.grid.http_grid import HttpGrid
 from malformed import damaged_bytes
-from object_grid import ObjectMailbox
+from object_grid import FakeRuntime, ObjectMailbox
 from tiny_federation import MANIFEST, client, federation_over, reply_to, settings_with, site_named
 
 from common.errors import NotEnoughClients, ReplyRefused
 from common.protocol import wire
+from common.protocol.beats import Beat
+from common.protocol.wire import Task
 from common.settings import PRECISIONS
 from common.system.events import EventReader
 from server.exchange.guard import MOST_COUNTED, MOST_PAIRS, PAIRS_OF_SITE, check_sender, read_site
-from server.flower.grid import COUNTS_BYTES
+from server.flower.grid import COUNTS_BYTES, GridMailbox
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -108,6 +113,60 @@ def test_a_small_reply_that_unpacks_to_terabytes_is_refused_before_it_does(tmp_p
     federation = run(tmp_path, bomb)
     assert federation.model.received.tolist() == honest_model()
     assert f"more than {MANIFEST.num_bytes + COUNTS_BYTES} bytes" in federation.record.reasons(1)["m00"]
+
+
+# ---- a reply's size is known before it is taken
+
+
+TRAINING = Task(kind="train", run_id="r", server_round=1, settings="{}", splits="val")
+
+
+class Counting(FakeRuntime):
+    """Says once that a reply is there, as the SuperLink does, and counts what of it was pulled."""
+
+    def __init__(self):
+        super().__init__()
+        self.said, self.pulled = 0, 0
+
+    def PullMessages(self, request):  # noqa: N802
+        if self.said:
+            return SimpleNamespace(messages_list=[], message_object_trees=[])
+        self.said += self.tree is not None
+        return (
+            super().PullMessages(request)
+            if self.tree is not None
+            else SimpleNamespace(messages_list=[], message_object_trees=[])
+        )
+
+    def PullObject(self, request):  # noqa: N802
+        self.pulled += 1
+        return super().PullObject(request)
+
+
+@pytest.mark.parametrize(
+    ("content", "is_short"),
+    [
+        (wire.beat_content(Beat(client="alpha")), True),
+        (wire.site_content(site_named("alpha")), True),
+        (wire.reply_content(reply_to(TRAINING)), False),
+    ],
+)
+def test_whether_a_reply_holds_a_model_is_known_before_it_is_taken_and_then_it_is_taken_whole(content, is_short):
+    runtime, asked = Counting(), wire.task_message(TRAINING, None, node_id=3, ttl_s=60.0)
+    grid = HttpGrid("127.0.0.1:1", insecure=True, token="none")
+    grid._client, grid._run = runtime, SimpleNamespace(run_id=1)
+    mailbox = GridMailbox(grid)
+    asked.metadata.__dict__["_message_id"] = "m"
+    assert not mailbox.is_short("m")
+    reply = Message(content, reply_to=asked)
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        runtime.objects = {name: one.deflate() for name, one in get_all_nested_objects(reply).items()}
+        runtime.tree = get_object_tree(reply)
+    runtime.listed = message_to_proto(remove_content_from_message(reply))
+    assert [mailbox.is_short("m"), mailbox.is_short("m"), runtime.pulled] == [is_short, is_short, 0]
+    assert mailbox.receive("m").content.keys() == reply.content.keys()
+    assert mailbox.receive("m") is None
 
 
 # ---- announced and not delivered, and unasked

@@ -1,8 +1,10 @@
 """The executor in the place of Flower's, and the pace of the SuperNode's loop."""
 
+import contextlib
 import inspect
 import json
 import re
+import socket
 import stat
 import sys
 import threading
@@ -84,7 +86,7 @@ def executed(tmp_path, monkeypatch):
 
 def test_a_message_is_answered_with_what_the_trainer_says(executed):
     told = RecordDict()
-    stand_in = executed(["token"], lambda _folder, _content: told)
+    stand_in = executed(["token"], lambda _folder, _content, **_: told)
     assert [reply.content for reply in stand_in.replies] == [told]
     assert stand_in.outputs == [("context", SubStatus.COMPLETED, "")]
 
@@ -93,7 +95,7 @@ def test_a_message_is_answered_with_what_the_trainer_says(executed):
     ("answer", "said"), [("alpha: no pictures", "alpha: no pictures"), (TrainerGone("it went"), "alpha: it went")]
 )
 def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer, said):
-    def hand_over(_folder, _content):
+    def hand_over(_folder, _content, **_):
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -105,7 +107,7 @@ def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer
 
 
 def test_what_is_said_in_the_trainers_place_is_in_the_ledger_first(executed, tmp_path):
-    def gone(_folder, _content):
+    def gone(_folder, _content, **_):
         raise TrainerGone("it went")
 
     task = {"kind": "train", "run_id": "run-1", "server_round": 3}
@@ -119,7 +121,7 @@ def test_what_is_said_in_the_trainers_place_is_in_the_ledger_first(executed, tmp
 def test_where_nothing_can_be_written_down_fixed_words_leave(executed, tmp_path):
     (tmp_path / "egress").write_text("a file where the ledger's folder belongs")
 
-    def gone(_folder, _content):
+    def gone(_folder, _content, **_):
         raise TrainerGone("a word about this site")
 
     (reply,) = executed(["token"], gone).replies
@@ -136,7 +138,7 @@ def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(execute
             raise given
         return given
 
-    stand_in = executed(["first", "", "second"], lambda _folder, _content: RecordDict(), pull)
+    stand_in = executed(["first", "", "second"], lambda _folder, _content, **_: RecordDict(), pull)
     assert [status for _, status, _ in stand_in.outputs] == [SubStatus.FAILED, SubStatus.COMPLETED]
     assert len(stand_in.replies) == 1
 
@@ -242,3 +244,130 @@ def test_the_key_is_readable_by_its_owner_only(tmp_path, monkeypatch):
     with trainer as resident:
         assert (resident.folder / KEY).stat().st_mode & 0o777 == 0o600
         assert resident.folder.stat().st_mode & 0o777 == 0o700
+
+
+# ---- beats: a site that works for longer than the server waits for one answer
+
+
+class AtWork:
+    """A trainer whose answer is there when `finish` was called; notes who was hung up on."""
+
+    def __init__(self):
+        self.finished, self.started, self.left = threading.Event(), [], []
+
+    def hand_over(self, _folder, content, *, connected):
+        self.started.append(dict(content["task"]))
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            connected(mine)
+            while not self.finished.is_set():
+                mine.settimeout(0.01)
+                with contextlib.suppress(TimeoutError):
+                    if mine.recv(1) == b"":
+                        self.left.append(content["task"]["run_id"])
+                        raise TrainerGone("it was left")
+        return RecordDict({"answer": ConfigRecord({"of": content["task"]["kind"]})})
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """(an Executor in a site's folder, its trainer, ask), where ask(task's fields) -> the reply."""
+    (tmp_path / KEY).write_bytes(b"k" * 32)
+    trainer = AtWork()
+    monkeypatch.setattr(supernode, "hand_over", trainer.hand_over)
+    monkeypatch.setattr(supernode.beats, "SHORTEST_S", 0.02)
+    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
+
+    def ask(message_id="m1", **values):
+        plain = {"kind": "train", "run_id": "run-1", "server_round": 3, "beat_s": 0.02, "again": "", "received": ""}
+        message = Message(RecordDict({"task": ConfigRecord(plain | values)}), 5, "train")
+        message.metadata.__dict__["_message_id"] = message_id
+        return executor._answered(message)
+
+    return executor, trainer, ask
+
+
+def lines_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "egress" / "run-1.jsonl").read_text().splitlines()]
+
+
+def test_a_long_task_is_answered_by_beats_and_then_by_its_answer(site, tmp_path):
+    _, trainer, ask = site
+    (tmp_path / "progress.json").write_text(
+        json.dumps({"done": 31, "total": 100, "seconds": 10.0, "work": "training", "time": time.time() + 60})
+    )
+    said = [ask(), ask("m2", again="m1", received="train 3 9 " + "a" * 64)]
+    for reply in said:
+        record = dict(reply.content["progress"])
+        assert (record["client"], record["work"], record["percent"]) == ("alpha", "training", 31)
+    trainer.finished.set()
+    assert dict(ask("m3", again="m1").content["answer"]) == {"of": "train"}
+    assert len(trainer.started) == 1, "the trainer was asked once"
+    lines = lines_of(tmp_path)
+    assert [(line["kind"], line["answer_to"], line["round"]) for line in lines] == [
+        ("sent", "train", 3), ("received", "train", 3), ("sent", "train", 3)
+    ]  # fmt: skip
+    assert [part["name"] for part in lines[0]["parts"]] == [
+        f"progress.{name}" for name in ("client", "work", "percent", "left_s", "still_s")
+    ]
+
+
+def test_an_answer_that_came_between_two_questions_is_kept(site):
+    executor, trainer, ask = site
+    ask()
+    trainer.finished.set()
+    assert executor._job.done.wait(30)
+    assert "answer" in ask("m2", again="m1").content
+
+
+def test_without_beats_wanted_the_answer_is_waited_for(site):
+    _, trainer, ask = site
+    threading.Timer(0.2, trainer.finished.set).start()
+    assert "answer" in ask(beat_s=0.0).content
+
+
+def test_another_task_ends_the_one_that_is_worked_on(site):
+    """The server gave that up; were it worked on, the site would be late for the next round too."""
+    _, trainer, ask = site
+    ask(run_id="run-1")
+    threading.Timer(0.3, trainer.finished.set).start()
+    reply = ask("m2", run_id="run-2", beat_s=0.0)
+    assert "answer" in reply.content
+    assert trainer.left == ["run-1"]
+    assert [task["run_id"] for task in trainer.started] == ["run-1", "run-2"]
+
+
+def test_to_join_the_same_run_again_goes_on_with_the_packing_and_to_join_another_does_not(site):
+    _, trainer, ask = site
+    ask(kind="join")
+    assert "progress" in ask("m2", kind="join").content
+    assert len(trainer.started) == 1
+    assert "progress" in ask("m3", kind="join", run_id="run-2").content
+    assert [task["run_id"] for task in trainer.started] == ["run-1", "run-2"]
+
+
+def test_what_a_killed_trainer_left_is_no_news(site, tmp_path):
+    """Were it believed, the server would hear that the site stands still since yesterday, and give it up."""
+    (tmp_path / "progress.json").write_text(
+        json.dumps({"done": 31, "total": 100, "seconds": 10.0, "work": "training", "time": time.time() - 86_400})
+    )
+    _, _, ask = site
+    assert dict(ask().content["progress"])["work"] == "working"
+
+
+@pytest.mark.parametrize("again", ["m0", "m2"])
+def test_a_task_that_this_process_does_not_know_is_refused_in_one_line(site, tmp_path, again):
+    """A stale question, or a client that was started again; and the one at work goes on."""
+    _, trainer, ask = site
+    ask()
+    reply = ask("m2", again=again)
+    assert reply.error.reason == f"alpha: {supernode.NOT_HERE}"
+    assert [part["text"] for part in lines_of(tmp_path)[-1]["parts"]] == [reply.error.reason]
+    trainer.finished.set()
+    assert "answer" in ask("m3", again="m1").content
+
+
+def test_a_beat_that_cannot_be_written_down_does_not_leave(site, tmp_path):
+    (tmp_path / "egress").write_text("a file where the ledger's folder belongs")
+    _, _, ask = site
+    assert ask().error.reason == UNRECORDED

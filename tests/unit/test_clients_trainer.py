@@ -1,10 +1,12 @@
 """The resident trainer and the way to it: exact contents, nobody else's, and no end that leaves anyone waiting."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -182,6 +184,28 @@ def test_a_trainer_whose_client_app_goes_ends_at_once(meeting, paused):
     waiting.kill()
     waiting.wait()
     assert paused.wait(timeout=60) == LEFT_ALONE
+
+
+def test_who_packs_to_join_goes_on_when_its_server_goes_until_it_is_wanted(meeting, paused):
+    """The first one waits, and goes; the trainer works on; the second one comes, and the trainer ends for it."""
+    lines, join = [], RecordDict({"task": ConfigRecord({"kind": "join", "run_id": "r", "server_round": 0})})
+
+    def wait(**how):
+        with contextlib.suppress(TrainerGone):
+            hand_over(meeting, join, **how)
+
+    first = threading.Thread(target=wait, kwargs={"connected": lines.append})
+    first.start()
+    assert paused.stdout.readline() == "working\n"
+    with socket.socket(fileno=os.dup(lines[0].fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
+    first.join(60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        paused.wait(timeout=4 * trainer.LOOK_EVERY_S)
+    second = threading.Thread(target=wait, kwargs={"there_within_s": 1.0})
+    second.start()
+    assert paused.wait(timeout=60) == LEFT_ALONE
+    second.join(60)
 
 
 def test_a_client_app_whose_trainer_is_killed_hears_of_it(meeting, paused):

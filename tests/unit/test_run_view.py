@@ -44,6 +44,7 @@ ROUND = {"kind": "round", "round": 1, "rounds": 3, "clients": 2, "train_loss": 4
 MEMBERS = {"kind": "members", "clients": 2, "rounds": 3, "compute": "cpu, bfloat16, 1 thread for each client"}
 ASKED = {"kind": "asked", "round": 1, "task": "train", "clients": 2, "pictures": 4000}
 WAITING = {"kind": "waiting", "here": [], "wanted": 2, "seconds": 10}
+TOLD = {"kind": "progress", "client": "celeba", "work": "training", "words": "training 31 %", "pictures": 500}
 EVENTS = [
     (JOINED, "joined: celeba (1,200 people, 34,567 training pictures, cpu); 1 of 2 clients are here"),
     (WAITING, "waiting for clients: nobody yet here, 2 more needed (10 s)"),
@@ -60,6 +61,11 @@ EVENTS = [
     ({"kind": "stopped_early", "round": 3, "line": "stopped early after round 3"}, "stopped early after round 3"),
     (MEMBERS, "  device      cpu, bfloat16, 1 thread for each client"),
     (ASKED, ""),
+    (
+        WAITING | {"at_work": {"celeba": "packing 31 %, 40 min left"}},
+        "waiting for clients: nobody yet here, 2 more needed (10 s); celeba: packing 31 %, 40 min left",
+    ),
+    (TOLD, ""),
     ({"kind": "answered", "answered": 1, "pictures": 10}, ""),
     ({"kind": "finished"}, ""),
     ({"kind": "failed", "line": "x", "exit_code": 1}, ""),
@@ -144,6 +150,24 @@ def test_a_pipe_gets_a_line_each_half_minute_and_no_control_characters():
         view.tick()
         view.tick()
     assert out.getvalue() == before + "round 1/3: 2,500 of 4,000 pictures, 50 a second, 0:30 left\n"
+
+
+def test_what_clients_say_themselves_is_told_in_the_same_words_and_who_is_how_far():
+    out, clock = io.StringIO(), Clock()
+    with RunView(out, clock=clock) as view:
+        view.show(MEMBERS)
+        view.show(ASKED)
+        view.show(TOLD)
+        view.show(TOLD | {"client": "twins", "work": "scoring", "words": "scoring 80 %", "pictures": 1600})
+        clock.now = 50.0
+        view.tick()
+        view.show({"kind": "answered", "answered": 1, "pictures": 2000, "client": "celeba"})
+        clock.now = 90.0
+        view.tick()
+    assert out.getvalue().splitlines()[1:] == [
+        "round 1/3: 500 of 4,000 pictures, 10 a second, 5:50 left; celeba: training 31 %; twins: scoring 80 %",
+        "round 1/3: 2,000 of 4,000 pictures, 22 a second, 1:30 left; twins: scoring 80 %",
+    ]
 
 
 def test_without_word_from_the_clients_their_answers_and_the_usual_time_are_told():
