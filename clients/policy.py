@@ -118,7 +118,7 @@ class Policy:
         0.9, "of a weight's own norm may it always move; one that has nothing to do with it is at 1.4", low=0.0
     )
     max_person_share: float = limit(
-        0.5, "of a unit's gradient in a round may be one person's; 1: not looked at", above=0.0, high=1.0
+        0.6, "of a unit's gradient in a round may be one person's; 1: not looked at", above=0.0, high=1.0
     )
     require_dp: bool = limit(
         default=False, why="whether a run must have differential privacy of people, whose noise is this site's own"

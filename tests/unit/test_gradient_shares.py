@@ -26,7 +26,8 @@ class Net(nn.Module):
 
 
 def largest_of(net, pictures, people=PEOPLE, num_people=3, parts=1):
-    shares, labels = GradientShares(num_people=num_people), torch.tensor(people)
+    shares = GradientShares(num_people=num_people, stream=torch.Generator().manual_seed(5))
+    labels = torch.tensor(people)
     with shares.watching(net):
         shares.see(labels)
         size = len(labels) // parts
@@ -38,11 +39,11 @@ def largest_of(net, pictures, people=PEOPLE, num_people=3, parts=1):
 
 def by_hand(net, pictures):
     """The shares [people, units], a picture at a time."""
-    sums = torch.zeros(3, 3)
+    sums, signs = torch.zeros(3, 3), torch.randint(0, 2, (16,), generator=torch.Generator().manual_seed(5)) * 2.0 - 1.0
     for picture, person in zip(pictures, PEOPLE, strict=True):
         before = net.backbone[0](picture[None]).detach().requires_grad_()
         net.backbone[1:](before).square().sum().backward()
-        sums[person] += before.grad[0].abs().flatten(1).sum(1)
+        sums[person] += (before.grad[0].flatten(1) * signs).sum(1).abs()
     return sums / sums.sum(0)
 
 
@@ -75,21 +76,34 @@ def test_people_are_counted_in_groups_and_a_group_has_no_less_than_a_person():
     assert folded.share >= many.share
 
 
-def test_amounts_are_summed_over_places_and_told_in_float32():
-    gradient = torch.randn(2, 3, 4, 5)
-    torch.testing.assert_close(amounts_of_units(gradient), gradient.flatten(2).abs().sum(2))
-    torch.testing.assert_close(amounts_of_units(gradient[0]), gradient[0].abs().sum(1))
-    torch.testing.assert_close(amounts_of_units(gradient[0, 0]), gradient[0, 0].abs())
-    halves = amounts_of_units(gradient.bfloat16())
-    assert halves.dtype == torch.float32
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_amount_is_that_of_the_sum_over_places_with_signs(layout, dtype):
+    maps = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=layout)
+    signs = torch.randint(0, 2, (20,)) * 2.0 - 1.0
+    expected = (maps.float().flatten(2) * signs).sum(2).abs()
+    found = amounts_of_units(maps, signs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    tokens = maps.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(amounts_of_units(tokens, signs), expected, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(amounts_of_units(maps[:, :, 0, 0], signs), maps[:, :, 0, 0].abs().float())
+
+
+def test_over_many_signs_the_mean_square_is_the_squared_norm_so_nothing_cancels_for_good():
+    gradient = torch.randn(1, 2, 6, 6)
+    gradient[0, 1] -= gradient[0, 1].mean()  # whose plain sum is zero
+    signs = torch.randint(0, 2, (4000, 36)) * 2.0 - 1.0
+    squares = torch.stack([amounts_of_units(gradient, one) for one in signs]).square().mean(0)
+    torch.testing.assert_close(squares, gradient.flatten(2).square().sum(2), rtol=0.1, atol=0.0)
 
 
 @pytest.mark.parametrize(
     ("num_people", "even", "allowed"),
-    [(100, 0.02, 0.5), (8, 0.2, 0.75), (4, 0.3, 0.95), (100, 0.4, 0.8), (100, 0.9, 0.95)],
+    [(100, 0.02, 0.6), (10, 0.2, 0.8), (4, 0.3, 0.95), (100, 0.4, 0.8), (100, 0.9, 0.95)],
 )
 def test_few_people_and_a_person_with_most_pictures_may_have_more(num_people, even, allowed):
-    assert Share("0", 1, 1.0, even, num_people).allowed(0.5) == pytest.approx(allowed)
+    assert Share("0", 1, 1.0, even, num_people).allowed(0.6) == pytest.approx(allowed)
 
 
 @pytest.mark.parametrize("values", [{}, {"training__accumulate": 2}, {"training__activation_checkpointing": True}])
@@ -110,5 +124,5 @@ def test_watching_changes_no_bit_and_counts_every_picture_once(tmp_path, backbon
     largest = shares.largest()
     assert largest.num_people == 6
     assert largest.even == pytest.approx(1 / 6)  # 24 pictures of six people
-    assert 1 / 6 < largest.share < largest.allowed(0.5)
+    assert 1 / 6 < largest.share < largest.allowed(0.6)
     assert not any(layer._forward_hooks for layer in place.recogniser.modules())

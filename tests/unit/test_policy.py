@@ -209,7 +209,7 @@ def test_the_trainer_gets_the_whole_policy(tmp_path):
 def test_one_persons_share_of_a_gradient_is_limited_and_its_words_stay_here():
     share = Share("trunk.blocks.0.1", 7, 0.98, even=0.1, num_people=20)
     [against] = against_share(DEFAULT, share)
-    assert (against.setting, against.limit, against.allowed) == ("model", "max_person_share", "0.50")
+    assert (against.setting, against.limit, against.allowed) == ("model", "max_person_share", "0.60")
     assert against.asked == "0.98 of the gradient of unit 7 of backbone.trunk.blocks.0.1 is one person's"
     assert "0.98" not in str(PolicyRefusal(against))
     assert against_share(DEFAULT, dataclasses.replace(share, share=0.49)) == []
