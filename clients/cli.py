@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument(
         "--policy", metavar="FILE", help="what this site lets itself be asked (default: `facefed policy show`)"
     )
+    program.add_argument(
+        "--site-seed",
+        type=int,
+        metavar="N",
+        help="first weights of heads, as in a simulation with --seed N (default: of this site's secret)",
+    )
     program.add_argument("--once", action="store_true", help="end after one run")
     program.add_argument(
         "--insecure",
@@ -116,7 +122,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logging(arguments.log_level)
     from clients.flower.launch import ClientOptions, Launch
     from clients.policy import DEFAULT, digest_of, read_policy, require_room
-    from clients.site import SiteSettings
+    from clients.site import OF_SITE, SiteSettings
     from common.faces.index import read_index
     from common.system.certs import read_client_folder
     from common.system.runtime import resolve_device
@@ -147,6 +153,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         pack_workers=num_cores(),
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
         policy=policy,
+        seed=OF_SITE if arguments.site_seed is None else arguments.site_seed,
     )
     if not arguments.shared_files:
         kept = [site.state_dir, site.cache_dir, *local_files(site.tracking_uri)]

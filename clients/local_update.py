@@ -36,7 +36,7 @@ from clients.private_state import (
 )
 from clients.received_model import ModelWatch
 from clients.scores import leaving
-from clients.site import SiteSettings
+from clients.site import OF_RUN, OF_SITE, SiteSettings
 from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
@@ -100,7 +100,7 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     pack = open_site_pack(site, settings.data)
     _require_enough(site, pack)
     _require_private(settings, pack.num_classes)
-    head_seed = stream_seed(settings.run.seed, site.name, "head")
+    head_seed = _head_seed(site, settings)
     if former is not None:
         recogniser = with_new_heads(former.recogniser, settings.model, num_people=pack.num_classes, head_seed=head_seed)
     else:
@@ -128,6 +128,14 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
         head_seed=head_seed,
         fresh=fresh,
     )
+
+
+def _head_seed(site: SiteSettings, settings: Settings) -> int:
+    """Of the first weights of this site's heads in a run; a number of one's own gives those of a run with that seed."""
+    if site.seed == OF_SITE:
+        known = f"{settings.run.seed}\n{site.name}"
+        return keyed_seed(site_secret(site.cache_dir), "head", known) % 2**63
+    return stream_seed(settings.run.seed if site.seed == OF_RUN else site.seed, site.name, "head")
 
 
 def watched(state: ClientState, record: PastTasks | None) -> ClientState:

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from clients.policy import DEFAULT, Policy
+
+OF_SITE: Final = "own"  # heads begin as the site's own secret says, which no server knows
+OF_RUN: Final = "run"  # as run.seed says, where whoever runs the server holds the pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +33,5 @@ class SiteSettings:
     pack_workers: int = 1  # processes that decode pictures
     tracking_uri: str = ""  # an MLflow of the site's own; none where empty
     policy: Policy = DEFAULT  # what it lets itself be asked
+    seed: int | str = OF_SITE  # of the first weights of heads: OF_SITE, OF_RUN or a number of one's own
     share: Share | None = None  # None: all of the data set; a site of its own always has that

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clients.policy import OWN_MACHINE, Policy, read_policy
-from clients.site import SiteSettings
+from clients.site import OF_RUN, SiteSettings
 from common.errors import UserError, escaped, unknown_name
 from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
 from common.faces.pack import FacePack, open_pack
@@ -92,6 +92,7 @@ def site_of(
         cache_dir=cache_dir.resolve(),
         pack_workers=num_cores(),
         policy=policy,
+        seed=OF_RUN,
     )
 
 

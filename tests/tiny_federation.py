@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clients.local_update import ClientState
 from clients.message_handler import handle
 from clients.policy import OWN_MACHINE
-from clients.site import SiteSettings
+from clients.site import OF_RUN, SiteSettings
 from common import config
 from common.faces.pack import FacePack
 from common.faces.splits import Split
@@ -254,6 +254,7 @@ def site_settings(name: str, folder: Path) -> SiteSettings:
         state_dir=folder / name,
         cache_dir=folder / "packs",
         policy=UNWATCHED,
+        seed=OF_RUN,
     )
 
 

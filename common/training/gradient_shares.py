@@ -127,9 +127,9 @@ class GradientShares:
 def amounts_of_units(gradient: Tensor, signs: Tensor) -> Tensor:
     """[B, U, h, w], [B, N, U] or [B, U] of any float -> [B, U] float32: how much each picture gives each unit.
 
-    The amount of the sum over places, each with a sign of `signs`, [h w] or [N] of -1 and 1. Over signs that nobody knows
-    beforehand its mean square is the squared norm, so nothing cancels for good (Alon, Matias and Szegedy, "The space
-    complexity of approximating the frequency moments", 1996).  A norm itself takes two to ten times as long.
+    The amount of the sum over places, each with a sign of `signs`, [h w] or [N] of -1 and 1. Over signs that nobody
+    knows beforehand its mean square is the squared norm, so nothing cancels for good (Alon, Matias and Szegedy, "The
+    space complexity of approximating the frequency moments", 1996).  A norm takes two to ten times as long.
     """
     if gradient.dim() == 4:
         num, units = gradient.shape[:2]

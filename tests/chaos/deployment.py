@@ -105,6 +105,7 @@ class Deployment:
         self.clients[name] = self._programs.start(
             "flower-client", "--dataset", name, "--data-dir", self._faces / "data" / name,
             "--server", self.relay.address, "--state-dir", self.state_dir(name), "--cache-dir", self._faces / "packs",
+            "--site-seed", 1,
         )  # fmt: skip
 
     # ---- the administrator

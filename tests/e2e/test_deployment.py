@@ -27,7 +27,7 @@ class Federation:
     def client(self, dataset, name, *arguments):
         return self.programs.start(
             "flower-client", "--dataset", dataset, "--data-dir", self.faces.folder / "data" / dataset, "--name", name,
-            "--server", f"127.0.0.1:{self.port}", *self.faces.cache, *arguments,
+            "--site-seed", 1, "--server", f"127.0.0.1:{self.port}", *self.faces.cache, *arguments,
         )  # fmt: skip
 
     def server(self, *arguments):

@@ -137,7 +137,7 @@ def test_a_bad_network_costs_time_and_nothing_else(faces, network, relay, here, 
     clients = {
         name: here.start(
             "flower-client", "--dataset", name, "--data-dir", faces.folder / "data" / name, "--server", relay.address,
-            "--tls", f"tls/{name}", *faces.cache, wrapper=network[name].wrapper,
+            "--tls", f"tls/{name}", "--site-seed", 1, *faces.cache, wrapper=network[name].wrapper,
         )
         for name in ("celeba", "vggface2")
     }  # fmt: skip

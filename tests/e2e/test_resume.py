@@ -28,7 +28,7 @@ def place(faces, tmp_path_factory, with_tables):
     for name in ("celeba", "vggface2"):
         programs.start(
             "flower-client", "--dataset", name, "--data-dir", faces.folder / "data" / name,
-            "--server", where, *faces.cache, environment=environment,
+            "--server", where, "--site-seed", 1, *faces.cache, environment=environment,
         )  # fmt: skip
 
     def server(*arguments):

@@ -14,7 +14,7 @@ from flwr.app import Message
 from clients.local_update import ClientState, join, open_client_state, train
 from clients.message_handler import handle
 from clients.policy import OWN_MACHINE
-from clients.site import SiteSettings
+from clients.site import OF_RUN, SiteSettings
 from common import config
 from common.models.recogniser import trainable_names
 from common.protocol.codec import decode
@@ -38,6 +38,7 @@ def site_at(folder: Path, dataset: str, data_dir: Path, name: str = "alpha") -> 
         state_dir=folder / name,
         cache_dir=folder / "packs",
         policy=OWN_MACHINE,
+        seed=OF_RUN,
     )
 
 

@@ -9,8 +9,9 @@ import torch
 from flwr.common.serde import recorddict_to_proto
 from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny_workplace
 
-from clients.local_update import evaluate_global, join, train
+from clients.local_update import evaluate_global, join, open_client_state, train
 from clients.private_state import save_private
+from clients.site import OF_RUN, OF_SITE
 from common.errors import CheckpointError, ReplyRefused, TrainingFailed
 from common.protocol import wire
 from common.protocol.codec import decode
@@ -119,6 +120,26 @@ def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
 
 
 # ---- what is repeatable
+
+
+def head_of(site, **values):
+    """The first weights of the head of a run at a site, as the client builds them."""
+    settings = settings_with(**values)
+    return open_client_state(site, settings).recogniser.head.identity_vectors.detach().clone()
+
+
+def test_a_heads_first_weights_come_of_the_sites_secret_and_of_no_seed_that_a_server_knows(tmp_path, monkeypatch):
+    place, _ = workplace_in(tmp_path)
+    monkeypatch.setattr("clients.local_update.open_site_pack", lambda *_a, **_k: place.pack)
+    sites = {seed: dataclasses.replace(place.site, seed=seed) for seed in (OF_SITE, OF_RUN, 1, 2)}
+    heads = {seed: head_of(site) for seed, site in sites.items()}
+    assert torch.equal(heads[OF_SITE], head_of(sites[OF_SITE]))  # a restarted site has the same again
+    assert torch.equal(heads[OF_RUN], heads[1])  # --site-seed gives a simulation's, whose run.seed is 1
+    assert not torch.equal(heads[1], heads[2])
+    assert not torch.equal(heads[OF_SITE], heads[1])
+    elsewhere = dataclasses.replace(sites[OF_SITE], cache_dir=tmp_path / "other")
+    assert not torch.equal(heads[OF_SITE], head_of(elsewhere))
+    assert not torch.equal(heads[OF_SITE], head_of(sites[OF_SITE], run__seed=3))
 
 
 def test_a_policy_bounds_the_pairs_of_a_person_behind_each_score_and_says_so(tmp_path, monkeypatch, caplog):
