@@ -37,6 +37,7 @@ from simulation.admin.cli import (
     add_tracking_settings,
     certs,
     egress,
+    privacy_report,
     show_policy,
 )
 from simulation.admin.completion import SHELLS, completion_script
@@ -504,6 +505,21 @@ def _attack(arguments: argparse.Namespace) -> int:
     return max(report(dataclasses.replace(site, policy=policy), settings, pack, sys.stdout) for site, pack in held)
 
 
+def _audit_privacy(arguments: argparse.Namespace) -> int:
+    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    set_up_logging(settings.run.log_level)
+    from simulation.compare.membership import AuditRequest, audit_privacy
+
+    request = AuditRequest(
+        run=arguments.run,
+        clients=arguments.client,
+        data_dirs=arguments.data_dir,
+        device=arguments.device,
+        cache_dir=Path(arguments.cache_dir),
+    )
+    return audit_privacy(settings, request, sys.stdout, shape="json" if arguments.json else "text")
+
+
 def _sweep_plan(arguments: argparse.Namespace) -> "SweepPlan | None":
     """What `--sweep` names, or None."""
     if not getattr(arguments, "sweep", ""):
@@ -575,6 +591,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("policy", "show"): lambda: show_policy(arguments),
         ("policy", "check"): lambda: _check_policy(arguments),
         ("privacy", "attack"): lambda: _attack(arguments),
+        ("privacy", "audit"): lambda: _audit_privacy(arguments),
+        ("privacy", "report"): lambda: privacy_report(arguments),
         **{("certs", name): partial(certs, arguments) for name in CERTS_ACTIONS},
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }

@@ -23,6 +23,8 @@ from common.flags import (
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
 from server.cli import DEFAULT_CONFIG
 
+_OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings of commands about runs that are over
+
 
 def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `certs` to the commands of `facefed`."""
@@ -217,7 +219,7 @@ def add_privacy_parser(
     add_data: Callable[[argparse.ArgumentParser], None],
 ) -> None:
     """Add `privacy` to the commands of `facefed`.  add_data: as for `add_policy_parser`."""
-    actions = commands.add_parser("privacy", help="what a hostile server would learn").add_subparsers(
+    actions = commands.add_parser("privacy", help="what a server or a model would tell of people").add_subparsers(
         dest="action", required=True
     )
     text = "play attacks of a hostile server against this site's own code, with its policy and without"
@@ -226,6 +228,28 @@ def add_privacy_parser(
     attack.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
     add_data(attack)
     add_run_settings(attack, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
+    text = "try whether a run's model gives away whom a site trained on, with the site's own people"
+    lines = examples("facefed privacy audit --run 20261128-101500-1a2b3c --client celeba")
+    audit = actions.add_parser("audit", help=text, description=text, epilog=lines)
+    audit.add_argument("--run", required=True, metavar="RUN", help="a run's id or folder, or models:/NAME@ALIAS")
+    add_data(audit)
+    add_run_settings(audit, flags=[flag for flag in FLAGS if flag.names[0] in _OWN])
+    text = "what the people of each data set here have spent of their privacy, over all runs"
+    report = actions.add_parser("report", help=text, description=text, epilog=examples("facefed privacy report"))
+    report.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
+    report.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
+    for action in (audit, report):
+        action.add_argument("--json", action="store_true", help="for a program")
+
+
+def privacy_report(arguments: argparse.Namespace) -> int:
+    """`facefed privacy report`: returns the exit code."""
+    from simulation.admin.privacy_report import report_spending
+    from simulation.admin.site_policy import policy_of
+
+    policy, _ = policy_of(arguments.policy)
+    cache_dir = Path(arguments.cache_dir).expanduser()
+    return report_spending(cache_dir, policy, sys.stdout, shape="json" if arguments.json else "text")
 
 
 def show_policy(arguments: argparse.Namespace) -> int:
@@ -233,9 +257,6 @@ def show_policy(arguments: argparse.Namespace) -> int:
     from simulation.admin.site_policy import show
 
     return show(arguments.policy, sys.stdout)
-
-
-_OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings that tracking itself has
 
 
 class Action(NamedTuple):

@@ -1,0 +1,90 @@
+"""The audit finds who was trained on where nothing protects them, and nobody where the noise is large."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny_federation import SIDE, settings_with, site_settings, task_for
+
+from clients.local_update import ClientState, train
+from common.faces.pack import FacePack
+from common.faces.splits import Split
+from common.metrics.membership import Membership
+from common.models.recogniser import build_recogniser, private_names, shared_names
+from common.protocol.codec import decode
+from common.protocol.parameters import flatten, load_shared, manifest_of
+from common.training.loop import Compute
+from simulation.compare.membership import attacked
+
+pytestmark = pytest.mark.usefixtures("in_a_run", "one_thread")
+NUM_TRAINING, NUM_VAL, NUM_TEST, PICTURES = 40, 30, 30, 4
+COMPUTE = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
+
+
+def hard_pack() -> FacePack:
+    """A hundred people whom nothing but learning by heart tells apart: each picture is noise with a faint own part."""
+    random = np.random.default_rng(3)
+    parts = [(Split.TRAIN, NUM_TRAINING), (Split.VAL_PEOPLE, NUM_VAL), (Split.TEST_PEOPLE, NUM_TEST)]
+    split = np.repeat([code for code, _ in parts], [PICTURES * number for _, number in parts]).astype(np.int8)
+    person = np.repeat(np.arange(NUM_TRAINING + NUM_VAL + NUM_TEST), PICTURES)
+    faint = random.integers(-12, 13, (len(person) // PICTURES, SIDE, SIDE, 3))
+    pictures = np.clip(128 + faint[person] + random.integers(-80, 81, (len(person), SIDE, SIDE, 3)), 0, 255)
+    people = tuple(f"p{number}" for number in range(len(person) // PICTURES))
+    return FacePack(
+        pictures=pictures.astype(np.uint8),
+        person=person,
+        people=people,
+        split=split,
+        key="hard",
+        quarantined=(),
+        dataset="folder",
+    )
+
+
+def attacked_after_training(folder, rounds=1, **values: object) -> Membership:
+    """The attack on the model after one client's rounds."""
+    settings = settings_with(
+        **{
+            "model__pretrained": "weights.safetensors",  # of the server; no client reads it
+            "federation__rounds": rounds,
+            "federation__local_epochs": 12,
+            "training__lr": 0.1,
+            "training__warmup_fraction": 0.0,
+            "augmentation__crop": 0.0,
+            "augmentation__colour": 0.0,
+        }
+        | values
+    )
+    pack = hard_pack()
+    model = dataclasses.replace(settings.model, pretrained="none")
+    recogniser = build_recogniser(model, num_people=NUM_TRAINING, image_size=SIDE, backbone_seed=1, head_seed=2)
+    tensors = recogniser.state_dict()
+    state = ClientState(
+        site=site_settings("alpha", folder),
+        settings=settings,
+        pack=pack,
+        recogniser=recogniser,
+        manifest=manifest_of({name: tensors[name] for name in shared_names(recogniser, "shared")}),
+        private=private_names(recogniser, "shared"),
+        head_seed=2,
+        fresh={},
+    )
+    shared = flatten(recogniser.state_dict(), state.manifest)
+    for server_round in range(1, rounds + 1):
+        task = task_for(state.manifest, settings, server_round=server_round, splits="")
+        shared = shared + decode(train(state, task, shared).change)
+    with torch.no_grad():
+        load_shared(recogniser, shared, state.manifest)
+    return attacked(recogniser, pack, COMPUTE)
+
+
+def test_who_was_trained_on_is_seen_without_noise_and_not_with_it(tmp_path):
+    open_to_all = attacked_after_training(tmp_path / "open")
+    assert not open_to_all.is_at_chance
+    assert open_to_all.auc.value > 0.75
+    private = attacked_after_training(
+        tmp_path / "private", privacy__unit="person", privacy__epsilon=0.5, privacy__group_people=8
+    )
+    assert private.is_at_chance
+    assert private.auc.value < 0.65
