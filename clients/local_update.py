@@ -54,6 +54,7 @@ from common.models.recogniser import (
 )
 from common.privacy.accounting import noise_multiplier
 from common.privacy.mechanism import SEED_BYTES, add_clipped, released
+from common.privacy.people import problem_of
 from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
 from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
 from common.protocol.spending import spent_in
@@ -580,18 +581,9 @@ def _nominal(state: ClientState) -> TrainSums:
 
 def _require_private(settings: Settings, num_people: int) -> None:
     """Raises ReplyRefused where so few people cannot be protected as the run wants."""
-    privacy = settings.privacy
-    if privacy.unit != "person":
-        return
-    if privacy.delta * num_people >= 1.0:
-        raise ReplyRefused(
-            f"privacy.delta = {privacy.delta:g} would allow one of {num_people} people to be given away whole; it must"
-            f" be below {1.0 / num_people:.2g}."
-        )
-    if num_people < privacy.group_people:
-        raise ReplyRefused(
-            f"privacy.group_people = {privacy.group_people} is more than the {num_people} people to train on; lower it."
-        )
+    problem = problem_of(settings.privacy, num_people) if settings.privacy.unit == "person" else ""
+    if problem:
+        raise ReplyRefused(problem)
 
 
 def read_settings(task: Task) -> Settings:

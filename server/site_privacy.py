@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.privacy.accounting import is_within, mu_of, noise_multiplier, squared_mu
 from common.privacy.mechanism import SEED_BYTES, Buffer, add_clipped, released
+from common.privacy.people import problem_of
 from common.protocol.codec import Coded, decode
 from common.protocol.parameters import Span
 from common.protocol.spending import RUN_FILE, spent_in, write_spend
@@ -36,11 +37,8 @@ class SitePrivacy:
     def require_room(self, num_clients: int) -> None:
         """Raises BudgetSpent; UserError where delta is one in the clients or more."""
         privacy = self._privacy
-        if privacy.delta * num_clients >= 1.0:
-            raise UserError(
-                f"privacy.delta = {privacy.delta:g} would allow one of {num_clients} clients to be given away whole;"
-                f" it must be below {1.0 / num_clients:.2g}."
-            )
+        if problem := problem_of(privacy, num_clients):
+            raise UserError(problem)
         spent = spent_in(self._path, self._run_id).in_run
         if not is_within(mu_of(privacy.epsilon, privacy.delta) ** 2, spent + squared_mu(self._multiplier)):
             raise BudgetSpent

@@ -14,6 +14,7 @@ from common.faces.datasets import OF_FAMILIES
 from common.faces.pack import FacePack
 from common.faces.partition import part_of, partition
 from common.faces.splits import Split
+from common.privacy.people import problem_of
 from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, unfinished_run
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
@@ -97,6 +98,7 @@ def federate_here(
     ]
     packs = {site.name: pack_at_the_door(site, settings, out) for site in held}
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
+    _require_private(settings, len(sites), {} if engine.num_virtual else packs)
     packs_held = {name: (pack.num_classes, len(pack.indices(Split.TRAIN))) for name, pack in packs.items()}
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
@@ -233,6 +235,15 @@ def _door(
         option.name: site_of(option, device=device, cache_dir=machine.cache_dir, state_dir=state) for option in options
     }
     return sites, {name: pack_at_the_door(site, settings, out) for name, site in sites.items()}
+
+
+def _require_private(settings: Settings, num_clients: int, packs: Mapping[str, FacePack]) -> None:
+    """Raises UserError where so few cannot be protected.  packs: of whole sites; virtual clients say it themselves."""
+    privacy = settings.privacy
+    held = {name: pack.num_classes for name, pack in packs.items()} if privacy.unit == "person" else {"": num_clients}
+    for name, number in held.items():
+        if problem := problem_of(privacy, number):
+            raise UserError(f"{name}: {problem}" if name else problem)
 
 
 def _check_same_data(resumed: _Resumed, packs: Mapping[str, FacePack]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final, Self, TextIO
 
 from common.metrics.figures import AUC, CLOSED, FEW_PEOPLE, FOLDS, PAIRS, figures_of
 from common.metrics.names import of_split
+from common.privacy.people import words_of
 from common.settings import Settings
 from common.system.console import table
 from common.system.events import EventReader
@@ -80,6 +81,7 @@ def begin_rows(settings: Settings, folder: Path, *, look: str, federated: bool =
     """The header's rows that every run has.  look: how its tracking is looked at."""
     return {
         "training": training_words(settings, federated=federated),
+        "privacy": words_of(settings.privacy) if federated else "",
         "run folder": str(folder),
         "look at it": look,
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from clients.group_training import Groups, divide, num_groups_of, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
 from clients.privacy_budget import Release, budget_file
-from common.errors import ConfigError, ReplyRefused, TrainingFailed
+from common.errors import ConfigError, ReplyRefused, TrainingFailed, UserError
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
 from common.privacy.accounting import epsilon_of, noise_multiplier, squared_mu
@@ -26,8 +27,10 @@ from common.protocol.parameters import flatten, trainable_spans
 from common.protocol.spending import spent_in
 from common.protocol.wire import OF_CONTENT, TRAIN_FIELDS
 from common.settings import Settings
+from common.system.run_view import begin_rows
 from common.system.site_secret import site_secret
 from common.training.loop import Compute
+from simulation.commands import _require_private
 from tests.tiny_settings import changed
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -346,6 +349,21 @@ def test_too_few_people_are_told(values, num_people, words):
     clients.local_update._require_private(settings_with(**VALUES), num_people)
     with pytest.raises(ReplyRefused, match=words):
         clients.local_update._require_private(settings_with(**(VALUES | values)), num_people)
+
+
+def test_a_simulation_says_it_at_the_door_and_a_run_opens_with_its_guarantee():
+    settings = settings_with(**VALUES | {"privacy__group_people": 7})
+    few = {"alpha": tiny_pack("alpha")}
+    with pytest.raises(UserError, match=r"alpha: privacy\.group_people = 7 is more than the 6 people"):
+        _require_private(settings, 2, few)
+    on = {"privacy__unit": "site", "federation__clients_per_round": 2, "privacy__delta": 0.1}
+    with pytest.raises(UserError, match="one of 10 clients"):
+        _require_private(settings_with(**VALUES | on), 10, few)
+    _require_private(settings_with(**VALUES | {"privacy__unit": "off"}), 10, few)
+    assert begin_rows(settings, Path("r"), look="", federated=True)["privacy"].startswith(
+        "epsilon 4 at delta 1e-05, of one person at a site"
+    )
+    assert begin_rows(settings, Path("r"), look="")["privacy"] == ""
 
 
 def test_too_few_people_are_told_before_anything_is_built(tmp_path, monkeypatch):
