@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
 from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
 from clients.own_record import keep_round
+from clients.packs import prune_packs
 from clients.past_tasks import PastTasks, prune_runs
 from clients.policy import PolicyRefusal, TaskWords, against_settings, against_task, digest_of, require_none
 from clients.site import SiteSettings
@@ -104,7 +105,11 @@ def _done(
     if task.kind == "join":
         if record is not None:
             prune_runs(site.state_dir, task.run_id, site.policy.keep_runs)
-        return wire.site_content(join(site, settings))
+        try:
+            return wire.site_content(join(site, settings))
+        finally:  # of a join that is refused too: its pack may have been made first
+            if record is not None:
+                prune_packs(site)
     state = watched(_workplace(site, task, settings), record)
     if task.kind == "train":
         if site.share is not None:  # it is no site, so it keeps no record of its own

@@ -96,6 +96,9 @@ class Policy:
     max_cpu_hours_a_run: float = limit(1000.0, "CPU time that a run may take here", above=0.0)
     max_disk_gb_a_run: float = limit(20.0, "a run's private states here", above=0.0)
     keep_runs: int = limit(10, "the newest runs whose private states stay; those of older ones are deleted", low=1)
+    keep_packs: int = limit(
+        5, "packs that runs had made of other [data] stay, those used last; older ones are removed", low=1
+    )
     max_refusals: int = limit(5, "after so many in a run it is over for this site", low=1)
     scores: str = limit("exact", "which counts leave: exact, noisy (epsilon) or none", choices=SCORES)
     epsilon: float = limit(1.0, "of the two-sided geometric noise on each count, where scores are noisy", above=0.0)
@@ -156,6 +159,7 @@ OWN_MACHINE: Final = dataclasses.replace(
     max_data_choices_a_day=10**9,
     max_cpu_hours_a_run=1e9,
     max_disk_gb_a_run=1e9,
+    keep_packs=10**9,
     max_epsilon=1e9,
     max_delta=0.5,
     pretrained=(ANY,),
