@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import features
 
 from common.errors import DataError
+from common.faces.paths import Folders, by_folder
 
 # What Pillow opens as a still picture, by the kind's ending; what must not be there (a program that is started, a
 # picture without a mark of its kind at its beginning, which any bytes would pass for) is named in UNREAD.
@@ -77,21 +78,29 @@ class Listing:
     """
 
     root: Path
-    names: Mapping[str, tuple[str, ...]]
+    names: Folders
     nowhere: frozenset[str]
     special: frozenset[str]
     closed: Mapping[str, str]
 
     @functools.cached_property
-    def pictures(self) -> dict[str, tuple[str, ...]]:
+    def pictures(self) -> Folders:
         """Folder -> the names of the pictures in it, sorted; folders without one are not there."""
-        found = ((folder, sorted(filter(is_picture, names))) for folder, names in self.names.items())
-        return {folder: tuple(names) for folder, names in found if names}
+        found = Folders()
+        for folder, names in self.names.items():
+            if folder in self.with_pictures:
+                found.add(folder, sorted(filter(is_picture, names)))
+        return found
+
+    @functools.cached_property
+    def with_pictures(self) -> frozenset[str]:
+        """The folders that hold a picture."""
+        return frozenset(folder for folder, names in self.names.items() if any(map(is_picture, names)))
 
     def below(self, folder: str) -> list[str]:
         """The folders that hold pictures and lie below `folder`, or are it, sorted."""
         return sorted(
-            other for other in self.pictures if not folder or other == folder or other.startswith(f"{folder}/")
+            other for other in self.with_pictures if not folder or other == folder or other.startswith(f"{folder}/")
         )
 
     def children(self, folder: str) -> list[str]:
@@ -106,7 +115,7 @@ def walk(root: Path) -> Listing:
     Links to folders are followed after all folders that are none, so that a folder keeps its own place.
     Raises DataError when root itself cannot be read.
     """
-    names: dict[str, tuple[str, ...]] = {}
+    names = Folders()
     closed: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
     places: dict[str, list[str]] = {kind: [] for kind in ("nowhere", "special", *_FOLDERS)}
@@ -131,11 +140,12 @@ def walk(root: Path) -> Listing:
             closed[folder] = f"folders that cannot be read ({error.strerror})"
             continue
         before = f"{folder}/" if folder else ""
-        kinds = [(entry, _kind(entry)) for entry in entries]
-        names[folder] = tuple(entry.name for entry, kind in kinds if kind not in _FOLDERS)
-        for entry, kind in kinds:
+        plain = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        odd = [] if len(plain) == len(entries) else [(entry.name, _kind(entry)) for entry in entries]
+        for name, kind in odd:
             if kind != "file":
-                places[kind].append(before + entry.name)
+                places[kind].append(before + name)
+        names.add(folder, [name for name, kind in odd if kind not in _FOLDERS] if odd else plain)
     closed |= dict.fromkeys(places["system"], SYSTEM) | dict.fromkeys(places["hidden"], HIDDEN)
     nowhere, special = frozenset(places["nowhere"]), frozenset(places["special"])
     return Listing(root=root, names=names, nowhere=nowhere, special=special, closed=closed)
@@ -216,39 +226,40 @@ def account_of(
 
     paths: the pictures of the index.  copies: folders whose pictures are known to be those of the index again.
     """
-    used: dict[str, set[str]] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        used.setdefault(folder, set()).add(name)
+    used = Folders()
+    for folder, listed in by_folder(paths):
+        used.add(folder, listed)
     kinds = _Kinds(listing, used, frozenset(copies))
     missing: list[tuple[str, str]] = []
-    for folder, wanted in used.items():
-        before = f"{folder}/" if folder else ""
-        missing += [(before + name, "missing") for name in _absent(listing, folder, wanted)]
-    for path in listing.nowhere:
-        folder, _, name = path.rpartition("/")
-        if name in used.get(folder, ()):
-            missing.append((path, "missing: a link to nowhere"))
-    for folder, inside in listing.names.items():
-        kinds.add_files(folder, [name for name in inside if name not in used.get(folder, ())])
+    for folder, names in used.items():
+        before, wanted, inside = f"{folder}/" if folder else "", set(names), listing.names.get(folder, ())
+        if not listing.nowhere and len(wanted) == len(inside) and wanted.issuperset(inside):
+            continue
+        missing += [(before + name, "missing") for name in _absent(listing, folder, wanted.difference(inside))]
+        if listing.nowhere:
+            nowhere = listing.nowhere.intersection(before + name for name in wanted)
+            missing += [(path, "missing: a link to nowhere") for path in nowhere]
+        kinds.add_files(folder, set(inside) - wanted)
+    for folder in listing.names:
+        if folder not in used:
+            kinds.add_files(folder, listing.names[folder])
     kinds.add_folders()
     return Account(
-        num_found=sum(len(inside) for inside in listing.names.values()) + kinds.num_folders,
+        num_found=listing.names.num_names + kinds.num_folders,
         missing=tuple(sorted(missing)),
         passed_over=kinds.passed_over(),
         notes=tuple(notes),
     )
 
 
-def _absent(listing: Listing, folder: str, wanted: set[str]) -> set[str]:
-    """Which of the wanted names are not in the folder."""
-    inside = listing.names.get(folder)
-    if inside is not None:
-        return wanted.difference(inside)
+def _absent(listing: Listing, folder: str, unlisted: set[str]) -> set[str]:
+    """Which names are not in the folder.  unlisted: those that its listing does not have."""
+    if folder in listing.names:
+        return unlisted
     place = listing.root / folder  # hidden, behind a second link, or not there
     if not place.is_dir():
-        return wanted
-    return {name for name in wanted if not (place / name).exists()}
+        return unlisted
+    return {name for name in unlisted if not (place / name).exists()}
 
 
 @dataclass
@@ -256,7 +267,7 @@ class _Kinds:
     """Counts what is passed over, by kind."""
 
     listing: Listing
-    used: Mapping[str, set[str]]
+    used: Folders
     copies: frozenset[str]
     num_folders: int = 0
     _found: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (kind, weight) -> number of, first
@@ -302,13 +313,10 @@ class _Kinds:
         listing = self.listing
         for folder, why in listing.closed.items():
             self._add(why, OTHER if why in (HIDDEN, SYSTEM) else ODD, f"{folder}/")
-        filled = {parent for folder in (*listing.pictures, *listing.closed) for parent in _above(folder)}
-        filled |= {
-            parent
-            for folder, inside in listing.names.items()
-            for parent in _above(folder)
-            if inside and any(ending_of(name) in UNREAD for name in inside)
-        }
+        filled = {parent for folder in (*listing.with_pictures, *listing.closed) for parent in _above(folder)}
+        for folder in listing.names:
+            if folder not in filled and any(ending_of(name) in UNREAD for name in listing.names[folder]):
+                filled.update(_above(folder))
         filled |= self._parents
         for folder in listing.names:
             lists = folder.rpartition("/")[2].lower() in _LISTS and listing.names[folder]

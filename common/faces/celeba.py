@@ -56,7 +56,7 @@ def read_celeba(dataset: str, root: Path) -> FaceIndex:
     partition = _partition(_require(listing, base, PARTITION), names)
     landmarks = _landmarks(_find(listing, base, LANDMARKS), names)
     place = _picture_folder(listing, base, names)
-    found = resolved(listing, place, names)
+    found = [f"{sub}/{name}" if sub else name for sub, inside in resolved(listing, place, names) for name in inside]
     copies = [folder for folder in listing.pictures if folder != place and _of_celeba(folder)]
     notes = [] if place.rpartition("/")[2] == "img_align_celeba" else [f"the pictures are those of {place or '.'}/"]
     if any(one != other for one, other in zip(names, found, strict=True)):

@@ -18,7 +18,7 @@ import struct
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -416,28 +416,30 @@ def scan(
 
     progress: called with (pictures done, pictures in all).
     """
-    jobs = [
+    starts = range(0, len(index), JOB_PICTURES)
+    jobs = (
         Job(
             root=index.root,
             paths=index.paths[start : start + JOB_PICTURES],
             points=None if points is None else points[start : start + JOB_PICTURES],
             recipe=recipe,
         )
-        for start in range(0, len(index), JOB_PICTURES)
-    ]
+        for start in starts
+    )
     done = 0
-    for result in _in_processes(jobs, workers) if min(workers, len(jobs)) > 1 else map(decode_job, jobs):
+    workers = min(workers, len(starts))
+    for result in _in_processes(jobs, workers) if workers > 1 else map(decode_job, jobs):
         done += len(result.reasons)
         if progress is not None:
             progress(done, len(index))
         yield result
 
 
-def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Done]:
+def _in_processes(jobs: Iterable[Job], workers: int) -> Iterator[Done]:
     """Results in order; only a few jobs are ahead, so that memory stays bounded when the writer is slow."""
     # spawn: a fork of a process that runs threads (torch, gRPC) can deadlock
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         ahead: deque[Future[Done]] = deque()
         for job in jobs:

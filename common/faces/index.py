@@ -6,10 +6,11 @@ What is on disk beside the pictures of an index is in its account (`account.py`)
 """
 
 import dataclasses
+import functools
 import itertools
 import pkgutil
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from common.errors import DataError, unknown_name
 from common.faces.account import NOTHING, PARTS, Account, Listing, account_of, ending_of, is_picture, walk
 from common.faces.datasets import DATASETS
-from common.system.files import read_text
+from common.faces.paths import Paths, by_folder
+from common.system.files import text_decoder
 
+_BLOCK_BYTES = 2**17  # of a text file at once: with its lines it stays in what a processor has near by
 CHUNK_LINES = 100_000  # numbers are parsed so many lines at a time: memory stays bounded on VGGFace2's 3.1 M lines
 
 
@@ -47,16 +50,50 @@ def malformed(file: Path, number: int, line: str, wanted: str) -> DataError:
 
 def read_lines(file: Path) -> list[str]:
     """All lines without their ends (LF or CRLF) and without trailing empty lines.  Raises DataError."""
+    return [line for _, lines in line_blocks(file) for line in lines]
+
+
+def line_blocks(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The lines of `read_lines`, some at a time: (line number of the first, lines).  Raises DataError."""
+    number, rest, empty = 1, "", list[str]()
+    for text in _texts(file):
+        lines = (rest + text).split("\n")
+        rest = lines.pop()
+        if lines := _filled(empty, lines):
+            yield number, lines
+            number += len(lines)
+    if lines := _filled(empty, [rest]):
+        yield number, lines
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """The text of a file, some at a time, lines ending in LF.  Raises DataError."""
+    size = 0
     try:
-        text = read_text(file)
+        with file.open("rb") as opened:
+            blocks = iter(functools.partial(opened.read, _BLOCK_BYTES), b"")
+            first = next(blocks, b"")
+            decoder = text_decoder(first)
+            for block in itertools.chain((first,), blocks, (b"",)):
+                size += len(block)
+                yield decoder.decode(block, final=not block)
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); fetch the official file again.") from None
+        bad = size - len(error.object) + error.start
+        raise DataError(f"{file}: not UTF-8 text (byte {bad}); fetch the official file again.") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
+
+
+def _filled(empty: list[str], lines: list[str]) -> list[str]:
+    """The lines after those in `empty`, where the empty ones at the end are left for later."""
+    end = len(lines)
+    while end and not lines[end - 1].strip():
+        end -= 1
+    if not end:
+        empty += lines
+        return []
+    filled, empty[:] = [*empty, *lines[:end]], lines[end:]
+    return filled
 
 
 def read_pairs(file: Path, wanted: str) -> tuple[list[str], list[str]]:
@@ -74,6 +111,9 @@ def read_pairs(file: Path, wanted: str) -> tuple[list[str], list[str]]:
 
 def check_paths(file: Path, paths: Sequence[str], first_line: int = 1) -> None:
     """Raise DataError for a path that is absolute or leaves the folder; line numbers start at `first_line`."""
+    text = "\n".join(["", *paths])
+    if not any(sign in text for sign in ("..", "\\", "\0", "\n/")):
+        return
     for number, path in enumerate(paths, start=first_line):
         if (".." in path or "\\" in path or path[:1] == "/" or "\0" in path) and _leaves(path):
             raise DataError(f"{file}, line {number}: picture {path!r} leaves the data folder; paths must be relative.")
@@ -101,7 +141,7 @@ def parse_numbers(file: Path, rows: Sequence[str], table: Table, first_line: int
 
 def _parse_block(block: Sequence[str], table: Table) -> NDArray[np.float32] | None:
     """The numbers, or None when any line is not exactly `table.columns` finite numbers."""
-    if not all(row.strip() for row in block):  # loadtxt passes over empty lines
+    if not all(map(str.strip, block)):  # loadtxt passes over empty lines
         return None
     try:
         numbers = np.loadtxt(block, dtype=np.float32, delimiter=table.separator, comments=None, ndmin=2)
@@ -129,7 +169,7 @@ class FaceIndex:
     """The pictures of one data set, sorted by path, so that the order of lines or folders on disk does not matter.
 
     root: the folder that paths are relative to.
-    paths: [N] POSIX paths.
+    paths: [N] POSIX paths, strings when they are asked for.
     person: [N] int64, index into people.
     people: sorted identifiers (CelebA's number, VGGFace2's n000001, the folder's name).
     official_split: [N] int8: 0 train, 1 validation, 2 test, -1 none.
@@ -144,7 +184,7 @@ class FaceIndex:
 
     dataset: str
     root: Path
-    paths: tuple[str, ...]
+    paths: Paths
     person: NDArray[np.int64]
     people: tuple[str, ...]
     official_split: NDArray[np.int8]
@@ -159,11 +199,33 @@ class FaceIndex:
         return len(self.paths)
 
 
+@dataclass(frozen=True)
+class Owners:
+    """Whose each of many pictures is.  names: [P] identifiers in any order.  number: [N] int64, index into names."""
+
+    names: Sequence[str]
+    number: NDArray[np.int64]
+
+    @staticmethod
+    def of(people_of: Iterable[str]) -> "Owners":
+        """From an identifier for each picture."""
+        numbers = Numbers()
+        number = np.fromiter((numbers[name] for name in people_of), dtype=np.int64)
+        return Owners(list(numbers), number)
+
+
+class Numbers(dict[str, int]):
+    """Numbers names as they are asked for, from 0 on."""
+
+    def __missing__(self, name: str) -> int:
+        return self.setdefault(name, len(self))
+
+
 def build_index(
     dataset: str,
     root: Path,
-    paths: list[str],
-    people_of: list[str],
+    paths: Sequence[str],
+    people_of: Sequence[str] | Owners,
     *,
     official_split: NDArray[np.int8] | None = None,
     landmarks: NDArray[np.float32] | None = None,
@@ -181,27 +243,34 @@ def build_index(
     listing, copies, notes: for the account, from a reader that walked the folder itself; see `account_of`.
     Raises DataError for a picture named twice or a data set without pictures.
     """
-    if not paths:
+    if not len(paths):
         raise DataError(f"{root}: no pictures found; give the folder that holds the {dataset} layout.")
-    order = np.array(sorted(range(len(paths)), key=paths.__getitem__), dtype=np.int64)
-    ordered = [paths[i] for i in order.tolist()]
-    for first, second in itertools.pairwise(ordered):
+    owners = people_of if isinstance(people_of, Owners) else Owners.of(people_of)
+    ordered, number_of = Paths.of(paths), owners.number
+    if not ordered.is_ascending:
+        order = ordered.order()
+        ordered, number_of = ordered.take(order), number_of[order]
+        official_split = None if official_split is None else official_split[order]
+        landmarks = None if landmarks is None else landmarks[order]
+        boxes = None if boxes is None else boxes[order]
+    for first, second in itertools.pairwise(() if ordered.is_ascending else ordered):
         if first == second:
             raise DataError(f"{root}: picture {first} is named twice; each picture needs exactly one line.")
-    people = tuple(sorted(set(people_of)))
+    people = tuple(sorted(set(owners.names)))
     number = {name: i for i, name in enumerate(people)}
-    person = np.fromiter((number[name] for name in people_of), dtype=np.int64, count=len(paths))
+    numbers = np.array([number[name] for name in owners.names], dtype=np.int64)
+
     if official_split is None:
         official_split = np.full(len(paths), OFFICIAL_NONE, dtype=np.int8)
     return FaceIndex(
         dataset=dataset,
         root=root,
-        paths=tuple(ordered),
-        person=person[order],
+        paths=ordered,
+        person=numbers[number_of],
         people=people,
-        official_split=official_split[order],
-        landmarks=None if landmarks is None else landmarks[order],
-        boxes=None if boxes is None else boxes[order],
+        official_split=official_split,
+        landmarks=landmarks,
+        boxes=boxes,
         names=None if names is None else tuple(names.get(identifier, identifier) for identifier in people),
         family=None if siblings is None else _families(len(people), [(number[a], number[b]) for a, b in siblings]),
         account=NOTHING if listing is None else account_of(listing, ordered, copies=copies, notes=notes),
@@ -243,14 +312,16 @@ def without_missing(index: FaceIndex) -> FaceIndex:
     missing = {path for path, _ in index.account.missing}
     if not missing:
         return index
-    return take(index, np.array([i for i, path in enumerate(index.paths) if path not in missing], dtype=np.int64))
+    return take(index, np.flatnonzero([path not in missing for path in index.paths]))
 
 
 def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
     """The index of some pictures only; people keep their numbers.  rows: [M] int64, ascending."""
+    if len(rows) == len(index):
+        return index
     return dataclasses.replace(
         index,
-        paths=tuple(index.paths[i] for i in rows.tolist()),
+        paths=index.paths.take(rows),
         person=index.person[rows],
         official_split=index.official_split[rows],
         landmarks=None if index.landmarks is None else index.landmarks[rows],
@@ -258,31 +329,40 @@ def take(index: FaceIndex, rows: NDArray[np.int64]) -> FaceIndex:
     )
 
 
+_MOST_KEPT = 2**19  # names of folders that are looked up, of lists in no order
 SHOWN_ENDINGS = ".jpg, .jpeg, .png, .webp, .bmp"
 
 
-def resolved(listing: Listing, folder: str, names: Sequence[str]) -> list[str]:
+def resolved(listing: Listing, folder: str, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """The listed names as they stand in the folder: with another ending (.png, .JPG) where that is what is there.
 
-    A name that is there in no form is returned as it is listed.  names may hold folders below `folder`.
+    names may hold folders below `folder`.  Yields (such a folder or "", names in it), in the order of names.  A name
+    that is there in no form is given as it is listed.
     """
     forms: dict[str, dict[str, str]] = {}
-    inside: dict[str, set[str]] = {}
-    found = []
-    for path in names:
-        sub, slash, name = path.rpartition("/")
+    inside: dict[str, frozenset[str]] = {}
+    kept = 0
+    for sub, listed in by_folder(names):
         place = f"{folder}/{sub}" if folder and sub else folder or sub
         if place not in inside:
-            inside[place] = set(listing.names.get(place, ()))
-        if name in inside[place]:
-            found.append(path)
+            if kept > _MOST_KEPT:
+                inside.clear()
+                kept = 0
+            inside[place] = frozenset(listing.names.get(place, ()))
+            kept += len(inside[place])
+        if inside[place].issuperset(listed):
+            yield sub, listed
             continue
         if place not in forms:
             there = sorted(filter(is_picture, inside[place]), reverse=True)
             forms[place] = {other.rpartition(".")[0]: other for other in there}
-        stem = name.rpartition(".")[0] if ending_of(name) else name
-        found.append(f"{sub}{slash}{forms[place].get(stem, name)}")
-    return found
+        yield sub, [_form(name, inside[place], forms[place]) for name in listed]
+
+
+def _form(name: str, inside: frozenset[str], forms: Mapping[str, str]) -> str:
+    """A listed name as it stands in its folder.  forms: stem -> name in the folder."""
+    stem = name.rpartition(".")[0] if ending_of(name) else name
+    return name if name in inside else forms.get(stem, name)
 
 
 def read_folder(dataset: str, root: Path) -> FaceIndex:
@@ -296,24 +376,24 @@ def read_folder(dataset: str, root: Path) -> FaceIndex:
     parts = [top for top in listing.children("") if _is_part(listing, top)]
     _require_people_folders(listing, parts)
     depth_of = {top: 1 if top in parts else 0 for top in listing.children("")}
-    paths, people_of = [], []
-    for folder, names in listing.pictures.items():
+    numbers, number, folders = Numbers(), list[int](), list[str]()
+    for folder in sorted(listing.with_pictures):
         tops = folder.split("/")
-        if not folder or len(tops) <= depth_of[tops[0]]:
-            continue
-        paths += [f"{folder}/{name}" for name in names]
-        people_of += [tops[depth_of[tops[0]]]] * len(names)
+        if folder and len(tops) > depth_of[tops[0]]:
+            folders.append(folder)
+            number.append(numbers[tops[depth_of[tops[0]]]])
     notes = []
     if parts:
         where = ", ".join(f"{part}/" for part in parts)
         notes.append(f"{where} taken as parts of one set: people of one name are one person, splits are by hash")
-    people_of, note = _one_spelling(people_of)
+    people, note = _one_spelling(list(numbers))
+    of_folder = [len(listing.pictures[folder]) for folder in folders]
     return build_index(
         dataset,
         root,
-        paths,
-        people_of,
-        names=dict(zip(people_of, people_of, strict=True)),
+        Paths.of(f"{folder}/{name}" for folder in folders for name in listing.pictures[folder]),
+        Owners(people, np.repeat(np.array(number, dtype=np.int64), of_folder)),
+        names={person: person for person in people},
         listing=listing,
         notes=[*notes, *note],
     )
@@ -324,18 +404,18 @@ def _is_part(listing: Listing, top: str) -> bool:
     return top.lower() in PARTS and top not in listing.pictures and len(listing.children(top)) > 0
 
 
-def _one_spelling(people_of: list[str]) -> tuple[list[str], list[str]]:
+def _one_spelling(people: list[str]) -> tuple[list[str], list[str]]:
     """The people with names that differ in Unicode's form only made one, and the line that says so."""
     spellings: dict[str, set[str]] = {}
-    for name in set(people_of):
+    for name in people:
         spellings.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
     one = {name: form for form, names in spellings.items() if len(names) > 1 for name in names}
     if not one:
-        return people_of, []
+        return people, []
     number = len(set(one.values()))
     what = "1 name stands" if number == 1 else f"{number:,} names stand"
     line = f"{what} in two Unicode spellings (NFC, NFD): the folders of one name are one person's"
-    return [one.get(name, name) for name in people_of], [line]
+    return [one.get(name, name) for name in people], [line]
 
 
 def _require_people_folders(listing: Listing, parts: Sequence[str]) -> None:

@@ -273,8 +273,8 @@ def _key(task: Task, split: NDArray[np.int8], data: DataSettings) -> str:
     parts = [
         json.dumps([FORMAT, index.dataset, settings], sort_keys=True).encode(),
         "\n".join(index.people).encode("utf-8", "surrogateescape"),
-        "\n".join(index.paths).encode("utf-8", "surrogateescape"),
-        *(b"" if array is None else np.ascontiguousarray(array).tobytes() for array in arrays),
+        index.paths.joined,
+        *(b"" if array is None else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays),
     ]
     total = hashlib.sha256()
     for part in parts:

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import stat
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from common.faces.decode import JPEG_BYTES_PER_PIXEL, RAW, Recipe, scan
 from common.faces.index import FaceIndex, take
 from common.faces.pack_progress import Progress
 from common.faces.pack_store import require_space
+from common.faces.paths import by_folder
 from common.faces.shards import PLACE, Shard, ShardWriter, entries_of, shards_in, take_over
 
 _LIVE = 0.5  # a shard with less of its bytes still in use is not linked: what is in use is copied out of it
@@ -52,21 +54,32 @@ class Filled:
     notes: Counter[str] = field(default_factory=Counter)
 
 
-def stamps_of(index: FaceIndex, rows: Iterable[int] | None = None) -> NDArray[np.int64]:
+def stamps_of(index: FaceIndex, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Size in bytes and modification time in ns of each picture, [N, 2] int64; -1 where it is missing.
 
     rows: of these only, in their order.
     """
-    paths: Sequence[str] = index.paths if rows is None else [index.paths[row] for row in rows]
-    stamps = np.full((len(paths), 2), -1, dtype=np.int64)
-    prefix = f"{index.root}{os.sep}"
-    for row, path in enumerate(paths):
-        try:
-            about = os.stat(prefix + path)  # noqa: PTH116 - a Path for each of 3 million pictures takes seconds
-        except OSError:
-            continue
-        stamps[row] = (about.st_size if stat.S_ISREG(about.st_mode) else 0, about.st_mtime_ns)
-    return stamps
+    found = array("q")
+    for folder, names in by_folder(index.paths if rows is None else index.paths.at(rows)):
+        _look_at(f"{index.root}{os.sep}{folder}", names, found)
+    return np.frombuffer(found, dtype=np.int64).reshape(-1, 2)
+
+
+def _look_at(folder: str, names: Sequence[str], found: "array[int]") -> None:
+    """Append size and time of each file in a folder; of 3 million, those of one folder are looked at from within it."""
+    with contextlib.ExitStack() as opened:
+        within: int | None = None
+        with contextlib.suppress(OSError):
+            within = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))
+            opened.callback(os.close, within)
+        for name in names:
+            try:
+                about = os.stat(name if within is not None else f"{folder}{os.sep}{name}", dir_fd=within)
+            except OSError:
+                found.extend((-1, -1))
+                continue
+            found.append(about.st_size if stat.S_ISREG(about.st_mode) else 0)
+            found.append(about.st_mtime_ns)
 
 
 def fill(folder: Path, task: Task, others: Sequence[Path], *, workers: int, progress: Progress | None) -> Filled:
@@ -95,7 +108,7 @@ def fill(folder: Path, task: Task, others: Sequence[Path], *, workers: int, prog
             progress(total - len(todo), total)
         if len(todo):
             _decode(task, todo, entries, writer, workers=workers, progress=progress)
-    again = stamps_of(task.index, todo.tolist())
+    again = stamps_of(task.index, todo)
     if len(changed := np.flatnonzero((again != task.stamps[todo]).any(axis=1))):
         raise Changed(len(changed), task.index.paths[int(todo[changed[0]])])
     return _what_is_there(folder, entries)

@@ -61,12 +61,12 @@ def assign_splits(index: FaceIndex, data: DataSettings) -> NDArray[np.int8]:
 def _hashes(salt: str, names: Iterable[str]) -> NDArray[np.uint64]:
     """The first 8 bytes of SHA-256 of `salt/name`."""
     start = hashlib.sha256(f"{salt}/".encode())
-    digests = []
+    digests = bytearray()
     for name in names:
         one = start.copy()
         one.update(name.encode("utf-8", "surrogateescape"))
-        digests.append(one.digest()[:8])
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+        digests += one.digest()[:8]
+    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
 
 def _family_of(index: FaceIndex) -> NDArray[np.int64]:
@@ -184,7 +184,7 @@ def _split_pictures(codes: NDArray[np.int8], index: FaceIndex, data: DataSetting
     order of their hashes: over the set the fraction holds to one picture. At least one stays in TRAIN.
     """
     rows = np.flatnonzero(codes == Split.TRAIN)
-    hashes = _hashes(f"{index.dataset}/pictures", (index.paths[i] for i in rows.tolist()))
+    hashes = _hashes(f"{index.dataset}/pictures", index.paths.at(rows))
     rows = rows[np.lexsort((hashes, index.person[rows]))]
     people, starts, counts = np.unique(index.person[rows], return_index=True, return_counts=True)
     giving = np.where(counts >= MIN_GIVING_PICTURES, counts, 0)

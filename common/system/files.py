@@ -7,6 +7,7 @@ import codecs
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -84,8 +85,16 @@ def read_text(path: Path) -> str:
     Raises OSError, and UnicodeDecodeError (a ValueError).
     """
     content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return content.decode(_coding(content)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_decoder(first: bytes) -> io.IncrementalNewlineDecoder:
+    """What decodes such a text block by block, with LF for every end of a line.  first: how the text begins."""
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(_coding(first))(), translate=True)
+
+
+def _coding(content: bytes) -> str:
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def write_json(path: Path, value: object) -> None:
