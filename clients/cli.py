@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,12 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument(
         "--name", metavar="NAME", help="unique in the federation (default: the key's name, else the data set)"
     )
-    program.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    program.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps; several GPUs train one model: cuda:0,cuda:1",
+    )
     program.add_argument("--state-dir", metavar="DIR", help="what stays here (default: .facefed/clients/NAME)")
     program.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
     program.add_argument(
@@ -125,7 +131,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from clients.site import OF_SITE, SiteSettings
     from common.faces.index import read_index
     from common.system.certs import read_client_folder
-    from common.system.runtime import resolve_device
+    from common.system.runtime import resolve_devices, slurm_end
     from common.tracking.address import local_files, resolve_uri
 
     policy_file = Path(arguments.policy).expanduser() if arguments.policy else None
@@ -134,7 +140,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     name = _name(arguments, tls.name if tls else "")
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
     index = read_index(arguments.dataset, data_dir)
-    device = resolve_device(arguments.device)
+    device = ",".join(resolve_devices(arguments.device))
     _say(header_lines(f"the site {name} of {host_port(host, port)}", {})[0])
     _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} in {data_dir}, {device}")
     if index.account.missing:
@@ -162,6 +168,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         host=host, port=port, connect_timeout_s=arguments.connect_timeout, once=arguments.once, tls=tls
     )
     _say(header_row("device", device))
+    if ending := slurm_end(time.time()):
+        _say(header_row("ends", ending))
     _say(header_row("state", f"{site.state_dir} (what stays here, and the ledger of what leaves)"))
     with Live(sys.stdout) as live:
 

@@ -8,7 +8,7 @@ people would bound what one person moves (docs/adr/0027-privacy-of-people.md).
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ from common.models.recogniser import Recogniser, with_new_heads
 from common.privacy.mechanism import Buffer, add_clipped
 from common.protocol.parameters import Manifest, flatten, load_shared
 from common.settings import Settings
-from common.strategies import Penalty
 from common.system.events import SHOWN
 from common.system.progress import Tick, no_tick
 from common.system.runtime import stream_seed
@@ -78,18 +77,16 @@ def summed_changes(
     compute: Compute,
     server_round: int,
     stream_name: str,
-    penalty: Callable[[], Penalty | None],
     tick: Tick = no_tick,
 ) -> tuple[NDArray[np.float64], TrainSums]:
     """The sum of the groups' changes, each clipped to privacy.clip: [size] float64; and what training took.
 
     recogniser: its backbone does the work and holds the received model again afterwards; its heads are not used.
-    penalty: makes what the strategy adds to a loss, of the backbone as it is then.
     A group whose loss or gradient is not finite adds nothing: to answer with its failure would tell of its people.
     """
     total, all_sums = np.zeros(manifest.size, dtype=np.float64), TrainSums()
-    # Each group has heads of other shapes, and a graph for each would not pay back.
-    compute = dataclasses.replace(compute, compiled=False)
+    # Each group has heads of other shapes, and a graph for each would not pay back; it is small for several devices.
+    compute = dataclasses.replace(compute, compiled=False, others=())
     for group, pack in groups.packs.items():
         own = f"{stream_name}/group-{group}"  # its own number: nobody else's group may change when one is empty
         learner = with_new_heads(
@@ -111,7 +108,7 @@ def summed_changes(
                 compute=compute,
                 server_round=server_round,
                 stream_name=own,
-                penalty=penalty(),
+                shared=[entry.name for entry in manifest.entries],
                 tick=tick,
             )
         except TrainingFailed as error:

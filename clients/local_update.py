@@ -60,12 +60,12 @@ from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_sh
 from common.protocol.spending import spent_in
 from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
-from common.strategies import STRATEGIES, Penalty
 from common.system.events import SHOWN
 from common.system.progress import SCORING, TRAINING, WARMING_UP, Meter, telling
-from common.system.runtime import machine_digest, num_cores, resolve_device, stream_seed
+from common.system.runtime import machine_digest, num_cores, resolve_devices, stream_seed
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
+from common.training.compute import on_devices
 from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, num_scored, people_digest
 from common.training.gradient_shares import GradientShares
 from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
@@ -203,14 +203,15 @@ def join(site: SiteSettings, settings: Settings) -> Site:
     pack = open_site_pack(site, settings.data)
     _require_enough(site, pack)
     _require_private(settings, pack.num_classes)
-    device = resolve_device(site.device)
+    devices = resolve_devices(site.device)
     compute = resolve_compute(
         settings,
-        device=device,
+        device=devices[0],
         threads=threads_for(settings, 1, num_cores()),
         cache_dir=site.cache_dir,
         num_training_pictures=len(pack.indices(Split.TRAIN)),
     )
+    compute = on_devices(compute, devices)
     secret = site_secret(site.cache_dir)
     pairs = settings.verification.max_pairs, site.policy.max_person_pairs
     num_pairs, num_scored_pairs = _pairs_scored(pack, *pairs)
@@ -230,7 +231,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         num_scored_pairs=num_scored_pairs,
         machine=keyed_digest(secret, "machine", machine_digest(), digits=12),
         cores=num_cores(),
-        device=device.split(":")[0],
+        device=compute.device_kind,
         precision=compute.precision,
         memory_format=compute.memory_format,
         compiled=compute.compiled,
@@ -253,14 +254,15 @@ def _receive(state: ClientState, task: Task, shared: NDArray[np.float32] | None)
     if state.watch is not None:
         state.watch.admit(task, shared)
     load_shared(state.recogniser, shared, state.manifest)
+    devices = resolve_devices(state.site.device)
     compute = Compute(
-        device=resolve_device(state.site.device),
+        device=devices[0],
         precision=task.precision,
         memory_format=task.memory_format,
         threads=task.threads,
         compiled=task.compiled,
     )
-    return compute, shared
+    return on_devices(compute, devices), shared
 
 
 def _restore_private(
@@ -341,16 +343,6 @@ def _train_fields(
     return {name: value for name, value in fields.items() if not (is_private and name in OF_CONTENT)}
 
 
-def _penalty(state: ClientState) -> Penalty | None:
-    """What the strategy adds to the loss, from the shared parameters as they are now; None where it adds nothing."""
-    federation = state.settings.federation
-    term = STRATEGIES[federation.strategy].client_term
-    if term is None:
-        return None
-    named = dict(state.recogniser.named_parameters())
-    return term([named[entry.name] for entry in state.manifest.entries if entry.name in named], federation)
-
-
 def _shares(state: ClientState) -> GradientShares | None:
     """What counts whose the gradients are; None where nothing is looked at."""
     if state.watch is None or state.site.policy.max_person_share >= 1.0:
@@ -375,7 +367,7 @@ def _train_all(state: ClientState, task: Task, compute: Compute, optimiser: torc
             compute=compute,
             server_round=task.server_round,
             stream_name=state.site.name,
-            penalty=_penalty(state),
+            shared=[entry.name for entry in state.manifest.entries],
             tick=tick,
             shares=shares,
         )
@@ -568,7 +560,6 @@ def _sum_of_groups(
             compute=compute,
             server_round=task.server_round,
             stream_name=state.site.name,
-            penalty=lambda: _penalty(state),
             tick=tick,
         )
 

@@ -20,7 +20,7 @@ from common.settings import Settings, TrackingSettings
 from common.system.checkpoints import write_tensors
 from common.system.events import SHOWN
 from common.system.files import read_json
-from common.system.runtime import facefed_version, git_commit, resolve_device
+from common.system.runtime import facefed_version, git_commit, resolve_devices
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.notes import NOTE_TAG, data_note, experiment_note, run_note
 from common.tracking.run import SavesFigure, TrackedRun, finishing, open_run
@@ -54,7 +54,7 @@ def keep_round(
 
     Yields what is called with the round's reply.  A failure costs a warning, never the round.
     """
-    device = resolve_device(site.device)
+    device = ",".join(resolve_devices(site.device))
     with contextlib.ExitStack() as at_end:
         tracked = None
         try:
@@ -90,7 +90,7 @@ def keep_own_record(
     if not draws and not site.tracking_uri:
         return
     try:
-        tracked = _open(site, task, settings, len(pack), compute.device, delivers=bool(site.tracking_uri))
+        tracked = _open(site, task, settings, len(pack), compute.devices, delivers=bool(site.tracking_uri))
         with finishing(tracked):
             found = scores(evaluate(recogniser, pack, "test", compute))
             tracked.log_metrics({f"test_{name}": value for name, value in found.items()}, step=task.server_round)

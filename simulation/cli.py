@@ -65,11 +65,13 @@ TRAIN_EXAMPLES = {
 }
 
 
-def _add_site_options(parser: argparse.ArgumentParser) -> None:
+_ONE_DEVICE = "auto, cpu, cuda, cuda:N or mps (default: auto)"
+_SEVERAL_DEVICES = "auto, cpu, cuda, cuda:N or mps; several GPUs train one model: cuda:0,cuda:1 (default: auto)"
+
+
+def _add_site_options(parser: argparse.ArgumentParser, devices: str = _ONE_DEVICE) -> None:
     group = parser.add_argument_group("this machine")
-    group.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
-    )
+    group.add_argument("--device", default="auto", metavar="NAME", help=devices)
     group.add_argument("--cache-dir", default=".facefed/packs", metavar="DIR", help="where aligned pictures are kept")
 
 
@@ -274,7 +276,7 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     ):
         command = actions.add_parser(name, help=text, description=text, epilog=examples(*TRAIN_EXAMPLES[name]))
         _add_data_sources(command)
-        _add_site_options(command)
+        _add_site_options(command, _ONE_DEVICE if name == "federated" else _SEVERAL_DEVICES)
         flags = flags_of(command.prog)
         if name == "federated":
             add_run_settings(command, flags=flags, default_config=DEFAULT_CONFIG)

@@ -30,6 +30,7 @@ from common.system.run_view import (
     federation_ending,
     header_lines,
 )
+from common.system.runtime import resolve_devices
 from common.tracking.address import with_absolute_tracking
 from common.tracking.page import tracking_line, where_to_look
 from common.weights import begin_run, check_weights
@@ -231,9 +232,11 @@ def _door(
     """Check and pack every client's data."""
     device = settings.training.device if machine.device == "auto" else machine.device
     state = Path(settings.run.out).expanduser() / "clients"
-    sites = {
-        option.name: site_of(option, device=device, cache_dir=machine.cache_dir, state_dir=state) for option in options
-    }
+    devices = resolve_devices(device)
+    sites = {}
+    for option in options:
+        site = site_of(option, device=devices[0], cache_dir=machine.cache_dir, state_dir=state)
+        sites[option.name] = dataclasses.replace(site, device=",".join(devices))
     return sites, {name: pack_at_the_door(site, settings, out) for name, site in sites.items()}
 
 

@@ -9,7 +9,7 @@ side by side all the same.
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -75,14 +75,24 @@ def _hand_over(
 
 
 class Batch(NamedTuple):
-    """One optimiser step's pictures."""
+    """One optimiser step's pictures; where several processes divide it, their labels and this one's pictures."""
 
-    pictures: Tensor  # [B, 3, S, S] float32 in [-1, 1]
+    pictures: Tensor  # [B, 3, S, S] float32 in [-1, 1], or [b, 3, S, S]
     labels: Tensor  # [B] int64
     twins: Tensor | None  # [B] int64, the place in the batch of a picture of each one's twin, or NO_TWIN
 
 
+# Of a batch of so many pictures the places of those that are read and changed here, ascending, [b] int64; the numbers
+# by which a picture is changed do not depend on which others are.
+Own = Callable[[int], NDArray[np.int64]]
 READ_AHEAD = 3  # batches
+
+
+def all_of(num_pictures: int) -> NDArray[np.int64]:
+    """Every picture of a batch: [num_pictures] int64."""
+    return np.arange(num_pictures, dtype=np.int64)
+
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601 weights of R, G, B
 
 
@@ -121,16 +131,21 @@ def sampling_grid(affine: Tensor, side: int) -> Tensor:
     return (down[:, :, :, None] + across[:, :, None, :]).permute(0, 2, 3, 1)
 
 
-def random_colour(pictures: Tensor, strength: float, stream: torch.Generator) -> Tensor:
+def random_colour(
+    pictures: Tensor, strength: float, stream: torch.Generator, rows: Tensor | None = None, count: int = 0
+) -> Tensor:
     """Random brightness, contrast and saturation, each by a factor in [1 - strength, 1 + strength] per picture.
 
     With black at 0: x b, then grey + (x - grey) s, then mean + (x - mean) c. All three are linear, so a picture's
     channels go through one 3 x 3 matrix.
 
     pictures: [B, 3, S, S] float32 in [-1, 1].  Returns the same shape and range.
+    rows, count: as for `augment`.
     """
+    whole = len(pictures) if rows is None else count
+    factors = _uniform(3 * whole, 1.0 - strength, 1.0 + strength, stream).view(3, whole, 1, 1)
     count, device = len(pictures), pictures.device
-    factors = _uniform(3 * count, 1.0 - strength, 1.0 + strength, stream).view(3, count, 1, 1).to(device)
+    factors = (factors if rows is None else factors[:, rows]).to(device)
     brightness, contrast, saturation = factors[0], factors[1], factors[2]
     greys = torch.tensor(LUMA, device=device).expand(3, 3)
     matrix = brightness * (saturation * torch.eye(3, device=device) + (1.0 - saturation) * greys)
@@ -140,17 +155,33 @@ def random_colour(pictures: Tensor, strength: float, stream: torch.Generator) ->
     return torch.baddbmm(offset, contrast * matrix, flat).clamp_(-1.0, 1.0).view_as(pictures)
 
 
-def augment(pictures: Tensor, augmentation: AugmentationSettings, stream: torch.Generator) -> Tensor:
+def augment(
+    pictures: Tensor,
+    augmentation: AugmentationSettings,
+    stream: torch.Generator,
+    rows: Tensor | None = None,
+    count: int = 0,
+) -> Tensor:
     """All random changes of a training batch.
 
     pictures: [B, 3, S, S] float32 in [-1, 1].  Returns the same shape and range, on the same device.
+    rows: [B] int64, which of a batch of `count` they are; None: all.  Each is changed as it would be among all.
     """
-    affine = random_affine(len(pictures), augmentation, stream).to(pictures.device)
+    drawn = random_affine(len(pictures) if rows is None else count, augmentation, stream)
+    affine = (drawn if rows is None else drawn[rows]).to(pictures.device)
     grid = sampling_grid(affine, pictures.shape[-1])
     pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     if augmentation.colour > 0.0:
-        pictures = random_colour(pictures, augmentation.colour, stream)
+        pictures = random_colour(pictures, augmentation.colour, stream, rows, count)
     return pictures
+
+
+def _changed(
+    pictures: Tensor, own: Own, count: int, augmentation: AugmentationSettings, stream: torch.Generator
+) -> Tensor:
+    """`augment` of the pictures as they were read, [b, S, S, 3] uint8, of a batch of `count`."""
+    rows = None if own is all_of else torch.from_numpy(own(count))
+    return augment(to_float(pictures), augmentation, stream, rows, count)
 
 
 def num_batches(num_pictures: int, batch_size: int) -> int:
@@ -187,10 +218,11 @@ def training_batches(
     stream: torch.Generator,
     device: str,
     steps: range | None = None,
+    own: Own = all_of,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: each chosen picture once, in random order, in batches of nearly equal size.
 
-    steps: which of the epoch's batches; None: all.
+    steps: which of the epoch's batches; None: all.  own: which pictures of a batch; the labels are all of them.
 
     Equal sizes instead of a small last batch keep batch normalisation away from batches of one.
     pictures: [N, S, S, 3] uint8.  labels: [N] int64.  chosen: [M] int64 in [0, N).
@@ -201,9 +233,9 @@ def training_batches(
         stream.manual_seed(int(torch.randint(2**62, (1,), generator=stream)) + steps.start)
     parts = _some_of(np.array_split(order, num_batches(len(chosen), batch_size)), steps)
     # in file order, so that reading moves forward
-    read = ((pictures[rows], labels[rows]) for rows in map(np.sort, parts))
+    read = ((pictures[rows[own(len(rows))]], labels[rows]) for rows in map(np.sort, parts))
     for batch, targets in on_device(read, device):
-        yield augment(to_float(batch), augmentation, stream), targets
+        yield _changed(batch, own, len(targets), augmentation, stream), targets
 
 
 def evaluation_batches(pictures: Pictures, indices: NDArray[Any], *, batch_size: int, device: str) -> Iterator[Tensor]:
@@ -230,11 +262,12 @@ def twin_batches(
     stream: torch.Generator,
     device: str,
     steps: range | None = None,
+    own: Own = all_of,
 ) -> Iterator[Batch]:
     """One epoch, as `training_batches` makes it, but of pairs, and with partners.
 
     pictures: [N, S, S, 3] uint8.  labels, person, family: [N] int64, of each picture.  chosen: [M] int64 in [0, N).
-    stream: of this epoch alone, so that epochs differ and runs repeat.
+    stream: of this epoch alone, so that epochs differ and runs repeat.  own: as there.
     Yields batches on `device`; the picture of a twin is drawn anew each time.
     """
     random = np.random.default_rng(int(torch.randint(2**62, (1,), generator=stream)))
@@ -242,9 +275,12 @@ def twin_batches(
     parts = _some_of(into_batches(pairs, person, family, num_batches(len(chosen), batch_size), random), steps)
     # in file order, so that reading moves forward
     in_order = (np.sort(np.array(part, dtype=np.int64)) for part in parts)
-    read = ((pictures[rows], labels[rows], partners_in(person[rows], family[rows], random)) for rows in in_order)
+    read = (
+        (pictures[rows[own(len(rows))]], labels[rows], partners_in(person[rows], family[rows], random))
+        for rows in in_order
+    )
     for batch, targets, partners in on_device(read, device):
-        yield Batch(augment(to_float(batch), augmentation, stream), targets, partners)
+        yield Batch(_changed(batch, own, len(targets), augmentation, stream), targets, partners)
 
 
 def partners_in(person: NDArray[np.int64], family: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -371,11 +407,18 @@ def _some_of(parts: list[Item], steps: range | None) -> list[Item]:
 
 
 def epoch_batches(
-    pack: FacePack, settings: Settings, *, device: str, stream_name: str, epoch: int, steps: range | None = None
+    pack: FacePack,
+    settings: Settings,
+    *,
+    device: str,
+    stream_name: str,
+    epoch: int,
+    steps: range | None = None,
+    own: Own = all_of,
 ) -> Generator[Batch]:
     """The training batches of one epoch; the same (seed, stream_name, epoch) gives the same batches anywhere.
 
-    steps: which of them, counted from 0; None: all.  What is not asked for is not read.
+    steps: which of them, counted from 0; None: all.  own: which pictures of each.  What is not asked for is not read.
 
     Each training picture is used once, whichever kind of batches it is: see `training_batches` and `twin_batches`.
     """
@@ -390,6 +433,7 @@ def epoch_batches(
             stream=stream,
             device=device,
             steps=steps,
+            own=own,
         ):
             yield Batch(pictures, labels, None)
         return
@@ -405,4 +449,5 @@ def epoch_batches(
         stream=stream,
         device=device,
         steps=steps,
+        own=own,
     )

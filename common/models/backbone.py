@@ -51,6 +51,10 @@ class Backbone(nn.Module):
         embedding: Tensor = self.normalisation(self.linear(self.dropout(features)))
         return embedding
 
+    def embeddings(self, pictures: Tensor, *, partners: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002 - as a ViT's
+        """The raw embedding [B, D] of the only branch, "sa".  pictures: as for `forward`."""
+        return {"sa": self(pictures)}
+
     @property
     def units(self) -> list[nn.Module]:
         """What activation checkpointing works out again, in order: the trunk's own choice, or the whole trunk."""

@@ -81,9 +81,7 @@ class Recogniser(nn.Module):
         pictures: [B, 3, H, W] float in [-1, 1], RGB; B > 1 while training.
         partners: [B] int64 in [0, B), PWCA's other picture of each; None: no PWCA.
         """
-        if isinstance(self.backbone, VitBackbone):
-            return self.backbone.embeddings(pictures, partners=partners)
-        return {"sa": self.embed(pictures)}
+        return self.backbone.embeddings(pictures, partners=partners)
 
     def head_of(self, branch: str) -> SoftmaxHead | CosineHead:
         """The head of a branch's embeddings."""

@@ -207,6 +207,11 @@ def resolve_device(name: str) -> str:
     """
     if name == "cpu" or (name == "auto" and not may_have_gpu()):
         return "cpu"
+    if "," in name:
+        raise UserError(
+            f"--device {name} names several devices, which flower-client and facefed train local, centralized and twins"
+            " use to train one model; here name one."
+        )
     import torch
 
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -216,9 +221,75 @@ def resolve_device(name: str) -> str:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     is_numbered = number.isascii() and number.isdigit() and int(number) < count
     if not present.get(kind, False) or (colon and not is_numbered):
-        here = ", ".join(device for device, is_here in present.items() if is_here)
-        raise UserError(f"--device {name} is not on this machine; here: {here}.")
+        raise UserError(f"--device {name} is not on this machine; here: {_devices_here(present)}.")
     return name
+
+
+def _devices_here(present: Mapping[str, bool]) -> str:
+    import torch
+
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if present["cuda"] else []
+    kinds = {"cpu": ["cpu"], "cuda": ["cuda", *(gpus if len(gpus) > 1 else [])], "mps": ["mps"]}
+    return ", ".join(name for kind, names in kinds.items() if present[kind] for name in names)
+
+
+def resolve_devices(name: str) -> tuple[str, ...]:
+    """All devices that train one model: those of "cuda:0,cuda:1", or the one that `resolve_device` gives.
+
+    `auto` is every GPU of a Slurm task, where this is one with several.  "cpu,cpu" is two processes on the CPU.
+    Raises UserError: one that is not here, GPUs named twice or without a number, a mixture of kinds, several of mps.
+    """
+    if name == "auto":
+        gpus = _gpus_of_slurm_task()
+        return gpus if len(gpus) > 1 else (resolve_device(name),)
+    if "," not in name:
+        return (resolve_device(name),)
+    devices = tuple(resolve_device(one.strip()) for one in name.split(","))
+    kinds = {device.partition(":")[0] for device in devices}
+    twice = sorted({device for device in devices if device.startswith("cuda") and devices.count(device) > 1})
+    if len(kinds) > 1:
+        raise UserError(f"--device {name} mixes {' and '.join(sorted(kinds))}; name GPUs alone, or the CPU alone.")
+    if "auto" in name or kinds == {"mps"} or "cuda" in devices:
+        raise UserError(f"--device {name}: write several GPUs with their numbers, for example cuda:0,cuda:1.")
+    if twice:
+        raise UserError(f"--device {name} names {twice[0]} twice; name each GPU once.")
+    return devices
+
+
+def _gpus_of_slurm_task() -> tuple[str, ...]:
+    """The GPUs that Slurm gave this task, by torch's numbers; none outside of Slurm, or where it gave none.
+
+    Slurm sets CUDA_VISIBLE_DEVICES or fences the task in, and then all that torch sees are the task's; else the
+    numbers that it names are the machine's.
+    """
+    named = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS") or ""
+    numbers = [text for text in named.split(",") if text.isascii() and text.isdigit()]
+    if not numbers or not may_have_gpu():
+        return ()
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    fenced = "CUDA_VISIBLE_DEVICES" in os.environ or seen <= len(numbers)
+    chosen = range(seen) if fenced else [int(number) for number in numbers if int(number) < seen]
+    return tuple(f"cuda:{number}" for number in chosen)
+
+
+def slurm_end(now: float) -> str:
+    """Of a Slurm job what its time limit means, as words for a program's header; "" outside of one.
+
+    now: seconds since 1970, as SLURM_JOB_END_TIME is, which Slurm sets from version 22.05 on.
+    """
+    job, end = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_END_TIME", "")
+    if not (job and end.isascii() and end.isdigit()):
+        return ""
+    minutes = max(0, int(int(end) - now) // 60)
+    return f"Slurm job {job}, which ends in {minutes // 60} h {minutes % 60:02} min; what was done by then is kept"
+
+
+def meet_on_loopback() -> None:
+    """Let torch.distributed's processes on this machine reach each other over the loopback interface only."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.update({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
 
 
 def use_threads(num_threads: int) -> None:

@@ -148,8 +148,9 @@ def _gpus() -> dict[str, float]:
 def gpu_type(device: str) -> str:
     """The name of the GPU that a run computes on, "mps" for Apple's, "none" on a CPU.
 
-    device: resolved, such as "cpu" or "cuda:1", and on this machine.
+    device: resolved, such as "cpu" or "cuda:1", and on this machine; of several, as "cuda:0,cuda:1", the first.
     """
+    device = device.partition(",")[0]
     if not device.startswith("cuda"):
         return "mps" if device == "mps" else "none"
     import torch

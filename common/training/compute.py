@@ -4,9 +4,10 @@ Nothing here is 'auto' any more. A compiled network is not wrapped: its names, c
 was never compiled; where the machine cannot compile it is eager again.
 """
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,18 @@ class Compute:
     memory_format: str  # contiguous | channels_last
     threads: int
     compiled: bool = False  # the network's forward and backward pass by torch.compile
+    others: tuple[str, ...] = ()  # further devices that train the same model, a process each; see `ranks`
+
+    @property
+    def devices(self) -> str:
+        """All devices as one word: "cuda:0,cuda:1"."""
+        return ",".join((self.device, *self.others))
+
+    def of_rank(self, rank: int) -> "Compute":
+        """How one of those processes trains: on its device alone, eagerly, with its part of the threads."""
+        every = (self.device, *self.others)
+        threads = max(1, self.threads // len(every))
+        return dataclasses.replace(self, device=every[rank], threads=threads, compiled=False, others=())
 
     @property
     def device_kind(self) -> str:
@@ -63,6 +76,15 @@ class Compute:
         if self.memory_format == "channels_last":
             module.to(memory_format=torch.channels_last)
         module.to(self.device)
+
+
+def on_devices(compute: Compute, devices: Sequence[str]) -> Compute:
+    """The same with further devices to train on.  devices: all of them, the one of `compute` first."""
+    if len(devices) > 1 and compute.compiled:
+        logger.info("%d devices train without torch.compile", len(devices))
+    return dataclasses.replace(
+        compute, others=tuple(devices[1:]), compiled=compute.compiled and len(devices) == 1, device=devices[0]
+    )
 
 
 def eager(recogniser: Recogniser, pictures: Tensor, partners: Tensor | None) -> dict[str, Tensor]:

@@ -87,6 +87,10 @@ class GradientShares:
             for hook in hooks:
                 hook.remove()
 
+    def by_layer(self) -> list[Tensor]:
+        """The sums of each layer, [groups, units] float32, in the order of the layers' names."""
+        return [self._sums[name] for name in sorted(self._sums)]
+
     def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def forward(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
             if self._part is not None and output.requires_grad:

@@ -13,18 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.faces.batches import NO_TWIN, Batch, epoch_batches, num_batches
+from common.faces.batches import NO_TWIN, Batch, all_of, epoch_batches, num_batches
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.models.dcal import Partners, random_partners
 from common.models.recogniser import Recogniser
 from common.settings import Settings, TrainingSettings
-from common.strategies import Penalty
+from common.strategies import STRATEGIES, Penalty
 from common.system.progress import Tick, no_tick
 from common.system.runtime import random_stream
 from common.training.compute import Compute as Compute
 from common.training.gradient_shares import GradientShares
 from common.training.optimiser import make_optimiser as make_optimiser
+from common.training.rank_processes import on_every_device
+from common.training.ranks import Ranks, together
 from common.training.sampled_head import HeadSample
 from common.training.step import Stepped, Stepper, activation_checkpointing, loss_scaler
 
@@ -131,23 +133,49 @@ def warm_up_head(
     Returns sums with num_warmup_pictures and num_warmup_steps only: they are no part of the budget of training.
     Raises TrainingFailed when a loss or gradient is not finite.
     """
-    sums = TrainSums()
     if settings.training.head_warmup_epochs == 0:
-        return sums
+        return TrainSums()
+    _require_room(recogniser, pack, settings, compute)
+    return on_every_device(
+        _warm_up,
+        recogniser,
+        None,
+        pack,
+        settings=settings,
+        compute=compute,
+        stream_name=stream_name,
+        own_only={"tick": tick},
+    )
+
+
+def _warm_up(
+    recogniser: Recogniser,
+    _optimiser: None,
+    pack: FacePack,
+    *,
+    settings: Settings,
+    compute: Compute,
+    stream_name: str,
+    tick: Tick = no_tick,
+    ranks: Ranks | None = None,
+) -> TrainSums:
+    sums = TrainSums()
     compute = dataclasses.replace(compute, compiled=False)  # a graph of its own would not pay back
     compute.place(recogniser)
-    optimiser = make_optimiser(recogniser.heads, settings.training)
-    stepper = Stepper(
-        recogniser=recogniser,
-        optimiser=optimiser,
-        training=settings.training,
-        compute=compute,
-        sample=_head_sample(settings, f"{stream_name}/{HEAD_WARMUP_STREAM}"),
-    )
-    with _frozen(recogniser.backbone):
+    own = all_of if ranks is None else partial(ranks.rows, accumulate=settings.training.accumulate)
+    stream_name = f"{stream_name}/{HEAD_WARMUP_STREAM}"
+    with _frozen(recogniser.backbone), together(recogniser, ranks, compute) if ranks else nullcontext() as shared:
+        stepper = Stepper(
+            recogniser=recogniser,
+            optimiser=make_optimiser(recogniser.heads, settings.training),
+            training=settings.training,
+            compute=compute,
+            sample=_head_sample(settings, stream_name),
+            together=shared,
+        )
         for epoch in range(settings.training.head_warmup_epochs):
             batches = epoch_batches(
-                pack, settings, device=compute.device, stream_name=f"{stream_name}/{HEAD_WARMUP_STREAM}", epoch=epoch
+                pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch, own=own
             )
             for step, batch in enumerate(batches):
                 stepper.step(batch, where=f"epoch {epoch + 1} of the head's warm-up, step {step + 1}")
@@ -155,6 +183,17 @@ def warm_up_head(
                 sums.num_warmup_steps += 1
                 tick(len(batch.labels))
     return sums
+
+
+def _require_room(recogniser: Recogniser, pack: FacePack, settings: Settings, compute: Compute) -> None:
+    """Raises UserError where batches are too small for all devices; PWCA wants two pictures on each."""
+    num_pictures = len(pack.indices(Split.TRAIN))
+    Ranks(rank=0, size=1 + len(compute.others)).require_pictures(
+        num_pictures,
+        per_epoch=num_batches(num_pictures, settings.training.batch_size),
+        accumulate=settings.training.accumulate,
+        each=2 if "pwca" in recogniser.branches else 1,
+    )
 
 
 def train_epochs(
@@ -168,6 +207,7 @@ def train_epochs(
     total_epochs: int,
     stream_name: str,
     penalty: Penalty | None = None,
+    shared: Sequence[str] = (),
     choose_partners: Partners = random_partners,
     tick: Tick = no_tick,
     shares: GradientShares | None = None,
@@ -178,23 +218,43 @@ def train_epochs(
     from a stream named by (seed, stream_name, epoch).  choose_partners: PWCA's other pictures, where there is PWCA and
     `twins.partner` does not make it the twin.  tick: is told after each step how many pictures it took.
     shares: counts whose gradients they are.
-    Raises TrainingFailed when a loss or gradient is not finite.
+    shared: names of the parameters, as they were received, that the strategy's own term of the loss is about.
+    penalty: any other; not with several devices.
+    Raises TrainingFailed when a loss or gradient is not finite, or one of several devices fails, and UserError where a
+    batch is too small for them.
     """
+    if penalty is not None and compute.others:
+        raise ValueError("a penalty of the caller's own cannot be added on several devices")
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
-    return _train(
+    _require_room(recogniser, pack, settings, compute)
+    return on_every_device(
+        _train,
         recogniser,
         optimiser,
         pack,
         settings=settings,
         compute=compute,
         stretches=[(epoch, range(per_epoch)) for epoch in epochs],
-        progress=lambda epoch, step: (epoch + (step + 0.5) / per_epoch) / total_epochs,
+        progress=partial(_of_epochs, per_epoch, total_epochs),
         stream_name=stream_name,
-        penalty=penalty,
+        shared=shared,
         choose_partners=choose_partners,
-        tick=tick,
-        shares=shares,
+        **_watched(shares),
+        own_only={"penalty": penalty, "tick": tick, "shares": shares},
     )
+
+
+def _watched(shares: GradientShares | None) -> dict[str, int]:
+    """What other processes need to know of it to have one of their own."""
+    return {} if shares is None else {"num_watched": shares.num_people}
+
+
+def _of_epochs(per_epoch: int, total_epochs: int, epoch: int, step: int) -> float:
+    return (epoch + (step + 0.5) / per_epoch) / total_epochs
+
+
+def _of_steps(per_epoch: int, total: int, epoch: int, step: int) -> float:
+    return (epoch * per_epoch + step + 0.5) / total
 
 
 def train_round(
@@ -206,7 +266,7 @@ def train_round(
     compute: Compute,
     server_round: int,
     stream_name: str,
-    penalty: Penalty | None = None,
+    shared: Sequence[str] = (),
     tick: Tick = no_tick,
     shares: GradientShares | None = None,
 ) -> TrainSums:
@@ -227,24 +287,26 @@ def train_round(
             epochs=range(first, first + federation.local_epochs),
             total_epochs=settings.total_epochs,
             stream_name=stream_name,
-            penalty=penalty,
+            shared=shared,
             tick=tick,
             shares=shares,
         )
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     total, steps = settings.total_steps(per_epoch), settings.total_steps(per_epoch) // federation.rounds
-    return _train(
+    _require_room(recogniser, pack, settings, compute)
+    return on_every_device(
+        _train,
         recogniser,
         optimiser,
         pack,
         settings=settings,
         compute=compute,
         stretches=in_epochs(range((server_round - 1) * steps, server_round * steps), per_epoch),
-        progress=lambda epoch, step: (epoch * per_epoch + step + 0.5) / total,
+        progress=partial(_of_steps, per_epoch, total),
         stream_name=stream_name,
-        penalty=penalty,
-        tick=tick,
-        shares=shares,
+        shared=shared,
+        **_watched(shares),
+        own_only={"tick": tick, "shares": shares},
     )
 
 
@@ -257,6 +319,15 @@ def in_epochs(steps: range, per_epoch: int) -> list[tuple[int, range]]:
     ]
 
 
+def _strategys_term(recogniser: Recogniser, settings: Settings, shared: Sequence[str]) -> Penalty | None:
+    """What the strategy adds to the loss, from the named parameters as they are now; None where it adds nothing."""
+    term = STRATEGIES[settings.federation.strategy].client_term
+    if term is None or not shared:
+        return None
+    named = dict(recogniser.named_parameters())
+    return term([named[name] for name in shared if name in named], settings.federation)
+
+
 def _train(
     recogniser: Recogniser,
     optimiser: torch.optim.Optimizer,
@@ -267,46 +338,57 @@ def _train(
     stretches: Sequence[tuple[int, range]],
     progress: Callable[[int, int], float],
     stream_name: str,
-    penalty: Penalty | None = None,
+    shared: Sequence[str] = (),
     choose_partners: Partners = random_partners,
+    penalty: Penalty | None = None,
     tick: Tick = no_tick,
     shares: GradientShares | None = None,
+    num_watched: int | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainSums:
     """Train on some steps of some epochs.  progress: (epoch, step) -> the fraction of all steps that are done."""
     compute.place(recogniser)
     recogniser.train()
     sums = TrainSums()
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
+    own = all_of if ranks is None else partial(ranks.rows, accumulate=settings.training.accumulate)
+    penalty = penalty or _strategys_term(recogniser, settings, shared)
     scaler = loss_scaler(compute)
-    for epoch, steps in stretches:
-        # An epoch that was begun in an earlier round goes on with other numbers than it began with.
-        began = (epoch,) if steps.start == 0 else (epoch, steps.start)
-        torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
-        stream = random_stream(settings.run.seed, stream_name, "partners", *began)
-        partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
-        stepper = Stepper(
-            recogniser=recogniser,
-            optimiser=optimiser,
-            training=settings.training,
-            compute=compute,
-            penalty=penalty,
-            choose_partners=partners if "pwca" in recogniser.branches else None,
-            stream=stream,
-            scaler=scaler,
-            sample=_head_sample(settings, stream_name, *began),
-            shares=shares,
-        )
-        batches = epoch_batches(
-            pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch, steps=steps
-        )
-        watched = nullcontext() if shares is None else shares.watching(recogniser)
-        with closing(batches), activation_checkpointing(recogniser, settings.training), watched:
-            for step, batch in zip(steps, batches, strict=True):
-                sums.lr_last = learning_rate(settings.training, progress(epoch, step))
-                for group in optimiser.param_groups:
-                    group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
-                stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")
-                sums.add(stepped, len(batch.labels))
-                tick(len(batch.labels))
-        sums.num_halvings += stepper.num_halvings
+    if ranks is not None and num_watched is not None:
+        shares = shares or GradientShares(num_people=num_watched)
+    watched = nullcontext() if shares is None else shares.watching(recogniser)
+    with together(recogniser, ranks, compute) if ranks else nullcontext() as shared_passes, watched:
+        for epoch, steps in stretches:
+            # An epoch that was begun in an earlier round goes on with other numbers than it began with.
+            began = (epoch,) if steps.start == 0 else (epoch, steps.start)
+            torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
+            stream = random_stream(settings.run.seed, stream_name, "partners", *began)
+            partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
+            stepper = Stepper(
+                recogniser=recogniser,
+                optimiser=optimiser,
+                training=settings.training,
+                compute=compute,
+                penalty=penalty,
+                choose_partners=partners if "pwca" in recogniser.branches else None,
+                stream=stream,
+                scaler=scaler,
+                sample=_head_sample(settings, stream_name, *began),
+                shares=shares,
+                together=shared_passes,
+            )
+            batches = epoch_batches(
+                pack, settings, device=compute.device, stream_name=stream_name, epoch=epoch, steps=steps, own=own
+            )
+            with closing(batches), activation_checkpointing(recogniser, settings.training):
+                for step, batch in zip(steps, batches, strict=True):
+                    sums.lr_last = learning_rate(settings.training, progress(epoch, step))
+                    for group in optimiser.param_groups:
+                        group["lr"] = sums.lr_last * group.get("lr_factor", 1.0)
+                    stepped = stepper.step(batch, where=f"epoch {epoch + 1}, step {step + 1} of {per_epoch}")
+                    sums.add(stepped, len(batch.labels))
+                    tick(len(batch.labels))
+            sums.num_halvings += stepper.num_halvings
+    if ranks is not None and shares is not None:
+        ranks.add_up(shares.by_layer())
     return sums

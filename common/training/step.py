@@ -1,6 +1,5 @@
 """One optimiser step: gradient of a batch (in parts where memory is short), clipping, the step; and what it tells."""
 
-import itertools
 import logging
 import math
 import re
@@ -10,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +23,7 @@ from common.strategies import Penalty
 from common.training.compute import Compute, compiled, eager, give_up, is_given_up
 from common.training.gradient_shares import GradientShares
 from common.training.optimiser import flat, settle
+from common.training.ranks import Part, Ranks, Together, bounds_of
 from common.training.sampled_head import HeadSample, only_rows
 
 ChoosePartners = Callable[[Batch], Tensor]  # of each picture PWCA's other one, [B] int64
@@ -74,24 +73,29 @@ def is_halved(recogniser: Recogniser) -> bool:
     return recogniser.backbone in _halved
 
 
-def in_parts(batch: Batch, number: int) -> list[Batch]:
+def in_parts(batch: Batch, number: int, own: Callable[[int], Part] | None = None) -> list[Batch]:
     """The batch in so many parts of nearly equal size; in fewer where one would have a single picture.
 
     Batch normalisation cannot train on one.  A twin in another part is none.
+    own: which pictures of a part of so many the batch holds, of those of all ranks; None: all.
     """
-    number = max(1, min(number, len(batch.labels) // 2))
-    if number == 1:
+    bounds = bounds_of(len(batch.labels), number)
+    if len(bounds) == 1:
         return [batch]
-    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(len(batch.labels)), number))]).tolist()
-    return [_part(batch, start, end) for start, end in itertools.pairwise(bounds)]
+    parts, place = [], 0
+    for start, end in bounds:
+        first, last = (0, end - start) if own is None else own(end - start)
+        parts.append(_part(batch, start, end, batch.pictures[place : place + last - first]))
+        place += last - first
+    return parts
 
 
-def _part(batch: Batch, start: int, end: int) -> Batch:
+def _part(batch: Batch, start: int, end: int, pictures: Tensor) -> Batch:
     twins = batch.twins
     if twins is not None:
         own = twins[start:end]
         twins = torch.where((own >= start) & (own < end), own - start, NO_TWIN)
-    return Batch(batch.pictures[start:end], batch.labels[start:end], twins)
+    return Batch(pictures, batch.labels[start:end], twins)
 
 
 def _branch_losses(
@@ -194,6 +198,7 @@ class Stepper:
     """The steps of one model with one optimiser, one after the other.
 
     choose_partners: PWCA's other pictures, where there is PWCA; draws from `stream` alone.
+    together: where several processes train the model; batches hold this one's pictures then.
     """
 
     recogniser: Recogniser
@@ -207,6 +212,7 @@ class Stepper:
     num_halvings: int = 0
     sample: HeadSample | None = None  # None: a step sees all of the head's people
     shares: GradientShares | None = None  # counts whose gradients they are, and wants passes that are not compiled
+    together: Together | None = None
     _scaler: torch.amp.GradScaler = field(init=False)
     _before: _Before = field(init=False)
 
@@ -274,7 +280,8 @@ class Stepper:
                 self._halve(batch, where)
 
     def _halve(self, batch: Batch, where: str) -> None:
-        if is_halved(self.recogniser) or len(batch.labels) < 4 * self._num_parts():
+        # Other ranks have found room, and would wait for this one's old part of the batch.
+        if self.together or is_halved(self.recogniser) or len(batch.labels) < 4 * self._num_parts():
             raise self._too_large(where)
         _halved.add(self.recogniser.backbone)
         self.num_halvings += 1
@@ -303,24 +310,49 @@ class Stepper:
         """
         # Also of what this optimiser does not hold, or it would count in the norm.
         self.recogniser.zero_grad(set_to_none=True)
-        network = compiled() if is_compiled else eager
+        ranks = self.together.ranks if self.together else None
+        parts = in_parts(batch, self._num_parts(), ranks.own if ranks else None)
         figures, start = [], 0
-        for part in in_parts(batch, self._num_parts()):
+        for part in parts:
+            count = len(part.labels)
             if self.shares is not None:
-                self.shares.begin_part(start, len(part.labels))
-                start += len(part.labels)
-            partners = None if self.choose_partners is None else self.choose_partners(part)
-            with self.compute.autocast():
-                embeddings = network(self.recogniser, self.compute.laid_out(part.pictures), partners)
-            told, minimised, correct = _branch_losses(self.recogniser, embeddings, part.labels, self.training)
-            objective = self.recogniser.combined(minimised)
-            if self.training.spreadout > 0.0:
-                apart = spreadout(self.recogniser.head.identity_vectors, self.training.spreadout_margin)
-                objective = objective + self.training.spreadout * apart
-            share = len(part.labels) / len(batch.labels)
-            self._scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
-            figures.append(torch.stack([*(loss.detach() * share for loss in told.values()), correct]))
+                first, last = ranks.own(count) if ranks else (0, count)
+                self.shares.begin_part(start + first, last - first)
+                start += count
+            with self.together.passes(is_last=part is parts[-1]) if self.together else nullcontext():
+                figures.append(self._pass(part, count / len(batch.labels), is_compiled=is_compiled))
         return torch.stack(figures).sum(0)
+
+    def _pass(self, part: Batch, share: float, *, is_compiled: bool) -> Tensor:
+        """Forward and backward of one part, which is that share of its batch; tells its share of `_passes`'s answer."""
+        embeddings = self._embeddings(part, is_compiled=is_compiled)
+        told, minimised, correct = _branch_losses(self.recogniser, embeddings, part.labels, self.training)
+        objective = self.recogniser.combined(minimised)
+        if self.training.spreadout > 0.0:
+            apart = spreadout(self.recogniser.head.identity_vectors, self.training.spreadout_margin)
+            objective = objective + self.training.spreadout * apart
+        self._scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
+        return torch.stack([*(loss.detach() * share for loss in told.values()), correct])
+
+    def _embeddings(self, part: Batch, *, is_compiled: bool) -> dict[str, Tensor]:
+        """Of the whole part, by branch; where there are several processes, with the gradient of this one's pictures."""
+        if self.together is not None:
+            partners = self._own_partners(part, self.together.ranks)
+            return self.together.embeddings(part.pictures, partners, count=len(part.labels))
+        partners = None if self.choose_partners is None else self.choose_partners(part)
+        network = compiled() if is_compiled else eager
+        with self.compute.autocast():
+            return network(self.recogniser, self.compute.laid_out(part.pictures), partners)
+
+    def _own_partners(self, part: Batch, ranks: Ranks) -> Tensor | None:
+        """Among this rank's pictures; those of the others are drawn too, so that the streams stay alike."""
+        if self.choose_partners is None:
+            return None
+        own = ranks.own(len(part.labels))
+        chosen = {
+            bounds: self.choose_partners(_part(part, *bounds, part.pictures)) for bounds in ranks.all(len(part.labels))
+        }
+        return chosen[own]
 
 
 @contextmanager

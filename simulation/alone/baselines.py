@@ -87,7 +87,7 @@ def kind_of(mode: str, trainee: Trainee, sites: Mapping[str, SiteSettings]) -> R
             "model_type": model_type(settings),
             "dataset": "+".join(site.dataset for site in sites.values()),
             "dataset_size": str(len(trainee.pack)),
-            "device": trainee.compute.device,
+            "device": trainee.compute.devices,
         },
         params={
             "client": "+".join(trainee.clients),
@@ -162,7 +162,7 @@ def _header(trainee: Trainee, folder: Path) -> dict[str, str]:
     in_all = sum(parameter.numel() for parameter in recogniser.parameters())
     return {
         "model": model_words(trainee.settings, num_parameters=in_backbone, head=in_all - in_backbone),
-        "device": compute_words(compute.device, compute.precision, compute.threads),
+        "device": compute_words(compute.devices, compute.precision, compute.threads),
         "data": f"{'; '.join(trainee.clients)}: {sizes['num_training_people']:,} people,"
         f" {sizes['num_training_pictures']:,} pictures to train on; pictures of people kept for validation"
         f" {sizes['num_val_people_pictures']:,}, for test {sizes['num_test_people_pictures']:,}",

@@ -12,6 +12,7 @@ from common.models.recogniser import Recogniser, build_recogniser, for_people
 from common.settings import Settings
 from common.system.runtime import num_cores, stream_seed
 from common.training.autotune import resolve_compute, threads_for
+from common.training.compute import on_devices
 from common.training.evaluation import evaluate
 from common.training.loop import Compute
 
@@ -63,14 +64,15 @@ class Trainee:
 
 
 def _compute(settings: Settings, site: SiteSettings, num_training_pictures: int) -> Compute:
-    threads = threads_for(settings, 1, num_cores())
-    return resolve_compute(
+    devices = site.device.split(",")
+    compute = resolve_compute(
         settings,
-        device=site.device,
-        threads=threads,
+        device=devices[0],
+        threads=threads_for(settings, 1, num_cores()),
         cache_dir=site.cache_dir,
         num_training_pictures=num_training_pictures,
     )
+    return on_devices(compute, devices)
 
 
 def _trainee(settings: Settings, site: SiteSettings, name: str, packs: Mapping[str, FacePack]) -> Trainee:

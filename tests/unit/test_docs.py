@@ -17,7 +17,7 @@ from common.metrics.sums import CLOSED_FIELDS, COUNTS
 from common.protocol.wire import TRAIN_FIELDS, Site
 from common.settings import Settings
 from server.exchange.clock import PHASES
-from tests.pages import FENCE, commands, commands_of
+from tests.pages import FENCE, commands, commands_of, page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -100,6 +100,22 @@ def test_every_command_begins_with_a_program_that_is_there(document, line):
         assert {word for word in words[1:] if "=" not in word} <= targets
     if words[0].endswith("python") and words[1] == "-m" and words[2] != "pytest":
         assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
+
+
+def test_the_batch_script_asks_for_what_it_starts():
+    """Each line is a directive, or starts a program of ours with flags that it has."""
+    (block,) = [text for language, text in FENCE.findall(page("RUNNING")) if language == "sbatch"]
+    first, *lines = block.splitlines()
+    asked = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH ")]
+    started = [line for line in lines if not line.startswith("#")]
+    assert first == "#!/bin/bash"
+    assert all(re.fullmatch(r"[a-z-]+=\S+", one) for one in asked)
+    assert {"gpus-per-task", "cpus-per-task", "signal"} <= {one.partition("=")[0] for one in asked}
+    for line in started:
+        launcher, program, *arguments = shlex.split(line)
+        assert launcher == "srun"
+        PARSERS[program]().parse_args(arguments)
+    assert started
 
 
 @pytest.mark.parametrize("line", OUR_COMMANDS)

@@ -109,8 +109,77 @@ def test_a_device_that_is_not_here_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert [runtime.resolve_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     for name in ("cuda:2", "cuda:", "cuda:x", "cuda:-1", "mps", "tpu", ""):
-        with pytest.raises(UserError, match=r"is not on this machine; here: cpu, cuda\."):
+        with pytest.raises(UserError, match=r"is not on this machine; here: cpu, cuda, cuda:0, cuda:1\."):
             runtime.resolve_device(name)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(runtime, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_several_devices_are_named_with_commas():
+    assert runtime.resolve_devices("cuda:2, cuda:0") == ("cuda:2", "cuda:0")
+    assert runtime.resolve_devices("cpu,cpu") == ("cpu", "cpu")
+    assert runtime.resolve_devices("cuda") == ("cuda",)
+    assert runtime.resolve_devices("auto") == ("cuda",)  # outside of Slurm one, as ever
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cuda:0,cuda:4", r"--device cuda:4 is not on this machine; here: cpu, cuda, cuda:0, cuda:1, cuda:2, cuda:3\."),
+        ("cuda:1,cuda:1", "names cuda:1 twice"),
+        ("cpu,cuda:0", "mixes cpu and cuda"),
+        ("cuda,cuda:0", "write several GPUs with their numbers"),
+        ("cuda:0,auto", "write several GPUs with their numbers"),
+        ("cuda:0,", "is not on this machine"),
+    ],
+)
+def test_devices_that_do_not_go_together_are_one_line(name, words):
+    with pytest.raises(UserError, match=words):
+        runtime.resolve_devices(name)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_program_that_computes_on_one_device_says_so():
+    with pytest.raises(UserError, match=r"names several devices.* here name one"):
+        runtime.resolve_device("cuda:0,cuda:1")
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_STEP_GPUS": "1,3", "SLURM_JOB_GPUS": "0,1,2,3"}, ("cuda:1", "cuda:3")),  # the machine's own numbers
+        ({"SLURM_JOB_GPUS": "2,3"}, ("cuda:2", "cuda:3")),
+        ({"SLURM_JOB_GPUS": "4,5,6,7"}, ("cuda:0", "cuda:1", "cuda:2", "cuda:3")),  # fenced: torch counts from 0
+        ({"SLURM_JOB_GPUS": "6,7", "CUDA_VISIBLE_DEVICES": "6,7"}, ("cuda:0", "cuda:1", "cuda:2", "cuda:3")),
+        ({"SLURM_JOB_GPUS": "3"}, ("cuda",)),
+        ({"SLURM_JOB_GPUS": "", "CUDA_VISIBLE_DEVICES": "0,1"}, ("cuda",)),
+    ],
+)
+def test_auto_takes_the_gpus_of_a_slurm_task(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.resolve_devices("auto") == expected
+
+
+def test_a_slurm_job_says_when_it_ends(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert runtime.slurm_end(0.0) == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1700007500")
+    assert runtime.slurm_end(1_700_000_000.0).startswith("Slurm job 77, which ends in 2 h 05 min")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    assert runtime.slurm_end(0.0) == ""
 
 
 def test_threads_are_those_of_torch():
