@@ -6,6 +6,7 @@ control, then with the site's.  Nothing is sent anywhere.
 """
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from simulation.admin import imprint
 OPEN: Final = dataclasses.replace(OWN_MACHINE, first_model=False, max_move=0.0, max_extra_models=10**9)
 VARIANTS, PROBES = 5, 12  # crafted models that are tried; models that are scored
 PRINTED: Final = 0.99  # correlation from which on a picture counts as read; another picture's is 0.85 at most
+DRIFT_ROUNDS, DRIFT_STEP = 30, 0.89  # rounds; of a weight's norm in each, which max_relative_move lets pass
 Buffer = NDArray[np.float32]
 
 
@@ -79,6 +81,7 @@ def _packed(model: Buffer | None) -> ArrayRecord | None:
     return None if model is None else wire.pack_shared(encode(model, "float32"))
 
 
+@functools.lru_cache(maxsize=8)
 def first_model(settings: Settings, seed: int | None = None) -> tuple[Buffer, Manifest]:
     """A run's first model, [size] float32, as the server makes it; of another seed one that is no run's."""
     recogniser = build_recogniser(
@@ -107,6 +110,35 @@ def crafted_models(server: Hostile) -> float:
     return float(sum(server.ask("train", model) is not None for model in models))
 
 
+def _imprint_settings(server: Hostile, **values: object) -> Settings:
+    """Of a run whose model prints: the largest patch that the site's policy allows.  values: section__key."""
+    side = server.settings.data.image_size
+    fitting = [side // parts for parts in (1, 2, 4, 8) if 1 / parts <= server.site.policy.max_patch_fraction]
+    settings = config.with_values(server.settings, {**imprint.SETTINGS, "model.patch_size": fitting[0]})
+    return _with(settings, **values)
+
+
+def drifted(server: Hostile, brightest: float = imprint.BRIGHTEST) -> float:
+    """An honest first model that goes to one which prints, within the limits of a round: how many pictures are read.
+
+    What is read of smaller patches is their mean, repeated.
+    """
+    settings = _imprint_settings(server, federation__rounds=DRIFT_ROUNDS)
+    model, manifest = first_model(settings)
+    target, _ = imprint.crafted(settings, brightest)
+    pictures = np.asarray(server.pack.pictures[server.pack.indices(Split.TRAIN)])
+    best = np.zeros(len(pictures))
+    for server_round in range(1, DRIFT_ROUNDS + 1):
+        reply = server.ask("train", model, run_id="drifted", settings=settings, server_round=server_round)
+        if reply is not None:
+            read = imprint.read_pictures(wire.read_change(reply), manifest)
+            best = np.maximum(best, imprint.best_correlations(imprint.repeated(read, pictures.shape[1]), pictures))
+        if "run" in server.refusals or np.allclose(model, target):  # it is over; or nothing new is asked any more
+            break
+        model = imprint.toward(model, target, manifest, DRIFT_STEP)
+    return float((best > PRINTED).sum())
+
+
 def imprinted(server: Hostile, brightest: float = imprint.BRIGHTEST) -> float:
     """A model that prints single pictures into its change: how many training pictures one reply gives back."""
     side = server.settings.data.image_size
@@ -115,7 +147,7 @@ def imprinted(server: Hostile, brightest: float = imprint.BRIGHTEST) -> float:
     reply = server.ask("train", model, settings=settings)
     if reply is None:
         return 0.0
-    read = imprint.read_pictures(wire.read_change(reply), manifest, side)
+    read = imprint.read_pictures(wire.read_change(reply), manifest)
     pictures = np.asarray(server.pack.pictures[server.pack.indices(Split.TRAIN)])
     return float((imprint.best_correlations(read, pictures) > PRINTED).sum())
 
@@ -206,6 +238,7 @@ class Attack:
 ATTACKS: Final = (
     Attack("crafted first model", f"of {VARIANTS} variants trained on", crafted_models),
     Attack("imprint from one reply", f"training pictures read, correlation above {PRINTED}", imprinted),
+    Attack("slow drift to an imprint", f"training pictures read in {DRIFT_ROUNDS} rounds", drifted),
     Attack("learning rate of 20", "update returned", huge_rate),
     Attack("update of a few pictures", "pictures behind an update (0: none)", few_people),
     Attack("another model in mid-run", "trained on", swapped_model),

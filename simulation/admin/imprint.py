@@ -1,11 +1,13 @@
 """A crafted model that prints single pictures into the change of its weights: an attack that a site should not answer.
 
-A ViT whose only patch is the picture.  Each of many equal rows of its patch projection measures how bright the picture
-is; behind it the row's own threshold lets its gradient pass or not, and the class token learns of nothing else.  The
-changes of two rows with neighbouring thresholds then differ by the pictures whose brightness is in between: where that
-is one, by the picture itself, times a number (Fowl et al., "Robbing the Fed", arXiv:2110.13057).
+A ViT, whose only patch may be the picture.  Each of many equal rows of its patch projection measures how bright the
+picture is; behind it the row's own threshold lets its gradient pass or not, and the class token learns of nothing else.
+The changes of two rows with neighbouring thresholds then differ by the pictures whose brightness is in between: where
+that is one, by the picture itself, times a number (Fowl et al., "Robbing the Fed", arXiv:2110.13057).  Of smaller patches
+it is their mean.  A server that may not send that model at once goes there from an honest one, a step each round.
 """
 
+import math
 from typing import Final
 
 import numpy as np
@@ -34,7 +36,7 @@ SETTINGS: Final[dict[str, object]] = {
 
 
 def crafted(settings: Settings, brightest: float = BRIGHTEST) -> tuple[Buffer, Manifest]:
-    """The crafted model of a run with SETTINGS and one patch, [size] float32.
+    """The crafted model of a run with SETTINGS, [size] float32.
 
     brightest: mean of a picture, in [-1, 1], above which no threshold lies.
     """
@@ -63,9 +65,9 @@ def _craft(state: dict[str, Tensor], brightest: float) -> None:
             tensor.zero_()
     rows_of[:rows] = 1.0 / rows_of[0].numel()
     state["trunk.encoder.pos_embedding"][..., -2:] = torch.tensor([LEVEL, -LEVEL])
-    one = torch.arange(rows)
+    one, patches = torch.arange(rows), state["trunk.encoder.pos_embedding"].shape[1] - 1
     state[block + "self_attention.in_proj_weight"][2 * dim + one, one] = 1.0
-    state[block + "self_attention.out_proj.weight"][one, one] = 2.0 * spread  # half of what it attends to is the patch
+    state[block + "self_attention.out_proj.weight"][one, one] = (1 + 1 / patches) * spread  # it attends to itself too
     state[block + "mlp.0.weight"][one, one] = SLOPE * spread
     # A layer normalisation subtracts the mean over features, of which `rows` are the picture's: twice here.
     kept = 1.0 - rows / dim
@@ -75,10 +77,28 @@ def _craft(state: dict[str, Tensor], brightest: float) -> None:
     state["trunk.encoder.ln.weight"][told] = 1.0
 
 
-def read_pictures(change: Buffer, manifest: Manifest, side: int) -> NDArray[np.float32]:
-    """What each pair of neighbouring rows tells, [rows - 1, 3 side side] float32, up to a factor and a constant."""
+def toward(model: Buffer, target: Buffer, manifest: Manifest, step: float) -> Buffer:
+    """The model one round nearer to the target: no weight moves by more than `step` of its norm; vectors go there."""
+    nearer = model.copy()
+    for entry in manifest.entries:
+        here = slice(entry.offset, entry.offset + entry.size)
+        gap, most = target[here] - model[here], step * float(np.linalg.norm(model[here]))
+        far = float(np.linalg.norm(gap))
+        nearer[here] += gap * np.float32(most / far) if len(entry.shape) > 1 and far > most else gap
+    return nearer
+
+
+def repeated(read: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Patches that were read, [K, 3 P P], side by side to whole pictures, [K, 3 S S]."""
+    patch = math.isqrt(read.shape[1] // 3)
+    tiled = np.tile(read.reshape(-1, 3, patch, patch), (1, 1, side // patch, side // patch))
+    return np.asarray(tiled.reshape(len(read), -1))
+
+
+def read_pictures(change: Buffer, manifest: Manifest) -> NDArray[np.float32]:
+    """What pairs of neighbouring rows tell, [rows - 1, 3 P P] float32 of a patch, up to a factor and a constant."""
     [entry] = [entry for entry in manifest.entries if entry.name == ROWS]
-    moved = change[entry.offset : entry.offset + entry.size].reshape(entry.shape[0], 3 * side * side)
+    moved = change[entry.offset : entry.offset + entry.size].reshape(entry.shape[0], -1)
     return np.asarray(np.diff(moved[: num_rows(entry.shape[0])], axis=0), dtype=np.float32)
 
 

@@ -14,7 +14,7 @@ from common.faces.pack import open_pack
 from common.system.runtime import use_threads
 from common.training.evaluation import people_digest
 from simulation.admin import imprint
-from simulation.admin.attacks import ATTACKS, OPEN, VARIANTS, Hostile, imprinted, play
+from simulation.admin.attacks import ATTACKS, OPEN, VARIANTS, Hostile, drifted, imprinted, play
 from simulation.data.synthetic import SynthSettings, write_dataset
 from tests.tiny_federation import site_settings
 from tests.tiny_settings import TINY
@@ -65,6 +65,17 @@ def test_an_attack_succeeds_without_a_policy_and_gets_nothing_with_it(played, na
     assert one.without >= without
     assert one.within == 0
     assert list(one.refused) == [refused]
+
+
+def test_a_drift_within_the_limits_of_each_round_is_found_before_it_reads_a_picture(played, site, pack, tmp_path):
+    one = played["slow drift to an imprint"]
+    assert one.without >= 20
+    assert one.within == 0
+    assert list(one.refused) == ["model", "run"]  # and after so many refusals the run is over
+    one_patch = dataclasses.replace(DEFAULT, max_patch_fraction=1.0)  # what the built-in policy never lets pass
+    server = Hostile(site=dataclasses.replace(site, state_dir=tmp_path, policy=one_patch), settings=TINY, pack=pack)
+    assert drifted(server) == 0
+    assert "run" in server.refusals
 
 
 def test_a_probe_by_scores_gets_no_more_models_scored_than_a_run_has(played):
