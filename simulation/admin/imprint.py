@@ -3,8 +3,8 @@
 A ViT, whose only patch may be the picture.  Each of many equal rows of its patch projection measures how bright the
 picture is; behind it the row's own threshold lets its gradient pass or not, and the class token learns of nothing else.
 The changes of two rows with neighbouring thresholds then differ by the pictures whose brightness is in between: where
-that is one, by the picture itself, times a number (Fowl et al., "Robbing the Fed", arXiv:2110.13057).  Of smaller patches
-it is their mean.  A server that may not send that model at once goes there from an honest one, a step each round.
+that is one, by the picture itself, times a number (Fowl et al., "Robbing the Fed", arXiv:2110.13057).  Of smaller
+patches it is their mean.  A server that may not send that model at once goes there from an honest one by steps.
 """
 
 import math
