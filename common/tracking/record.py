@@ -224,10 +224,10 @@ class TrackedRun:
         note, about: descriptions of the version, and of all of that name.
         """
         key = uuid.uuid4().hex
-        told = {e.get("key"): e["time_ms"] for e in self._spool.entries() if self._is_mine(e) and e.get("step") == step}
-        time_ms = now_ms()
-        # With the time of the run's own point, MLflow draws it once.
-        linked = [[k, str(float(v)), told.get(k, time_ms)] for k, v in metrics.items()]
+        mine = [e for e in self._spool.entries() if self._is_mine(e) and e.get("step") == step]
+        told = {e["key"]: [str(float(e["value"])), e["time_ms"]] for e in mine}
+        # With the value and time of the run's own point MLflow has it once; a repeated round measures some anew.
+        linked = [[k, *told.get(k, [str(float(v)), now_ms()])] for k, v in metrics.items()]
         for file in folder.rglob("*"):
             with contextlib.suppress(OSError):
                 bring_to_disk(file)

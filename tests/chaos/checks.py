@@ -85,8 +85,10 @@ def _judge_points(verdict: Verdict, run: Path, mlflow: MlflowServer, summary: di
     verdict.demand(
         not verdict.lost, f"{verdict.lost} points lost, such as {sorted([*missing, *(told - there)], key=str)[:3]}"
     )
-    verdict.demand(not verdict.doubled, f"{verdict.doubled} points doubled")
-    verdict.demand(not strange, f"{strange} points in MLflow that the run's record has not")
+    twice = [(point, count) for point, count in (keys + per_step).items() if max(keys[point], per_step[point]) > 1]
+    verdict.demand(not verdict.doubled, f"{verdict.doubled} points doubled, such as {sorted(twice, key=str)[:3]}")
+    unknown = sorted((there - told).elements(), key=str)[:3]
+    verdict.demand(not strange, f"{strange} points in MLflow that the run's record has not, such as {unknown}")
     values = {point[:3]: point[3] for point in told}
     for row in summary["rounds_table"]:
         for key, value in row.items():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import subprocess
@@ -139,6 +140,20 @@ def test_a_model_is_on_the_disk_before_the_record_speaks_of_it(run, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, len(_record(run)))))
     run.log_model(folder, name="m", step=1, tags={}, metrics={}, people="")
     assert {((folder / "data" / "weights").stat().st_ino, 1), ((folder / "data").stat().st_ino, 1)} <= set(synced)
+
+
+def test_a_model_is_linked_to_the_point_that_was_told_though_a_repeated_round_measured_another(run):
+    """Another value at the same step would be a second point of the run's in MLflow."""
+    (run.folder / "models" / "m").mkdir(parents=True)
+    run.log_metrics({"time/round_seconds": 7.0, "val_roc_auc": math.nan}, step=3)
+    run.log_metrics({"time/round_seconds": 6.0}, step=4)
+    measured = {"time/round_seconds": 9.0, "val_roc_auc": 0.9, "untold": 2.0}
+    run.log_model(run.folder / "models" / "m", name="m", step=3, tags={}, metrics=measured, people="")
+    point, *_, entry = _record(run)[1:]
+    linked = {key: (value, time_ms) for key, value, time_ms in entry["metrics"]}
+    assert linked["time/round_seconds"] == ("7.0", point["time_ms"])
+    assert linked["val_roc_auc"][0] == "nan"
+    assert linked["untold"][0] == "2.0"
 
 
 def test_a_nested_run_has_its_own_metrics_and_files(run):
