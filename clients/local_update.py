@@ -406,6 +406,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         sums, change, residue = _train_in_groups(state, task, compute, found, received)
     else:
         sums = _train_all(state, task, compute, optimiser)
+        optimiser.zero_grad(set_to_none=True)  # the gradients are of no use any more, and as large as a model
         change, residue = _coded_change(state, folder, found, received)
     trained = time.perf_counter()
 

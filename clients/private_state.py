@@ -139,7 +139,7 @@ def _answer_file(folder: Path, server_round: int) -> Path:
     return folder / f"answer-{server_round:06d}.safetensors"
 
 
-def save_answer(folder: Path, server_round: int, question: str, answer: bytes) -> None:
+def save_answer(folder: Path, server_round: int, question: str, answer: bytes | memoryview) -> None:
     """Keep a noisy change as it leaves, so that the same question gets the same bits and no second noise.
 
     question: a digest of all that the answer follows from.  answer: at least one byte.

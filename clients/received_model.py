@@ -176,7 +176,7 @@ class ModelWatch:
         if not self._file.exists():
             return None
         try:
-            last: Buffer = np.load(self._file, allow_pickle=False)
+            last: Buffer = np.load(self._file, mmap_mode="r", allow_pickle=False)  # a model less in memory
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self._file} cannot be read ({error}).") from None
         return last if last.shape == (self._manifest.size,) else None

@@ -25,13 +25,13 @@ from common.settings import Settings
 from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.system.files import write_json
 from common.system.run_view import model_words
-from common.system.runtime import stream_seed
+from common.system.runtime import give_back_what_is_freed, stream_seed
 from common.tracking.run import TrackedRun
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.patience import beat_s
 from server.exchange.receipts import ReceiptMailbox
 from server.exchange.roster import MOST_TOLD_APART, Roster
-from server.flower.grid import GridMailbox, ask_soon
+from server.flower.grid import GridMailbox, ask_soon, push_in_turn
 from server.flower.superlink import NODES_FILE, read_nodes, write_model_bytes
 from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import public_scorer
@@ -205,6 +205,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry for a deployment: settings and the run's folder come in the run config."""
     ask_soon()
+    push_in_turn()
+    give_back_what_is_freed()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
     text = str(context.run_config.get("settings", ""))
     settings = config.from_json(text) if text else Settings()

@@ -95,8 +95,8 @@ class GlobalModel:
         return self._exact if self._coded is None else decode(self._coded)
 
     def coded(self) -> Coded:
-        """What is sent."""
-        return encode(self._exact, self._codec) if self._coded is None else self._coded
+        """What is sent; it stays as it is when the model goes on."""
+        return encode(self._exact.copy(), self._codec) if self._coded is None else self._coded
 
     def step(self, optimiser: ServerOptimiser, mean_change: Buffer) -> None:
         """Become the next round's model: the strategy's step with the clients' mean change."""

@@ -43,14 +43,14 @@ def until(look, within_s: float, processes: list[subprocess.Popen]) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def federate(folder: Path) -> None:
-    """One run; every process it starts has ended afterwards."""
+def federate(folder: Path, app: Path = APP) -> None:
+    """One run of a stock app; every process it starts has ended afterwards."""
     port, times = free_port(), Path(os.environ["BENCH_TIMES"])
     environment = os.environ | {"FLWR_HOME": str(folder / "home")}
     (folder / "home").mkdir()
     connection = f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     (folder / "home" / "config.toml").write_text(connection)
-    shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(app, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
     processes: list[subprocess.Popen] = []
 
     def start(*command: str, **extra: str) -> None:

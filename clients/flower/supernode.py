@@ -53,12 +53,13 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from clients.egress import LEDGER, UNRECORDED, Asked, asked_by, record_egress, record_receipt, refusal
 from clients.flower.own_lines import FlowerTold, mark_of
+from clients.flower.parts import Answered, Inside, Store, take_in_pieces
 from clients.flower.patches import Pace, hold_on, quicken
 from clients.flower.trainer import API, CLIENT_FAILED, JOIN, KEY, TrainerGone, hand_over
 from common.protocol import beats
 from common.protocol.beats import beat_of
 from common.system.progress import FILE as PROGRESS
-from common.system.runtime import go_silent
+from common.system.runtime import give_back_what_is_freed, go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
@@ -147,12 +148,13 @@ class Job:
         self._answer: RecordDict | str | TrainerGone = ""
         self._connection: Connection | None = None
         self._is_left = False
+        self.answered = Answered()
         self._lock = threading.Lock()
         threading.Thread(target=self._work, args=(meeting, message.content), name="job", daemon=True).start()
 
     def _work(self, meeting: Path, content: RecordDict) -> None:
         try:
-            self._answer = hand_over(meeting, content, connected=self._connected)
+            self._answer = hand_over(meeting, content, self.answered.read, connected=self._connected)
         except TrainerGone as gone:
             self._answer = gone
         except Exception as error:
@@ -200,12 +202,13 @@ class Executor:
     stays with its `Job`, a beat leaves instead, and the server asks again.
     """
 
-    def __init__(self, meeting: Path, *, name: str, pace: Pace, ledger: Path) -> None:
+    def __init__(self, meeting: Path, *, name: str, pace: Pace, ledger: Path, store: Store) -> None:
         """meeting: the folder where the trainer and the SuperNode are met.  name: the site's.
 
-        ledger: the folder of the egress ledger, for what is said here in the trainer's place.
+        ledger: the folder of the egress ledger, for what is said here in the trainer's place.  store: the SuperNode's.
         """
         self._meeting, self._name, self._pace, self._ledger = meeting, name, pace, ledger
+        self._store = store
         self._job: Job | None = None
         self._secret, self._through = (meeting / KEY).read_bytes(), ThroughSocket(meeting)
 
@@ -237,16 +240,19 @@ class Executor:
             heart.start()
             context: Context | None = None
             status, details = SubStatus.FAILED, "the message could not be taken"
+            answered = Answered()
+            inside: Any = Inside(client, self._store.state, answered) if self._store.state else client
             try:
-                message, context, _, _ = pull_task_input(client)
-                push_message(client, self._answered(message), context)
+                message, context, _, _ = pull_task_input(inside)
+                push_message(inside, self._answered(message, answered), context)
                 status, details = SubStatus.COMPLETED, ""
             finally:
                 push_task_output(client, context, status, details)
                 heart.stop()
                 self._pace.tell_done()
 
-    def _answered(self, message: Message) -> Message:
+    def _answered(self, message: Message, ready: Answered) -> Message:
+        """The reply.  ready: is given the pieces of its arrays."""
         task: Mapping[str, Any] = message.content.get("task", ConfigRecord())
         again, wait_s = task.get("again", ""), task.get("beat_s", 0.0)
         asked, job = asked_by(message.content), self._job
@@ -266,6 +272,7 @@ class Executor:
             answer = job.answer()
         except TrainerGone as gone:
             return self._said(message, str(gone))
+        ready.pieces = job.answered.pieces
         return self._reply(message, answer)
 
     def _beat(self, message: Message, asked: Asked, since: float) -> Message:
@@ -306,7 +313,11 @@ def main(meeting: Path, name: str, last: Path, arguments: list[str]) -> None:
     pace = Pace()
     quicken(pace)
     serve_in(meeting)
-    executor = Executor(meeting, name=name, pace=pace, ledger=last.parent / LEDGER)
+    give_back_what_is_freed()
+    take_in_pieces()
+    store = Store()
+    store.follow()
+    executor = Executor(meeting, name=name, pace=pace, ledger=last.parent / LEDGER, store=store)
     threading.Thread(target=executor.serve, name="executor", daemon=True).start()
     sys.argv = ["flower-supernode", *own_arguments(meeting), *arguments]
     flower_supernode()

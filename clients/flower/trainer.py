@@ -10,7 +10,8 @@ packs to join goes on until somebody else wants the trainer: the next server ask
 Here are the way to it, the process, and, last, `Trainer`, which is the process as its flower-client sees it.  The
 folder that all know is the user's own (0700) and holds the socket (0600) and a key, with which either side proves
 itself (HMAC, `multiprocessing.connection`).  Nothing is pickled: a content travels as one JSON header, and then the
-bytes of each array.  Only the process itself imports torch and what reads data.
+bytes of each array, in pieces, so that neither side holds them twice.  Only the process itself imports torch and what
+reads data.
 """
 
 import contextlib
@@ -23,12 +24,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from clients import policy
@@ -60,6 +63,8 @@ _KINDS: Mapping[str, type[ConfigRecord] | type[MetricRecord]] = {"config": Confi
 
 log = logging.getLogger("facefed.client")
 
+PIECE_BYTES = 5 * 2**20  # of an array at a time; Flower cuts it alike
+Reader = Callable[[Connection, Array, int], None]
 Answer = Callable[[SiteSettings, RecordDict], RecordDict | str]
 
 
@@ -68,7 +73,10 @@ class TrainerGone(Exception):
 
 
 def send_content(connection: Connection, content: RecordDict | str) -> None:
-    """Send a content, or a refusal's one line.  Raises OSError when the other side is gone."""
+    """Send a content, or a refusal's one line.  Raises OSError when the other side is gone.
+
+    An array whose data is a deque of pieces gives each away when it is sent, so that nobody holds it any more.
+    """
     if isinstance(content, str):
         connection.send_bytes(json.dumps({"refusal": content}).encode())
         return
@@ -77,30 +85,55 @@ def send_content(connection: Connection, content: RecordDict | str) -> None:
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
             arrays += record.values()
-            layout = {key: [one.dtype, list(one.shape), one.stype] for key, one in record.items()}
+            layout = {key: [one.dtype, list(one.shape), one.stype, _size(one)] for key, one in record.items()}
             header.append({"name": name, "kind": "arrays", "arrays": layout})
         else:
             kind = "config" if isinstance(record, ConfigRecord) else "metrics"
             header.append({"name": name, "kind": kind, "values": dict(record)})
     connection.send_bytes(json.dumps({"records": header}).encode())
     for array in arrays:
-        connection.send_bytes(array.data)
+        for piece in _pieces(array):
+            connection.send_bytes(piece)
 
 
-def receive_content(connection: Connection) -> RecordDict | str:
-    """The inverse of `send_content`.  Raises EOFError when the other side is gone."""
+def _size(array: Array) -> int:
+    data: Any = array.data
+    return sum(map(len, data)) if isinstance(data, deque) else len(data)
+
+
+def _pieces(array: Array) -> Iterator[memoryview]:
+    data: Any = array.data
+    while isinstance(data, deque) and data:
+        yield data.popleft()
+    if not isinstance(data, deque):
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), PIECE_BYTES):
+            yield whole[start : start + PIECE_BYTES]
+
+
+def read_whole(connection: Connection, array: Array, num_bytes: int) -> None:
+    """Let the array have the next `num_bytes` that come, in one piece of memory that may be written to."""
+    whole, taken = np.empty(num_bytes, dtype=np.uint8).data, 0
+    while taken < num_bytes:
+        taken += connection.recv_bytes_into(whole, taken)
+    array.data = whole  # type: ignore[assignment]  # which the constructor refuses
+
+
+def receive_content(connection: Connection, read: Reader = read_whole) -> RecordDict | str:
+    """The inverse of `send_content`.  Raises EOFError when the other side is gone.
+
+    read: takes an array's bytes, which come in pieces of at most PIECE_BYTES.
+    """
     header = json.loads(connection.recv_bytes())
     if "refusal" in header:
         return str(header["refusal"])
     content = RecordDict()
     for record in header["records"]:
         if record["kind"] == "arrays":
-            content[record["name"]] = ArrayRecord(
-                {
-                    key: Array(dtype=dtype, shape=tuple(shape), stype=stype, data=connection.recv_bytes())
-                    for key, (dtype, shape, stype) in record["arrays"].items()
-                }
-            )
+            content[record["name"]] = received = ArrayRecord()
+            for key, (dtype, shape, stype, num_bytes) in record["arrays"].items():
+                received[key] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=b"")
+                read(connection, received[key], num_bytes)
         else:
             content[record["name"]] = _KINDS[record["kind"]](record["values"])
     return content
@@ -109,19 +142,21 @@ def receive_content(connection: Connection) -> RecordDict | str:
 def hand_over(
     folder: Path,
     content: RecordDict,
+    read: Reader = read_whole,
     *,
     there_within_s: float = THERE_WITHIN_S,
     connected: Callable[[Connection], object] = bool,
 ) -> RecordDict | str:
     """Have the trainer of `folder` answer a message's content; returns the reply's content or the line of a refusal.
 
-    connected: is told the connection, whose end has the trainer end its work.  Raises TrainerGone.
+    content, read: as in `send_content` and `receive_content`.  connected: is told the connection, whose end has the
+    trainer end its work.  Raises TrainerGone.
     """
     with _met(folder, there_within_s) as connection:
         connected(connection)
         try:
             send_content(connection, content)
-            return receive_content(connection)
+            return receive_content(connection, read)
         except (OSError, EOFError):
             raise TrainerGone("the trainer went in the middle of its work; it is started again.") from None
 

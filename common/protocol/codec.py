@@ -35,7 +35,7 @@ class Coded:
 
     codec: str
     size: int  # elements of the buffer
-    data: bytes  # num_bytes(codec, size) of them, little-endian; int8: the scales, then the codes
+    data: bytes | memoryview  # num_bytes(codec, size) of them, little-endian; int8: the scales, then the codes
 
     @property
     def nbytes(self) -> int:
@@ -59,13 +59,13 @@ def num_bytes(codec: str, size: int) -> int:
 
 
 def encode(buffer: Buffer, codec: str) -> Coded:
-    """Encode a flat buffer, [size] float32.
+    """Encode a flat buffer, [size] float32; as float32 it is the buffer itself, which must not change meanwhile.
 
     Values beyond float16's range become its largest; the residue holds the rest.
     Raises TrainingFailed when a value is not finite and the codec has no way to say so.
     """
     if codec == "float32":
-        data = np.ascontiguousarray(buffer, dtype="<f4").tobytes()
+        data: bytes | memoryview = np.ascontiguousarray(buffer, dtype="<f4").view(np.uint8).data
     else:
         values = torch.from_numpy(np.ascontiguousarray(buffer))
         if len(buffer) and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
@@ -96,7 +96,7 @@ def _int8(values: Tensor) -> bytes:
     return scales.numpy().astype("<f4", copy=False).tobytes() + codes.numpy().tobytes()
 
 
-def _tensor(data: bytes, dtype: str, *, count: int, offset: int = 0) -> Tensor:
+def _tensor(data: bytes | memoryview, dtype: str, *, count: int, offset: int = 0) -> Tensor:
     """A view of received bytes, which must not be written to."""
     array = np.frombuffer(data, dtype=dtype, count=count, offset=offset)
     with warnings.catch_warnings():
@@ -136,6 +136,15 @@ def decode(coded: Coded) -> Buffer:
     for where, values in pieces(coded):
         torch.from_numpy(buffer[where]).copy_(values)
     return buffer
+
+
+def take(coded: Coded) -> Buffer:
+    """The buffer, [size] float32: the memory of `coded` itself where that may be written to, else as `decode`."""
+    if coded.codec == "float32":
+        own: Buffer = np.frombuffer(coded.data, dtype="<f4")
+        if own.flags.writeable and own.dtype == np.float32:
+            return own
+    return decode(coded)
 
 
 def add_to(total: Tensor, coded: Coded, weight: float) -> None:

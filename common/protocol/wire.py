@@ -140,11 +140,20 @@ def _task_record(task: Task) -> ConfigRecord:
 
 def pack_shared(shared: Coded) -> ArrayRecord:
     """The flat global model as a record; made once, it serves the messages to all clients."""
-    return ArrayRecord({SHARED: _flat_array(shared)})
+    return _record({SHARED: _flat_array(shared)})
+
+
+def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """The record of these very arrays; the constructor's would be copies, and of bytes only."""
+    record = ArrayRecord()
+    record.update(arrays)
+    return record
 
 
 def _flat_array(coded: Coded) -> Array:
-    return Array(dtype=coded.codec, shape=(coded.size,), stype=FLAT, data=coded.data)
+    array = Array(dtype=coded.codec, shape=(coded.size,), stype=FLAT, data=b"")
+    array.data = coded.data  # type: ignore[assignment]  # which the constructor refuses where it is a view
+    return array
 
 
 def task_content(task: Task, shared: ArrayRecord | None) -> RecordDict:
@@ -164,14 +173,17 @@ def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s:
 
 
 def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
-    """The inverse of `task_message` at the client, from a message's content.  Raises ReplyRefused for none of ours."""
+    """The inverse of `task_message` at the client, from a message's content.  Raises ReplyRefused for none of ours.
+
+    The parameters are [size] float32; with the codec float32 they may be the content's own bytes.
+    """
     try:
         fields: dict[str, Any] = dict(content[TASK])
         task = Task(**fields)
         arrays = content.get(ARRAYS)
         if arrays is None:
             return task, None
-        return task, codec.decode(_read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED))
+        return task, codec.take(_read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED))
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
 
@@ -305,7 +317,7 @@ def reply_content(reply: Reply) -> RecordDict:
         )
     if reply.change is not None:
         arrays[CHANGE] = _flat_array(reply.change)
-    content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: ArrayRecord(arrays)})
+    content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: _record(arrays)})
     withheld = {WITHHELD_NAME.format(split=split): words for split, words in reply.withheld.items()}
     content[TASK] = ConfigRecord({"manifest": reply.manifest, **withheld})
     return content

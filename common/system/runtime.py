@@ -3,6 +3,8 @@
 Torch is imported inside the functions that need it, so that `--help` stays quick.
 """
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -55,6 +57,9 @@ _NO_PROXY = ("no_proxy", "NO_PROXY")  # some read the one first, some the other
 # NVIDIA's driver, in containers too; on Jetson; on Windows' Linux; AMD's.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
+_MMAP_THRESHOLD = -3  # mallopt(3); blocks from so many bytes on are the system's own, and go back to it when freed
+_LEAST_GIVEN_BACK_BYTES = 2**20
+
 
 def go_silent() -> None:
     """Turn off the telemetry of Flower, Ray and MLflow; every door calls it before it imports any of them.
@@ -83,6 +88,16 @@ class _KeptStream(io.FileIO):
             os.dup2(nothing, self.fileno())
             os.close(nothing)
             return super().write(content)
+
+
+def give_back_what_is_freed() -> None:
+    """Let the pieces of models that this process frees be the machine's again at once; not for one that trains.
+
+    Else glibc keeps blocks of up to 32 MiB for later, in every thread a place of its own, and a process that passes a
+    model on holds one or two models more than it uses.  Where there is no glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LEAST_GIVEN_BACK_BYTES)
 
 
 def _keep_streams() -> None:

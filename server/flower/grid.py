@@ -5,15 +5,18 @@ piece of 8 MiB and a list of a million zeros would be 8 TiB in the server's memo
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, Final
 
-from flwr.app import Array, Error, Message, MessageType, Metadata
+import numpy as np
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType, Metadata
 from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.serverapp import Grid
@@ -22,6 +25,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_object_body,
     get_object_children_ids_from_object_content,
+    get_object_head_values_from_object_content,
 )
 
 from server.flower.superlink import COUNTS_BYTES
@@ -30,6 +34,8 @@ log = logging.getLogger("facefed.server")
 
 UNREADABLE = 501  # our error code in Flower's Error
 UNDELIVERED = "Reply message objects are unavailable"  # Flower's words for a reply of which parts are missing
+HEAD_ENDS = b"\x00"  # of an object
+PUSHED_AT_ONCE = 4  # objects of which the bytes are made
 QUICK_RETRY_S = 0.1  # of an object that is on its way into the SuperLink's store
 SHORT_OBJECTS: Final = 3  # of a reply with one record and no array: the message, its content, the record
 LEAST_PULL_S = 1.0  # a reply that is whole is never given up for what its transfer takes, even at the deadline
@@ -45,8 +51,23 @@ class _Limit(threading.local):
 _limit = _Limit()
 
 
+class ViewedChunk:
+    """Stands in Flower's table for `ArrayChunk`, whose bytes are those of the object and no copy."""
+
+    @classmethod
+    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayChunk:
+        """As `ArrayChunk.inflate`."""
+        _, inside, _ = get_object_head_values_from_object_content(object_content)
+        if children or inside:
+            raise ValueError("a piece of an array has no parts")
+        return ArrayChunk(memoryview(object_content)[object_content.find(HEAD_ENDS) + len(HEAD_ENDS) :])
+
+
 class BoundedArray:
-    """Stands in Flower's table for `Array`, whose arrays it makes as long as the reply stays within its bytes."""
+    """Stands in Flower's table for `Array`, whose arrays it makes as long as the reply stays within its bytes.
+
+    An array is put together once, and each piece given up as soon as it has its place: a reply lies in memory once.
+    """
 
     @classmethod
     def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
@@ -55,7 +76,41 @@ class BoundedArray:
             _limit.left -= _claimed_bytes(object_content, children or {})
             if _limit.left < 0:
                 raise ValueError(f"its arrays are more than {_limit.most_bytes} bytes")
-        return Array.inflate(object_content, children)
+        if not all(isinstance(child, ArrayChunk) for child in (children or {}).values()):
+            raise ValueError("an array is made of other things than pieces")
+        return _put_together(object_content, typing.cast("dict[str, ArrayChunk]", children or {}))
+
+
+def _put_together(object_content: bytes, pieces: dict[str, ArrayChunk]) -> Array:
+    about: Any = json.loads(get_object_body(object_content, Array).decode("utf-8"))
+    names = get_object_children_ids_from_object_content(object_content)
+    array = Array(dtype=about["dtype"], shape=tuple(about["shape"]), stype=about["stype"], data=b"")
+    order = [pieces[names[number]] for number in about["arraychunk_ids"]]
+    whole, begin = np.empty(sum(len(piece.data) for piece in order), dtype=np.uint8).data, 0
+    for piece in order:
+        here = whole[begin : begin + len(piece.data)]
+        here[:] = piece.data
+        piece.data = here  # whoever else has this piece finds it there
+        begin += len(here)
+    array.data = whole.toreadonly()  # type: ignore[assignment]  # which the constructor refuses
+    return array
+
+
+class RecordOfViews:
+    """Stands in Flower's table for `ArrayRecord`, whose constructor takes bytes only."""
+
+    @classmethod
+    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayRecord:
+        """As `ArrayRecord.inflate`, which makes it of arrays without bytes."""
+        arrays = {name: child for name, child in (children or {}).items() if isinstance(child, Array)}
+        hollow: dict[str, InflatableObject] = {
+            name: Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=b"")
+            for name, array in arrays.items()
+        }
+        record = ArrayRecord.inflate(object_content, hollow)
+        for key, name in json.loads(get_object_body(object_content, ArrayRecord).decode("utf-8")).items():
+            record[key] = arrays[name]
+        return record
 
 
 def _claimed_bytes(object_content: bytes, children: dict[str, InflatableObject]) -> int:
@@ -72,7 +127,8 @@ def bounded(model_bytes: int) -> Iterator[None]:
     model_bytes: of the flat model as float32, the largest of the codecs.
     """
     table: dict[str, Any] = inflatable_utils.inflatable_class_registry
-    table[Array.__qualname__] = BoundedArray
+    table[Array.__qualname__], table[ArrayChunk.__qualname__] = BoundedArray, ViewedChunk
+    table[ArrayRecord.__qualname__] = RecordOfViews
     _limit.most_bytes = _limit.left = model_bytes + COUNTS_BYTES
     try:
         yield
@@ -200,6 +256,19 @@ def _unreadable(message_id: str, reason: str) -> Message:
         created_at=time.time(),
     )
     return make_message(metadata=about, error=Error(code=UNREADABLE, reason=reason))
+
+
+def push_in_turn() -> None:
+    """Have the ServerApp make the bytes of a few objects at a time; Flower would make a second model, and then send."""
+    flowers = inflatable_utils.push_object_contents_from_iterable
+
+    def push(contents: Iterable[tuple[str, bytes]], push_object: Callable[[str, bytes], None], **options: int) -> None:
+        left = iter(contents)
+        while few := list(itertools.islice(left, PUSHED_AT_ONCE)):
+            flowers(few, push_object, **options)
+
+    utils: Any = inflatable_utils
+    utils.push_object_contents_from_iterable = push
 
 
 def ask_soon() -> None:

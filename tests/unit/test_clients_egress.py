@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from tiny_federation import settings_with, site_settings, task_for, tiny_pack, tiny_workplace
 
 import clients.message_handler
@@ -90,15 +91,21 @@ def test_nothing_is_answered_that_could_not_be_written_down(at_a_site, monkeypat
         send()
 
 
+def through_objects(message):
+    """The message as it arrives."""
+    contents = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+    return inflate_object_from_contents(message.object_id, contents)
+
+
 def test_the_digest_of_a_line_is_that_of_what_arrives(at_a_site):
-    """Through Flower's own serialisation, where a number of NumPy's becomes a plain one and a tuple a list."""
+    """As Flower's objects, where a number of NumPy's becomes a plain one and a tuple a list."""
     send, ledger = at_a_site
-    arrived = message_from_proto(message_to_proto(send()))
+    arrived = through_objects(send())
     assert digest_of(parts_of(arrived.content)) == ledger()[0]["sha256"]
     content = RecordDict({"sums": MetricRecord({"x": np.float64(0.1), "y": [1.5, 2.5]})})
     content["task"] = ConfigRecord({"yes": True, "raw": b"\xff", "many": [b"\xff", b""], "text": "Zoë ✓"})
     there = Message(content, 7, "train")
-    assert parts_of(message_from_proto(message_to_proto(there)).content) == parts_of(content)
+    assert parts_of(through_objects(there).content) == parts_of(content)
 
 
 def test_what_the_server_received_stands_before_the_reply_to_the_task_that_says_so(at_a_site):

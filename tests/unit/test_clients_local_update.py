@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from flwr.common.serde import recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from tiny_federation import NUM_TRAINING_PICTURES, settings_with, task_for, tiny_workplace
 
 from clients.local_update import evaluate_global, join, open_client_state, train
@@ -36,8 +36,8 @@ def task_of(state, **values):
 
 
 def on_the_wire(reply):
-    """The whole content of the reply as the bytes that Flower sends."""
-    return recorddict_to_proto(wire.reply_content(reply)).SerializeToString()
+    """The whole content of the reply as the bytes of the objects that Flower sends."""
+    return b"".join(one.deflate() for one in get_all_nested_objects(wire.reply_content(reply)).values())
 
 
 def first_bytes(tensor):

@@ -20,6 +20,7 @@ from tiny_federation import site_settings
 
 from clients.egress import UNRECORDED
 from clients.flower import patches, supernode
+from clients.flower.parts import Answered, Store
 from clients.flower.patches import ANSWER_POLL_S, LONGEST_PAUSE_S, Pace
 from clients.flower.supernode import Executor
 from clients.flower.trainer import CLIENT_FAILED, KEY, Trainer, TrainerGone
@@ -76,7 +77,7 @@ def executed(tmp_path, monkeypatch):
         monkeypatch.setattr(supernode, "push_task_output", lambda _, *output: stand_in.outputs.append(output))
         monkeypatch.setattr(supernode, "hand_over", hand_over)
         monkeypatch.setattr(supernode, "LOOK_EVERY_S", 0.01)
-        serving = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
+        serving = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress", store=Store())
         threading.Thread(target=serving.serve, daemon=True).start()
         assert stand_in.over.wait(60)
         return stand_in
@@ -86,7 +87,7 @@ def executed(tmp_path, monkeypatch):
 
 def test_a_message_is_answered_with_what_the_trainer_says(executed):
     told = RecordDict()
-    stand_in = executed(["token"], lambda _folder, _content, **_: told)
+    stand_in = executed(["token"], lambda _folder, _content, _read, **_: told)
     assert [reply.content for reply in stand_in.replies] == [told]
     assert stand_in.outputs == [("context", SubStatus.COMPLETED, "")]
 
@@ -95,7 +96,7 @@ def test_a_message_is_answered_with_what_the_trainer_says(executed):
     ("answer", "said"), [("alpha: no pictures", "alpha: no pictures"), (TrainerGone("it went"), "alpha: it went")]
 )
 def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer, said):
-    def hand_over(_folder, _content, **_):
+    def hand_over(_folder, _content, _read, **_):
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -107,7 +108,7 @@ def test_a_refusal_and_a_lost_trainer_are_error_replies_at_once(executed, answer
 
 
 def test_what_is_said_in_the_trainers_place_is_in_the_ledger_first(executed, tmp_path):
-    def gone(_folder, _content, **_):
+    def gone(_folder, _content, _read, **_):
         raise TrainerGone("it went")
 
     task = {"kind": "train", "run_id": "run-1", "server_round": 3}
@@ -121,7 +122,7 @@ def test_what_is_said_in_the_trainers_place_is_in_the_ledger_first(executed, tmp
 def test_where_nothing_can_be_written_down_fixed_words_leave(executed, tmp_path):
     (tmp_path / "egress").write_text("a file where the ledger's folder belongs")
 
-    def gone(_folder, _content, **_):
+    def gone(_folder, _content, _read, **_):
         raise TrainerGone("a word about this site")
 
     (reply,) = executed(["token"], gone).replies
@@ -138,7 +139,7 @@ def test_a_message_that_cannot_be_taken_is_told_and_the_next_is_answered(execute
             raise given
         return given
 
-    stand_in = executed(["first", "", "second"], lambda _folder, _content, **_: RecordDict(), pull)
+    stand_in = executed(["first", "", "second"], lambda _folder, _content, _read, **_: RecordDict(), pull)
     assert [status for _, status, _ in stand_in.outputs] == [SubStatus.FAILED, SubStatus.COMPLETED]
     assert len(stand_in.replies) == 1
 
@@ -162,7 +163,7 @@ def test_the_supernode_is_met_in_the_folder_and_at_no_port(tmp_path):
             environment=child_environment(tmp_path / "flwr"),
             output=log,
         )
-    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
+    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress", store=Store())
     try:
         deadline, status = time.monotonic() + 120, None
         while status is None:
@@ -255,7 +256,7 @@ class AtWork:
     def __init__(self):
         self.finished, self.started, self.left = threading.Event(), [], []
 
-    def hand_over(self, _folder, content, *, connected):
+    def hand_over(self, _folder, content, _read, *, connected):
         self.started.append(dict(content["task"]))
         mine, theirs = socket.socketpair()
         with mine, theirs:
@@ -276,13 +277,13 @@ def site(tmp_path, monkeypatch):
     trainer = AtWork()
     monkeypatch.setattr(supernode, "hand_over", trainer.hand_over)
     monkeypatch.setattr(supernode.beats, "SHORTEST_S", 0.02)
-    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress")
+    executor = Executor(tmp_path, name="alpha", pace=Pace(), ledger=tmp_path / "egress", store=Store())
 
     def ask(message_id="m1", **values):
         plain = {"kind": "train", "run_id": "run-1", "server_round": 3, "beat_s": 0.02, "again": "", "received": ""}
         message = Message(RecordDict({"task": ConfigRecord(plain | values)}), 5, "train")
         message.metadata.__dict__["_message_id"] = message_id
-        return executor._answered(message)
+        return executor._answered(message, Answered())
 
     return executor, trainer, ask
 

@@ -20,6 +20,7 @@ from common.protocol.codec import (
     num_blocks,
     num_bytes,
     residue_of,
+    take,
 )
 from common.settings import CODECS
 
@@ -162,7 +163,10 @@ def test_whatever_is_finite_comes_back_finite(codec, buffer):
     coded = encode(buffer, codec)
     assert np.isfinite(decode(coded)).all()
     assert len(coded.data) == num_bytes(codec, len(buffer))
-    assert np.abs(decode(coded)).max() <= max(np.abs(buffer).max() * (1 + 2.0**-10), 2.0**-24)
+    largest = np.abs(buffer).max()
+    assert np.abs(decode(coded)).max() <= max(
+        largest * (1 + 2.0**-10), largest + 2.0**-24
+    )  # the second of the smallest
 
 
 def test_received_bytes_are_neither_copied_nor_changed():
@@ -172,3 +176,16 @@ def test_received_bytes_are_neither_copied_nor_changed():
     add_to(total, coded, 2.0)
     decode(coded)[:] = 7.0
     assert coded.data == before
+
+
+def test_float32_travels_and_is_taken_without_a_copy():
+    """What may not be written to is copied: whoever takes a buffer changes it."""
+    buffer = change_of(5)
+    coded = encode(buffer, "float32")
+    assert np.shares_memory(np.frombuffer(coded.data, np.float32), buffer)
+    assert np.shares_memory(take(coded), buffer)
+    sealed = Coded(codec="float32", size=5, data=bytes(coded.data))
+    assert not np.shares_memory(take(sealed), np.frombuffer(sealed.data, np.float32))
+    assert take(sealed).flags.writeable
+    for codec in CODECS:
+        assert take(encode(buffer, codec)).tobytes() == decode(encode(buffer, codec)).tobytes()

@@ -308,7 +308,10 @@ def test_a_client_sees_that_something_else_arrived(tmp_path, monkeypatch, tamper
         if task.kind != tampered:
             return reply
         arrays = (
-            {key: Array(a.dtype, a.shape, a.stype, a.data[:-1] + b"?") for key, a in reply.content["arrays"].items()}
+            {
+                key: Array(a.dtype, a.shape, a.stype, bytes(a.data[:-1]) + b"?")
+                for key, a in reply.content["arrays"].items()
+            }
             if tampered == "train"
             else {}
         )

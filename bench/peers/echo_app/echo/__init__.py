@@ -1,0 +1,1 @@
+"""A stock Flower app that sends one flat array to each client and takes it back."""
