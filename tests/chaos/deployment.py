@@ -5,6 +5,7 @@ clients (2) -> relay -> flower-server (SuperLink, SuperExec, ServerApp) -> MLflo
 
 import signal
 import time
+import tomllib
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -102,10 +103,11 @@ class Deployment:
         self.server = self._programs.start("flower-server", "--address", f"127.0.0.1:{self._port}", *what)
 
     def _start_client(self, name: str) -> None:
+        seed = tomllib.loads(self._config.read_text(encoding="utf-8"))["run"]["seed"]  # the undisturbed simulation's
         self.clients[name] = self._programs.start(
             "flower-client", "--dataset", name, "--data-dir", self._faces / "data" / name,
             "--server", self.relay.address, "--state-dir", self.state_dir(name), "--cache-dir", self._faces / "packs",
-            "--site-seed", 1,
+            "--site-seed", seed,
         )  # fmt: skip
 
     # ---- the administrator
