@@ -133,6 +133,8 @@ def _conflicts(settings: Settings) -> list[str]:
         return [f'{both}: a round is counted in one of them; set the other to "off".']
     if settings.model.pretrained == "imagenet" and settings.model.width != 1.0:
         return [f'model.width = {settings.model.width} has no ImageNet weights; use 1.0 or model.pretrained = "none".']
+    if settings.model.pretrained == "imagenet" and settings.model.norm == "group":
+        return ['model.norm = "group" has no ImageNet weights; use "batch", or model.pretrained = "none".']
     if settings.model.normalisation == "private" and settings.model.pretrained != "none":
         return [
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
@@ -153,7 +155,8 @@ def _privacy_conflicts(settings: Settings) -> list[str]:
     if has_statistics(settings.model) and settings.model.pretrained == "none":
         problems.append(
             f"{on}: batch statistics would leave as they are, so they stay as they are received, and a model that is"
-            f" freshly drawn has none; take a ViT ({', '.join(VITS)}), or weights to begin with (model.pretrained)."
+            f' freshly drawn has none; take model.norm = "group", a ViT ({", ".join(VITS)}), or weights to begin with'
+            " (model.pretrained)."
         )
     if settings.training.patience != "off":
         problems.append(f'training.patience counts scores, and with {on} no site\'s scores leave; use "off".')
@@ -177,7 +180,7 @@ def _site_privacy_conflicts(federation: FederationSettings) -> list[str]:
 
 def has_statistics(model: ModelSettings) -> bool:
     """Whether the backbone's layers normalise with running statistics of batches."""
-    return not BACKBONES[model.backbone].is_vit
+    return model.norm == "batch" and not BACKBONES[model.backbone].is_vit
 
 
 def _attention_conflicts(model: ModelSettings) -> list[str]:

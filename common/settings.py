@@ -83,6 +83,7 @@ class ModelSettings:
     dropout: float = setting(0.0, low=0.0, high=0.9)  # before the embedding
     pretrained: str = setting("none")  # none | imagenet | FILE.safetensors | models:/NAME@ALIAS | a run's folder or id
     normalisation: str = setting("shared", choices=("shared", "private"))
+    norm: str = setting("batch", choices=("batch", "group"))  # group: in the place of every batch normalisation
     patch_size: int = setting(16, low=2, high=64)  # px, of a ViT
     depth: int = setting(12, low=1, high=64)  # blocks of a ViT
     attention: str = setting("sa")  # a ViT's branches in training; dcal: all three

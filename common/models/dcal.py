@@ -125,7 +125,7 @@ class Closing(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(num_features, embedding_size, bias=False)
-        self.normalisation = nn.BatchNorm1d(embedding_size, affine=False)
+        self.normalisation: nn.BatchNorm1d | nn.GroupNorm = nn.BatchNorm1d(embedding_size, affine=False)
         nn.init.normal_(self.linear.weight, std=(3 * num_features) ** -0.5)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -136,6 +136,9 @@ class Closing(nn.Module):
     def distracted(self, features: Tensor) -> Tensor:
         """The same with the batch's own statistics, which are not gathered: inference never sees such features."""
         raw = self.linear(self.dropout(features))
+        if isinstance(self.normalisation, nn.GroupNorm):
+            own: Tensor = self.normalisation(raw)
+            return own
         return F.batch_norm(raw, None, None, training=True, eps=self.normalisation.eps)
 
 

@@ -24,6 +24,9 @@ _OLD_NAMES: Final = (("mlp.linear_1.", "mlp.0."), ("mlp.linear_2.", "mlp.3."))  
 _POSITIONS: Final = "encoder.pos_embedding"
 _GLCA: Final = ("glca.", "glca_closing.")
 _COUNTER: Final = "num_batches_tracked"
+_MEAN: Final = "running_mean"
+# What layers have of batch normalisation alone, and an embedding's of group normalisation alone.
+_OF_NORM: Final = (_MEAN, "running_var", _COUNTER, "normalisation.weight", "normalisation.bias")
 _NUM_SHOWN: Final = 5
 
 
@@ -129,6 +132,17 @@ def _with_fitting_positions(tensors: Mapping[str, Tensor], wanted: Mapping[str, 
     return fitted
 
 
+def _check_norm(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError where what does not fit is that the layers are normalised otherwise."""
+    apart = wanted.keys() ^ tensors.keys()
+    kinds = ["batch" if any(name.endswith(_MEAN) for name in one) else "group" for one in (wanted, tensors)]
+    if kinds[0] != kinds[1] and all(name.endswith(_OF_NORM) for name in apart):
+        raise CheckpointError(
+            f'{source}: its layers have {kinds[1]} normalisation, and model.norm = "{kinds[0]}"; set model.norm ='
+            f' "{kinds[1]}", or name other weights.'
+        )
+
+
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     wanted = module.state_dict()
     tensors = _with_fitting_positions(tensors, wanted)
@@ -142,6 +156,7 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> N
             problems.append(f"{name} is {list(tensors[name].shape)}, the model has {list(tensor.shape)}")
     problems += [f"{name} {list(tensors[name].shape)} is not in the model" for name in tensors if name not in wanted]
     if problems:
+        _check_norm(wanted, tensors, source)
         more = f"; and {len(problems) - _NUM_SHOWN} more" if len(problems) > _NUM_SHOWN else ""
         raise CheckpointError(
             f"{source}: does not fit model.backbone and model.embedding_size: {'; '.join(problems[:_NUM_SHOWN])}{more}."

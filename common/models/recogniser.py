@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from common.errors import unknown_name
 from common.models.backbone import Backbone
 from common.models.dcal import VitBackbone
+from common.models.group_norm import use_groups
 from common.models.heads import CosineHead, SoftmaxHead, uncertainty_weighted
 from common.models.pretrained import load_pretrained
 from common.models.table import BACKBONES, HEADS
@@ -151,6 +152,13 @@ def build_backbone(model: ModelSettings, image_size: int) -> Backbone | VitBackb
     image_size: side of the pictures in px. Names and shapes of the tensors depend on [model] alone, without
     `model.pretrained`, and not on `image_size`; but a ViT has a position embedding for each patch of its picture.
     """
+    backbone = _with_batch_norm(model, image_size)
+    if model.norm == "group":
+        use_groups(backbone)
+    return backbone
+
+
+def _with_batch_norm(model: ModelSettings, image_size: int) -> Backbone | VitBackbone:
     trunk = BACKBONES[model.backbone].trunk(model, image_size)
     if isinstance(trunk, VitTrunk):
         return VitBackbone(

@@ -159,6 +159,7 @@ def _trial_key(settings: Settings, device: str, threads: int) -> str:
         for part in (
             machine_digest(), torch.__version__, device, threads, model.backbone, model.width, model.embedding_size,
             data.image_size, settings.training.precision, settings.training.memory_format,
+            *((model.norm,) if model.norm != "batch" else ()),
             *((model.patch_size, model.depth, model.attention) if BACKBONES[model.backbone].is_vit else ()),
         )
     )  # fmt: skip

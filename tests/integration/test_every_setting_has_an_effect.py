@@ -70,6 +70,7 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "model.head_sample": 0.5,
     "model.dropout": 0.3,
     "model.normalisation": "private",
+    "model.norm": "group",
     "model.patch_size": 8,
     "model.depth": 1,
     "model.attention": "dcal",

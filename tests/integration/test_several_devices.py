@@ -46,6 +46,7 @@ VIT = {"model__backbone": "vit_tiny", "model__patch_size": 8, "model__depth": 2,
 CASES = {
     "convolutions and batch normalisation": {},
     "channels last, in parts": {"training__accumulate": 2, "training__memory_format": "channels_last"},
+    "group normalisation": {"model__norm": "group"},
     "AdamW": {"training__optimiser": "adamw", "training__lr": 1e-3},
     "dropout": {"model__dropout": 0.5},
     "batch-hard triplets, identity vectors kept apart": {"training__triplet": 1.0, "training__spreadout": 0.1},

@@ -223,6 +223,7 @@ def valid_settings(draw) -> Settings:
         model["attention"] = "sa"
     if model["attention"] not in ("glca", "dcal"):
         model["inference"] = "sa"
+    raw["privacy"] = {}  # likewise
     raw["ablation"] = {}  # its texts are settings and values: tests/unit/test_ablation_settings.py
     return config.from_mapping(raw)
 
