@@ -37,7 +37,7 @@ CLOSED_SET = (Split.TRAIN, Split.VAL_PICTURES, Split.TEST_PICTURES)
 class Groups:
     """The people of one round's training, divided."""
 
-    packs: Mapping[int, FacePack]  # by the group's number, of those that can be trained: two people at least
+    packs: Mapping[int, FacePack]  # by the group's number, of those that can be trained: two families at least
     number: int  # of all groups, those that are empty too
 
 
@@ -61,7 +61,7 @@ def divide(pack: FacePack, *, number: int, secret: bytes, stream: str) -> Groups
     packs = {}
     for group in range(number):
         rows = np.flatnonzero(closed & (owner[pack.person] == group))
-        if len(np.unique(pack.person[rows])) >= 2:
+        if len(np.unique(pack.families[pack.person[rows]])) >= 2:
             chosen = part_of(pack, rows)
             packs[group] = dataclasses.replace(chosen, split=np.full(len(rows), Split.TRAIN, dtype=np.int8))
     return Groups(packs=packs, number=number)
@@ -77,11 +77,13 @@ def summed_changes(
     compute: Compute,
     server_round: int,
     stream_name: str,
+    head_seed: int,
     tick: Tick = no_tick,
 ) -> tuple[NDArray[np.float64], TrainSums]:
     """The sum of the groups' changes, each clipped to privacy.clip: [size] float64; and what training took.
 
     recogniser: its backbone does the work and holds the received model again afterwards; its heads are not used.
+    head_seed: of the site; each group's heads follow from it.
     A group whose loss or gradient is not finite adds nothing: to answer with its failure would tell of its people.
     """
     total, all_sums = np.zeros(manifest.size, dtype=np.float64), TrainSums()
@@ -93,7 +95,7 @@ def summed_changes(
             recogniser,
             settings.model,
             num_people=pack.num_classes,
-            head_seed=stream_seed(settings.run.seed, own, "head", server_round),
+            head_seed=stream_seed(head_seed, own, server_round),
         )
         learner.keeps_statistics = True
         load_shared(learner, received, manifest)

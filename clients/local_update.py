@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,13 @@ from clients.private_state import (
     load_private,
     load_residue,
     prune,
+    prune_answers,
     rounds_here,
     save_answer,
     save_private,
 )
 from clients.received_model import ModelWatch
-from clients.scores import leaving
+from clients.scores import NOT_SHARED, leaving
 from clients.site import OF_RUN, OF_SITE, SiteSettings
 from common import config
 from common.errors import ReplyRefused
@@ -53,7 +55,7 @@ from common.models.recogniser import (
     with_new_heads,
 )
 from common.privacy.accounting import noise_multiplier
-from common.privacy.mechanism import SEED_BYTES, add_clipped, released
+from common.privacy.mechanism import SEED_BYTES, add_clipped, norm, released
 from common.privacy.people import problem_of
 from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
 from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
@@ -287,6 +289,8 @@ def _evaluate(
     state: ClientState, task: Task, compute: Compute, model: NDArray[np.float32]
 ) -> dict[str, EvaluationSums | str]:
     """By split what leaves of its sums, or the words that leave in their place.  model: as received, [size]."""
+    if state.settings.privacy.is_on:  # nothing of a score would be inside the guarantee, nor that scoring failed
+        return dict.fromkeys(task.splits.split(), NOT_SHARED)
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
     max_pairs, person_pairs = state.settings.verification.max_pairs, policy.max_person_pairs
     for split in task.splits.split():
@@ -304,11 +308,8 @@ def _evaluate(
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")
         asked = state.settings.tracking.plots != "none"
-        is_private = state.settings.privacy.is_on
-        found[split] = leaving(
-            policy, sums, seed, num_pictures=len(state.pack), asks_confusion=asked, is_private=is_private
-        )
-        if isinstance(found[split], str) and not is_private:
+        found[split] = leaving(policy, sums, seed, num_pictures=len(state.pack), asks_confusion=asked)
+        if isinstance(found[split], str):
             log.warning("%s%s: no score of %s leaves: %s", SHOWN, state.site.name, split, found[split])
     return found
 
@@ -511,18 +512,18 @@ def _train_in_groups(
             " answered with noise of its own, and paid for again",
             SHOWN, state.site.name, task.server_round,
         )  # fmt: skip
+    privacy = state.settings.privacy
+    spans = trainable_spans(state.manifest, trainable_names(state.recogniser))
+    trained = [span for span, is_trained in spans if is_trained]
+    deviation = release.noise_multiplier * 2.0 * privacy.clip
+    _require_signal(state.settings, received, trained, deviation / release.num_groups)
     total, sums = _sum_of_groups(state, task, compute, received, release.num_groups)
     spend(state.site, release, state.settings.privacy)
-    privacy = state.settings.privacy
-    change = released(
-        total,
-        [span for span, is_trained in trainable_spans(state.manifest, trainable_names(state.recogniser)) if is_trained],
-        deviation=release.noise_multiplier * 2.0 * privacy.clip,
-        divisor=release.num_groups,
-        seed=secrets.token_bytes(SEED_BYTES),
-    )
+    seed = secrets.token_bytes(SEED_BYTES)
+    change = released(total, trained, deviation=deviation, divisor=release.num_groups, seed=seed)
     coded, residue = _coded(state, folder, found, change)
     save_answer(folder, task.server_round, question, coded.data)
+    prune_answers(folder, task.server_round - 2)
     return dataclasses.replace(_nominal(state), num_halvings=sums.num_halvings), coded, residue
 
 
@@ -561,7 +562,26 @@ def _sum_of_groups(
             compute=compute,
             server_round=task.server_round,
             stream_name=state.site.name,
+            head_seed=state.head_seed,
             tick=tick,
+        )
+
+
+def _require_signal(
+    settings: Settings, received: NDArray[np.float32], trained: Sequence[slice], deviation: float
+) -> None:
+    """Raises ReplyRefused where the noise alone is longer than the server takes, before anything is paid for it.
+
+    deviation: of the noise on each trained element of the change.
+    """
+    factor = settings.federation.max_change_factor
+    length = deviation * math.sqrt(sum(span.stop - span.start for span in trained))
+    model = math.sqrt(sum(norm(received[span]) ** 2 for span in trained))
+    if not isinstance(factor, str) and length > factor * model > 0.0:
+        raise ReplyRefused(
+            f"the noise of privacy.epsilon = {settings.privacy.epsilon:g} is {length / model:.3g} times as long as the"
+            f" model, and {factor:g} times are taken (federation.max_change_factor); lower privacy.clip, train fewer"
+            " parameters, or have more people."
         )
 
 

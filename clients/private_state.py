@@ -157,6 +157,14 @@ def load_answer(folder: Path, server_round: int, question: str) -> bytes | None:
     return tensors[ANSWER].numpy().tobytes() if notes.get("question") == question and ANSWER in tensors else None
 
 
+def prune_answers(folder: Path, before: int) -> None:
+    """Delete the answers of rounds before that one; later ones stay, as a server that went back comes to them again."""
+    for path in folder.glob("answer-*.safetensors"):
+        number = path.stem.removeprefix("answer-")
+        if number.isascii() and number.isdigit() and int(number) < before:
+            path.unlink()
+
+
 def rounds_here(folder: Path) -> list[int]:
     """The rounds whose private state is here, ascending."""
     numbers = (path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors"))
@@ -172,4 +180,3 @@ def prune(folder: Path, keep: Iterable[int]) -> None:
     wanted = {max((number for number in here if number <= server_round), default=-1) for server_round in keep}
     for server_round in set(here) - wanted:
         _round_file(folder, server_round).unlink()
-        _answer_file(folder, server_round).unlink(missing_ok=True)

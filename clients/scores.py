@@ -25,16 +25,14 @@ def leaving(
     *,
     num_pictures: int,
     asks_confusion: bool,
-    is_private: bool = False,
 ) -> EvaluationSums | str:
     """What leaves of a split's sums, or the two words that leave in their place.
 
     seed: of the noise; the same for the same model and split, so that asking again tells nothing more.
     num_pictures: of the site, whose pairs bound what noisy counts may be.
     asks_confusion: whether the run draws pictures of it.
-    is_private: the run has differential privacy, of which no count is a part.
     """
-    if policy.scores == "none" or is_private:
+    if policy.scores == "none":
         return NOT_SHARED
     genuine, impostor = (int(number) for number in sums.pairs.sum(axis=1))
     if against_scores(policy, genuine, impostor):

@@ -99,7 +99,7 @@ def federate_here(
     ]
     packs = {site.name: pack_at_the_door(site, settings, out) for site in held}
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
-    _require_private(settings, len(sites), {} if engine.num_virtual else packs)
+    _require_private(settings, len(sites), {} if engine.num_virtual else packs, engine)
     packs_held = {name: (pack.num_classes, len(pack.indices(Split.TRAIN))) for name, pack in packs.items()}
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
@@ -240,9 +240,14 @@ def _door(
     return sites, {name: pack_at_the_door(site, settings, out) for name, site in sites.items()}
 
 
-def _require_private(settings: Settings, num_clients: int, packs: Mapping[str, FacePack]) -> None:
+def _require_private(settings: Settings, num_clients: int, packs: Mapping[str, FacePack], engine: Engine) -> None:
     """Raises UserError where so few cannot be protected.  packs: of whole sites; virtual clients say it themselves."""
     privacy = settings.privacy
+    if privacy.unit == "person" and engine.num_virtual and engine.partition != IDENTITY:
+        raise UserError(
+            f'--partition {engine.partition} divides one person\'s pictures among clients, and privacy.unit = "person"'
+            f" protects a person at one; use --partition {IDENTITY}."
+        )
     held = {name: pack.num_classes for name, pack in packs.items()} if privacy.unit == "person" else {"": num_clients}
     for name, number in held.items():
         if problem := problem_of(privacy, number):

@@ -11,6 +11,8 @@ from in_process import LocalMailbox, federate_in, site_at
 from PIL import Image
 from tiny_federation import enter_run
 
+from clients.privacy_budget import budget_file
+from common.protocol.spending import releases_in
 from common.system import checkpoints
 from common.system.files import read_json
 from common.tracking.record import TrackedRun
@@ -28,6 +30,7 @@ SETTINGS = changed(
     federation__join_timeout_s=20.0,
     federation__strategy="fedadam",
 )
+MOMENT = 26  # of a run with privacy: in its second half, with a round under way
 TIMES = ("_seconds", "images_per_second")  # what two runs of the same differ in
 
 
@@ -155,6 +158,23 @@ def test_a_server_killed_again_and_again_with_coded_messages_too(uninterrupted, 
     """What the codecs have not sent yet goes on as well: the residues of the clients, the exact model of the server."""
     settings, whole, fate = uninterrupted["int8"]
     check_equal(killed_and_resumed(tmp_path, faces, settings, [fate.count // 3] * 3, monkeypatch), whole)
+
+
+def test_privacy_is_not_paid_twice_for_a_round_that_a_killed_server_asks_for_again(faces, tmp_path, monkeypatch):
+    """Each site sends the bits again that it sent: a second noise would be a second answer about the same people."""
+    private = {"privacy__unit": "person", "privacy__group_people": 2, "privacy__clip": 0.01}
+    settings = changed(SETTINGS, model__backbone="vit_tiny", model__depth=1, **private)
+    run = killed_and_resumed(tmp_path, faces, settings, [MOMENT], monkeypatch)
+    assert read_json(run / "outcome.json") == {"exit_code": 0, "line": ""}
+    for site in sites_in(tmp_path, faces):
+        assert [line["round"] for line in releases_in(budget_file(site))] == [1, 2, 3, 4]
+        lines = map(json.loads, (site.state_dir / "egress" / "run.jsonl").read_text().splitlines())
+        sent: dict[int, list[str]] = {}
+        for line in lines:
+            changes = [part["sha256"] for part in line.get("parts", ()) if part["name"] == "arrays.change"]
+            sent.setdefault(line.get("round"), []).extend(changes)
+        assert max(len(hashes) for hashes in sent.values()) == 2  # a round was asked for again
+        assert all(len(set(hashes)) == 1 for hashes in sent.values() if hashes)
 
 
 def newest(folder: Path, pattern: str) -> Path:

@@ -30,7 +30,7 @@ from common.settings import Settings
 from common.system.run_view import begin_rows
 from common.system.site_secret import site_secret
 from common.training.loop import Compute
-from simulation.commands import _require_private
+from simulation.commands import Engine, _require_private
 from tests.tiny_settings import changed
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -79,7 +79,7 @@ def sum_of(state, shared, groups):
         compute=COMPUTE,
         server_round=1,
         stream_name="alpha",
-        penalty=lambda: None,
+        head_seed=state.head_seed,
     )[0]
 
 
@@ -119,6 +119,16 @@ def test_groups_are_drawn_by_the_secret_anew_in_each_round():
     }
     assert len({json.dumps(value) for value in drawn.values()}) >= 5
     assert (num_groups_of(100, 16), num_groups_of(31, 16), num_groups_of(5, 16)) == (6, 1, 1)
+
+
+def test_twins_stay_together_and_one_family_alone_is_no_group():
+    pack = tiny_pack("alpha")
+    family = np.arange(12) // 2 * 2  # pairs
+    groups = divide(dataclasses.replace(pack, family=family), number=2, secret=SEED, stream="x")
+    for one in groups.packs.values():
+        here = set(np.unique(one.person).tolist())
+        assert {person ^ 1 for person in here} == here
+        assert len(here) >= 4
 
 
 def test_every_picture_of_training_people_is_trained_on_and_nobody_elses():
@@ -203,8 +213,9 @@ def test_each_reply_has_noise_of_its_own(tmp_path):
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
 
 
-def test_no_sum_of_pictures_and_no_score_leaves(tmp_path):
+def test_no_sum_of_pictures_and_no_score_leaves(tmp_path, monkeypatch):
     state, shared = workplace_in(tmp_path)
+    monkeypatch.setattr(clients.local_update, "evaluate", lambda *_, **__: pytest.fail("it was scored"))
     reply = train(state, task_of(state), shared)
     assert set(reply.train) == set(TRAIN_FIELDS) - set(OF_CONTENT)
     assert reply.evaluations == {}
@@ -317,6 +328,16 @@ def test_a_refused_round_is_not_trained(tmp_path, monkeypatch):
     assert not budget_file(state.site).exists()
 
 
+def test_noise_that_the_server_would_refuse_is_not_paid_for(tmp_path):
+    state, shared = workplace_in(tmp_path, privacy__clip=100.0)
+    with pytest.raises(ReplyRefused, match=r"times as long as the model, and 10 times are taken .*lower privacy\.clip"):
+        train(state, task_of(state), shared)
+    assert not budget_file(state.site).exists()
+    state, shared = workplace_in(tmp_path, privacy__clip=100.0, federation__max_change_factor="off")
+    train(state, task_of(state), shared)
+    assert len(lines_of(state)) == 1
+
+
 def test_a_cut_line_costs_nothing_and_a_damaged_one_is_never_a_saving(tmp_path):
     state, _ = workplace_in(tmp_path)
     release = Release(run_id="run-1", server_round=1, noise_multiplier=4.0, num_groups=3)
@@ -355,11 +376,13 @@ def test_a_simulation_says_it_at_the_door_and_a_run_opens_with_its_guarantee():
     settings = settings_with(**VALUES | {"privacy__group_people": 7})
     few = {"alpha": tiny_pack("alpha")}
     with pytest.raises(UserError, match=r"alpha: privacy\.group_people = 7 is more than the 6 people"):
-        _require_private(settings, 2, few)
+        _require_private(settings, 2, few, Engine())
     on = {"privacy__unit": "site", "federation__clients_per_round": 2, "privacy__delta": 0.1}
     with pytest.raises(UserError, match="one of 10 clients"):
-        _require_private(settings_with(**VALUES | on), 10, few)
-    _require_private(settings_with(**VALUES | {"privacy__unit": "off"}), 10, few)
+        _require_private(settings_with(**VALUES | on), 10, few, Engine())
+    _require_private(settings_with(**VALUES | {"privacy__unit": "off"}), 10, few, Engine(partition="dirichlet:0.5"))
+    with pytest.raises(UserError, match=r"--partition dirichlet:0\.5 divides one person"):
+        _require_private(settings_with(**VALUES), 2, {}, Engine(num_virtual=4, partition="dirichlet:0.5"))
     assert begin_rows(settings, Path("r"), look="", federated=True)["privacy"].startswith(
         "epsilon 4 at delta 1e-05, of one person at a site"
     )
