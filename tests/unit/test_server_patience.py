@@ -175,7 +175,7 @@ def test_those_whose_turn_is_later_are_heard_and_asked_again_meanwhile(tmp_path)
         return reply_to(task) if task.kind != "train" or beta.answers else None
 
     nodes = {1: client("alpha", alpha_waits_for_beta), 2: beta}
-    federation = federation_over(ScriptedMailbox(nodes), short_beats(federation__run_timeout_s=60.0), tmp_path)
+    federation = federation_over(ScriptedMailbox(nodes), short_beats(federation__run_timeout_s=20.0), tmp_path)
     federation.farewell = False
     federation.run()
     assert federation.record.num_refused == 0
