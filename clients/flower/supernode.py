@@ -264,7 +264,8 @@ class Executor:
             job = self._job = Job(self._meeting, message)
         else:
             record_receipt(self._ledger, self._name, asked, str(task.get("received", "")))
-        job.done.wait(max(wait_s, beats.SHORTEST_S) if isinstance(wait_s, float) and wait_s > 0.0 else None)
+        bounded = isinstance(wait_s, float) and wait_s > 0.0
+        job.done.wait(min(max(wait_s, beats.SHORTEST_S), beats.LONGEST_S) if bounded else None)
         if not job.done.is_set():
             return self._beat(message, asked, job.began)
         self._job = None

@@ -19,6 +19,7 @@ RECORD: Final = "progress"  # of the message
 UNKNOWN: Final = -1.0
 NOT_COUNTED: Final = -1
 SHORTEST_S: Final = 1.0  # no site answers more often, whatever it is asked
+LONGEST_S: Final = 3600.0  # and none more seldom that says how far it is
 LONGEST_LEFT_S: Final = 1e8  # and of standing still
 WORKING: Final = "working"  # at what is not told of
 _COUNTING: Final = "counting the pictures"

@@ -228,6 +228,9 @@ class Roster:
             return
         reply = self._mailbox.receive(joining.message)
         if reply is None:
+            # One that was started again while nobody looked has lost the question; one that packs goes on with it.
+            if self._task.beat_s > 0.0 and now - joining.asked > self._federation.silence_s:
+                joining.message = ""
             return
         try:
             beat = wire.read_beat(reply)

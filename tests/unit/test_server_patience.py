@@ -324,6 +324,19 @@ def test_beats_come_often_enough_within_the_silence():
     assert beat_s(settings_with(federation__silence_s=300.0).federation) == 15.0
 
 
+def test_a_node_of_which_nothing_is_heard_is_asked_again_after_the_silence(tmp_path):
+    """With a key, a client that is started again is the node that it was, and does not know what that was asked."""
+    mailbox = ScriptedMailbox({1: lambda _task, _message: None})
+    found = roster_over(mailbox, settings_with(federation__silence_s=300.0), tmp_path)
+    found._task = dataclasses.replace(found._task, beat_s=15.0)
+    for waited_s, asked in ((0.0, 1), (299.0, 1), (301.0, 2)):
+        found._refresh()
+        found._asked[1].asked -= waited_s
+        found._refresh()
+        found._refresh()
+        assert len(mailbox.tasks) == asked
+
+
 def test_a_client_that_answers_at_once_with_beats_is_not_asked_in_a_loop(tmp_path):
     """Half of `beat_s` passes between two questions, whatever it says."""
     node = joining(*[packs(1)] * 1000)
