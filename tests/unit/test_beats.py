@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_a_site_tells_of_its_packing(tmp_path, monkeypatch):
         look()
         progress(64, 128)
         look()
-        return "the pack"
+        return SimpleNamespace(key="the pack's")
 
     monkeypatch.setattr(packs, "open_pack", open_pack)
     tell_into(tmp_path / "p")
@@ -116,7 +117,7 @@ def test_a_site_tells_of_its_packing(tmp_path, monkeypatch):
         name="celeba", dataset="folder", data_dir=tmp_path, device="cpu", state_dir=tmp_path, cache_dir=tmp_path
     )
     try:
-        assert packs.open_site_pack(site, DataSettings()) == "the pack"
+        assert packs.open_site_pack(site, DataSettings()).key == "the pack's"
     finally:
         tell_into(None)
     assert seen == [("packing", "celeba", 0, 0), ("packing", "celeba", 64, 128)]
