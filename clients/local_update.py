@@ -27,6 +27,7 @@ from clients.past_tasks import PastTasks
 from clients.policy import against_data, against_share, digest_of, require_none
 from clients.privacy_budget import Release, budget_file, require_budget, spend
 from clients.private_state import (
+    end_run,
     load_answer,
     load_private,
     load_residue,
@@ -390,14 +391,11 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     optimiser = make_optimiser(recogniser, settings.training)
     folder, num_training = state.state_folder(task.run_id), len(state.pack.indices(Split.TRAIN))
     found = _restore_private(state, task.run_id, task.server_round - 1, optimiser)
-    if found < 0:
-        save_private(folder, 0, recogniser, optimiser, state.private)  # so that a repeated round starts here too
-
     started = time.perf_counter()
     found_scores = _evaluate(state, task, compute, received)
     evaluated = time.perf_counter()
     warmup = TrainSums()
-    if found <= 0 and settings.privacy.unit != "person":  # round 0's private state is the fresh one
+    if found <= 0 and settings.privacy.unit != "person":  # the fresh state is round 0's, which no file has
         with _telling(state, task, WARMING_UP, num_training * settings.training.head_warmup_epochs) as tick:
             warmup = warm_up_head(
                 recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name, tick=tick
@@ -413,8 +411,8 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
 
     save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
     # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
-    # repeat both.
-    prune(folder, {0, task.best_round, *range(task.server_round - 2, task.server_round + 1)})
+    # repeat both.  Not the state before the first round: it is made of the seed whenever it is wanted.
+    prune(folder, {task.best_round, *range(task.server_round - 2, task.server_round + 1)})
     seconds = {
         "receive_seconds": started - began,
         "evaluate_seconds": evaluated - started,
@@ -442,6 +440,8 @@ def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] 
         keep_own_record(state.site, task, state.settings, state.recogniser, state.pack, compute)
         tell_end(state.site, task)
     found = _evaluate(state, task, compute, received)
+    if task.last:
+        _end_run(state, task)
     return Reply(
         server_round=task.server_round,
         manifest=state.manifest.digest,
@@ -451,6 +451,16 @@ def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] 
         withheld=_withheld(found),
         change=None,
     )
+
+
+def _end_run(state: ClientState, task: Task) -> None:
+    """Nothing is trained on any more: what of the private state no evaluation needs goes, and is told of."""
+    num_files, num_bytes = end_run(state.state_folder(task.run_id), task.server_round)
+    if num_files and state.site.share is None:
+        log.info(
+            "%s: run %s is over: %d private states (%.0f MB) are removed, the best and the last round's stay",
+            state.site.name, task.run_id, num_files, num_bytes / 1e6,
+        )  # fmt: skip
 
 
 def _coded_change(

@@ -1,8 +1,8 @@
 """What stays with a client between rounds, on its disk: its head, private normalisation, their optimiser state, and
 what a lossy codec has not sent yet; of a run with differential privacy the noisy answers too.
 
-Kept by run and round (the previous, the latest and the best round's), so that a repeated round starts from where that
-round started.
+Kept by run and round: the last three rounds' and the best one's, so that a repeated round starts from where that round
+started; of a run that is over only the last and the best one's (`end_run`).
 """
 
 import logging
@@ -171,12 +171,24 @@ def rounds_here(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
 
 
-def prune(folder: Path, keep: Iterable[int]) -> None:
+def end_run(folder: Path, best_round: int) -> tuple[int, int]:
+    """Delete the private states of a run that is over, but the best and the last round's; returns (files, bytes).
+
+    Those two are what the last evaluations of the run are made with, should its server be started once more.
+    """
+    return prune(folder, {best_round, max(rounds_here(folder), default=0)})
+
+
+def prune(folder: Path, keep: Iterable[int]) -> tuple[int, int]:
     """Delete all private states but those that `load_private` would take for one of the rounds in `keep`.
 
-    A client that was not sampled for a while may need a state that is older than all of them.
+    A client that was not sampled for a while may need a state that is older than all of them.  Returns how many are
+    gone, and their bytes.
     """
-    here = rounds_here(folder)
+    here, num_bytes = rounds_here(folder), 0
     wanted = {max((number for number in here if number <= server_round), default=-1) for server_round in keep}
-    for server_round in set(here) - wanted:
+    gone = set(here) - wanted
+    for server_round in gone:
+        num_bytes += _round_file(folder, server_round).stat().st_size
         _round_file(folder, server_round).unlink()
+    return len(gone), num_bytes

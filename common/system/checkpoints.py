@@ -1,5 +1,6 @@
 """Tensors on disk, in files that survive a crash (`common/system/files.py`); safetensors, which cannot run code."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.system.files import SEAL, require_seal, seal_of, write_parts
+from common.system.files import SEAL, replacing, require_seal, write_parts
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_NO_SEAL = "0" * hashlib.sha256().digest_size * 2  # in a file's head, until all of it is there
+_BLOCK_BYTES = 2**20  # what was hashed is still in the cache when it is written
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
@@ -31,6 +34,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     Raises KeyError for a dtype that we never keep.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_parts(path, itertools.chain((_head(plain, notes),), map(_bytes_of, plain.values())))
+
+
+def _head(plain: Mapping[str, Tensor], notes: Mapping[str, str]) -> bytes:
+    """What stands before the data: a length, and names, dtypes, shapes and places as JSON."""
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     end = 0
     for name, tensor in plain.items():
@@ -38,20 +46,44 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
-    data = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in plain.values())
-    write_parts(path, itertools.chain((len(text).to_bytes(8, "little"), text), data))
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(plain: Tensor) -> memoryview:
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sealed_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
-        yield f"{name} {plain.dtype} {tuple(plain.shape)} ".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        yield _label(name, plain)
+        yield _bytes_of(plain)
+
+
+def _label(name: str, plain: Tensor) -> bytes:
+    return f"{name} {plain.dtype} {tuple(plain.shape)} ".encode()
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """`write_tensors` with a digest over names, shapes, numbers and notes, which `read_sealed` examines."""
-    write_tensors(path, tensors, {**notes, SEAL: seal_of(sorted(notes.items()), _sealed_parts(tensors))})
+    """`write_tensors` with a digest over names, shapes, numbers and notes, which `read_sealed` examines.
+
+    The numbers are read once: each block is hashed as it is written, and the digest gets its place at the end, before
+    the file has its name.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    head = _head(plain, {SEAL: _NO_SEAL, **notes})
+    digest = hashlib.sha256(json.dumps(sorted(notes.items()), sort_keys=True).encode())
+    with replacing(path) as aside, aside.open("wb") as file:
+        file.write(head)
+        for name, tensor in plain.items():
+            digest.update(_label(name, tensor))
+            data = _bytes_of(tensor)
+            for start in range(0, len(data), _BLOCK_BYTES):
+                block = data[start : start + _BLOCK_BYTES]
+                digest.update(block)
+                file.write(block)
+        file.seek(head.index(_NO_SEAL.encode()))
+        file.write(digest.hexdigest().encode())
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 
 from common.errors import CheckpointError
 from common.system import checkpoints, files
-from common.system.checkpoints import read_flat, read_tensors, write_tensors
+from common.system.checkpoints import read_flat, read_sealed, read_tensors, write_sealed, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = {"a": torch.arange(300.0), "b": torch.ones(2, 3, dtype=torch.float16), "n": torch.tensor(5)}
@@ -57,6 +57,28 @@ def test_content_reaches_the_disk_before_the_name_and_the_name_after(tmp_path, m
     files.write_bytes(tmp_path / "new/folder/x", b"1")
     assert done == ["fsync", "rename", "fsync"]
     assert (tmp_path / "new/folder/x").read_bytes() == b"1"
+
+
+def test_a_seal_is_made_while_the_numbers_are_written_and_its_place_is_no_note_of_zeros(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_BLOCK_BYTES", 100)  # of 1,200 bytes and a rest
+    path, notes = tmp_path / "s.safetensors", {"a": "0" * 64, "round": "3"}
+    write_sealed(path, {"z": torch.arange(3.0), **TENSORS}, notes)
+    tensors, found = read_sealed(path)
+    assert found == notes
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_sealed(path)
+
+
+def test_the_seal_is_that_of_earlier_files(tmp_path):
+    """Of the notes as JSON, and in the order of names each name, dtype and shape before its bytes."""
+    write_sealed(tmp_path / "s", {"b": torch.ones(2), "a": torch.arange(4, dtype=torch.int64)}, {"round": "1"})
+    seal = read_tensors(tmp_path / "s")[1][files.SEAL]
+    parts = [b"a torch.int64 (4,) ", torch.arange(4).numpy().tobytes(), b"b torch.float32 (2,) ", b"\x00\x00\x80?" * 2]
+    assert seal == files.seal_of([["round", "1"]], parts)
 
 
 def test_tensors_and_notes_come_back(tmp_path):

@@ -198,13 +198,37 @@ def test_a_client_whose_state_was_lost_goes_on_with_a_fresh_head(tmp_path):
     assert timeless(evaluate_global(resident, asked, shared)) == timeless(evaluate_global(fresh, asked, shared))
 
 
-def test_the_kept_states_are_the_first_the_best_and_the_last_three(tmp_path):
+def test_the_kept_states_are_the_best_and_the_last_three(tmp_path):
     """Three: the server may have died before it wrote the round's checkpoint, and repeats the round before, too."""
     state, shared = workplace_in(tmp_path, federation__rounds=6)
     for number in range(1, 7):
         train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
     kept = sorted(int(path.stem[-6:]) for path in state.state_folder("run-1").iterdir())
-    assert kept == [0, 2, 4, 5, 6]
+    assert kept == [2, 4, 5, 6]
+
+
+def test_of_a_run_that_is_over_the_best_and_the_last_state_stay_and_the_rest_is_told_of(tmp_path, caplog):
+    caplog.set_level("INFO", logger="facefed.client")
+    state, shared = workplace_in(tmp_path, federation__rounds=5)
+    for number in range(1, 6):
+        train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
+    folder = state.state_folder("run-1")
+    size = next(folder.iterdir()).stat().st_size
+    evaluate_global(state, task_of(state, kind="evaluate", server_round=5), shared)
+    assert len(list(folder.iterdir())) == 4
+    asked = task_of(state, kind="evaluate", server_round=2, last=True)
+    first = evaluate_global(state, asked, shared)
+    assert sorted(int(path.stem[-6:]) for path in folder.iterdir()) == [2, 5]
+    assert f"2 private states ({2 * size / 1e6:.0f} MB) are removed" in caplog.text
+    assert timeless(evaluate_global(state, asked, shared)) == timeless(first)
+
+
+def test_a_first_round_that_is_repeated_begins_with_the_state_that_no_file_has(tmp_path):
+    state, shared = workplace_in(tmp_path)
+    first = train(state, task_of(state), shared)
+    train(state, task_of(state, server_round=2), shared)
+    assert [path.stem[-6:] for path in sorted(state.state_folder("run-1").iterdir())] == ["000001", "000002"]
+    assert timeless(train(state, task_of(state), shared)) == timeless(first)
 
 
 def test_a_state_of_another_run_is_not_touched(tmp_path):
