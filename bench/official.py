@@ -1,12 +1,14 @@
-"""A set of VGGFace2's layout and number of people at size: index, pack, kill and go on, open again, read, beside peers.
+"""A set of VGGFace2's layout and people at size: index, pack, kill and go on, open again, read, score, beside peers.
 
     python -m bench.official --pictures 300000 [--source DIR] [--meta identity_meta.csv] [--folder DIR] [--side 112]
 
 The set has the official 9,131 people (8,631 + 500) with the official counts (where --meta has them, else drawn) in
 proportion to --pictures. Its files are those below --source (JPEG; without it, blurred noise of 250 px), each
 stamped with a comment of its own, so that no two are equal. Every step is a process of its own: CPU-seconds and
-peak memory are its and its children's. What is extrapolated to 3,311,286 pictures is said to be. Everything made is
-deleted at the end.
+peak memory are its and its children's. A round's scoring is that of the official set whatever --pictures is: random
+embeddings of as many pictures and people (`bench.scoring`). Peers: torchvision's ImageFolder and, where it is
+installed, webdataset. What is extrapolated to 3,311,286 pictures is said to be. Each figure is printed as it is found;
+everything made is deleted at the end.
 """
 
 import argparse
@@ -183,10 +185,69 @@ def image_folder_step(root: Path, _cache: Path, options: argparse.Namespace) -> 
     return {"pictures": len(data), "index_cpu_s": index_cpu_s, "first_batch_s": first_s, "img_per_cpu_s": per_cpu_s}
 
 
+def webdataset_step(root: Path, cache: Path, options: argparse.Namespace) -> dict:
+    """The first training pictures as one tar, read with a shuffled buffer, resized as ImageFolder's."""
+    try:
+        import webdataset
+    except ImportError:
+        return {"not compared": "webdataset is not installed"}
+    import io
+    import tarfile
+
+    import torch
+    from torchvision import transforms
+
+    began = time.process_time()
+    paths = sorted((root / "train").rglob("*.jpg"))[:NUM_RANDOM]
+    with tarfile.open(cache / "peer.tar", "w") as tar:
+        for number, path in enumerate(paths):
+            for ending, content in (("jpg", path.read_bytes()), ("cls", b"0")):
+                about = tarfile.TarInfo(f"{number:06d}.{ending}")
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    made_cpu_s = time.process_time() - began
+    torch.set_num_threads(1)
+    change = transforms.Compose([transforms.Resize(options.side), transforms.ToTensor()])
+    data = webdataset.WebDataset(str(cache / "peer.tar"), shardshuffle=False).shuffle(1000).decode("pil")
+    batches = iter(data.to_tuple("jpg", "cls").map_tuple(change, int).batched(BATCH))
+    began = time.perf_counter()
+    next(batches)
+    first_s = time.perf_counter() - began
+    began = time.process_time()
+    for _ in range(20):
+        next(batches)
+    per_cpu_s = 20 * BATCH / (time.process_time() - began)
+    (cache / "peer.tar").unlink()
+    return {"tar_of": len(paths), "tar_cpu_s": made_cpu_s, "first_batch_s": first_s, "img_per_cpu_s": per_cpu_s}
+
+
+def _scored(case: str) -> dict:
+    from types import SimpleNamespace
+
+    from bench import scoring
+
+    options = SimpleNamespace(
+        pictures=scoring.USUAL_PICTURES[case], people=scoring.USUAL_PEOPLE[case], max_pairs=10**9, head="cosface"
+    )
+    found = scoring.CASES[case](options)
+    return {"pictures": options.pictures, "people": options.people, **found}
+
+
+def closed_step(_root: Path, _cache: Path, _options: argparse.Namespace) -> dict:
+    """A round's closed set of the official size."""
+    return _scored("closed")
+
+
+def pairs_step(_root: Path, _cache: Path, _options: argparse.Namespace) -> dict:
+    """A round's pairs of the official size, by the design of the default settings."""
+    return _scored("pairs")
+
+
 STEPS = {
     "index": index_step, "pack": pack_step, "open": open_step, "first batch": batch_step, "read": read_step,
-    "ImageFolder": image_folder_step,
+    "ImageFolder": image_folder_step, "webdataset": webdataset_step, "closed set": closed_step, "pairs": pairs_step,
 }  # fmt: skip
+AFTER_PACKING = ("open", "first batch", "read", "ImageFolder", "webdataset", "closed set", "pairs")
 
 
 def measured(step: str, root: Path, cache: Path, options: argparse.Namespace, kill_at: int | None = None) -> dict:
@@ -227,15 +288,7 @@ def report(found: dict, num_pictures: int) -> None:
     print(f"extrapolated to {OFFICIAL:,} pictures (x {times:.1f}), not measured:")
     print(f"  index {index['cpu_s'] * times:.0f} CPU-s; pack {pack['bytes'] * times / 1e9:.1f} GB,"
           f" {pack['cpu_s'] / max(packed, 1) * OFFICIAL / 3600:.2f} core-hours")  # fmt: skip
-    print(f"load of the machine: {os.getloadavg()[0]:.1f}; webdataset: {_webdataset()}")
-
-
-def _webdataset() -> str:
-    try:
-        import webdataset  # noqa: F401
-    except ImportError:
-        return "not installed, so not compared"
-    return "installed; it reads tars in order and keeps no index, so only its reading could be compared: not done"
+    print(f"load of the machine: {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:
@@ -262,13 +315,18 @@ def main() -> None:
         number = make(root, options)
         found: dict = {"made": {"pictures": number, "wall_s": round(time.perf_counter() - began, 1)}}
         time.sleep(3)  # so that the folders' times are settled
-        found["index"] = measured("index", root, cache, options)
-        found["killed"] = measured("pack", root, cache, options, kill_at=number // 3)
-        found["go on"] = measured("pack", root, cache, options)
+        print("made", found["made"], flush=True)
+
+        def take(name: str, step: str, kill_at: int | None = None) -> None:
+            found[name] = measured(step, root, cache, options, kill_at)
+            print(name, found[name], flush=True)
+
+        take("index", "index")
+        take("killed", "pack", number // 3)
+        take("go on", "pack")
         found["lost"] = found["killed"]["killed_at"] - found["go on"]["began_at"]
-        for step in ("open", "first batch", "read", "ImageFolder"):
-            found[step] = measured(step, root, cache, options)
-            print(step, found[step], flush=True)
+        for step in AFTER_PACKING:
+            take(step, step)
         report(found, number)
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")

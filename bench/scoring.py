@@ -39,6 +39,7 @@ def closed(options: argparse.Namespace) -> dict[str, float]:
 
     from common.models.recogniser import build_recogniser
     from common.settings import ModelSettings
+    from common.system.progress import no_tick
     from common.training import evaluation
     from common.training.loop import Compute
 
@@ -51,7 +52,7 @@ def closed(options: argparse.Namespace) -> dict[str, float]:
     pack = SimpleNamespace(indices=lambda _: np.arange(options.pictures), training_labels=labels)
     compute = Compute(device="cpu", precision="float32", memory_format="contiguous", threads=1)
     before, began = peak_mib(), time.process_time()
-    sums, _ = vars(evaluation)["_closed_set"](recogniser, pack, evaluation.Split.VAL_PICTURES, compute)
+    sums, _ = vars(evaluation)["_closed_set"](recogniser, pack, evaluation.Split.VAL_PICTURES, compute, no_tick)
     cpu_s = time.process_time() - began
     return {"seconds": cpu_s, "mib_above": peak_mib() - before, "loss": sums.loss_sum / options.pictures}
 
