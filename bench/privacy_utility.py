@@ -31,6 +31,7 @@ def settings_of(arguments: argparse.Namespace, start: Path | None, epsilon: str,
     raw["data"]["image_size"] = arguments.size
     raw["training"] |= {"lr": arguments.lr, "threads": arguments.threads, "precision": "float32"}
     raw["federation"] |= {"rounds": arguments.rounds, "local_epochs": arguments.local_epochs}
+    raw["federation"]["max_change_factor"] = "off"  # so that a useless model has its row too
     raw["tracking"] |= {"enabled": False, "plots": "none", "tensorboard": "none"}
     if epsilon != "off":
         privacy = {"unit": "person", "epsilon": float(epsilon), "delta": arguments.delta, "clip": arguments.clip}
@@ -202,7 +203,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, nargs="+", default=[60], help="of each site")
-    parser.add_argument("--epsilons", nargs="+", default=["8"])
+    parser.add_argument("--epsilons", nargs="+", default=["2", "8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--local-epochs", type=int, default=2)
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--delta", type=float, default=1e-3)
-    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--clip", type=float, default=0.02)
     parser.add_argument("--group-people", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -181,7 +181,7 @@ class PrivacySettings:
     unit: str = setting("off", choices=PRIVACY_UNITS)  # who is protected
     epsilon: float = setting(8.0, above=0.0, high=1000.0)  # of the whole run, with delta
     delta: float = setting(1e-5, low=1e-12, high=0.1)  # less than one in the people (or sites)
-    clip: float = setting(1.0, above=0.0, high=1e6)  # the longest change of a group (or site), Euclidean norm
+    clip: float = setting(0.1, above=0.0, high=1e6)  # the longest change of a group (or site), Euclidean norm
     group_people: int = setting(16, low=2)  # on average, of whom a group is trained
 
     @property

@@ -124,9 +124,12 @@ def test_groups_are_drawn_by_the_secret_anew_in_each_round():
 def test_twins_stay_together_and_one_family_alone_is_no_group():
     pack = tiny_pack("alpha")
     family = np.arange(12) // 2 * 2  # pairs
-    groups = divide(dataclasses.replace(pack, family=family), number=2, secret=SEED, stream="x")
-    for one in groups.packs.values():
-        here = set(np.unique(one.person).tolist())
+    found = []
+    for stream in "abcdefgh":
+        groups = divide(dataclasses.replace(pack, family=family), number=2, secret=SEED, stream=stream)
+        found += [set(np.unique(one.person).tolist()) for one in groups.packs.values()]
+    assert found
+    for here in found:
         assert {person ^ 1 for person in here} == here
         assert len(here) >= 4
 
