@@ -132,11 +132,11 @@ def _federate(folder: Path, data: Path, rounds: int, settings: tuple[str, ...]) 
 
 
 def _wire_seconds(run: Path) -> dict[str, float]:
-    """The medians over rounds of what the server took to send and to receive, and the model's bytes."""
+    """The medians over rounds of the server's seconds, by phase."""
     values: dict[str, list[float]] = defaultdict(list)
     for line in (run / "spool.jsonl").read_bytes().splitlines():
         entry = json.loads(line)
-        if "key" in entry:
+        if "key" in entry and not entry["run"]:  # the server's own
             values[entry["key"]].append(entry["value"])
     found = {key: statistics.median(values[key]) for key in values if key.endswith("_seconds")}
     return {key.removeprefix("time/").removesuffix("_seconds"): value for key, value in found.items()}
