@@ -23,6 +23,7 @@ from common.system.events import EventReader
 from server.exchange import patience, roster
 from server.exchange.patience import GENEROUS_S, LIMIT_FACTOR, LONGEST_S, Patience, beat_s
 from server.exchange.roster import _Joining
+from tests.tiny_settings import changed
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 
@@ -179,6 +180,30 @@ def test_those_whose_turn_is_later_are_heard_and_asked_again_meanwhile(tmp_path)
     federation.farewell = False
     federation.run()
     assert federation.record.num_refused == 0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("timeout_s", "reasons"), [(0.3, {"beta": "no answer within 0.3 s"}), ("auto", {})])
+def test_a_round_of_three_times_the_fixed_timeout_is_whole_under_auto(tmp_path, monkeypatch, timeout_s, reasons):
+    """Whatever was thought at first is over at once here, so that only what beta says keeps it in the round."""
+    monkeypatch.setattr(patience, "GENEROUS_S", 0.05)
+    monkeypatch.setattr("server.exchange.messages.Patience", lambda **of: Patience(**of | {"silence_s": 0.5}))
+    began: list[float] = []
+
+    def slow(task, message):
+        if task.kind != "train":
+            return client("beta")(task, message)
+        began.append(time.monotonic())
+        if time.monotonic() - began[0] < 0.9:
+            return Message(wire.beat_content(beat()), reply_to=message)
+        return Message(wire.reply_content(reply_to(task)), reply_to=message)
+
+    settings = short_beats(federation__min_clients=1)
+    settings = changed(settings, federation__round_timeout_s=timeout_s)
+    federation = federation_over(ScriptedMailbox({1: client("alpha"), 2: slow}), settings, tmp_path)
+    federation.farewell = False
+    federation.run()
+    assert federation.record.reasons(1) == reasons
 
 
 @pytest.mark.usefixtures("quick")
