@@ -57,6 +57,7 @@ class PastTasks:
     last_round: int = 0  # the highest that was trained, or whose model was scored
     cpu_seconds: float = 0.0
     models: dict[str, float] = field(default_factory=dict)  # SHA-256 of each that was taken -> when first
+    by_round: dict[str, str] = field(default_factory=dict)  # round -> SHA-256 of the model that it made, as told last
     model_round: int = -1  # of the model that was taken last; -1: none yet
     moved: dict[str, float] = field(default_factory=dict)  # tensor -> norm of what own training moved it last
     most_moved: dict[str, float] = field(default_factory=dict)  # likewise, in any round
@@ -98,8 +99,12 @@ class PastTasks:
     def take_model(self, sha256: str, model_round: int, rounds: int) -> None:
         """Count a model that is scored; one that was here before is not counted again.
 
-        model_round: the round that made it.  rounds: of the run.  Raises PolicyRefusal.
+        model_round: the round that made it.  rounds: of the run.  A second, different one of a round is taken only of
+        those that a killed server repeats, with other members, and is one more.  Raises PolicyRefusal.
         """
+        first = self.by_round.get(str(model_round), sha256)
+        if sha256 not in self.models and first != sha256 and model_round < self.last_round - 1 - BACK:
+            raise _refusal("model", "max_extra_models", f"a second model of round {model_round}", "the first")
         if sha256 not in self.models:
             now = time.time()
             others = sum(when >= now - DAY_S for one in self._others_of_today() for when in one["models"].values())
@@ -110,6 +115,7 @@ class PastTasks:
             self._at_most("model", "max_models_a_day", 1 + today + others)
             self.models[sha256] = now
         self.model_round = model_round
+        self.by_round[str(model_round)] = sha256
 
     def require_disk(self, folder: Path) -> None:
         """Raises PolicyRefusal where the run's private states take more than their share.  folder: where they lie."""

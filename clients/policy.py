@@ -86,7 +86,7 @@ class Policy:
     max_runs_a_day: int = limit(100, "new runs in 24 hours", low=1)
     max_tasks_a_run: int = limit(3000, "joins, rounds and evaluations, repeated ones too", low=1)
     max_extra_models: int = limit(
-        4, "distinct models in a run beyond one for each round: each score is a question; one is the untrained", low=1
+        3, "distinct models beyond one a round: the untrained, and two that a killed server makes anew", low=1
     )
     max_models_a_day: int = limit(1000, "distinct models that are scored in 24 hours, over all runs", low=1)
     max_data_choices_a_day: int = limit(
@@ -224,8 +224,17 @@ def against_settings(policy: Policy, settings: Settings) -> list[Against]:
         asked, choices = _value(settings, name), getattr(policy, key)
         if asked not in choices and ANY not in choices:
             found.append(Against(name, key, asked, ", ".join(choices)))
-    found += _against_model(policy, settings) + _against_losses(policy, settings)
+    found += _against_steps(policy, settings) + _against_model(policy, settings) + _against_losses(policy, settings)
     return found + _against_privacy(policy, settings.privacy)
+
+
+def _against_steps(policy: Policy, settings: Settings) -> list[Against]:
+    """A round of a few batches is an update of a few pictures."""
+    steps = settings.federation.local_steps
+    if isinstance(steps, str) or steps * settings.training.batch_size >= policy.min_training_pictures:
+        return []
+    pictures = f"{steps} batches of {settings.training.batch_size}"
+    return [Against("federation.local_steps", "min_training_pictures", pictures, str(policy.min_training_pictures))]
 
 
 def _against_model(policy: Policy, settings: Settings) -> list[Against]:

@@ -22,6 +22,7 @@ MOST_GROUPS: Final = 64  # of people, who are told apart up to so many; a group'
 MOST: Final = 0.95  # a share above it is never allowed to a round of fewer people
 FEW: Final = 8.0  # times an even share may always be one person's
 OWN: Final = 2.0  # times their share of the pictures may always be one person's
+FEW_PICTURES: Final = 32.0  # pictures of a round; one person's share may be so many by as many as there were
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Share:
     share: float  # in [0, 1]
     even: float  # the largest share of the round's pictures that a person or group has, in (0, 1]
     num_people: int  # who had a picture in the round; or groups
+    num_pictures: int  # of the round, each as often as it was seen
 
     def allowed(self, limit: float) -> float:
         """The largest share that is none too large.  limit: where there are people enough, in (0, 1]."""
-        return max(limit, min(MOST, max(FEW / self.num_people, OWN * self.even)))
+        few = max(FEW / self.num_people, FEW_PICTURES / self.num_pictures, OWN * self.even)
+        return max(limit, min(MOST, few))
 
 
 def _unknown_stream() -> torch.Generator:
@@ -123,8 +126,8 @@ class GradientShares:
             shares = torch.where(whole > 0, sums.amax(0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
             share, unit = shares.max(0)
             if found is None or float(share) > found.share:
-                even = float(self._pictures.max() / self._pictures.sum())
-                found = Share(name, int(unit), float(share), even, seen)
+                number = int(self._pictures.sum())
+                found = Share(name, int(unit), float(share), float(self._pictures.max()) / number, seen, number)
         return found
 
 

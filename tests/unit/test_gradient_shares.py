@@ -99,11 +99,19 @@ def test_over_many_signs_the_mean_square_is_the_squared_norm_so_nothing_cancels_
 
 
 @pytest.mark.parametrize(
-    ("num_people", "even", "allowed"),
-    [(100, 0.02, 0.6), (10, 0.2, 0.8), (4, 0.3, 0.95), (100, 0.4, 0.8), (100, 0.9, 0.95)],
+    ("num_people", "num_pictures", "even", "allowed"),
+    [
+        (100, 999, 0.02, 0.6),
+        (10, 999, 0.2, 0.8),
+        (4, 999, 0.3, 0.95),
+        (100, 40, 0.02, 0.8),
+        (100, 9, 0.02, 0.95),
+        (100, 999, 0.4, 0.8),
+        (100, 999, 0.9, 0.95),
+    ],
 )
-def test_few_people_and_a_person_with_most_pictures_may_have_more(num_people, even, allowed):
-    assert Share("0", 1, 1.0, even, num_people).allowed(0.6) == pytest.approx(allowed)
+def test_few_people_and_a_person_with_most_pictures_may_have_more(num_people, num_pictures, even, allowed):
+    assert Share("0", 1, 1.0, even, num_people, num_pictures).allowed(0.6) == pytest.approx(allowed)
 
 
 @pytest.mark.parametrize("values", [{}, {"training__accumulate": 2}, {"training__activation_checkpointing": True}])

@@ -60,6 +60,10 @@ def test_the_built_in_policy_fits_every_shipped_configuration(path, strategy):
         ({"training__head_warmup_epochs": 51}, "max_head_warmup_epochs"),
         ({"training__threads": 100_000}, "max_threads"),
         ({"federation__local_epochs": 10**9}, "max_local_epochs"),
+        (
+            {"federation__local_epochs": "off", "federation__local_steps": 2, "training__batch_size": 8},
+            "min_training_pictures",
+        ),
         ({"federation__rounds": 501}, "max_rounds"),
         ({"federation__server_lr": 1e6}, "max_server_lr"),
         ({"data__image_size": 512}, "max_image_size"),
@@ -207,7 +211,7 @@ def test_the_trainer_gets_the_whole_policy(tmp_path):
 
 
 def test_one_persons_share_of_a_gradient_is_limited_and_its_words_stay_here():
-    share = Share("trunk.blocks.0.1", 7, 0.98, even=0.1, num_people=20)
+    share = Share("trunk.blocks.0.1", 7, 0.98, even=0.1, num_people=20, num_pictures=200)
     [against] = against_share(DEFAULT, share)
     assert (against.setting, against.limit, against.allowed) == ("model", "max_person_share", "0.60")
     assert against.asked == "0.98 of the gradient of unit 7 of backbone.trunk.blocks.0.1 is one person's"

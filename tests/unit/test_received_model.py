@@ -131,6 +131,27 @@ def test_distinct_models_are_limited_and_the_same_bits_are_not_counted_again(tmp
         record.take_model("f" * 64, 10, 10)
 
 
+def test_a_second_model_of_a_round_is_one_that_a_killed_server_repeats_or_refused(tmp_path):
+    record = record_in(tmp_path)
+    for server_round in range(1, 7):
+        record.take("train", server_round, SETTINGS)
+        record.take_model(f"model-{server_round - 1}", server_round - 1, 10)
+    record.take_model("another", 5 - BACK, 10)  # made anew, with other members
+    record.take_model("model-1", 1, 10)  # the best of all, once more
+    with refused("max_extra_models"):
+        record.take_model("a third", 4 - BACK, 10)
+    record.take_model("model-1", 1, 10)
+
+
+def test_an_old_rounds_model_that_never_came_here_may_come_late(tmp_path):
+    record = record_in(tmp_path)  # of a client that was drawn for the last round only
+    record.take("train", 9, SETTINGS)
+    record.take_model("model-8", 8, 10)
+    record.take_model("best", 2, 10)
+    with refused("max_extra_models"):
+        record.take_model("another best", 2, 10)
+
+
 def test_models_of_a_day_are_limited_over_all_runs(tmp_path):
     for number in range(3):
         record = record_in(tmp_path, f"run-{number}", max_models_a_day=5)
