@@ -1,6 +1,7 @@
 """Whole federations with differential privacy in this process: they end well, without scores, within budget."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -17,6 +18,10 @@ from common.protocol.codec import encode
 from common.protocol.spending import releases_in, spent_in
 from server.app import Surroundings, federate
 from server.site_privacy import BudgetSpent, NoisySum, SitePrivacy
+from simulation.compare import membership
+from simulation.compare.membership import AuditRequest, audit_privacy
+from simulation.compare.model_lookup import FoundModel, Wanted
+from simulation.sites import ClientOption
 
 ON = {
     "model__backbone": "vit_tiny",
@@ -68,6 +73,41 @@ def test_a_run_with_noise_at_the_sites_ends_with_its_last_round_and_no_score(tmp
         lines = list(releases_in(budget_file(site)))
         assert [line["round"] for line in lines] == [1, 2, 3]
         assert epsilon_of(spent_in(budget_file(site)).in_all ** 0.5, 1e-5) == pytest.approx(8.0)
+
+
+def test_the_audit_of_a_run_shows_the_attack_beside_the_model_before_training(tmp_path, monkeypatch):
+    federation(tmp_path, PERSON | {"federation__rounds": 1})
+    settings = settings_with(**PERSON)
+    found = FoundModel(
+        wanted=Wanted(kind="fedavg"),
+        source="run-1",
+        settings=settings,
+        clients=("alpha",),
+        step=1,
+        folder=tmp_path / "run-1",
+    )
+    option = ClientOption(name="alpha", dataset="folder", data_dir=tmp_path / "sites" / "alpha")
+    asked = []
+    monkeypatch.setattr(membership, "find_model", lambda *_: found)
+    monkeypatch.setattr(membership, "data_options", lambda names, _: asked.append(names) or [option])
+    monkeypatch.setattr(membership, "pack_at_the_door", lambda *_: tiny_pack("alpha"))
+    request = AuditRequest(run="run-1", clients=[], data_dirs=[], device="cpu", cache_dir=tmp_path)
+    text, content = io.StringIO(), io.StringIO()
+    assert audit_privacy(settings, request, text, shape="text") == 0
+    lines = text.getvalue().splitlines()
+    assert asked == [("alpha",)]
+    assert lines[0] == "run-1, step 1: epsilon 8 at delta 1e-05 of a person"
+    assert lines[1].startswith("alpha: 6 people trained on; held out: 3 set the threshold, 3 test it")
+    assert [line.split(":")[1].strip() for line in lines[2:4]] == ["the run's model", "the model before training"]
+    assert lines[4] == "alpha: 1 % of 3 is nobody: the threshold is the highest score held out"
+    assert audit_privacy(settings, request, content, shape="json") == 0
+    told = json.loads(content.getvalue())
+    assert told["privacy"]["unit"] == "person"
+    assert told["clients"]["alpha"]["the run's model"]["num_members"] == 6
+    assert (
+        told["clients"]["alpha"]["the run's model"]["auc"]
+        != told["clients"]["alpha"]["the model before training"]["auc"]
+    )
 
 
 def test_a_run_ends_by_itself_and_well_where_a_sites_budget_is_spent_on_the_way(tmp_path):

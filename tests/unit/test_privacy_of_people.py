@@ -163,6 +163,16 @@ def test_a_group_knows_nothing_of_the_groups_before_it(tmp_path):
     np.testing.assert_array_equal(flatten(state.recogniser.state_dict(), state.manifest), shared)
 
 
+def test_fedprox_pulls_each_group_to_the_received_model(tmp_path):
+    lengths = []
+    for number, mu in enumerate((0.0, 1.0)):
+        values = {"federation__strategy": "fedprox", "federation__proximal_mu": mu, "privacy__clip": 1e6}
+        state, shared = workplace_in(tmp_path / str(number), **values)
+        packs = divide(state.pack, number=1, secret=SEED, stream="x")
+        lengths.append(np.linalg.norm(sum_of(state, shared, packs)))
+    assert lengths[1] < 0.8 * lengths[0]
+
+
 def test_a_group_that_fails_adds_nothing_and_is_told_at_the_site_only(tmp_path, monkeypatch, caplog):
     state, shared = workplace_in(tmp_path)
     groups = groups_of(state.pack, tmp_path)
