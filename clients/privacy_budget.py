@@ -12,6 +12,7 @@ from typing import Final
 
 from clients.policy import Against, Policy, PolicyRefusal
 from clients.site import SiteSettings
+from common.errors import CheckpointError
 from common.privacy.accounting import epsilon_of, is_within, mu_of, squared_mu
 from common.protocol.refusals import OF_PRIVACY
 from common.protocol.spending import Spent, write_spend
@@ -59,8 +60,9 @@ def require_budget(spent: Spent, release: Release, privacy: PrivacySettings, pol
 def spend(site: SiteSettings, release: Release, privacy: PrivacySettings) -> None:
     """Write down that a reply leaves, and return once that survives a power cut.
 
-    Raises PolicyRefusal where there is not enough left; OSError where it cannot be written.
+    Raises PolicyRefusal where there is not enough left; CheckpointError where it cannot be written.
     """
+    path = budget_file(site)
     words = {
         "round": release.server_round,
         "client": site.name,
@@ -72,10 +74,16 @@ def spend(site: SiteSettings, release: Release, privacy: PrivacySettings) -> Non
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
     }
-    write_spend(
-        budget_file(site),
-        release.run_id,
-        release.squared_mu,
-        words,
-        lambda spent: require_budget(spent, release, privacy, site.policy),
-    )
+    try:
+        write_spend(
+            path,
+            release.run_id,
+            release.squared_mu,
+            words,
+            lambda spent: require_budget(spent, release, privacy, site.policy),
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}), and nothing leaves that is not paid for there; make room for"
+            " it, or let this account write it."
+        ) from None

@@ -17,7 +17,7 @@ from clients.group_training import Groups, divide, num_groups_of, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
 from clients.privacy_budget import Release, budget_file
-from common.errors import ConfigError, ReplyRefused, TrainingFailed, UserError
+from common.errors import CheckpointError, ConfigError, ReplyRefused, TrainingFailed, UserError
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
 from common.privacy.accounting import epsilon_of, noise_multiplier, squared_mu
@@ -349,6 +349,14 @@ def test_noise_that_the_server_would_refuse_is_not_paid_for(tmp_path):
     state, shared = workplace_in(tmp_path, privacy__clip=100.0, federation__max_change_factor="off")
     train(state, task_of(state), shared)
     assert len(lines_of(state)) == 1
+
+
+def test_nothing_leaves_where_the_spend_cannot_be_written_down(tmp_path):
+    state, shared = workplace_in(tmp_path)
+    budget_file(state.site).mkdir(parents=True)  # in the file's place
+    with pytest.raises(CheckpointError, match=r"cannot be written .*nothing leaves that is not paid for"):
+        train(state, task_of(state), shared)
+    assert not list(state.state_folder("run-1").glob("answer-*"))
 
 
 def test_a_cut_line_costs_nothing_and_a_damaged_one_is_never_a_saving(tmp_path):
