@@ -174,7 +174,7 @@ def _federate(
         ),
         waiter=waiter,
         checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),
-        record=Record(tracked, events, settings),
+        record=Record(tracked, events, settings, clients_are_here=surroundings.simulated),
         public=public_scorer(settings, recogniser, manifest),
         site_privacy=_site_privacy(settings, surroundings.run_folder),
         history=History(),

@@ -294,10 +294,10 @@ class Federation:
         wanted = max(replies_needed(federation), fewest_clients(federation) if kept < step else 0)
         if len(replies) < wanted:
             reasons = {**self._left_out.get(step, {}), **self.record.reasons(step)}
+            words = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in reasons.items())
             raise NotEnoughClients(
                 f"{'round' if kept < step else 'evaluation of round'} {step}: {len(replies)} of {len(members)} clients"
-                f" gave a usable reply, {wanted}"
-                f" are needed ({'; '.join(f'{name}: {reason}' for name, reason in reasons.items())})."
+                f" gave a usable reply, {wanted} are needed ({words})."
                 f" The model of round {kept} is kept in {self.checkpoints.path(kept)}."
             )
 

@@ -186,9 +186,9 @@ class Roster:
         here += ", ..." if len(names) > MOST_TOLD_APART else ""
         # One line of each, once: a thousand virtual clients fail for one reason, and an engine's own are tracebacks.
         lines = dict.fromkeys(reason.strip().splitlines()[-1] for reason in self._refused.values() if reason.strip())
-        reasons = "".join(f" Refused: {line}." for line in list(lines)[:MOST_TOLD_APART])
+        reasons = "".join(f" Refused: {line.rstrip('.')}." for line in list(lines)[:MOST_TOLD_APART])
         gone = sorted(self._known - self._members.keys())[:MOST_TOLD_APART]
-        reasons += "".join(f" At work: {name}: {words}." for name, words in self._at_work().items())
+        reasons += "".join(f" At work: {name}: {words.rstrip('.')}." for name, words in self._at_work().items())
         more = self._federation.min_clients - len(self._members) - len(gone)
         missing = [f"{name}, which was here before" for name in gone] + [f"{more} more"] * (more > 0)
         return (

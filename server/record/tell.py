@@ -29,7 +29,6 @@ from common.runs import federated_kind, write_run_file
 from common.settings import Settings
 from common.system.events import EventLog
 from common.system.run_view import compute_words
-from common.system.runtime import machine_digest
 from common.tracking.hardware import gpu_type
 from common.tracking.notes import chosen_note, data_note, run_note
 from common.tracking.run import SavesFigure, TrackedRun
@@ -39,21 +38,19 @@ from server.exchange.roster import MOST_TOLD_APART, Member
 from server.record.history import History, Tally, final_metrics, merged_train, quantiles
 
 
-def _data_tags(sites: Sequence[Site]) -> dict[str, str]:
+def _data_tags(sites: Sequence[Site], *, are_here: bool) -> dict[str, str]:
+    """are_here: they compute on this machine, whose GPU is known; a site tells its kind of device only."""
     datasets = [site.dataset for site in sites]
     return {
         "dataset": "+".join(datasets if len(sites) <= MOST_TOLD_APART else sorted(set(datasets))),
         "dataset_size": str(sum(site.num_pictures for site in sites)),
         "device": "+".join(sorted({site.device for site in sites})),
-        "gpu_type": "+".join(sorted({_gpu_type(site) for site in sites})),
+        "gpu_type": "+".join(sorted({_gpu_type(site, is_here=are_here) for site in sites})),
     }
 
 
-def _gpu_type(site: Site) -> str:
-    """A site tells its kind of device only: a GPU's name is known where it computes on this machine."""
-    if site.device == "cuda" and site.machine != machine_digest():
-        return "unknown"
-    return gpu_type(site.device)
+def _gpu_type(site: Site, *, is_here: bool) -> str:
+    return "unknown" if site.device == "cuda" and not is_here else gpu_type(site.device)
 
 
 TELL_ANSWERS = 50  # times a round at most
@@ -67,8 +64,14 @@ class Record:
     So whoever federates knows no tracking, and few clients or many make no difference to it.
     """
 
-    def __init__(self, tracked: TrackedRun, events: EventLog, settings: Settings) -> None:
-        """tracked: the run, begun.  events: where whoever watches reads."""
+    def __init__(
+        self, tracked: TrackedRun, events: EventLog, settings: Settings, *, clients_are_here: bool = False
+    ) -> None:
+        """tracked: the run, begun.  events: where whoever watches reads.
+
+        clients_are_here: they are processes of this machine for sure; what they tell of theirs is keyed by each site.
+        """
+        self._clients_are_here = clients_are_here
         self._tracked, self._events, self._settings = tracked, events, settings
         self._children: dict[str, TrackedRun] = {}
         self._sites: dict[str, Site] = {}
@@ -114,7 +117,7 @@ class Record:
             return
         self._sites = {name: member.site for name, member in members.items()}
         sites = list(self._sites.values())
-        tags = _data_tags(sites)
+        tags = _data_tags(sites, are_here=self._clients_are_here)
         self._tracked.set_tags(tags)
         self._tracked.describe(data=data_note(tags["dataset"], tags["dataset_size"], len(sites)))
         self._events.emit(
@@ -160,7 +163,9 @@ class Record:
         # The digest covers every picture of the set.
         self._tracked.log_dataset(name=name, digest=site.val_people, context="training", profile=counted)
         num_there = sum(other.machine == site.machine for other in self._sites.values())
-        child = self._tracked.child(name, {"mode": "federated_client"} | _data_tags([site]))
+        child = self._tracked.child(
+            name, {"mode": "federated_client"} | _data_tags([site], are_here=self._clients_are_here)
+        )
         backbone, size = self._settings.model.backbone, self._settings.data.image_size
         child.describe(
             what=run_note("federated_client", backbone, size), data=data_note(site.dataset, site.num_pictures)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import threading
 from functools import partial
 
@@ -279,6 +280,17 @@ def test_a_reply_that_arrived_before_its_client_went_counts(tmp_path):
     federation = federation_over(mailbox, settings_with(federation__rounds=1), tmp_path)
     federation.run()
     assert federation.record.num_refused == 0
+
+
+def test_of_a_reason_that_ends_with_a_stop_no_second_one_is_printed(tmp_path):
+    def script(task, message):
+        if task.kind == "join":
+            return client("beta")(task, message)
+        return wire.error_message("beta: this site's policy does not allow it: model (max_move).", message)
+
+    nodes = {1: client("alpha"), 2: script}
+    with pytest.raises(NotEnoughClients, match=re.escape("model (max_move)). The model")):
+        federation_over(ScriptedMailbox(nodes), settings_with(), tmp_path).run()
 
 
 def test_too_few_replies_end_the_run_with_names_and_the_last_whole_model(tmp_path):

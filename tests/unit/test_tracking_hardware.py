@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_federation import settings_with
+from tiny_federation import settings_with, site_named
 
 from common.errors import ConfigError
 from common.runs import RunKind, begin_tracking
 from common.tracking import hardware
 from common.tracking.hardware import HardwareSampler, gpu_type
+from server.record.tell import _data_tags
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {
@@ -215,3 +216,6 @@ def test_a_gpu_is_named_by_its_driver(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     assert [gpu_type(device) for device in ("cuda:1", "cpu", "mps")] == ["name of cuda:1", "none", "mps"]
+    sites = [site_named("alpha", device="cuda"), site_named("beta", device="cpu")]
+    assert _data_tags(sites, are_here=True)["gpu_type"] == "name of cuda+none"
+    assert _data_tags(sites, are_here=False)["gpu_type"] == "none+unknown"  # a site tells no more than "cuda"
