@@ -2,8 +2,8 @@
 
     python -m bench.site_checks [--rounds 5] [--precision bfloat16] [--scratch DIR]
 
-A round is the whole answer to a train task: the received model looked at, evaluated and trained, the reply and
-the records written.  Rounds with and without follow each other, on one thread, so that the machine's other work falls on
+A round is the whole answer to a train task: the received model looked at, evaluated and trained, the reply and the
+records written.  Rounds with and without follow each other, on one thread, so that the machine's other work falls on
 both; the shares are of their medians.  Without: no limit, no received model is looked at and no gradient is watched.
 """
 
