@@ -3,7 +3,7 @@
 A model that has learnt a person by heart puts that person's pictures nearer to each other, and farther from all others,
 than those of somebody whom it has never seen.  So a person's score is the one similarity less the other, and the attack
 says "trained on" above a threshold that people held out have set (arXiv:1610.05820 attacks classifiers likewise; for
-users instead of pictures arXiv:2405.20771).
+people in face recognition arXiv:2304.02782).
 """
 
 from dataclasses import dataclass

@@ -64,7 +64,7 @@ def lower_bound_of_epsilon(mechanism, *, sensitivity, delta, trials):
     """The largest epsilon that a threshold test on the answers shows, less five standard errors.
 
     Each element of a buffer is one answer to a query that is 0 on one data set and `sensitivity` on its neighbour: for
-    every event, P' <= e^epsilon P + delta (arXiv:1706.06618, section 3, tries such events likewise).
+    every event, P' <= e^epsilon P + delta (arXiv:1805.10277 tries such events likewise).
     """
     without = mechanism(np.zeros(trials), SEED)
     with_one = mechanism(np.full(trials, sensitivity), OTHER)
