@@ -237,7 +237,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         device=compute.device_kind,
         precision=compute.precision,
         memory_format=compute.memory_format,
-        compiled=compute.compiled,
+        compiled=compute.compiled and not _watches_gradients(site),
         policy=digest_of(site.policy),
     )
 
@@ -345,9 +345,14 @@ def _train_fields(
     return {name: value for name, value in fields.items() if not (is_private and name in OF_CONTENT)}
 
 
+def _watches_gradients(site: SiteSettings) -> bool:
+    """Whether whose the gradients are is counted, which compiled passes do not tell."""
+    return site.share is None and site.policy.max_person_share < 1.0
+
+
 def _shares(state: ClientState) -> GradientShares | None:
     """What counts whose the gradients are; None where nothing is looked at."""
-    if state.watch is None or state.site.policy.max_person_share >= 1.0:
+    if state.watch is None or not _watches_gradients(state.site):
         return None
     return GradientShares(num_people=state.pack.num_classes)
 

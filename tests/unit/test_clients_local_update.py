@@ -119,6 +119,14 @@ def test_joining_tells_counts_and_digests_only(tmp_path, monkeypatch):
     assert not [value for value in told.values() if str(tmp_path) in str(value) or "alpha-" in str(value)]
 
 
+@pytest.mark.parametrize(("limit", "compiled"), [(1.0, True), (0.6, False)])
+def test_a_site_that_watches_gradients_says_that_it_does_not_compile(tmp_path, monkeypatch, limit, compiled):
+    state, _ = workplace_in(tmp_path, training__compile="on")
+    monkeypatch.setattr("clients.local_update.open_site_pack", lambda *_a, **_k: state.pack)
+    site = dataclasses.replace(state.site, policy=dataclasses.replace(state.site.policy, max_person_share=limit))
+    assert join(site, state.settings).compiled == compiled
+
+
 # ---- what is repeatable
 
 
