@@ -4,6 +4,7 @@ Pure of Flower: arrays and settings in, a `Reply` out. A simulation's ClientApp 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -49,6 +50,7 @@ from common.metrics.sums import EvaluationSums
 from common.models.recogniser import (
     Recogniser,
     build_recogniser,
+    moving_names,
     private_names,
     renew_heads,
     shared_names,
@@ -59,7 +61,7 @@ from common.privacy.accounting import noise_multiplier
 from common.privacy.mechanism import SEED_BYTES, add_clipped, norm, released
 from common.privacy.people import problem_of
 from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
-from common.protocol.parameters import Manifest, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
+from common.protocol.parameters import Manifest, Part, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
 from common.protocol.spending import spent_in
 from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
@@ -89,6 +91,13 @@ class ClientState:
     head_seed: int  # of the heads as they were built, for a site whose state was lost
     fresh: Mapping[str, Tensor]  # what of the backbone is private, as it was built, likewise
     watch: ModelWatch | None = None  # None: no received model is looked at, of a virtual client
+
+    @functools.cached_property
+    def part(self) -> Part:
+        """What of the model training moves, and so what of a change travels."""
+        trainable = self.settings.training.trainable
+        moving = moving_names(self.recogniser, self.settings.model.normalisation, trainable)
+        return Part.of(self.manifest, moving=moving, trainable=trainable_names(self.recogniser, trainable))
 
     def state_folder(self, run_id: str) -> Path:
         """Where this run's private state lies."""
@@ -146,7 +155,7 @@ def watched(state: ClientState, record: PastTasks | None) -> ClientState:
     """The state for one message of the run of this record, whose model is looked at; None: it is not."""
     if record is None:
         return state
-    trainable = trainable_names(state.recogniser)
+    trainable = trainable_names(state.recogniser, state.settings.training.trainable)
     watch = ModelWatch(record, state.settings, state.manifest, lambda: _first_model(state), trainable)
     return dataclasses.replace(state, watch=watch)
 
@@ -491,9 +500,10 @@ def _coded(
     codec = state.settings.federation.upload_codec
     if state.watch is not None:
         state.watch.trained(change)
+    change = state.part.taken(change)
     if not is_lossy(codec):
         return encode(change, codec), None
-    change += load_residue(folder, found, state.manifest.size)
+    change += load_residue(folder, found, len(change))
     coded = encode(change, codec)
     return coded, residue_of(change, coded)
 
@@ -510,7 +520,7 @@ def _train_in_groups(
     nothing is spent; where those are gone, or anything differs, it is a second release.
     Raises PolicyRefusal where the budget is spent.
     """
-    folder, size = state.state_folder(task.run_id), state.manifest.size
+    folder, size = state.state_folder(task.run_id), state.part.part.size
     question = _question(state, task, received)
     codec = state.settings.federation.upload_codec
     kept = load_answer(folder, task.server_round, question)
@@ -528,7 +538,8 @@ def _train_in_groups(
             SHOWN, state.site.name, task.server_round,
         )  # fmt: skip
     privacy = state.settings.privacy
-    spans = trainable_spans(state.manifest, trainable_names(state.recogniser))
+    learned = trainable_names(state.recogniser, state.settings.training.trainable)
+    spans = trainable_spans(state.manifest, learned)
     trained = [span for span, is_trained in spans if is_trained]
     deviation = release.noise_multiplier * 2.0 * privacy.clip
     _require_signal(state.settings, received, trained, deviation / release.num_groups)

@@ -114,7 +114,7 @@ def _done(
     if task.kind == "train":
         if site.share is not None:  # it is no site, so it keeps no record of its own
             return wire.reply_content(train(state, task, shared, began=began))
-        with keep_round(site, task, state.settings, num_pictures=len(state.pack)) as kept:
+        with keep_round(site, task, state.settings, num_pictures=len(state.pack), received=state.manifest.size) as kept:
             reply = train(state, task, shared, began=began)
             kept(reply)
         return wire.reply_content(reply)

@@ -48,11 +48,12 @@ def export_own_model(site: SiteSettings, task: Task, settings: Settings, recogni
 
 @contextlib.contextmanager
 def keep_round(
-    site: SiteSettings, task: Task, settings: Settings, *, num_pictures: int
+    site: SiteSettings, task: Task, settings: Settings, *, num_pictures: int, received: int
 ) -> Iterator[Callable[[Reply], None]]:
     """Record a round's training in this site's own folder, and meanwhile how busy its machine is.
 
-    Yields what is called with the round's reply.  A failure costs a warning, never the round.
+    received: the numbers of the model that came.  Yields what is called with the round's reply.  A failure costs a
+    warning, never the round.
     """
     device = ",".join(resolve_devices(site.device))
     with contextlib.ExitStack() as at_end:
@@ -69,7 +70,7 @@ def keep_round(
                 up = down = 0
                 if reply.change is not None:
                     up = reply.change.nbytes
-                    down = num_bytes(settings.federation.download_codec, reply.change.size)
+                    down = num_bytes(settings.federation.download_codec, received)
                 sizes = {BYTES_DOWN: float(down), BYTES_UP: float(up + counts_nbytes(reply))}
                 tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
                 if reply.server_round == 1 and "test" in reply.evaluations:  # of the model before any training

@@ -135,6 +135,11 @@ def _conflicts(settings: Settings) -> list[str]:
         return [f'model.width = {settings.model.width} has no ImageNet weights; use 1.0 or model.pretrained = "none".']
     if settings.model.pretrained == "imagenet" and settings.model.norm == "group":
         return ['model.norm = "group" has no ImageNet weights; use "batch", or model.pretrained = "none".']
+    if settings.model.normalisation == "private" and settings.training.trainable == "norm":
+        return [
+            'training.trainable = "norm" would train nothing that is shared with model.normalisation = "private"; use'
+            ' "shared", or another part.'
+        ]
     if settings.model.normalisation == "private" and settings.model.pretrained != "none":
         return [
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'

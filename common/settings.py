@@ -14,6 +14,7 @@ PACKS = ("auto", "raw", "jpeg")
 ALIGNMENTS = ("landmarks", "box", "resize")
 CODECS = ("float32", "float16", "int8")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
+TRAINABLE = ("all", "last_block", "head_side", "norm")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PRIVACY_UNITS = ("off", "person", "site")
 
@@ -104,6 +105,7 @@ class TrainingSettings:
     warmup_fraction: float = setting(0.1, low=0.0, high=0.9)  # of all steps
     label_smoothing: float = setting(0.0, low=0.0, high=0.9)
     clip_norm: float = setting(5.0, above=0.0)  # of the whole gradient
+    trainable: str = setting("all", choices=TRAINABLE)  # what of the backbone is trained; the rest stays as received
     patience: int | str = setting("off", low=1, word="off")  # validations without a better AUC before training stops
     head_warmup_epochs: int = setting(0, low=0)  # a new head alone, before the backbone moves
     spreadout: float = setting(0.0, low=0.0)  # weight of the regulariser that keeps identity vectors apart

@@ -16,8 +16,8 @@ from common import config
 from common.errors import EXIT_DONE, EXIT_FAILED, FaceFedError, one_line
 from common.metrics.figures import AUC
 from common.metrics.names import of_split
-from common.models.recogniser import Recogniser, build_recogniser, shared_names, trainable_names
-from common.protocol.parameters import Manifest, flatten, load_shared, manifest_of
+from common.models.recogniser import Recogniser, build_recogniser, moving_names, shared_names, trainable_names
+from common.protocol.parameters import Manifest, Part, flatten, load_shared, manifest_of
 from common.protocol.wire import Task
 from common.results import Trained, register_models
 from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder, recorded
@@ -146,6 +146,9 @@ def _federate(
     surroundings.expect(manifest.num_bytes)
     num_parameters = sum(parameter.numel() for parameter in recogniser.backbone.parameters())
     events.emit("begun", model=model_words(settings, num_parameters=num_parameters, travels=manifest.size))
+    trainable = settings.training.trainable
+    learned = trainable_names(recogniser, trainable)
+    moving = moving_names(recogniser, settings.model.normalisation, trainable)
     limit = settings.federation.run_timeout_s
     waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
@@ -154,7 +157,8 @@ def _federate(
         run_id=run_id,
         manifest=manifest,
         model=GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec),
-        optimiser=ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser)),
+        optimiser=ServerOptimiser.of(settings.federation, manifest, learned),
+        part=Part.of(manifest, moving=moving, trainable=learned),
         mailbox=mailbox,
         roster=Roster(
             mailbox,

@@ -13,7 +13,7 @@ from common.metrics.figures import AUC
 from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
 from common.protocol.codec import Coded, decode, encode, num_bytes
-from common.protocol.parameters import Manifest, buffer_sha256
+from common.protocol.parameters import Manifest, Part, buffer_sha256
 from common.protocol.refusals import is_spent
 from common.protocol.wire import Reply, Task
 from common.settings import Settings
@@ -69,6 +69,7 @@ class Federation:
     checkpoints: RunCheckpoints
     record: Record
     public: PublicScorer | None = None
+    part: Part | None = None  # of the model, that training moves; None: all
     site_privacy: SitePrivacy | None = None  # of privacy.unit = "site"
     history: History = field(default_factory=History)
     clock: RoundClock = field(default_factory=RoundClock)  # of the round in progress
@@ -76,6 +77,7 @@ class Federation:
     first_round: int = 1  # larger for a run that goes on
     farewell: bool = True  # whether the best model is handed out when nothing of it is to be scored
     bound: ChangeBound = field(init=False)
+    _part: Part = field(init=False)
     _left_out: dict[int, dict[str, str]] = field(default_factory=dict)  # round -> client -> why it is not asked again
     _gone_back: Counter[int] = field(default_factory=Counter)  # round -> how often its model was of no use
     _blamed: Counter[str] = field(default_factory=Counter)  # client -> how often that was its doing
@@ -83,7 +85,9 @@ class Federation:
     _pace: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # (client, kind, last) -> s a picture
 
     def __post_init__(self) -> None:
-        self.bound = ChangeBound(self.optimiser.spans, self.model.received, self.settings.federation.max_change_factor)
+        self._part = self.part or Part(whole=self.manifest, part=self.manifest, spans=self.optimiser.spans)
+        first = self._part.taken(self.model.received)
+        self.bound = ChangeBound(self._part.spans, first, self.settings.federation.max_change_factor)
 
     def run(self) -> Outcome:
         """All rounds and the final evaluation.
@@ -175,7 +179,7 @@ class Federation:
             self.site_privacy.require_room(len(self.roster.members()))
         tasks = self._tasks("train", server_round, members, splits)
         with closing(self._aggregate()) as change:
-            self.bound.receive(self.model.received)
+            self.bound.receive(self._part.taken(self.model.received))
             replies, exchange = self._exchange(tasks, members, self.model.coded, change)
             self._go_back_from(server_round - 1, exchange.reasons, num_asked=len(tasks))
             for name, reason in change.outliers().items():
@@ -195,15 +199,15 @@ class Federation:
             self.clock.lap("evaluate")
             if self.site_privacy is not None:
                 self.site_privacy.spend(server_round)
-            self.model.step(self.optimiser, change.mean())
+            self.model.step(self.optimiser, self._part.spread(change.mean()))
             self.clock.lap("aggregate")
         norms = {name: named_norms(*exchange.norms[name]) for name in replies}
         return replies, norms, len(tasks)
 
     def _aggregate(self) -> Aggregate:
         if self.site_privacy is not None:
-            return self.site_privacy.empty_sum(self.manifest.size, self.optimiser.spans)
-        return aggregate_for(self.settings.federation, self.manifest.size, self.checkpoints.replies_folder)
+            return self.site_privacy.empty_sum(self._part.part.size, self._part.spans)
+        return aggregate_for(self.settings.federation, self._part.part.size, self.checkpoints.replies_folder)
 
     def _round_is_whole(
         self,
@@ -254,6 +258,7 @@ class Federation:
             clock=self.clock,
             refused=self.record.refused,
             bound=self.bound,
+            changes=self._part.part,
             share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
             limited=self.record.limited,
             max_pairs=self.settings.verification.max_pairs,
@@ -358,7 +363,7 @@ class Federation:
         federation, size = self.settings.federation, self.manifest.size
         return {
             BYTES_DOWN: float(num_bytes(federation.download_codec, size)),
-            BYTES_UP: float(num_bytes(federation.upload_codec, size) + wire.counts_nbytes(reply)),
+            BYTES_UP: float(num_bytes(federation.upload_codec, self._part.part.size) + wire.counts_nbytes(reply)),
             "answer_seconds": self.clock.answer_seconds(client),
         }
 

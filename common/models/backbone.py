@@ -56,6 +56,11 @@ class Backbone(nn.Module):
         return {"sa": self(pictures)}
 
     @property
+    def last_block(self) -> nn.Module:
+        """The last of the trunk's parts."""
+        return self.units[-1]
+
+    @property
     def units(self) -> list[nn.Module]:
         """What activation checkpointing works out again, in order: the trunk's own choice, or the whole trunk."""
         said: list[nn.Module] = getattr(self.trunk, "units", [self.trunk])

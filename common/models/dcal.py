@@ -222,6 +222,12 @@ class VitBackbone(nn.Module):
         return tokens, class_token_rollout(maps)
 
     @property
+    def last_block(self) -> nn.Module:
+        """The last block of self-attention."""
+        last: nn.Module = list(self.trunk.blocks)[-1]
+        return last
+
+    @property
     def units(self) -> list[nn.Module]:
         """The parts that activation checkpointing works out again, in order.
 

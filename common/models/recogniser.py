@@ -41,13 +41,16 @@ class Recogniser(nn.Module):
         self.head = head
         self.glca_head = glca_head
         self.keeps_statistics = False  # in training too, batch normalisation uses the running statistics and keeps them
+        self.still: list[nn.Module] = []  # those of the backbone that are as in evaluation while the rest is trained
         self.loss_weights: nn.ParameterDict | None = None
         if len(self.branches) > 1:
             self.loss_weights = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in self.branches})
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's own
-        """As torch's; with `keeps_statistics` layers with running statistics stay as in evaluation."""
+        """As torch's; what is frozen, and with `keeps_statistics` running statistics, stays as in evaluation."""
         super().train(mode)
+        for module in self.still:
+            module.eval()
         if self.keeps_statistics:
             for module in self.modules():
                 if isinstance(module, _BATCH_NORMALISATION):
@@ -260,10 +263,60 @@ def shared_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:
     return _split(model, normalisation)[0]
 
 
-def trainable_names(model: nn.Module) -> frozenset[str]:
-    """Names of what is learned by gradients, shared or private; the rest are statistics of normalisation layers."""
+def trainable_names(model: nn.Module, trainable: str = "all") -> frozenset[str]:
+    """Names of what is learned by gradients, shared or private; the rest are statistics, and what is frozen.
+
+    trainable: `training.trainable`.  Heads are always learned.
+    """
     prefix = "" if isinstance(model, Recogniser) else _SHARED_PREFIX
-    return frozenset(prefix + name for name, _ in model.named_parameters())
+    everything = [prefix + name for name, _ in model.named_parameters()]
+    backbone = model.backbone if isinstance(model, Recogniser) else model
+    learned = {_SHARED_PREFIX + name for name in _learned(backbone, trainable)}
+    return frozenset(name for name in everything if not name.startswith(_SHARED_PREFIX) or name in learned)
+
+
+def moving_names(model: nn.Module, normalisation: str, trainable: str) -> frozenset[str]:
+    """Names of what is shared and training can change: what is learned, and statistics that follow batches."""
+    backbone = model.backbone if isinstance(model, Recogniser) else model
+    layers = {name for name, _ in _learned_modules(backbone, trainable)}
+    shared = shared_names(model, normalisation)
+    return frozenset(name for name in shared if name.removeprefix(_SHARED_PREFIX).rpartition(".")[0] in layers)
+
+
+def _learned(backbone: nn.Module, trainable: str) -> list[str]:
+    """Names in the backbone of the parameters that are learned."""
+    layers = {name for name, _ in _learned_modules(backbone, trainable)}
+    return [name for name, _ in backbone.named_parameters() if name.rpartition(".")[0] in layers]
+
+
+def _learned_modules(backbone: nn.Module, trainable: str) -> list[tuple[str, nn.Module]]:
+    """The backbone's modules whose own parameters are learned, and whose statistics follow the batches.
+
+    last_block: the last block and what stands behind it.  head_side: what stands behind the trunk.  norm: the
+    normalisation layers.
+    """
+    modules = list(backbone.named_modules())
+    if trainable == "norm":
+        return [(name, module) for name, module in modules if isinstance(module, _NORMALISATION_LAYERS)]
+    if trainable == "head_side":
+        return [(name, module) for name, module in modules if name and name.partition(".")[0] != "trunk"]
+    if trainable == "last_block":
+        first = next(number for number, (_, module) in enumerate(modules) if module is backbone.last_block)
+        return modules[first:]
+    return modules
+
+
+def freeze(recogniser: Recogniser, trainable: str) -> None:
+    """Have no more than `training.trainable` says learned from here on; statistics of the rest stay as they are too."""
+    learned = set(_learned(recogniser.backbone, trainable))
+    for name, parameter in recogniser.backbone.named_parameters():
+        parameter.requires_grad_(name in learned)
+    moving = {id(module) for _, module in _learned_modules(recogniser.backbone, trainable)}
+    recogniser.still = [
+        module
+        for module in recogniser.backbone.modules()
+        if isinstance(module, (*_BATCH_NORMALISATION, nn.Dropout)) and id(module) not in moving
+    ]
 
 
 def private_names(model: nn.Module, normalisation: str) -> tuple[str, ...]:

@@ -89,6 +89,49 @@ def trainable_spans(manifest: Manifest, trainable: Collection[str]) -> tuple[Spa
     return tuple(spans)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What of the flat model training can move, and so what of a change travels."""
+
+    whole: Manifest
+    part: Manifest
+    spans: tuple[Span, ...]  # of the part
+
+    @classmethod
+    def of(cls, whole: Manifest, *, moving: Collection[str], trainable: Collection[str]) -> "Part":
+        """moving, trainable: names, as of `common.models.recogniser.moving_names` and `trainable_names`."""
+        kept, offset = [], 0
+        for entry in whole.entries:
+            if entry.name in moving:
+                kept.append(Entry(name=entry.name, shape=entry.shape, offset=offset))
+                offset += entry.size
+        part = whole if len(kept) == len(whole.entries) else Manifest(tuple(kept))
+        return cls(whole=whole, part=part, spans=trainable_spans(part, trainable))
+
+    def _places(self) -> list[tuple[slice, slice]]:
+        """Of each tensor of the part, where it is in the whole and in the part."""
+        offsets = {entry.name: entry.offset for entry in self.whole.entries}
+        return [
+            (slice(offsets[e.name], offsets[e.name] + e.size), slice(e.offset, e.offset + e.size))
+            for e in self.part.entries
+        ]
+
+    def taken(self, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The part of a buffer: [part.size]; the buffer itself where all of it moves.  buffer: [whole.size]."""
+        if self.part is self.whole:
+            return buffer
+        return np.concatenate([buffer[there] for there, _ in self._places()])
+
+    def spread(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The inverse, with zeros elsewhere: [whole.size]."""
+        if self.part is self.whole:
+            return part
+        whole = np.zeros(self.whole.size, dtype=np.float32)
+        for there, here in self._places():
+            whole[there] = part[here]
+        return whole
+
+
 def flatten(state: Mapping[str, Tensor], manifest: Manifest) -> NDArray[np.float32]:
     """Copy the named tensors into one buffer.
 

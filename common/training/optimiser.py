@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.models.recogniser import Recogniser, freeze
 from common.settings import TrainingSettings
 
 INPUT_VECTORS = ("class_token", "pos_embedding")
@@ -16,12 +17,16 @@ LOSS_WEIGHTS_ADAM = 20.0
 
 
 def make_optimiser(module: nn.Module, training: TrainingSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW over all parameters of a recogniser, or of its head alone.
+    """SGD with Nesterov momentum or AdamW over the parameters of a recogniser, or of its head alone.
+
+    What `training.trainable` leaves out is frozen from here on.
 
     Weight decay spares vectors and scalars (biases, normalisation), as is usual (arXiv:1812.01187, section 3.1), and a
     ViT's class token and positions, which are vectors of the input. Learned loss weights are a group of their own, the
     last; "lr_factor" of a group multiplies the schedule's rate.
     """
+    if isinstance(module, Recogniser):
+        freeze(module, training.trainable)
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith(INPUT_VECTORS)]
     spared = [p for name, p in named if p.ndim <= 1 or name.endswith(INPUT_VECTORS)]

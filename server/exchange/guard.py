@@ -139,16 +139,18 @@ def check_train_reply(
     manifest: Manifest,
     site: Site,
     codec: str,
+    changes: Manifest | None = None,
     max_pairs: int | str = "all",
     is_private: bool = False,
 ) -> None:
     """Raises ReplyRefused with the reason unless the reply is whole, finite and of this round, model and codec.
 
-    max_pairs: verification.max_pairs, by which every client scores.  is_private: privacy.unit is not "off".
+    changes: of what a change holds; None: all of the model.  max_pairs: verification.max_pairs, by which every client
+    scores.  is_private: privacy.unit is not "off".
     """
     _check_origin(reply, server_round, manifest)
     _check_num_examples(reply.num_examples, site)
-    _check_change(reply, manifest, codec)
+    _check_change(reply, changes or manifest, codec)
     wanted = [name for name in TRAIN_FIELDS if not (is_private and name in OF_CONTENT)]
     missing = [name for name in wanted if name not in reply.train]
     if missing:

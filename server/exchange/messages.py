@@ -55,6 +55,7 @@ class Exchange:
     clock: RoundClock
     refused: Callable[[int, str, str], None]  # is told the round, the client, the reason
     bound: ChangeBound  # of the model that is sent
+    changes: Manifest  # of what a change holds
     share: Share | None = None  # None: all that a client holds is counted
     max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
     is_private: bool = False  # the run has differential privacy
@@ -88,7 +89,7 @@ class Exchange:
 
     def _patience(self, name: str, task: Task, now: float) -> Patience:
         fixed, codec = self.federation.round_timeout_s, self.federation.upload_codec
-        change = num_bytes(codec, self.manifest.size) if task.kind == "train" else 0
+        change = num_bytes(codec, self.changes.size) if task.kind == "train" else 0
         return Patience(
             began=now,
             silence_s=self.federation.silence_s,
@@ -143,6 +144,7 @@ class Exchange:
             manifest=self.manifest,
             site=member.site,
             codec=self.federation.upload_codec,
+            changes=self.changes,
             max_pairs=self.max_pairs,
             is_private=self.is_private,
         )

@@ -64,11 +64,13 @@ def two_rounds(settings: Settings, site: SiteSettings) -> tuple[np.ndarray, list
     state = open_client_state(site, settings)
     recogniser, manifest = initial_model(settings)
     model = GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec)
-    optimiser = ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser))
+    optimiser = ServerOptimiser.of(
+        settings.federation, manifest, trainable_names(recogniser, settings.training.trainable)
+    )
     replies = []
     for server_round in range(1, settings.federation.rounds + 1):
         reply = train(state, task_for(state, settings, server_round), model.received)
-        model.step(optimiser, decode(reply.change))
+        model.step(optimiser, state.part.spread(decode(reply.change)))
         replies.append(reply)
     return model.received, replies
 

@@ -83,6 +83,7 @@ CHANGES_THE_MODEL: dict[str, object] = {
     "training.warmup_fraction": 0.5,
     "training.label_smoothing": 0.2,
     "training.clip_norm": 0.1,
+    "training.trainable": "head_side",
     "training.precision": "bfloat16",
     "training.accumulate": 2,  # batch normalisation sees smaller parts
     "training.head_warmup_epochs": 1,

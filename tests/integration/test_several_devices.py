@@ -47,6 +47,7 @@ CASES = {
     "convolutions and batch normalisation": {},
     "channels last, in parts": {"training__accumulate": 2, "training__memory_format": "channels_last"},
     "group normalisation": {"model__norm": "group"},
+    "the last block alone": {"training__trainable": "last_block"},
     "AdamW": {"training__optimiser": "adamw", "training__lr": 1e-3},
     "dropout": {"model__dropout": 0.5},
     "batch-hard triplets, identity vectors kept apart": {"training__triplet": 1.0, "training__spreadout": 0.1},
@@ -89,7 +90,7 @@ def apart(one, other, start):
     """How far two models are apart, as a part of what training moved a tensor: the largest of all tensors."""
     others, before = other.state_dict(), start.state_dict()
     return max(
-        float((tensor - others[name]).norm() / (tensor - before[name]).norm())
+        float((tensor - others[name]).norm() / (tensor - before[name]).norm().clamp_min(1e-30))
         for name, tensor in one.state_dict().items()
         if tensor.is_floating_point() and not name.endswith(OF_NO_EFFECT)
     )

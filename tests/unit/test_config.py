@@ -224,6 +224,8 @@ def valid_settings(draw) -> Settings:
     if model["attention"] not in ("glca", "dcal"):
         model["inference"] = "sa"
     raw["privacy"] = {}  # likewise
+    if model["normalisation"] == "private":
+        raw["training"]["trainable"] = "all"
     raw["ablation"] = {}  # its texts are settings and values: tests/unit/test_ablation_settings.py
     return config.from_mapping(raw)
 
