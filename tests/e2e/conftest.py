@@ -21,9 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The files that take longest, longest first: none of them shall be begun when the others are done.
 LONGEST = (
     "test_privacy.py", "test_tracking_guide.py", "test_deployment.py", "test_tracking_servers.py", "test_evaluate.py",
-    "test_baselines.py", "test_chaos.py", "test_signals.py", "test_twins.py", "test_hosts.py", "test_resume.py",
-    "test_simulation.py", "test_bad_input.py", "test_strangers.py", "test_tracking_faults.py", "test_ray_cluster.py",
-    "test_local.py",
+    "test_baselines.py", "test_chaos.py", "test_waiting.py", "test_model_serving.py", "test_signals.py",
+    "test_twins.py", "test_hosts.py", "test_resume.py", "test_simulation.py", "test_bad_input.py",
+    "test_strangers.py", "test_tracking_faults.py", "test_ray_cluster.py", "test_local.py",
 )  # fmt: skip
 
 SMALL = """\
