@@ -1,6 +1,7 @@
 """How well a federation with differential privacy tells strangers apart, by epsilon, people and seed; and who is seen.
 
     python -m bench.privacy_utility [--people 60 ...] [--epsilons 2 8 ...] [--seeds 1 ...] [--rounds 4] [--device cpu]
+    python -m bench.privacy_utility --faces DIR [...]      DIR/celeba and DIR/vggface2 in their layouts, as they are
 
 Two sites of made-up people each (`facefed data synth`), a start trained on other made-up people, whom everybody
 may have, then `rounds` rounds with each epsilon and without ("off"). Each row: test AUC over both sites' people whom no
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 SITES = {"celeba": 1, "vggface2": 2}  # layout -> of its seed
-PUBLIC = "public"
+PUBLIC, PUBLIC_SEED = "public", 99
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,7 +41,9 @@ def settings_of(arguments: argparse.Namespace, start: Path | None, epsilon: str,
 
 
 def data_of(arguments: argparse.Namespace, layout: str, people: int, seed: int) -> Path:
-    """The folder of made-up people, drawn where it is not there yet."""
+    """The folder of made-up people, drawn where it is not there yet; or of those that were given."""
+    if arguments.faces and seed != PUBLIC_SEED:
+        return Path(arguments.faces).resolve() / layout
     from simulation.data.synthetic import SynthSettings, write_dataset
 
     folder = arguments.scratch / f"{layout}-{people}-{seed}"
@@ -111,9 +114,9 @@ def public_start(arguments: argparse.Namespace) -> Path:
     name = f"start-{arguments.model}-{arguments.width}-{arguments.size}-{arguments.public_people}"
     path = arguments.scratch / f"{name}-{arguments.public_rounds}.safetensors"
     if not path.exists():
-        data_dir = data_of(arguments, "celeba", arguments.public_people, 99)
+        data_dir = data_of(arguments, "celeba", arguments.public_people, PUBLIC_SEED)
         alone = argparse.Namespace(**{**vars(arguments), "rounds": arguments.public_rounds})
-        settings = settings_of(alone, None, "off", 99)
+        settings = settings_of(alone, None, "off", PUBLIC_SEED)
         state = state_of(arguments, settings, PUBLIC, "celeba", data_dir, PUBLIC)
         recogniser = federate(settings, {PUBLIC: state}, PUBLIC, arguments.threads)
         write_tensors(path, _floats(recogniser), {})
@@ -190,8 +193,8 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
                 places.append(place)
                 aucs.append(np.mean([row["test_auc"] for row in here]))
                 seen.append(np.mean([site["membership_auc"][0] for row in here for site in row["sites"].values()]))
-        axes[0].plot(places, aucs, "o-", label=f"{people} people a site")
-        axes[1].plot(places, seen, "o-", label=f"{people} people a site")
+        axes[0].plot(places, aucs, "o-", label=f"{people or 'given'} people a site")
+        axes[1].plot(places, seen, "o-", label=f"{people or 'given'} people a site")
     for axis, name in zip(axes, ("test AUC, people never seen", "membership AUC (0.5: chance)"), strict=True):
         axis.set_xticks(range(len(order)), order)
         axis.set_xlabel("epsilon; start: public weights; off: no privacy")
@@ -203,6 +206,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, nargs="+", default=[60], help="of each site")
+    parser.add_argument("--faces", default="", help="a folder of given faces, in place of drawn ones")
     parser.add_argument("--epsilons", nargs="+", default=["2", "8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=4)
@@ -222,7 +226,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path(".facefed/bench/privacy_utility"))
     arguments = parser.parse_args()
     arguments.scratch = arguments.scratch.resolve()
-    path = RESULTS / "privacy_utility.json"
+    arguments.people = [0] if arguments.faces else arguments.people  # as many as there are
+    path = RESULTS / f"privacy_utility{'_faces' * bool(arguments.faces)}.json"
     asked = {name: value for name, value in vars(arguments).items() if name not in ("people", "epsilons", "seeds")}
     asked = json.loads(json.dumps(asked, default=str))
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
