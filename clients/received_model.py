@@ -30,6 +30,7 @@ LAST = "last.npy"  # in the run's folder: the model that came last
 SAME = 1e-5  # relative, of a tensor: other processors draw a seed's first weights with other last bits
 ADAPTIVE_STEP = 3.0  # times server_lr an element of fedadam's and fedyogi's step is at most, with their usual betas
 MOST_MEMORY = 10.0  # rounds' changes that a momentum adds up, as far as a site believes it
+_AT_ONCE = 1 << 16  # elements
 _ANY_RATES = Rates(lr=1.0, momentum=0.9, beta2=0.99, adaptivity=1e-3)  # a strategy's moments have names for any
 
 
@@ -128,7 +129,7 @@ class ModelWatch:
         lost = coding_loss(ours, codec)
         for entry in self._manifest.entries:
             allowed = SAME * _norm(ours, entry) + (2.0 * _norm(lost, entry) if lost is not None else 0.0)
-            if not _distance(model, ours, entry) <= allowed:  # not a number too
+            if not _distance(model, ours, entry)[0] <= allowed:  # not a number too
                 return False
         return True
 
@@ -143,10 +144,9 @@ class ModelWatch:
         own: Mapping[str, float] = self._record.most_moved if memory > 1.0 or gap > 1 else self._record.moved
         lost = coding_loss(model, self._settings.federation.download_codec)
         for entry in self._manifest.entries:
-            moved = _distance(model, last, entry)
             if len(entry.shape) < 2:  # few numbers, which honest training moves by hundreds of times another site's
                 continue
-            before = _norm(last, entry)
+            moved, before = _distance(model, last, entry)
             allowed = policy.max_move * memory * own.get(entry.name, 0.0) * gap + self._by_step(entry) * gap
             allowed = max(allowed, policy.max_relative_move * before)
             allowed += SAME * before + (4.0 * _norm(lost, entry) if lost is not None else 0.0)
@@ -182,6 +182,12 @@ class ModelWatch:
         return last if last.shape == (self._manifest.size,) else None
 
 
-def _distance(model: Buffer, other: Buffer, entry: Entry) -> float:
-    here = slice(entry.offset, entry.offset + entry.size)
-    return float(np.linalg.norm(model[here] - other[here]))
+def _distance(model: Buffer, other: Buffer, entry: Entry) -> tuple[float, float]:
+    """The Euclidean distance of a tensor of two models, and the other's norm; in blocks that a cache holds."""
+    squares = before = 0.0
+    for start in range(entry.offset, entry.offset + entry.size, _AT_ONCE):
+        here = slice(start, min(start + _AT_ONCE, entry.offset + entry.size))
+        theirs = other[here]
+        moved = model[here] - theirs
+        squares, before = squares + float(np.dot(moved, moved)), before + float(np.dot(theirs, theirs))
+    return math.sqrt(squares), math.sqrt(before)

@@ -56,8 +56,13 @@ class GradientShares:
     _group: Tensor = field(init=False)  # [num_people] int64
     _batch: Tensor = field(init=False)  # [B] int64, the groups of the step's pictures
     _part: Tensor | None = field(default=None, init=False)  # those of the pass that is under way
-    _signs: dict[int, Tensor] = field(default_factory=dict, init=False)  # of the step, by the number of places
-    _sums: dict[str, Tensor] = field(default_factory=dict, init=False)  # by layer [groups, units] float32
+    _found: list[tuple[str, Tensor]] = field(default_factory=list, init=False)  # of the pass: layer, [B, units]
+    _drawn: Tensor = field(default_factory=lambda: torch.empty(0), init=False)  # the step's signs, float32
+    _most_places: int = field(default=0, init=False)  # of a layer so far
+    _signs: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False)  # by number of places
+    _layers: list[tuple[str, int]] = field(default_factory=list, init=False)  # of `_whole`'s columns: name, units
+    _whole: Tensor | None = field(default=None, init=False)  # [groups, units of all layers] float32
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False)  # by layer [groups, units], without `_whole`
     _pictures: Tensor = field(init=False)  # [groups] float32
 
     def __post_init__(self) -> None:
@@ -67,13 +72,16 @@ class GradientShares:
 
     def see(self, labels: Tensor) -> None:
         """The next step is of these pictures.  labels: [B] int64 in [0, num_people)."""
+        self._count()
         self._group, self._pictures = self._group.to(labels.device), self._pictures.to(labels.device)
         self._batch = self._group[labels]
         self._signs.clear()
+        self._drawn = torch.empty(0)
         self._pictures.index_add_(0, self._batch, torch.ones_like(self._batch, dtype=torch.float32))
 
     def begin_part(self, start: int, number: int) -> None:
         """The next pass is of so many of the step's pictures, from the `start`th."""
+        self._count()
         self._part = self._batch[start : start + number]
 
     @contextmanager
@@ -92,33 +100,64 @@ class GradientShares:
 
     def by_layer(self) -> list[Tensor]:
         """The sums of each layer, [groups, units] float32, in the order of the layers' names."""
+        self._settle()
         return [self._sums[name] for name in sorted(self._sums)]
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def forward(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
             if self._part is not None and output.requires_grad:
-                groups = self._part
-                output.register_hook(lambda gradient: self._add(name, groups, gradient))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda gradient: self._add(name, gradient))  # type: ignore[no-untyped-call]
 
         return forward
 
-    def _add(self, name: str, groups: Tensor, gradient: Tensor) -> None:
-        """groups: [B] int64.  gradient: [B, U, h, w], [B, N, U] or [B, U]; not finite where float16 skips a step."""
-        parts = amounts_of_units(gradient, self._signs_for(gradient)).nan_to_num_(0.0, 0.0, 0.0)
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(len(self._pictures), parts.shape[1], device=parts.device)
-        self._sums[name].index_add_(0, groups, parts)
+    def _add(self, name: str, gradient: Tensor) -> None:
+        """gradient: [B, U, h, w], [B, N, U] or [B, U]."""
+        sums = gradient if gradient.dim() == 2 else signed_sums(gradient, self._signs_for(gradient))
+        self._found.append((name, sums))
+
+    def _count(self) -> None:
+        """Add up what the pass that is over found, of all layers at once: each operation has its price."""
+        if not self._found or self._part is None:
+            return
+        layers = [(name, part.shape[1]) for name, part in self._found]
+        # Not finite where float16 skips a step.
+        amounts = torch.cat([part for _, part in self._found], 1).float().abs().nan_to_num_(0.0, 0.0, 0.0)
+        self._found.clear()
+        if self._whole is None or layers != self._layers:
+            self._put_by()
+            self._layers, self._whole = layers, amounts.new_zeros(len(self._pictures), amounts.shape[1])
+        self._whole.index_add_(0, self._part, amounts)
+
+    def _put_by(self) -> None:
+        """The whole's columns into the layers' own sums."""
+        if self._whole is None:
+            return
+        parts = self._whole.split([units for _, units in self._layers], 1)  # type: ignore[no-untyped-call]
+        for (name, _), part in zip(self._layers, parts, strict=True):
+            known = self._sums.get(name)
+            self._sums[name] = part.contiguous() if known is None else known + part
+        self._whole = None
+
+    def _settle(self) -> None:
+        self._count()
+        self._put_by()
 
     def _signs_for(self, gradient: Tensor) -> Tensor:
-        """The step's random signs of the gradient's places, float32."""
-        number = gradient.shape[2:].numel() if gradient.dim() == 4 else gradient.shape[1]
-        if number not in self._signs:
-            drawn = torch.randint(0, 2, (number,), generator=self.stream) * 2.0 - 1.0
-            self._signs[number] = drawn.to(gradient.device)
-        return self._signs[number]
+        """The step's random signs of the gradient's places, in its dtype: the first so many that the step has."""
+        number = gradient.shape[2] * gradient.shape[3] if gradient.dim() == 4 else gradient.shape[1]
+        signs = self._signs.get((number, gradient.dtype))
+        if signs is None:
+            self._most_places = max(self._most_places, number)
+            if number > len(self._drawn):
+                more = torch.randint(0, 2, (self._most_places - len(self._drawn),), generator=self.stream)
+                self._drawn = torch.cat([self._drawn, more * 2.0 - 1.0])
+            signs = self._drawn[:number].to(gradient.device, gradient.dtype)
+            self._signs[number, gradient.dtype] = signs
+        return signs
 
     def largest(self) -> Share | None:
         """The largest share of all units; None where no gradient was seen."""
+        self._settle()
         seen = int((self._pictures > 0).sum())
         found = None
         for name, sums in self._sums.items():
@@ -131,22 +170,19 @@ class GradientShares:
         return found
 
 
-def amounts_of_units(gradient: Tensor, signs: Tensor) -> Tensor:
-    """[B, U, h, w], [B, N, U] or [B, U] of any float -> [B, U] float32: how much each picture gives each unit.
+def signed_sums(gradient: Tensor, signs: Tensor) -> Tensor:
+    """[B, U, h, w] or [B, N, U] of any float -> [B, U]: whose amount is how much a picture gives each unit.
 
-    The amount of the sum over places, each with a sign of `signs`, [h w] or [N] of -1 and 1. Over signs that nobody
-    knows beforehand its mean square is the squared norm, so nothing cancels for good (Alon, Matias and Szegedy, "The
-    space complexity of approximating the frequency moments", 1996).  A norm takes two to ten times as long.
+    The sum over places, each with a sign of `signs`, [h w] or [N] of -1 and 1 in the gradient's dtype. Over signs that
+    nobody knows beforehand its mean square is the squared norm, so nothing cancels for good (Alon, Matias and Szegedy,
+    "The space complexity of approximating the frequency moments", 1996).  A norm takes two to ten times as long.
     """
+    num = len(gradient)
     if gradient.dim() == 4:
-        num, units = gradient.shape[:2]
-        if gradient.is_contiguous(memory_format=torch.channels_last):
-            gradient = gradient.permute(0, 2, 3, 1).reshape(num, -1, units)
-        else:
-            return torch.matmul(gradient.reshape(num, units, -1), signs.to(gradient.dtype)).abs().float()
-    if gradient.dim() == 3:
-        gradient = torch.matmul(signs.to(gradient.dtype), gradient)
-    return gradient.abs().float()
+        if not gradient.is_contiguous(memory_format=torch.channels_last):
+            return torch.matmul(gradient.reshape(num, gradient.shape[1], -1), signs)
+        gradient = gradient.permute(0, 2, 3, 1).reshape(num, -1, gradient.shape[1])
+    return torch.bmm(signs.expand(num, 1, -1), gradient).squeeze(1)
 
 
 def _is_watched(layer: nn.Module) -> bool:

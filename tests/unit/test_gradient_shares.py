@@ -5,7 +5,7 @@ import torch
 from packs_in_memory import CPU
 from torch import nn
 
-from common.training.gradient_shares import MOST_GROUPS, GradientShares, Share, amounts_of_units
+from common.training.gradient_shares import MOST_GROUPS, GradientShares, Share, signed_sums
 from common.training.loop import train_round
 from common.training.optimiser import make_optimiser
 from tests.tiny_federation import settings_with, tiny_workplace
@@ -78,23 +78,48 @@ def test_people_are_counted_in_groups_and_a_group_has_no_less_than_a_person():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_amount_is_that_of_the_sum_over_places_with_signs(layout, dtype):
+def test_the_sum_over_places_has_their_signs(layout, dtype):
     maps = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=layout)
     signs = torch.randint(0, 2, (20,)) * 2.0 - 1.0
-    expected = (maps.float().flatten(2) * signs).sum(2).abs()
-    found = amounts_of_units(maps, signs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    expected, signs = (maps.float().flatten(2) * signs).sum(2), signs.to(dtype)
+    torch.testing.assert_close(signed_sums(maps, signs).float(), expected, rtol=0.02, atol=0.05)
     tokens = maps.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(amounts_of_units(tokens, signs), expected, rtol=0.02, atol=0.05)
-    torch.testing.assert_close(amounts_of_units(maps[:, :, 0, 0], signs), maps[:, :, 0, 0].abs().float())
+    torch.testing.assert_close(signed_sums(tokens, signs).float(), expected, rtol=0.02, atol=0.05)
+
+
+def test_passes_in_which_other_layers_run_are_counted_too():
+    shares = GradientShares(num_people=2, stream=torch.Generator().manual_seed(5))
+    net = nn.Module()
+    net.backbone = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 1)})
+    pictures = torch.ones(2, 2)
+    with shares.watching(net):
+        for layers in ("ab", "b", "aa", "ab"):
+            shares.see(torch.tensor([0, 1]))
+            shares.begin_part(0, 2)
+            sum(net.backbone[name](pictures) for name in layers).sum().backward()
+    of_a, of_b = shares.by_layer()
+    torch.testing.assert_close(of_a, torch.full((2, 3), 4.0))  # of each picture the gradient is one, each time
+    torch.testing.assert_close(of_b, torch.full((2, 1), 7.0))
+    assert shares.largest().share == 0.5
+
+
+def test_each_step_draws_signs_anew_for_every_number_of_places():
+    shares = GradientShares(num_people=1, stream=torch.Generator().manual_seed(5))
+    steps = []
+    for _ in range(3):
+        shares.see(torch.tensor([0]))
+        steps.append([shares._signs_for(torch.zeros(1, number, 1)) for number in (16, 64, 4)])
+        assert [len(signs) for signs in steps[-1]] == [16, 64, 4]
+        assert all(signs.abs().eq(1.0).all() for signs in steps[-1])
+    for earlier, later in ((0, 1), (1, 2)):
+        assert not any(torch.equal(*pair) for pair in list(zip(steps[earlier], steps[later], strict=True))[:2])
 
 
 def test_over_many_signs_the_mean_square_is_the_squared_norm_so_nothing_cancels_for_good():
     gradient = torch.randn(1, 2, 6, 6)
     gradient[0, 1] -= gradient[0, 1].mean()  # whose plain sum is zero
     signs = torch.randint(0, 2, (4000, 36)) * 2.0 - 1.0
-    squares = torch.stack([amounts_of_units(gradient, one) for one in signs]).square().mean(0)
+    squares = torch.stack([signed_sums(gradient, one) for one in signs]).square().mean(0)
     torch.testing.assert_close(squares, gradient.flatten(2).square().sum(2), rtol=0.1, atol=0.0)
 
 
