@@ -472,7 +472,7 @@ def _end_run(state: ClientState, task: Task) -> None:
     num_files, num_bytes = end_run(state.state_folder(task.run_id), task.server_round)
     if num_files and state.site.share is None:
         log.info(
-            "%s: run %s is over: %d private states (%.0f MB) are removed, the best and the last round's stay",
+            "%s: run %s is over: %d private states (%.0f MB) removed, the best and the last two rounds' stay",
             state.site.name, task.run_id, num_files, num_bytes / 1e6,
         )  # fmt: skip
 

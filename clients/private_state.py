@@ -172,11 +172,13 @@ def rounds_here(folder: Path) -> list[int]:
 
 
 def end_run(folder: Path, best_round: int) -> tuple[int, int]:
-    """Delete the private states of a run that is over, but the best and the last round's; returns (files, bytes).
+    """Delete the private states of a run that is over, but the best and the last two rounds'; returns (files, bytes).
 
-    Those two are what the last evaluations of the run are made with, should its server be started once more.
+    Should its server be started once more, the last evaluations are made with the best and the last, and the last round
+    is repeated from the one before where the server's newest checkpoint is damaged.
     """
-    return prune(folder, {best_round, max(rounds_here(folder), default=0)})
+    last = max(rounds_here(folder), default=0)
+    return prune(folder, {best_round, last - 1, last})
 
 
 def prune(folder: Path, keep: Iterable[int]) -> tuple[int, int]:

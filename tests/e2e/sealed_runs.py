@@ -135,6 +135,6 @@ def deploy(deployment: Sealed, faces, people: Path, island: Island, environment:
 
 def _start_clients(start: Callable[..., Program], faces, people: Path, address: str, tracked: tuple) -> None:
     """One that keeps its own figures in its folder, and one that asks for them in the same MLflow."""
-    common = ("--server", address, "--once", *faces.cache)
+    common = ("--server", address, "--once", "--site-seed", 1, *faces.cache)
     start("celeba", "flower-client", "--dataset", "celeba", "--data-dir", faces.celeba, *common)
     start("people", "flower-client", "--dataset", "folder", "--data-dir", people, "--name", "people", *common, *tracked)

@@ -190,7 +190,7 @@ def _int8(draw, is_valid):
 @st.composite
 def headers(draw, codec):
     """A lying header over the right bytes, the right header over other bytes, or the change in another codec."""
-    data = encode(np.full(SIZE, 0.5, dtype=np.float32), codec).data
+    data = bytes(encode(np.full(SIZE, 0.5, dtype=np.float32), codec).data)
     how = draw(st.sampled_from(["shape", "length", "dtype", "stype", "codec"]))
     if how == "shape":
         shapes = [(), (0,), (1,), (6,), (8,), (SIZE, 1), (1, SIZE), (-SIZE,), (2**40,), (2**63,), (10**30,)]
@@ -206,7 +206,7 @@ def headers(draw, codec):
         array = _array(codec, (SIZE,), draw(st.one_of(st.sampled_from(kinds), HUGE)), data)
     else:
         other = draw(st.sampled_from([name for name in ("float32", "float16", "int8") if name != codec]))
-        right = encode(np.full(SIZE, 0.5, dtype=np.float32), other).data
+        right = bytes(encode(np.full(SIZE, 0.5, dtype=np.float32), other).data)
         array = _array(other, (SIZE,), wire.FLAT, draw(st.sampled_from([right, data])))
     return _put(wire.ARRAYS, "change", array, is_valid=False)
 

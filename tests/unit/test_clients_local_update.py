@@ -215,19 +215,19 @@ def test_the_kept_states_are_the_best_and_the_last_three(tmp_path):
     assert kept == [2, 4, 5, 6]
 
 
-def test_of_a_run_that_is_over_the_best_and_the_last_state_stay_and_the_rest_is_told_of(tmp_path, caplog):
+def test_of_a_run_that_is_over_the_best_and_the_last_two_states_stay_and_the_rest_is_told_of(tmp_path, caplog):
     caplog.set_level("INFO", logger="facefed.client")
-    state, shared = workplace_in(tmp_path, federation__rounds=5)
-    for number in range(1, 6):
+    state, shared = workplace_in(tmp_path, federation__rounds=6)
+    for number in range(1, 7):
         train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
     folder = state.state_folder("run-1")
     size = next(folder.iterdir()).stat().st_size
-    evaluate_global(state, task_of(state, kind="evaluate", server_round=5), shared)
+    evaluate_global(state, task_of(state, kind="evaluate", server_round=6), shared)
     assert len(list(folder.iterdir())) == 4
     asked = task_of(state, kind="evaluate", server_round=2, last=True)
     first = evaluate_global(state, asked, shared)
-    assert sorted(int(path.stem[-6:]) for path in folder.iterdir()) == [2, 5]
-    assert f"2 private states ({2 * size / 1e6:.0f} MB) are removed" in caplog.text
+    assert sorted(int(path.stem[-6:]) for path in folder.iterdir()) == [2, 5, 6]
+    assert f"1 private states ({size / 1e6:.0f} MB) removed" in caplog.text
     assert timeless(evaluate_global(state, asked, shared)) == timeless(first)
 
 

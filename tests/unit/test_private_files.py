@@ -108,6 +108,7 @@ def test_every_program_that_writes_has_the_flag():
     assert without == {
         *(f"facefed certs {name}" for name in ("init", "add", "revoke", "renew")),
         "facefed egress report",
+        "facefed privacy report",
         "facefed policy show",
         "facefed completion",
         *(f"facefed data packs {name}" for name in ("list", "remove")),

@@ -26,6 +26,7 @@ MODELS_NAMED = {
     "common/models/vit.py": {"vit_tiny", "vit_small", "vit_base"},  # their numbers of heads
     "common/models/heads.py": {"cosface", "arcface"},  # their margins
     "common/results.py": {"cosface", "arcface"},  # what a picture of losses calls them
+    "simulation/admin/imprint.py": {"vit_tiny"},  # the model that the attack crafts
 }
 
 
