@@ -98,7 +98,7 @@ def site_of(
 
 def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO, *, verify: bool = False) -> FacePack:
     """Check and pack a site's pictures before anything starts, and say in one line what it holds."""
-    progress = PackProgress(f"packing {site.name}", out)
+    progress = PackProgress(f"packing {site.name}", out, goes_on=True)
     try:
         pack = open_pack(
             site.dataset,

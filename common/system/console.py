@@ -104,9 +104,9 @@ class PackProgress:
     Elsewhere the first line comes after half a minute, so that a short work has its last line only.
     """
 
-    def __init__(self, label: str, stream: TextIO) -> None:
-        """label: for example "packing celeba"."""
-        self._label, self._stream = label, stream
+    def __init__(self, label: str, stream: TextIO, *, goes_on: bool = False) -> None:
+        """label: for example "packing celeba".  goes_on: what the first call has done was there already."""
+        self._label, self._stream, self._goes_on = label, stream, goes_on
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._seen = 0
@@ -114,7 +114,7 @@ class PackProgress:
         self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Called by the packer with the number of pictures done and the number of all, first with what is there."""
+        """Called by the packer with the number of pictures done and the number of all."""
         self._seen = done
         if self._first is None:
             self._began, self._first = time.monotonic(), done
@@ -160,7 +160,7 @@ class PackProgress:
         if self._progress is not None:
             self._progress.stop()
         elif self._seen:
-            there = f", {self._first:,} of them were packed already" if self._first else ""
+            there = f", {self._first:,} of them were there already" if self._goes_on and self._first else ""
             self._stream.write(f"{self._label}: {self._seen:,} pictures{there}\n")
             self._stream.flush()
 

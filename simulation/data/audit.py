@@ -267,8 +267,6 @@ def audit(
     index, split = take(there, rows), split[rows]
     recipe, points = plan(index, data)
     looked_at = dataclasses.replace(recipe, coding=NO_PICTURES)
-    if progress is not None:
-        progress(0, len(index))
     reasons, digests, values = _told(scan(index, looked_at, points, workers=workers, progress=progress), len(index))
     copies = _copies(index, split, digests)
     read = np.flatnonzero(digests.any(axis=1)).tolist()

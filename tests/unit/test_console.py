@@ -34,11 +34,12 @@ def test_packing_has_a_bar_on_a_terminal_and_a_line_elsewhere(terminal):
 
 def test_packing_that_goes_on_tells_what_was_there():
     out = io.StringIO()
-    progress = PackProgress("packing celeba", out)
-    progress(80, 96)
-    progress(96, 96)
-    progress.close()
-    assert out.getvalue() == "packing celeba: 96 pictures, 80 of them were packed already\n"
+    for goes_on in (True, False):
+        progress = PackProgress("packing celeba", out, goes_on=goes_on)
+        progress(80, 96)
+        progress(96, 96)
+        progress.close()
+    assert out.getvalue() == "packing celeba: 96 pictures, 80 of them were there already\npacking celeba: 96 pictures\n"
 
 
 def test_packing_that_broke_off_tells_how_far_it_came_and_none_tells_nothing():
