@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -176,15 +177,8 @@ def image_folder_step(root: Path, _cache: Path, options: argparse.Namespace) -> 
         str(root / "train"), transforms.Compose([transforms.Resize(options.side), transforms.ToTensor()])
     )
     index_cpu_s = time.process_time() - began
-    began = time.perf_counter()
-    loader = iter(DataLoader(data, batch_size=BATCH, shuffle=True))
-    next(loader)
-    first_s = time.perf_counter() - began
-    began = time.process_time()
-    for _ in range(20):
-        next(loader)
-    per_cpu_s = 20 * BATCH / (time.process_time() - began)
-    return {"pictures": len(data), "index_cpu_s": index_cpu_s, "first_batch_s": first_s, "img_per_cpu_s": per_cpu_s}
+    told = _reading(lambda: iter(DataLoader(data, batch_size=BATCH, shuffle=True)))
+    return {"pictures": len(data), "index_cpu_s": index_cpu_s, **told}
 
 
 def webdataset_step(root: Path, cache: Path, options: argparse.Namespace) -> dict:
@@ -211,16 +205,21 @@ def webdataset_step(root: Path, cache: Path, options: argparse.Namespace) -> dic
     torch.set_num_threads(1)
     change = transforms.Compose([transforms.Resize(options.side), transforms.ToTensor()])
     data = webdataset.WebDataset(str(cache / "peer.tar"), shardshuffle=False).shuffle(1000).decode("pil")
-    batches = iter(data.to_tuple("jpg", "cls").map_tuple(change, int).batched(BATCH))
+    told = _reading(lambda: iter(data.to_tuple("jpg", "cls").map_tuple(change, int).batched(BATCH)))
+    (cache / "peer.tar").unlink()
+    return {"tar_of": len(paths), "tar_cpu_s": made_cpu_s, **told}
+
+
+def _reading(begin: Callable[[], Iterator]) -> dict:
+    """How a peer's batches come: seconds to the first one, then pictures a CPU-second over twenty."""
     began = time.perf_counter()
+    batches = begin()
     next(batches)
     first_s = time.perf_counter() - began
     began = time.process_time()
     for _ in range(20):
         next(batches)
-    per_cpu_s = 20 * BATCH / (time.process_time() - began)
-    (cache / "peer.tar").unlink()
-    return {"tar_of": len(paths), "tar_cpu_s": made_cpu_s, "first_batch_s": first_s, "img_per_cpu_s": per_cpu_s}
+    return {"first_batch_s": first_s, "img_per_cpu_s": 20 * BATCH / (time.process_time() - began)}
 
 
 def _scored(case: str) -> dict:
