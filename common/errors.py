@@ -5,6 +5,7 @@ FaceFedError                 exit 1   the work failed
   TrainingFailed                      a non-finite loss, ...
   NotEnoughClients                    too few clients joined or answered in time
   ReplyRefused                        one client's reply may not touch the model
+  SecureSumRefused                    secure aggregation cannot go on as asked; nothing is sent
   UserError                  exit 2   the input is wrong; the line says what to do
     ConfigError                       settings: all problems at once
     DataError                         a face data set on disk
@@ -57,6 +58,14 @@ class ReplyRefused(FaceFedError):
         whole: all that the other side said, whose hash stands there where the line is cut; None: the reason is all.
         """
         super().__init__(quoted(reason, whole))
+
+
+class SecureSumRefused(FaceFedError):
+    """What secure aggregation was asked or given is not what its rules allow; nothing is sent or added."""
+
+    def __init__(self, reason: str) -> None:
+        """reason: may quote what the other side sent, so it is made one line of printable text of bounded length."""
+        super().__init__(quoted(reason))
 
 
 class UserError(FaceFedError):
