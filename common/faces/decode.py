@@ -100,8 +100,8 @@ class Done:
     notes: tuple[str, ...] = ()  # one for each of M pictures, "" for most: what was done to a usable one
 
 
-class _Unusable(Exception):
-    """Why a picture is left out."""
+class UnusablePicture(Exception):
+    """Why a picture is left out; the text before a colon is the kind."""
 
 
 def decode_job(job: Job) -> Done:
@@ -113,15 +113,15 @@ def decode_job(job: Job) -> Done:
     for row, path in enumerate(job.paths):
         digest, reason, note = b"", "", ""
         try:
-            payload = _read(job.root / path)
+            payload = read_picture(job.root / path)
             digest = hashlib.sha256(payload).digest()
             picture, note = _decode(payload, None if maps is None else maps[row], size)
             if job.recipe.coding != NO_PICTURES:
                 pictures.append(_coded(picture, job.recipe.coding))
-        except _Unusable as error:
+        except UnusablePicture as error:
             reason = str(error)
         except Exception as error:  # a decoder may raise anything for a broken file
-            reason = f"unreadable: {' '.join(str(error).split()) or type(error).__name__}"
+            reason = _unreadable(error)
         reasons.append(reason)
         digests.append(digest)
         notes.append(note)
@@ -144,20 +144,21 @@ def _maps(job: Job) -> NDArray[np.float64] | None:
     return box_maps(job.points, job.recipe.box_margin, job.recipe.image_size)
 
 
-def _read(path: Path) -> bytes:
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture file.  Raises UnusablePicture, with the reason."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise _Unusable("not a file")
+            raise UnusablePicture("not a file")
         if about.st_size == 0:
-            raise _Unusable("empty file")
+            raise UnusablePicture("empty file")
         if about.st_size > MAX_FILE_BYTES:
-            raise _Unusable(f"file too large: {about.st_size} bytes")
+            raise UnusablePicture(f"file too large: {about.st_size} bytes")
         return path.read_bytes()
     except FileNotFoundError:
-        raise _Unusable("missing") from None
+        raise UnusablePicture("missing") from None
     except OSError as error:
-        raise _Unusable(f"unreadable: {error.strerror}") from None
+        raise UnusablePicture(f"unreadable: {error.strerror}") from None
 
 
 def decode_aligned(payload: bytes, affine: NDArray[np.float64] | None, image_size: int) -> NDArray[np.uint8]:
@@ -172,21 +173,64 @@ def decode_aligned(payload: bytes, affine: NDArray[np.float64] | None, image_siz
 def _decode(payload: bytes, affine: NDArray[np.float64] | None, image_size: int) -> tuple[NDArray[np.uint8], str]:
     """As `decode_aligned`, with what was done to the values, "" for most pictures."""
     if affine is not None and not np.isfinite(affine).all():
-        raise _Unusable("no landmarks or box")
+        raise UnusablePicture("no landmarks or box")
+
+    def affine_of(width: int, height: int) -> NDArray[np.float64]:
+        return centre_map(width, height, image_size) if affine is None else affine
+
+    upright, from_upright, note = _upright(payload, affine_of)
+    aligned = _warp(upright, from_upright, image_size)
+    if aligned.max() < LEAST_CONTRAST:
+        raise UnusablePicture("black where the face should be")
+    return aligned, note
+
+
+def open_upright(payload: bytes) -> tuple[NDArray[np.uint8], str]:
+    """The whole of a picture file, upright: uint8 RGB [H, W, 3]; and what was done to its values, "" for most.
+
+    Raises UnusablePicture, with the reason.
+    """
     try:
-        return _decode_as_it_is(payload, affine, image_size)
-    except _Unusable:
+        upright, _, note = _upright(payload, lambda _width, _height: np.eye(2, 3))
+    except UnusablePicture:
+        raise
+    except Exception as error:  # a decoder may raise anything for a broken file
+        raise UnusablePicture(_unreadable(error)) from None
+    return np.asarray(upright), note
+
+
+def warped(picture: NDArray[np.uint8], affine: NDArray[np.float64], image_size: int) -> NDArray[np.uint8]:
+    """The part of an upright picture [H, W, 3] that `affine` brings to the output, as `decode_aligned` has it.
+
+    Raises UnusablePicture where the middle of the output lies outside the picture.
+    """
+    return _warp(Image.fromarray(picture), _in_shrunk(affine, 1), image_size)
+
+
+def _unreadable(error: Exception) -> str:
+    return f"unreadable: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+_AffineOf = Callable[[int, int], NDArray[np.float64]]  # (width, height) of the upright picture -> map [2, 3]
+
+
+def _upright(payload: bytes, affine_of: _AffineOf) -> tuple[Image.Image, NDArray[np.float64], str]:
+    """The picture upright as RGB; the map from it, between continuous coordinates; what was done to its values.
+
+    Where the output is much smaller the picture may be shrunk already; the map is the one from what is returned.
+    """
+    try:
+        return _upright_as_it_is(payload, affine_of)
+    except UnusablePicture:
         raise
     except Exception:
         bare = _without_text(payload)  # a comment that is too long or damaged says nothing about the pixels
         if bare == payload:
             raise
-        return _decode_as_it_is(bare, affine, image_size)
+        return _upright_as_it_is(bare, affine_of)
 
 
-def _decode_as_it_is(
-    payload: bytes, affine: NDArray[np.float64] | None, image_size: int
-) -> tuple[NDArray[np.uint8], str]:
+def _upright_as_it_is(payload: bytes, affine_of: _AffineOf) -> tuple[Image.Image, NDArray[np.float64], str]:
     _register_heif()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -194,33 +238,29 @@ def _decode_as_it_is(
         try:
             opened = Image.open(io.BytesIO(payload), formats=_formats())
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise _Unusable("too many pixels: more than any photograph has") from None
+            raise UnusablePicture("too many pixels: more than any photograph has") from None
         except UnidentifiedImageError:
             if _without_text(payload) != payload:
                 raise
-            raise _Unusable("unreadable: not a JPEG, PNG, WebP or BMP picture") from None
+            raise UnusablePicture("unreadable: not a JPEG, PNG, WebP or BMP picture") from None
         with opened as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
-                raise _Unusable(f"too many pixels: {width} x {height}")
+                raise UnusablePicture(f"too many pixels: {width} x {height}")
             if min(width, height) < SMALLEST_PX:
-                raise _Unusable(f"too small: {width} x {height} px")
+                raise UnusablePicture(f"too small: {width} x {height} px")
             if picture.format not in ("JPEG", "MPO"):  # a JPEG may be shrunk while it is read; others know more after
                 picture.load()
                 width, height = picture.size
             turn = _turn(picture)
-            if affine is None:
-                affine = centre_map(*((height, width) if turn in _SWAPPING else (width, height)), image_size)
+            affine = affine_of(*((height, width) if turn in _SWAPPING else (width, height)))
             shrunk = _draft(picture, math.hypot(affine[0, 0], affine[1, 0]))
             picture.load()
             upright, note = _rgb(picture if turn is None else picture.transpose(turn))
     span = _span(upright.resize(_LOOKED_AT, Image.Resampling.NEAREST))  # of some of its pixels
     if span < LEAST_CONTRAST and (span := _span(upright)) < LEAST_CONTRAST:
-        raise _Unusable(f"no contrast: all values within {span:g} of 255")
-    aligned = _warp(upright, _in_shrunk(affine, shrunk), image_size)
-    if aligned.max() < LEAST_CONTRAST:
-        raise _Unusable("black where the face should be")
-    return aligned, note
+        raise UnusablePicture(f"no contrast: all values within {span:g} of 255")
+    return upright, _in_shrunk(affine, shrunk), note
 
 
 def _span(picture: Image.Image) -> float:
@@ -310,7 +350,7 @@ def _warp(picture: Image.Image, affine: NDArray[np.float64], image_size: int) ->
     low, high = corners.min(axis=0), corners.max(axis=0)
     middle = (low + high) / 2
     if not (0 <= middle[0] <= picture.width and 0 <= middle[1] <= picture.height):
-        raise _Unusable("face outside the picture")
+        raise UnusablePicture("face outside the picture")
     whole = 1e-6
     inside = (low >= -whole).all() and (high <= np.array(picture.size) + whole).all()
     if affine[0, 1] == 0.0 and affine[1, 0] == 0.0 and inside:
