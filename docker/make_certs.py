@@ -4,7 +4,7 @@ python make_certs.py FOLDER [SERVER_NAME ...]
 
     FOLDER/authority   everything, with ca.key; no other service has this volume
     FOLDER/server      ca.crt, server.crt, server.key and the keys that are accepted
-    FOLDER/SITE        that site's ca.crt and client.key, for each folder beside those two
+    FOLDER/SITE        that site's ca.crt, client.key, name and peers, for each folder beside those two
 
 It may run again at each start: what is there stays, but a server certificate that runs out soon is made anew.
 """
@@ -47,7 +47,7 @@ def _replace_all(source: Path, target: Path) -> None:
         if not (source / path.name).exists():
             path.unlink()
     for path in source.iterdir():
-        _replace(path, target / path.name)
+        (_replace_all if path.is_dir() else _replace)(path, target / path.name)
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@
     DIR/server.crt, server.key          the server's certificate and key
     DIR/clients/NAME.pub                the keys that the server accepts; without the file a site is out
     DIR/NAME/ca.crt, client.key, name   what one site gets
+    DIR/NAME/peers/NAME.pub             and all sites' keys, with which secure aggregation checks whose keys came
 
 TLS proves the server to the sites; a site proves itself with its P-384 key, which Flower's SuperNode signs with.
 `simulation/admin/certs.py` makes the folder.  See docs/adr/0019-certificates.md.
@@ -25,8 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from common.errors import UserError
 from common.names import CLIENT_NAME
 
-CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, CLIENT_KEY, NAME = (
-    "ca.crt", "ca.key", "server.crt", "server.key", "clients", "client.key", "name"
+CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, CLIENT_KEY, NAME, PEERS = (
+    "ca.crt", "ca.key", "server.crt", "server.key", "clients", "client.key", "name", "peers"
 )  # fmt: skip
 LOOPBACK = ("localhost", "127.0.0.1")  # the server's own connections to itself
 OTHERS = 0o077  # the permissions of a file that are not its owner's

@@ -5,7 +5,7 @@ import ipaddress
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -21,16 +21,19 @@ from common.system.certs import (
     CLIENTS,
     LOOPBACK,
     NAME,
+    PEERS,
     SERVER,
     SERVER_KEY,
     CertificateError,
+    accepted_keys,
     is_ip,
     names_of,
     need,
     read_certificate,
     read_private_key,
+    read_public_key,
 )
-from common.system.files import write_new
+from common.system.files import write_bytes, write_new
 
 CA_DAYS, SERVER_DAYS = 3650, 397
 CLOCKS_DIFFER = dt.timedelta(hours=1)  # a certificate is valid from so long before it was made
@@ -39,10 +42,15 @@ _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*", re.IGNORECASE)
 
 
-def make_folder(folder: Path, server_names: Sequence[str], clients: Sequence[str]) -> None:
-    """Make a new folder with everything in it, in one step.  Raises CertificateError, also where it is not empty."""
-    names = _names(server_names)
-    for name in clients:
+def make_folder(
+    folder: Path, server_names: Sequence[str], clients: Sequence[str], own_keys: Mapping[str, Path] | None = None
+) -> None:
+    """Make a new folder with everything in it, in one step.  Raises CertificateError, also where it is not empty.
+
+    own_keys: the public keys of sites that made theirs themselves (`make_own_key`), by name.
+    """
+    names, own_keys = _names(server_names), own_keys or {}
+    for name in (*clients, *own_keys):
         _check_client_name(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CertificateError(
@@ -57,14 +65,19 @@ def make_folder(folder: Path, server_names: Sequence[str], clients: Sequence[str
         (aside / CLIENTS).mkdir(mode=0o700)
         for name in clients:
             add_client(aside, name)
+        for name, public in own_keys.items():
+            add_client(aside, name, public)
         aside.replace(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def add_client(folder: Path, name: str) -> None:
-    """One more site: DIR/NAME for it, DIR/clients/NAME.pub for the server.  Raises CertificateError."""
+def add_client(folder: Path, name: str, own_key: Path | None = None) -> None:
+    """One more site: DIR/NAME for it, DIR/clients/NAME.pub for the server and the other sites' folders.
+
+    own_key: the public key of a site that made its own; DIR/NAME holds no key then.  Raises CertificateError.
+    """
     _check_client_name(name)
     need(folder, (CA, CLIENTS), "a folder that `facefed certs init` made")
     public, own = folder / CLIENTS / f"{name}.pub", folder / name
@@ -77,15 +90,59 @@ def add_client(folder: Path, name: str) -> None:
     for known in sorted(path.stem for path in (folder / CLIENTS).glob("*.pub")):
         if look_alike(name, known):
             raise CertificateError(f"the name {name!r} looks like {known!r}, whose key is accepted; choose another.")
-    key = ec.generate_private_key(ec.SECP384R1())
+    given = read_public_key(own_key) if own_key else None
+    for known, key in accepted_keys(folder / CLIENTS).items():
+        if key == given:
+            raise CertificateError(f"{own_key} is the key of {known!r}, which is accepted; each site needs its own.")
     own.mkdir(mode=0o700)
+    public_key = given or _new_key(own)
     write_new(own / NAME, f"{name}\n".encode(), 0o644)
     write_new(own / CA, (folder / CA).read_bytes(), 0o644)
-    # OpenSSH's format is what flower-supernode reads.
+    write_new(public, _public_text(public_key, name), 0o644)
+    _hand_out_peers(folder)
+
+
+def make_own_key(folder: Path, name: str) -> Path:
+    """A site's folder with a key that it makes itself, so that nobody else ever had it.  Returns the public key's file.
+
+    The file goes to the operator, who answers with `ca.crt` and `peers` for this folder.  Raises CertificateError.
+    """
+    _check_client_name(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CertificateError(f"{folder} is not empty, and nothing is overwritten; take a new folder.")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    public = _public_text(_new_key(folder), name)
+    write_new(folder / NAME, f"{name}\n".encode(), 0o644)
+    return write_new(folder / f"{name}.pub", public, 0o644)
+
+
+def _new_key(own: Path) -> ec.EllipticCurvePublicKey:
+    """A new key in a site's folder.  OpenSSH's format is what flower-supernode reads."""
+    key = ec.generate_private_key(ec.SECP384R1())
     form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     write_new(own / CLIENT_KEY, key.private_bytes(*form), 0o600)
-    text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_new(public, text + f" {name.replace(' ', '_')}\n".encode(), 0o644)
+    return key.public_key()
+
+
+def _public_text(key: ec.EllipticCurvePublicKey, name: str) -> bytes:
+    text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return text + f" {name.replace(' ', '_')}\n".encode()
+
+
+def _hand_out_peers(folder: Path) -> None:
+    """The accepted keys, and no other, into `peers` of each accepted site's folder that is still here."""
+    keys = {path.name: path.read_bytes() for path in sorted((folder / CLIENTS).glob("*.pub"))}
+    for own in (folder / name.removesuffix(".pub") for name in keys):
+        if not own.is_dir():
+            continue
+        peers = own / PEERS
+        peers.mkdir(mode=0o700, exist_ok=True)
+        for path in peers.glob("*.pub"):
+            if path.name not in keys:
+                path.unlink()
+        for name, content in keys.items():
+            if not (peers / name).exists() or (peers / name).read_bytes() != content:
+                write_bytes(peers / name, content, 0o644)
 
 
 def revoke_client(folder: Path, name: str) -> Path:
@@ -102,6 +159,7 @@ def revoke_client(folder: Path, name: str) -> Path:
     kept.mkdir(mode=0o700, exist_ok=True)
     place = kept / f"{name}.{_stamp()}.pub"
     public.rename(place)
+    _hand_out_peers(folder)
     return place
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -46,12 +46,27 @@ def add_certs_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         metavar="NAME",
         help=f"a site that takes part; repeatable (default: {', '.join(DEFAULT_CLIENTS)})",
     )
+    init.add_argument(
+        "--client-key",
+        action="append",
+        default=[],
+        metavar="NAME.pub",
+        help="the same, of a site that made its key itself with `facefed certs key`; repeatable",
+    )
+    text = "at a site: a key of its own, which nobody else ever has"
+    key = actions.add_parser("key", help=text, description=text, epilog=examples("facefed certs key north north"))
+    key.add_argument("folder", metavar="DIR", help="the site's, which must not hold anything yet")
+    key.add_argument("name", metavar="NAME", help="the site")
     for name, text in (("add", "a key for one more site"), ("revoke", "accept a site's key no more")):
         action = actions.add_parser(
             name, help=text, description=text, epilog=examples(f"facefed certs {name} certs east")
         )
         action.add_argument("folder", metavar="DIR")
         action.add_argument("name", metavar="NAME", help="the site")
+        if name == "add":
+            action.add_argument(
+                "--client-key", metavar="NAME.pub", help="the site's own, where it made one with `facefed certs key`"
+            )
     text = "a new server certificate by the same authority, before the old one expires"
     renew = actions.add_parser("renew", help=text, description=text, epilog=examples("facefed certs renew certs"))
     renew.add_argument("folder", metavar="DIR", help="with ca.key in it")
@@ -84,8 +99,10 @@ def _folder(arguments: argparse.Namespace) -> Path:
 def _init(arguments: argparse.Namespace) -> list[str]:
     from simulation.admin.certs import CA_DAYS, SERVER_DAYS, make_folder
 
-    folder, clients = _folder(arguments), list(dict.fromkeys(arguments.client or DEFAULT_CLIENTS))
-    make_folder(folder, arguments.server_names, clients)
+    folder = _folder(arguments)
+    own_keys = {path.stem: path for path in (Path(given).expanduser() for given in arguments.client_key)}
+    clients = list(dict.fromkeys(arguments.client or (() if own_keys else DEFAULT_CLIENTS)))
+    make_folder(folder, arguments.server_names, clients, own_keys)
     example = f"{arguments.server_names[0]}:443"
     return [
         f"{folder} is made; the server's certificate is valid for {SERVER_DAYS} days, the authority's for {CA_DAYS}.",
@@ -93,6 +110,7 @@ def _init(arguments: argparse.Namespace) -> list[str]:
         f"To the server:         {folder}/ca.crt, server.crt, server.key and clients/",
         f"                       flower-server --tls {folder} --address 0.0.0.0:443",
         *_lines_of_sites(folder, clients, example),
+        *_lines_of_own_keys(folder, own_keys),
         f"Into a safe place:     {folder}/ca.key. Whoever has it can pass for your server. Neither the server nor a"
         " site needs it; `certs renew` does.",
         f"Then delete here what you gave away: each key should be in one place. `facefed certs revoke {folder} NAME`"
@@ -113,21 +131,44 @@ def _lines_of_sites(folder: Path, clients: Sequence[str], server: str) -> list[s
     return lines
 
 
+def _lines_of_own_keys(folder: Path, names: Iterable[str]) -> list[str]:
+    """What a site that has a key already gets, by any way that nobody can change."""
+    return [
+        f"{f'To the site {name}:':<23}{folder}/{name}/ca.crt and peers/, into the folder of its own key"
+        for name in names
+    ]  # fmt: skip
+
+
+def _key(arguments: argparse.Namespace) -> list[str]:
+    from common.system.certs import PEERS, fingerprint, read_public_key
+    from simulation.admin.certs import make_own_key
+
+    public = make_own_key(_folder(arguments), arguments.name)
+    return [
+        f"To the operator: {public}, which is public; its fingerprint, to be told by another way, is",
+        f"  {fingerprint(read_public_key(public))}",
+        f"Into {public.parent}: ca.crt and {PEERS}/, which the operator sends back. client.key stays here.",
+    ]
+
+
 def _add(arguments: argparse.Namespace) -> list[str]:
-    from common.system.certs import CLIENTS
+    from common.system.certs import CLIENTS, PEERS
     from simulation.admin.certs import add_client
 
     folder, name = _folder(arguments), arguments.name
-    add_client(folder, name)
+    own_key = Path(arguments.client_key).expanduser() if arguments.client_key else None
+    add_client(folder, name, own_key)
+    to_site = f"To the site {name}: {folder}/{name}/ and nothing else, by a way that nobody else can read."
     return [
-        f"To the site {name}: {folder}/{name}/ and nothing else, by a way that nobody else can read.",
+        *(_lines_of_own_keys(folder, [name]) if own_key else [to_site]),
         f"To the server: {folder}/{CLIENTS}/{name}.pub, into the clients/ of its folder; a running server takes it"
         " within seconds.",
+        f"To each other site: the same file, into the {PEERS}/ of its folder; secure aggregation with {name} needs it.",
     ]
 
 
 def _revoke(arguments: argparse.Namespace) -> list[str]:
-    from common.system.certs import CLIENTS
+    from common.system.certs import CLIENTS, PEERS
     from simulation.admin.certs import revoke_client
 
     place = revoke_client(_folder(arguments), arguments.name)
@@ -135,6 +176,7 @@ def _revoke(arguments: argparse.Namespace) -> list[str]:
         f"{arguments.name}'s key is accepted no more; it is kept as {place}. A server that runs on this folder turns"
         " the site out within seconds.",
         f"If the server has a copy of the folder, delete {CLIENTS}/{arguments.name}.pub there: that is what counts.",
+        f"Each other site deletes {PEERS}/{arguments.name}.pub in its folder.",
     ]
 
 
@@ -149,7 +191,7 @@ def _renew(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
-CERTS_ACTIONS: Final = {"init": _init, "add": _add, "revoke": _revoke, "renew": _renew}
+CERTS_ACTIONS: Final = {"init": _init, "key": _key, "add": _add, "revoke": _revoke, "renew": _renew}
 
 
 def add_egress_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -43,6 +43,14 @@ def refused(work, *arguments):
     return str(found.value)
 
 
+def public_keys(folder):
+    return {path.name: path.read_bytes() for path in (folder / "clients").iterdir()}
+
+
+def peers_of(site):
+    return {path.name: path.read_bytes() for path in (site / "peers").iterdir()}
+
+
 def modes(folder):
     return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in folder.rglob("*")}
 
@@ -79,8 +87,9 @@ def test_keys_are_their_owners_and_folders_too(made):
     assert made.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_site_gets_the_authoritys_certificate_and_its_own_key_only(made):
-    assert sorted(path.name for path in (made / "celeba").iterdir()) == ["ca.crt", "client.key", "name"]
+def test_a_site_gets_the_authoritys_certificate_its_own_key_and_public_ones_only(made):
+    assert sorted(path.name for path in (made / "celeba").iterdir()) == ["ca.crt", "client.key", "name", "peers"]
+    assert peers_of(made / "celeba") == peers_of(made / "vggface2") == public_keys(made)
     assert (made / "celeba" / "ca.crt").read_bytes() == (made / "ca.crt").read_bytes()
     assert len({path.read_bytes() for path in made.rglob("*.key")}) == len(SECRET_FILES)
 
@@ -151,6 +160,63 @@ def test_add_and_revoke(tls, capsys):
     assert [path.read_bytes() for path in (tls / "revoked").iterdir()] == [key]
     assert facefed("revoke", tls, "north clinic") == 2
     assert "accepted are: celeba, vggface2." in capsys.readouterr().err
+
+
+def test_every_site_that_is_here_gets_the_accepted_keys_and_no_other(tls, capsys):
+    shutil.rmtree(tls / "vggface2")  # it was given away
+    assert facefed("add", tls, "north") == 0
+    assert "To each other site: the same file, into the peers/ of its folder" in capsys.readouterr().out
+    assert peers_of(tls / "celeba") == peers_of(tls / "north") == public_keys(tls)
+    assert set(public_keys(tls)) == {"celeba.pub", "north.pub", "vggface2.pub"}
+    former = (tls / "clients" / "north.pub").read_bytes()
+    assert facefed("revoke", tls, "north") == 0
+    assert "Each other site deletes peers/north.pub" in capsys.readouterr().out
+    assert set(peers_of(tls / "celeba")) == {"celeba.pub", "vggface2.pub"}
+    (tls / "north").rename(tls / "north.old")
+    (tls / "celeba" / "peers" / "north.pub").write_bytes(former)  # as if it had been kept
+    assert facefed("add", tls, "north") == 0
+    assert peers_of(tls / "celeba") == public_keys(tls)
+    assert former not in peers_of(tls / "celeba").values()
+    assert not (tls / "vggface2").exists()
+
+
+def test_a_site_may_make_its_key_itself_and_the_operator_never_has_it(tls, tmp_path, capsys):
+    for name in ("north", "south"):
+        assert facefed("key", tmp_path / name, name) == 0
+    assert capsys.readouterr().out.count("SHA256:") == 2
+    assert set(modes(tmp_path / "north")) == {"client.key", "name", "north.pub"}
+    assert modes(tmp_path / "north")["client.key"] == 0o600
+    sent = [tmp_path / name / f"{name}.pub" for name in ("north", "south")]
+    assert facefed("add", tls, "north", "--client-key", sent[0]) == 0
+    assert f"{tls}/north/ca.crt and peers/, into the folder of its own key" in capsys.readouterr().out
+    new = tmp_path / "new"
+    assert facefed("init", new, "--server-name", NAME, "--client-key", sent[0], "--client-key", sent[1]) == 0
+    assert not list(new.rglob("client.key"))
+    assert set(public_keys(new)) == {"north.pub", "south.pub"}
+    for folder in (tls, new):
+        for part in ("ca.crt", "name"):
+            shutil.copy(folder / "north" / part, tmp_path / "north")
+        found = read_client_folder(tmp_path / "north")
+        assert (found.name, found.fingerprint) == (
+            "north",
+            certs.fingerprint(accepted_keys(folder / "clients")["north"]),
+        )
+        assert peers_of(folder / "north")["north.pub"] == (folder / "clients" / "north.pub").read_bytes()
+
+
+def test_an_own_key_that_cannot_be_is_one_line_and_nothing_is_made(tls, tmp_path, capsys):
+    before = modes(tls)
+    bad = tmp_path / "south.pub"
+    bad.write_text("ssh-ed25519 AAAA")
+    taken = tls / "clients" / "celeba.pub"
+    for given, line in ((bad, "is not a P-384 public key"), (taken, "is the key of 'celeba'"), ("no.pub", "cannot be")):
+        assert facefed("add", tls, "south", "--client-key", given) == 2
+        said = capsys.readouterr().err
+        assert line in said
+        assert len(said.splitlines()) == 1
+    assert facefed("key", tls, "south") == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert modes(tls) == before
 
 
 def test_renew_keeps_authority_names_and_the_former_pair(tls, capsys):

@@ -268,7 +268,10 @@ def test_each_volume_gets_what_its_service_needs_and_no_more(certificates):
     ]  # fmt: skip
     for name in ("superlink", "proxy", "fl.example.org"):
         read_server_folder(certificates / "server", name)
-    assert sorted(path.name for path in (certificates / "celeba").iterdir()) == ["ca.crt", "client.key", "name"]
+    parts = ["ca.crt", "client.key", "name", "peers"]
+    assert sorted(path.name for path in (certificates / "celeba").iterdir()) == parts
+    peers = ["celeba.pub", "vggface2.pub"]
+    assert sorted(path.name for path in (certificates / "celeba" / "peers").iterdir()) == peers
     keys = {read_client_folder(certificates / name).fingerprint for name in ("celeba", "vggface2")}
     assert len(keys) == 2
 
@@ -280,7 +283,8 @@ def test_certificates_stay_and_a_revoked_key_goes(certificates, capsys):
     authority = certificates / "authority" / "federation"
     assert simulation.cli.main(["certs", "revoke", str(authority), "vggface2"]) == 0
     program("make_certs").main(certificates, [])
-    assert [path.name for path in (certificates / "server" / "clients").iterdir()] == ["celeba.pub"]
+    for place in ("server/clients", "celeba/peers"):
+        assert [path.name for path in (certificates / place).iterdir()] == ["celeba.pub"]
     assert capsys.readouterr().out.count("are in their volumes") == 2
 
 
