@@ -1,6 +1,7 @@
 """What every run that trained tells at its end, with a federation or without: its registered models and its curves."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -8,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.metrics.figures import known_threshold, roc_auc, roc_curve
+from common.metrics.thresholds import Thresholds, thresholds_from
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
 from common.tracking.notes import registered_note, version_note
-from common.tracking.registry import BEST_AND_LAST, register_model
+from common.tracking.registry import BEST_AND_LAST, THRESHOLDS, register_model
 from common.tracking.run import TrackedRun
 
 
@@ -24,6 +26,8 @@ class Trained:
     val_auc: float  # NaN where nobody knows it
     load: Callable[[], None]  # puts it into the recogniser
     metrics: Mapping[str, float] = field(default_factory=dict)  # recorded with it
+    # The pairs of its validation people, [2, NUM_BINS] of each client; asked for when it was loaded.
+    validation: Callable[[], Sequence[NDArray[np.int64]]] = tuple
 
 
 def register_models(
@@ -49,6 +53,7 @@ def register_models(
     for role, model in models if settings.tracking.enabled else ():
         model.load()
         words: list[str] = []
+        thresholds = _thresholds(model)
         version = register_model(
             tracked,
             EmbeddingModel(recogniser.backbone).eval(),
@@ -69,10 +74,28 @@ def register_models(
                 chosen=f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}.",
             ),
             about=registered_note(name, settings.model.backbone),
+            beside={} if thresholds is None else {THRESHOLDS: json.dumps(thresholds.to_json(), indent=2) + "\n"},
+            more_tags={} if thresholds is None else threshold_tags(thresholds),
         )
         if version is not None:
             done.append("; ".join([f"models:/{name}/{version} ({role}, {unit} {model.step})", *words]))
     return done
+
+
+def _thresholds(model: Trained) -> Thresholds | None:
+    """None where nobody was validated on, or only people of one sort of pairs."""
+    histograms = model.validation()
+    if not histograms or not np.sum(np.stack(histograms), axis=0).any(axis=1).all():
+        return None
+    return thresholds_from(histograms)
+
+
+def threshold_tags(thresholds: Thresholds) -> dict[str, str]:
+    """Tags of a model's version: its EER, and its threshold at each FAR that its pairs support."""
+    tags = {"val_eer": f"{thresholds.eer:.4f}"}
+    return tags | {
+        f"threshold_at_far_{row.far:.0e}".replace("e-0", "e-"): f"{row.threshold:.6f}" for row in thresholds.rows
+    }
 
 
 def worse_than_untrained(untrained: Mapping[str, float | None], trained: Mapping[str, float | None]) -> str:

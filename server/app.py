@@ -101,6 +101,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
             val_auc=metrics.get(of_split("val", AUC), float("nan")),
             load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest),
             metrics=metrics,
+            validation=lambda: outcome.history.validation_pairs(step),
         )
 
     return register_models(

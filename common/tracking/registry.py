@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from common.metrics.thresholds import Thresholds
     from common.models.recogniser import EmbeddingModel
 
 MODELS = "models"  # below the run's folder
+THRESHOLDS: Final = "thresholds.json"  # beside a model, see `common.metrics.thresholds`
 HELD_BACK_TAG = "held_back"  # of a version: why it did not become champion
 BEST_AND_LAST: Final = "best and last"
 LAST_TAG: Final = "is_last"  # of a version: of the run's last round or epoch; with role "best" it is both
@@ -58,6 +60,8 @@ def register_model(
     tell: Callable[[str], object] = str,
     note: str = "",
     about: str = "",
+    beside: Mapping[str, str] | None = None,
+    more_tags: Mapping[str, str] | None = None,
 ) -> str | None:
     """Export the model, log it with the run, register it as a version of `name`, and move the champion if it is better.
 
@@ -68,6 +72,7 @@ def register_model(
     held_back: why a best model shall not become champion, for its version's tags; "": it may.
     tell: is told in words what became of the champion, as far as that is known.
     note: the version's description, see `common.tracking.notes`.  about: that of all versions, where there is none yet.
+    beside: name -> text of files that are kept with the model.  more_tags: of its version, beside those of its role.
     It is exported to RUN/models first; the sending thread brings it to MLflow, or later `facefed tracking sync` does.
     Returns the version, or None when tracking is off or MLflow is away (then with one warning: nothing is raised).
     """
@@ -80,9 +85,12 @@ def register_model(
     tags |= {LAST_TAG: "true"} if role != "best" else {}
     if held_back:
         tags[HELD_BACK_TAG] = held_back
+    tags |= more_tags or {}
     folder = run.folder / MODELS / f"{name}_{first}_{step}_{now_ms()}"
     try:
         _export(model, folder, image_size)
+        for file, text in (beside or {}).items():
+            (folder / file).write_text(text, encoding="utf-8")
     except Exception as error:  # tracing fails in many ways; it must not cost the run, whose checkpoint is there
         shutil.rmtree(folder, ignore_errors=True)
         _log.warning(
@@ -263,8 +271,7 @@ def load_model(uri: str, tracking_uri: str | None = None) -> "EmbeddingModel":
     from common.models.recogniser import EmbeddingModel, build_backbone
 
     go_silent()  # before MLflow is imported
-    given = tracking_uri_of_environment() or TrackingSettings().uri if tracking_uri is None else tracking_uri
-    registered = read_registered(resolve_uri(given, Path.cwd()) if given else "", uri)
+    registered = read_registered(_address(tracking_uri), uri)
     settings = config.from_mapping(config.without_gone(registered.settings), f"{registered.uri}: config.toml")
     tensors = load_state(registered)
     model = EmbeddingModel(build_backbone(settings.model, settings.data.image_size))
@@ -277,6 +284,49 @@ def load_model(uri: str, tracking_uri: str | None = None) -> "EmbeddingModel":
     if absent:
         raise TrackingError(f"{registered.uri} is no {settings.model.backbone} of its run: {min(absent)} is missing.")
     return model
+
+
+def thresholds_of(uri: str, tracking_uri: str | None = None) -> "Thresholds | None":
+    """The thresholds that a registered model was given by its validation people; None where it has none.
+
+    uri, tracking_uri: as `load_model` takes them.  Raises TrackingError, also where what is there is damaged.
+    """
+    from common.metrics.thresholds import Thresholds
+
+    go_silent()  # before MLflow is imported
+    registered = read_registered(_address(tracking_uri), uri)
+    content = _file_of_model(registered, THRESHOLDS)
+    if content is None:
+        return None
+    try:
+        return Thresholds.from_json(json.loads(content))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{registered.uri}: its {THRESHOLDS} is damaged ({reason}); register it again.") from None
+
+
+def _file_of_model(registered: Registered, name: str) -> str | None:
+    """A text file that was kept beside a model; None where there is none."""
+    quieten()
+    import mlflow.artifacts
+
+    mlflow.set_tracking_uri(registered.address)
+    mlflow.set_registry_uri(registered.address)
+    try:
+        there = {file.path for file in mlflow.artifacts.list_artifacts(artifact_uri=registered.uri) or ()}
+        if name not in there:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            file = mlflow.artifacts.download_artifacts(artifact_uri=f"{registered.uri}/{name}", dst_path=folder)
+            return Path(file).read_text(encoding="utf-8")
+    except Exception as error:
+        reason = short_reason(error)
+        raise TrackingError(f"{registered.uri}: {name} cannot be had ({reason}); try again.") from None
+
+
+def _address(tracking_uri: str | None) -> str:
+    given = tracking_uri_of_environment() or TrackingSettings().uri if tracking_uri is None else tracking_uri
+    return resolve_uri(given, Path.cwd()) if given else ""
 
 
 def _has_no_database(address: str) -> bool:

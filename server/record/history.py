@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common.errors import CheckpointError
 from common.metrics.figures import AUC, known_scores, recorded
@@ -207,6 +208,16 @@ class History:
     def pooled_test(self, step: int) -> EvaluationSums:
         """The test sums of that round's model over all clients."""
         return self.at(step).totals["test"]
+
+    def validation_pairs(self, step: int) -> list[NDArray[np.int64]]:
+        """The pairs [2, NUM_BINS] of that round's model on validation people: of each client, or of many all together.
+
+        Empty where they are not known, as of most rounds before a run was gone on with.
+        """
+        record = self.at(step)
+        if record.sums.get("val"):
+            return [sums.pairs for sums in record.sums["val"].values()]
+        return [record.totals["val"].pairs] if "val" in record.totals else []
 
     def rows(self) -> list[dict[str, float]]:
         """One flat row for each round in order, with its "step"."""

@@ -380,7 +380,12 @@ def register_trained(epochs: Epochs, name: str, held_back: str) -> list[str]:
 
     def trained(role: str, epoch: int) -> Trained:
         row = next(row for row in progress.rows if row["step"] == epoch)
-        return Trained(step=epoch, val_auc=row.get(VAL_AUC, float("nan")), load=partial(epochs.load, role))
+        return Trained(
+            step=epoch,
+            val_auc=row.get(VAL_AUC, float("nan")),
+            load=partial(epochs.load, role),
+            validation=lambda: [sums.pairs for sums in trainee.evaluate("val").values()],
+        )
 
     return register_models(
         epochs.tracked,

@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from common.errors import TrackingError
+from common.metrics.sums import NUM_BINS
+from common.metrics.thresholds import thresholds_from
 from common.models.recogniser import EmbeddingModel, build_backbone
+from common.results import threshold_tags
 from common.settings import ModelSettings, TrackingSettings
 from common.tracking.address import resolve_uri
 from common.tracking.notes import registered_note, version_note
-from common.tracking.registry import register_model
+from common.tracking.registry import THRESHOLDS, register_model, thresholds_of
 from common.tracking.run import open_run
 from tests.without_facefed import BLOCKER
 
@@ -198,6 +202,33 @@ def test_what_is_best_and_last_is_one_version_that_says_so_and_how_to_load_it(cl
     described = client.get_registered_model("both")
     assert 'load_model("models:/both@champion")' in described.description
     assert str(described.aliases["champion"]) == version
+
+
+def test_a_model_carries_its_thresholds(uri, run, model, tmp_path):
+    """What is kept beside it comes back as it was made; a model without says so, and a damaged file is told."""
+    (tmp_path / "config.toml").write_text("")
+    run.log_file(tmp_path / "config.toml", "config.toml")
+    histogram = np.random.default_rng(0).integers(0, 9, (2, NUM_BINS))
+    found = thresholds_from([histogram])
+    tags = threshold_tags(found)
+    beside = {THRESHOLDS: json.dumps(found.to_json())}
+    with_them = _register(run, model, name="with", beside=beside, more_tags=tags)
+    without = _register(run, model, name="without")
+    damaged = _register(run, model, name="damaged", beside={THRESHOLDS: "{}"})
+
+    assert thresholds_of(f"models:/with/{with_them}", uri) == found
+    assert thresholds_of(f"models:/without/{without}", uri) is None
+    with pytest.raises(TrackingError, match=rf"models:/damaged/{damaged}: its thresholds\.json is damaged"):
+        thresholds_of(f"models:/damaged/{damaged}", uri)
+
+
+def test_its_thresholds_stand_in_its_tags(client, run, model):
+    found = thresholds_from([np.random.default_rng(0).integers(0, 9, (2, NUM_BINS))])
+    _register(run, model, name="tagged", more_tags=threshold_tags(found))
+    [version] = client.search_model_versions("name = 'tagged'")
+    assert version.tags["val_eer"] == f"{found.eer:.4f}"
+    assert version.tags["threshold_at_far_1e-3"] == f"{found.at(1e-3).threshold:.6f}"
+    assert "threshold_at_far_1e-4" not in version.tags
 
 
 def test_mlflows_own_predict_takes_the_models_own_example(run, model):

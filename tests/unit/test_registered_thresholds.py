@@ -1,0 +1,91 @@
+"""Each model that a run registers gets the thresholds of its own validation people, or none where it has none."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common import results
+from common.metrics.sums import NOTHING, NUM_BINS
+from common.metrics.thresholds import Thresholds, thresholds_from
+from common.results import Trained, register_models
+from common.settings import ModelSettings, Settings
+from common.tracking.registry import THRESHOLDS
+from server.record.history import History, RoundRecord
+
+
+def histogram(seed):
+    return np.random.default_rng(seed).integers(0, 9, (2, NUM_BINS))
+
+
+def sums_with(pairs):
+    return replace(NOTHING, pairs=pairs)
+
+
+class Tracked:
+    def described(self, part):
+        return f"{part}."
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What `register_model` was given, by role."""
+    given = {}
+
+    def register(_tracked, _model, *, role, **rest):
+        given[role] = rest
+        return "1"
+
+    class Embedding:
+        def __init__(self, _backbone):
+            pass
+
+        def eval(self):
+            return self
+
+    monkeypatch.setattr(results, "register_model", register)
+    monkeypatch.setattr(results, "EmbeddingModel", Embedding)
+    return given
+
+
+def models(last, best):
+    recogniser = type("Recogniser", (), {"backbone": None})()
+    settings = Settings(model=ModelSettings(backbone="cnn"))
+    register_models(Tracked(), settings, recogniser, name="m", unit="round", val_people="p", last=last, best=best)
+
+
+def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
+    loaded = []
+
+    def trained(step):
+        def validation():
+            assert loaded[-1] == step, "of another model"
+            return [histogram(step), histogram(10 + step)]
+
+        return Trained(step=step, val_auc=0.7, load=lambda: loaded.append(step), validation=validation)
+
+    models(trained(3), trained(2))
+    for role, step in (("last", 3), ("best", 2)):
+        wanted = thresholds_from([histogram(step), histogram(10 + step)])
+        assert Thresholds.from_json(json.loads(registered[role]["beside"][THRESHOLDS])) == wanted
+        assert registered[role]["more_tags"]["threshold_at_far_1e-1"] == f"{wanted.at(0.1).threshold:.6f}"
+
+
+@pytest.mark.parametrize("pairs", [[], [np.zeros((2, NUM_BINS), dtype=np.int64)]])
+def test_without_validation_pairs_there_are_none(registered, pairs):
+    models(*2 * [Trained(step=1, val_auc=float("nan"), load=lambda: None, validation=lambda: pairs)])
+    assert THRESHOLDS not in registered["best and last"]["beside"]
+    assert registered["best and last"]["more_tags"] == {}
+
+
+def test_a_federation_knows_the_pairs_of_each_client_or_of_all():
+    history = History()
+    of_each = {"a": sums_with(histogram(1)), "b": sums_with(histogram(2))}
+    history.rounds[1] = RoundRecord(0, totals={"val": of_each["a"] + of_each["b"]}, sums={"val": of_each})
+    history.rounds[2] = RoundRecord(0, totals={"val": of_each["a"] + of_each["b"]})
+    history.rounds[3] = RoundRecord(0)
+    one, two, three = (history.validation_pairs(step) for step in (1, 2, 3))
+    np.testing.assert_array_equal(np.stack(one), [histogram(1), histogram(2)])
+    np.testing.assert_array_equal(np.stack(two), [histogram(1) + histogram(2)])
+    assert three == []
