@@ -29,6 +29,7 @@ def settings_of(arguments: argparse.Namespace, start: Path | None, epsilon: str,
     raw = config.to_mapping(config.load(config.find_config("demo")))
     raw["run"]["seed"] = seed
     raw["model"] |= {"backbone": arguments.model, "width": arguments.width, "pretrained": str(start or "none")}
+    raw["model"]["embedding_size"] = arguments.embedding_size
     raw["data"]["image_size"] = arguments.size
     raw["training"] |= {"lr": arguments.lr, "threads": arguments.threads, "precision": "float32"}
     raw["federation"] |= {"rounds": arguments.rounds, "local_epochs": arguments.local_epochs}
@@ -54,12 +55,11 @@ def data_of(arguments: argparse.Namespace, layout: str, people: int, seed: int) 
     return folder / "data"
 
 
-def state_of(arguments: argparse.Namespace, settings: Any, name: str, layout: str, data_dir: Path, run: str) -> Any:
-    from clients.local_update import open_client_state
+def site_of(arguments: argparse.Namespace, name: str, layout: str, data_dir: Path, run: str) -> Any:
     from clients.policy import OWN_MACHINE
     from clients.site import SiteSettings
 
-    site = SiteSettings(
+    return SiteSettings(
         name=name,
         dataset=layout,
         data_dir=data_dir,
@@ -69,25 +69,38 @@ def state_of(arguments: argparse.Namespace, settings: Any, name: str, layout: st
         pack_workers=arguments.threads,
         policy=OWN_MACHINE,
     )
-    return open_client_state(site, settings)
 
 
-def federate(settings: Any, states: Mapping[str, Any], run: str, threads: int) -> Any:
-    """The rounds in this process, as server and clients do them; returns the recogniser with the last model."""
+def state_of(arguments: argparse.Namespace, settings: Any, name: str, layout: str, data_dir: Path, run: str) -> Any:
+    from clients.local_update import open_client_state
+
+    return open_client_state(site_of(arguments, name, layout, data_dir, run), settings)
+
+
+def federate(
+    settings: Any, states: Mapping[str, Any], run: str, threads: int, begin: tuple[Any, Any] | None = None
+) -> Any:
+    """The rounds in this process, as server and clients do them; returns the recogniser with the last model.
+
+    begin: the first model and its manifest; None: as the settings say.
+    """
     from clients.local_update import train
     from common import config
-    from common.models.recogniser import trainable_names
-    from common.protocol.parameters import flatten, load_shared
+    from common.models.recogniser import moving_names, trainable_names
+    from common.protocol.parameters import Part, flatten, load_shared
     from common.protocol.wire import Task
     from server.aggregate import WeightedChange
     from server.app import initial_model
     from server.global_model import GlobalModel, ServerOptimiser
 
-    recogniser, manifest = initial_model(settings)
+    recogniser, manifest = begin or initial_model(settings)
     model = GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec)
-    optimiser = ServerOptimiser.of(settings.federation, manifest, trainable_names(recogniser))
+    trainable = settings.training.trainable
+    learned = trainable_names(recogniser, trainable)
+    part = Part.of(manifest, moving=moving_names(recogniser, "shared", trainable), trainable=learned)
+    optimiser = ServerOptimiser.of(settings.federation, manifest, learned)
     for server_round in range(1, settings.federation.rounds + 1):
-        total = WeightedChange(manifest.size)
+        total = WeightedChange(part.part.size)
         for state in states.values():
             task = Task(
                 kind="train",
@@ -102,7 +115,7 @@ def federate(settings: Any, states: Mapping[str, Any], run: str, threads: int) -
             reply = train(state, task, model.received.copy())
             if reply.change is not None:
                 total.add(reply.change, reply.num_examples)
-        model.step(optimiser, total.mean())
+        model.step(optimiser, part.spread(total.mean()))
     load_shared(recogniser, model.received, manifest)
     return recogniser
 
@@ -111,8 +124,8 @@ def public_start(arguments: argparse.Namespace) -> Path:
     """Weights trained on made-up people of their own, for --public-rounds rounds without privacy."""
     from common.system.checkpoints import write_tensors
 
-    name = f"start-{arguments.model}-{arguments.width}-{arguments.size}-{arguments.public_people}"
-    path = arguments.scratch / f"{name}-{arguments.public_rounds}.safetensors"
+    named = ("model", "width", "embedding_size", "size", "public_people", "pictures", "public_rounds", "local_epochs")
+    path = arguments.scratch / f"start-{'-'.join(str(getattr(arguments, name)) for name in named)}.safetensors"
     if not path.exists():
         data_dir = data_of(arguments, "celeba", arguments.public_people, PUBLIC_SEED)
         alone = argparse.Namespace(**{**vars(arguments), "rounds": arguments.public_rounds})
@@ -216,6 +229,7 @@ def main() -> None:
     parser.add_argument("--public-rounds", type=int, default=6)
     parser.add_argument("--model", default="cnn")
     parser.add_argument("--width", type=float, default=0.5)
+    parser.add_argument("--embedding-size", type=int, default=256)
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--delta", type=float, default=1e-3)

@@ -110,7 +110,13 @@ def open_client_state(site: SiteSettings, settings: Settings, former: ClientStat
     former: another client's state of equal settings, which is not used any more: its backbone serves this one too,
     so that a process with many virtual clients holds one model.
     """
-    pack = open_site_pack(site, settings.data)
+    return state_of_pack(site, settings, open_site_pack(site, settings.data), former)
+
+
+def state_of_pack(
+    site: SiteSettings, settings: Settings, pack: FacePack, former: ClientState | None = None
+) -> ClientState:
+    """Build the model for a pack that is open.  Raises UserError when data or settings do not fit."""
     _require_enough(site, pack)
     _require_private(settings, pack.num_classes)
     head_seed = _head_seed(site, settings)

@@ -1,6 +1,7 @@
 """One site's answers: a message's content in, a reply's content out. A site that fails answers with one line."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
+from clients.frozen_part import whole_model
 from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
 from clients.own_record import keep_round
 from clients.packs import prune_packs
@@ -19,11 +21,14 @@ from clients.policy import PolicyRefusal, TaskWords, against_settings, against_t
 from clients.site import SiteSettings
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.protocol import wire
+from common.protocol.codec import Coded, num_bytes
 from common.protocol.ledger import RECEIPT
 from common.protocol.wire import Task
 from common.settings import Settings
 from common.system.events import LAST_TASK_FILE, SHOWN
 from common.training.evaluation import SPLITS
+
+_Model = tuple[NDArray[np.float32] | None, Coded | None]  # what of it training moves; what else came along
 
 log = logging.getLogger("facefed.client")
 
@@ -87,17 +92,17 @@ def _recorded(site: SiteSettings, task: Task, settings: Settings) -> Iterator[Pa
         record.save()
 
 
-def _answer(site: SiteSettings, task: Task, shared: NDArray[np.float32] | None, began: float) -> RecordDict:
+def _answer(site: SiteSettings, task: Task, model: _Model, began: float) -> RecordDict:
     settings = read_settings(task)
     with _recorded(site, task, settings) as record:
-        return _done(site, task, settings, shared, record, began)
+        return _done(site, task, settings, model, record, began)
 
 
 def _done(
     site: SiteSettings,
     task: Task,
     settings: Settings,
-    shared: NDArray[np.float32] | None,
+    model: _Model,
     record: PastTasks | None,
     began: float,
 ) -> RecordDict:
@@ -111,14 +116,20 @@ def _done(
             if record is not None:
                 prune_packs(site)
     state = watched(_workplace(site, task, settings), record)
-    if task.kind == "train":
-        if site.share is not None:  # it is no site, so it keeps no record of its own
-            return wire.reply_content(train(state, task, shared, began=began))
-        with keep_round(site, task, state.settings, num_pictures=len(state.pack), received=state.manifest.size) as kept:
+    folder = None if site.share is not None else state.state_folder(task.run_id)
+    moving, frozen = model
+    shared, keeps = (moving, "") if moving is None else whole_model(state.part, folder, task, moving, frozen)
+    if task.kind != "train":
+        reply = evaluate_global(state, task, shared)
+    elif site.share is not None:  # it is no site, so it keeps no record of its own
+        reply = train(state, task, shared, began=began)
+    else:
+        codec = settings.federation.download_codec
+        came = 0 if moving is None else num_bytes(codec, len(moving)) + (0 if frozen is None else frozen.nbytes)
+        with keep_round(site, task, state.settings, num_pictures=len(state.pack), bytes_down=came) as kept:
             reply = train(state, task, shared, began=began)
             kept(reply)
-        return wire.reply_content(reply)
-    return wire.reply_content(evaluate_global(state, task, shared))
+    return wire.reply_content(dataclasses.replace(reply, frozen=keeps))
 
 
 def _public_reason(error: FaceFedError) -> str:
@@ -147,7 +158,7 @@ def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
         _check(task)
         request = task
         record_receipt(ledger, site.name, task, task.received)
-        reply = _answer(site, task, shared, began)
+        reply = _answer(site, task, (shared, wire.read_frozen(content)), began)
     except FaceFedError as error:
         log.warning("%s%s: %s%s", SHOWN, site.name, error, _own_words(error))
         reason = f"{site.name}: {_public_reason(error)}"

@@ -14,7 +14,6 @@ from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of, known_scores,
 from common.metrics.names import BYTES_DOWN, BYTES_UP
 from common.models.recogniser import Recogniser
 from common.private_figures import HARDEST, hardest, own_threshold, private_pictures
-from common.protocol.codec import num_bytes
 from common.protocol.wire import Reply, Task, counts_nbytes
 from common.settings import Settings, TrackingSettings
 from common.system.checkpoints import write_tensors
@@ -48,11 +47,11 @@ def export_own_model(site: SiteSettings, task: Task, settings: Settings, recogni
 
 @contextlib.contextmanager
 def keep_round(
-    site: SiteSettings, task: Task, settings: Settings, *, num_pictures: int, received: int
+    site: SiteSettings, task: Task, settings: Settings, *, num_pictures: int, bytes_down: int
 ) -> Iterator[Callable[[Reply], None]]:
     """Record a round's training in this site's own folder, and meanwhile how busy its machine is.
 
-    received: the numbers of the model that came.  Yields what is called with the round's reply.  A failure costs a
+    bytes_down: of the model that came.  Yields what is called with the round's reply.  A failure costs a
     warning, never the round.
     """
     device = ",".join(resolve_devices(site.device))
@@ -67,11 +66,8 @@ def keep_round(
 
         def told(reply: Reply) -> None:
             if tracked:
-                up = down = 0
-                if reply.change is not None:
-                    up = reply.change.nbytes
-                    down = num_bytes(settings.federation.download_codec, received)
-                sizes = {BYTES_DOWN: float(down), BYTES_UP: float(up + counts_nbytes(reply))}
+                up = 0 if reply.change is None else reply.change.nbytes
+                sizes = {BYTES_DOWN: float(bytes_down), BYTES_UP: float(up + counts_nbytes(reply))}
                 tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
                 if reply.server_round == 1 and "test" in reply.evaluations:  # of the model before any training
                     tracked.log_dict(known_scores(reply.evaluations["test"]), UNTRAINED_FILE)

@@ -150,6 +150,7 @@ def _federate(
     trainable = settings.training.trainable
     learned = trainable_names(recogniser, trainable)
     moving = moving_names(recogniser, settings.model.normalisation, trainable)
+    part = Part.of(manifest, moving=moving, trainable=learned)
     limit = settings.federation.run_timeout_s
     waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
     run_id = surroundings.run_folder.name
@@ -157,9 +158,9 @@ def _federate(
         settings=settings,
         run_id=run_id,
         manifest=manifest,
-        model=GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec),
+        model=GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec, part),
         optimiser=ServerOptimiser.of(settings.federation, manifest, learned),
-        part=Part.of(manifest, moving=moving, trainable=learned),
+        part=part,
         mailbox=mailbox,
         roster=Roster(
             mailbox,

@@ -9,7 +9,8 @@ applies to trainable parameters only.  What else is shared (the running mean and
 averaged plainly: a step with momentum or an adaptive rate could make a variance negative.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError
 from common.protocol.codec import Coded, decode, encode, is_lossy
-from common.protocol.parameters import Manifest, Span, trainable_spans
+from common.protocol.parameters import Manifest, Part, Span, buffer_sha256, trainable_spans
 from common.settings import FederationSettings
 from common.strategies import STRATEGIES, Rates, Strategy
 
@@ -78,25 +79,61 @@ class ServerOptimiser:
 EXACT = "exact-model"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A model as it is sent: coded in two, so that who keeps what training does not move has the same bits."""
+
+    moving: Coded
+    frozen: Callable[[], Coded] | None = None  # makes the rest; None: all moves
+    digest: str = ""  # SHA-256 of the rest as it is received
+    part: Part | None = None
+
+    @classmethod
+    def of(cls, model: Buffer, codec: str, part: Part | None, digest: str = "") -> Self:
+        """model: [size] float32, kept.  part: None, all moves.  digest: where it is known."""
+        if part is None or not part.frozen.entries:
+            return cls(moving=encode(model, codec))
+
+        def rest() -> Coded:
+            return encode(part.left(model), codec)
+
+        digest = digest or buffer_sha256(decode(rest()))
+        return cls(moving=encode(part.taken(model), codec), frozen=rest, digest=digest, part=part)
+
+    def received(self) -> Buffer:
+        """The model as clients get it, [size] float32; not to be changed."""
+        moving = decode(self.moving)
+        return moving if self.frozen is None or self.part is None else self.part.joined(moving, decode(self.frozen()))
+
+
 class GlobalModel:
     """One flat model, changed in place."""
 
-    def __init__(self, exact: Buffer, codec: str) -> None:
-        """exact: [size] float32, kept and changed.  codec: of the download, one of `common.settings.CODECS`."""
-        self._exact, self._codec = exact, codec
+    def __init__(self, exact: Buffer, codec: str, part: Part | None = None) -> None:
+        """exact: [size] float32, kept and changed.  codec: of the download, one of `common.settings.CODECS`.
+
+        part: what of it training moves; None: all.
+        """
+        self._exact, self._codec, self._part = exact, codec, part
+        self._digest = Sent.of(exact, codec, part).digest
         self._coded = self._encode()
 
-    def _encode(self) -> Coded | None:
-        return encode(self._exact, self._codec) if is_lossy(self._codec) else None
+    def _encode(self) -> Sent | None:
+        return Sent.of(self._exact, self._codec, self._part, self._digest) if is_lossy(self._codec) else None
 
     @property
     def received(self) -> Buffer:
         """The model as clients get it, [size] float32; not to be changed."""
-        return self._exact if self._coded is None else decode(self._coded)
+        return self._exact if self._coded is None else self._coded.received()
 
-    def coded(self) -> Coded:
+    def coded(self) -> Sent:
         """What is sent; it stays as it is when the model goes on."""
-        return encode(self._exact.copy(), self._codec) if self._coded is None else self._coded
+        if self._coded is not None:
+            return self._coded
+        moves_whole = self._part is None or not self._part.frozen.entries
+        # A part is a copy already; the rest is never changed.
+        model = self._exact.copy() if moves_whole else self._exact
+        return Sent.of(model, self._codec, self._part, self._digest)
 
     def step(self, optimiser: ServerOptimiser, mean_change: Buffer) -> None:
         """Become the next round's model: the strategy's step with the clients' mean change."""
@@ -108,7 +145,9 @@ class GlobalModel:
         return {} if self._coded is None else {EXACT: self._exact}
 
     @classmethod
-    def restored(cls, received: Buffer, moments: dict[str, Buffer], codec: str) -> "GlobalModel":
+    def restored(
+        cls, received: Buffer, moments: dict[str, Buffer], codec: str, part: Part | None = None
+    ) -> "GlobalModel":
         """The model of a checkpoint.  moments: as kept; what is the model's own is taken out.
 
         Raises CheckpointError when the run was begun with another codec.
@@ -119,4 +158,4 @@ class GlobalModel:
                 f"the checkpoint holds {'no ' if exact is None else 'an '}exact model beside the received one, which"
                 f" does not go with federation.download_codec {codec!r}; resume with the settings the run began with."
             )
-        return cls(received if exact is None else exact, codec)
+        return cls(received if exact is None else exact, codec, part)

@@ -12,7 +12,7 @@ from common.errors import CheckpointError, NotEnoughClients
 from common.metrics.figures import AUC
 from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
-from common.protocol.codec import Coded, decode, encode, num_bytes
+from common.protocol.codec import num_bytes
 from common.protocol.parameters import Manifest, Part, buffer_sha256
 from common.protocol.refusals import is_spent
 from common.protocol.wire import Reply, Task
@@ -34,7 +34,7 @@ from server.exchange.roster import (
     share_of_each,
     waves,
 )
-from server.global_model import GlobalModel, ServerOptimiser
+from server.global_model import GlobalModel, Sent, ServerOptimiser
 from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
 from server.record.history import History, Tally, longest_first, named_norms, standing_out
@@ -82,6 +82,7 @@ class Federation:
     _gone_back: Counter[int] = field(default_factory=Counter)  # round -> how often its model was of no use
     _blamed: Counter[str] = field(default_factory=Counter)  # client -> how often that was its doing
     moves: Callable[[], bool] = lambda: False  # see `Exchange`
+    _keeps: dict[str, str] = field(default_factory=dict)  # see `Exchange`
     _pace: dict[tuple[str, str, bool], float] = field(default_factory=dict)  # (client, kind, last) -> s a picture
 
     def __post_init__(self) -> None:
@@ -146,24 +147,27 @@ class Federation:
         self.clock = clock = RoundClock()
         attempts = self._attempts()
         replies: dict[str, Reply] = {}
-        num_tasks = 0
+        bytes_down = 0
         while not replies:
             attempts -= 1
-            replies, norms, num_asked = self._attempt(server_round, is_last=attempts == 0)
-            num_tasks += num_asked
-        clients = {name: self._costs(name, reply) | norms[name] for name, reply in replies.items()}
-        self.waiter.leave_work(partial(self._round_is_whole, server_round, replies, clients, num_tasks, clock))
+            replies, measured, sent = self._attempt(server_round, is_last=attempts == 0)
+            bytes_down += sum(sent.values())
+        clients = {
+            name: {BYTES_DOWN: float(sent[name])} | self._costs(name, reply) | measured[name]
+            for name, reply in replies.items()
+        }
+        self.waiter.leave_work(partial(self._round_is_whole, server_round, replies, clients, bytes_down, clock))
 
     def _attempts(self) -> int:
         return self.settings.federation.round_attempts if self.roster.others_may_come() else 1
 
     def _attempt(
         self, server_round: int, *, is_last: bool
-    ) -> tuple[dict[str, Reply], dict[str, dict[str, float]], int]:
+    ) -> tuple[dict[str, Reply], dict[str, dict[str, float]], dict[str, int]]:
         """Have a round's model trained, and make the step.
 
-        Returns the replies, the norms of their changes, and how many clients were asked.  No replies: too few can be
-        used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
+        Returns the replies, the norms of their changes, and the bytes that went to each client.  No replies: too few
+        can be used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
         """
         members = self.roster.gather()
         self.clock.lap("wait")
@@ -194,7 +198,7 @@ class Federation:
                 if is_last:
                     raise
                 self.record.repeated(str(few))
-                return {}, {}, len(tasks)
+                return {}, {}, exchange.bytes_down
             self._score(server_round - 1, replies, splits)
             self.clock.lap("evaluate")
             if self.site_privacy is not None:
@@ -202,7 +206,7 @@ class Federation:
             self.model.step(self.optimiser, self._part.spread(change.mean()))
             self.clock.lap("aggregate")
         norms = {name: named_norms(*exchange.norms[name]) for name in replies}
-        return replies, norms, len(tasks)
+        return replies, norms, exchange.bytes_down
 
     def _aggregate(self) -> Aggregate:
         if self.site_privacy is not None:
@@ -214,14 +218,14 @@ class Federation:
         server_round: int,
         replies: Mapping[str, Reply],
         clients: Mapping[str, Mapping[str, float]],
-        num_tasks: int,
+        bytes_down: int,
         clock: RoundClock,
     ) -> None:
         """Tell and save; the seconds of it are the next round's.  clock: the round's own, which has stopped."""
         seconds = clock.metrics()
         self.clock.lap("wait")
         sizes = {
-            BYTES_DOWN: num_tasks * next(iter(clients.values()))[BYTES_DOWN],
+            BYTES_DOWN: float(bytes_down),
             BYTES_UP: sum(costs[BYTES_UP] for costs in clients.values()),
         }
         self.record.trained(self.history, server_round, replies, sizes=sizes, clients=clients)
@@ -267,6 +271,7 @@ class Federation:
             usual=lambda name, task: self._usual_seconds(name, task, members[name]),
             heard=self.record.heard,
             moves=self.moves,
+            keeps=self._keeps,
         )
         exchange.send(tasks, members, model)
         self.record.asked(tasks, members)
@@ -291,7 +296,7 @@ class Federation:
         step = task.server_round - 1 if task.kind == "train" else task.server_round
         if of_split("public", AUC) in self.history.at(step).metrics:  # the round is tried again
             return
-        self.record.public_scored(self.history, step, self.public.scores(decode(model()), self.waiter.check))
+        self.record.public_scored(self.history, step, self.public.scores(model().received(), self.waiter.check))
 
     def _require_enough(self, replies: Collection[str], members: Collection[str], step: int, *, kept: int) -> None:
         """kept: the newest round whose model is on disk; `step` itself when that model was only evaluated."""
@@ -354,16 +359,15 @@ class Federation:
         sha256 = buffer_sha256(received)
         keeps = bool(self.optimiser.moments) or bool(self.model.remembered())
         kept = self.checkpoints.load_moments(step, sha256) if keeps else {}
-        model = GlobalModel.restored(received, kept, self.settings.federation.download_codec)
+        model = GlobalModel.restored(received, kept, self.settings.federation.download_codec, self.part)
         self.optimiser.restore(kept)
         self.model, self.sha256 = model, sha256
 
     def _costs(self, client: str, reply: Reply) -> dict[str, float]:
-        """Bytes each way and seconds of one client's answer to a training task."""
-        federation, size = self.settings.federation, self.manifest.size
+        """Bytes and seconds of one client's answer to a training task."""
+        codec = self.settings.federation.upload_codec
         return {
-            BYTES_DOWN: float(num_bytes(federation.download_codec, size)),
-            BYTES_UP: float(num_bytes(federation.upload_codec, self._part.part.size) + wire.counts_nbytes(reply)),
+            BYTES_UP: float(num_bytes(codec, self._part.part.size) + wire.counts_nbytes(reply)),
             "answer_seconds": self.clock.answer_seconds(client),
         }
 
@@ -408,8 +412,8 @@ class Federation:
             self._require_enough(replied, members, step, kept=step)
         return tallies
 
-    def _coded_best(self, best: int) -> Coded:
-        return encode(self.checkpoints.load(best), "float32")
+    def _coded_best(self, best: int) -> Sent:
+        return Sent.of(self.checkpoints.load(best), "float32", self.part)
 
     def _evaluate_at_end(self, last_round: int) -> None:
         """Score the last model; then hand out the best one for good, scored on test unless the curve has that point."""

@@ -5,7 +5,7 @@ Flower's transfer cost follows the number of objects, not their bytes, so a mode
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,45 +91,66 @@ def trainable_spans(manifest: Manifest, trainable: Collection[str]) -> tuple[Spa
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What of the flat model training can move, and so what of a change travels."""
+    """What of the flat model training can move, and so what of a change and of a model travels each round."""
 
     whole: Manifest
     part: Manifest
     spans: tuple[Span, ...]  # of the part
+    frozen: Manifest = Manifest(())  # the rest, which stays as it is for the whole run
 
     @classmethod
     def of(cls, whole: Manifest, *, moving: Collection[str], trainable: Collection[str]) -> "Part":
         """moving, trainable: names, as of `common.models.recogniser.moving_names` and `trainable_names`."""
-        kept, offset = [], 0
-        for entry in whole.entries:
-            if entry.name in moving:
-                kept.append(Entry(name=entry.name, shape=entry.shape, offset=offset))
-                offset += entry.size
-        part = whole if len(kept) == len(whole.entries) else Manifest(tuple(kept))
-        return cls(whole=whole, part=part, spans=trainable_spans(part, trainable))
+        part = _close(entry for entry in whole.entries if entry.name in moving)
+        frozen = _close(entry for entry in whole.entries if entry.name not in moving)
+        part = part if frozen.entries else whole
+        return cls(whole=whole, part=part, spans=trainable_spans(part, trainable), frozen=frozen)
 
-    def _places(self) -> list[tuple[slice, slice]]:
-        """Of each tensor of the part, where it is in the whole and in the part."""
+    def _places(self, some: Manifest) -> list[tuple[slice, slice]]:
+        """Of each tensor of the part or the rest, where it is in the whole and there."""
         offsets = {entry.name: entry.offset for entry in self.whole.entries}
         return [
-            (slice(offsets[e.name], offsets[e.name] + e.size), slice(e.offset, e.offset + e.size))
-            for e in self.part.entries
+            (slice(offsets[e.name], offsets[e.name] + e.size), slice(e.offset, e.offset + e.size)) for e in some.entries
         ]
 
     def taken(self, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
         """The part of a buffer: [part.size]; the buffer itself where all of it moves.  buffer: [whole.size]."""
         if self.part is self.whole:
             return buffer
-        return np.concatenate([buffer[there] for there, _ in self._places()])
+        return np.concatenate([buffer[there] for there, _ in self._places(self.part)])
 
-    def spread(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The inverse, with zeros elsewhere: [whole.size]."""
+    def left(self, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rest of a buffer: [frozen.size].  buffer: [whole.size]."""
+        return np.concatenate([_NOTHING, *(buffer[there] for there, _ in self._places(self.frozen))])
+
+    def joined(self, part: NDArray[np.float32], frozen: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The inverse of `taken` and `left`: [whole.size]."""
         if self.part is self.whole:
             return part
-        whole = np.zeros(self.whole.size, dtype=np.float32)
-        for there, here in self._places():
-            whole[there] = part[here]
+        whole = np.empty(self.whole.size, dtype=np.float32)
+        for some, values in ((self.part, part), (self.frozen, frozen)):
+            for there, here in self._places(some):
+                whole[there] = values[here]
         return whole
+
+    def spread(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A change of the whole, [whole.size], which leaves the bits of all else as they are."""
+        if self.part is self.whole:
+            return part
+        # x + (-0.0) is x, also where x is -0.0, which + 0.0 would make another number of.
+        return self.joined(part, np.full(self.frozen.size, -0.0, dtype=np.float32))
+
+
+_NOTHING = np.empty(0, dtype=np.float32)
+
+
+def _close(entries: Iterable[Entry]) -> Manifest:
+    """A manifest of these tensors, one behind the other."""
+    kept, offset = [], 0
+    for entry in entries:
+        kept.append(Entry(name=entry.name, shape=entry.shape, offset=offset))
+        offset += entry.size
+    return Manifest(tuple(kept))
 
 
 def flatten(state: Mapping[str, Tensor], manifest: Manifest) -> NDArray[np.float32]:

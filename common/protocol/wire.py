@@ -3,6 +3,7 @@
     join      -> task settings                      <- who the client is and what it holds (counts)
     train     -> task settings, shared parameters   <- their change, num-examples, sums, histograms
     evaluate  -> task settings, shared parameters   <- sums, histograms
+                 (of these once what training does not move; later only the rest)
     any of them, asked again for its answer         <- the answer, or after `beat_s` how far it is (beats.py)
 
 Heads, embeddings and pictures have no place in any of them.
@@ -31,7 +32,7 @@ from common.settings import CODECS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
-SHARED, CHANGE = "shared", "change"
+SHARED, FROZEN, CHANGE = "shared", "frozen", "change"
 WITHHELD_NAME, LONGEST_WITHHELD = "{split}-withheld", 20  # two words in place of a split's counts
 COUNTS_NAME = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
 FLAT = "facefed.flat"  # a flat buffer: dtype names the codec, shape its elements
@@ -59,7 +60,7 @@ _REPLY_NAMES: Mapping[str, frozenset[str]] = {
         + [f"{split}-{name}" for split in ("val", "test") for name in CLOSED_FIELDS]
     ),
     ARRAYS: frozenset([CHANGE, *(COUNTS_NAME.format(split=split) for split in ("val", "test"))]),
-    TASK: frozenset(["manifest", *(WITHHELD_NAME.format(split=split) for split in ("val", "test"))]),
+    TASK: frozenset(["manifest", FROZEN, *(WITHHELD_NAME.format(split=split) for split in ("val", "test"))]),
 }
 
 
@@ -72,6 +73,7 @@ class Task:
     server_round: int  # the round whose training is asked for; evaluate: the round whose model this is
     settings: str  # the run settings as JSON
     manifest: str = ""  # digest of the shared parameters' layout
+    frozen: str = ""  # SHA-256 of those that training does not move; they come along, or are there; empty: all move
     splits: str = ""  # which splits to evaluate the received model on, for example "val test"
     best_round: int = 0  # the client keeps its private state of this round
     precision: str = ""
@@ -118,6 +120,7 @@ class Reply:
     train: Mapping[str, float]  # TRAIN_FIELDS, with differential privacy not OF_CONTENT; empty after evaluate
     evaluations: Mapping[str, EvaluationSums]  # by split
     withheld: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> why nothing else of it leaves
+    frozen: str = ""  # `Task.frozen` of what the client keeps, so that it need not be sent again
     change: Coded | None  # None after evaluate
 
 
@@ -138,9 +141,13 @@ def _task_record(task: Task) -> ConfigRecord:
     return ConfigRecord(dataclasses.asdict(task))
 
 
-def pack_shared(shared: Coded) -> ArrayRecord:
-    """The flat global model as a record; made once, it serves the messages to all clients."""
-    return _record({SHARED: _flat_array(shared)})
+def pack_shared(shared: Coded, frozen: Coded | None = None) -> ArrayRecord:
+    """The flat global model as a record; made once, it serves the messages to all clients.
+
+    shared: what training moves.  frozen: the rest, for a client that does not keep it; None: all moves, or it does.
+    """
+    arrays = {SHARED: shared} | ({FROZEN: frozen} if frozen is not None else {})
+    return _record({name: _flat_array(coded) for name, coded in arrays.items()})
 
 
 def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -175,7 +182,8 @@ def task_message(task: Task, shared: ArrayRecord | None, *, node_id: int, ttl_s:
 def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
     """The inverse of `task_message` at the client, from a message's content.  Raises ReplyRefused for none of ours.
 
-    The parameters are [size] float32; with the codec float32 they may be the content's own bytes.
+    The parameters are those that training moves, [size] float32; with the codec float32 they may be the content's own
+    bytes.
     """
     try:
         fields: dict[str, Any] = dict(content[TASK])
@@ -186,6 +194,12 @@ def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
         return task, codec.take(_read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED))
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
+
+
+def read_frozen(content: RecordDict) -> Coded | None:
+    """The parameters that training does not move, of a message that `read_task` took; None: they did not come."""
+    arrays: Any = content.get(ARRAYS, {})
+    return _read_flat(arrays, FROZEN) if FROZEN in arrays else None
 
 
 def _header(record: Mapping[str, Any], name: str, stype: str) -> Array:
@@ -319,7 +333,8 @@ def reply_content(reply: Reply) -> RecordDict:
         arrays[CHANGE] = _flat_array(reply.change)
     content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: _record(arrays)})
     withheld = {WITHHELD_NAME.format(split=split): words for split, words in reply.withheld.items()}
-    content[TASK] = ConfigRecord({"manifest": reply.manifest, **withheld})
+    kept = {FROZEN: reply.frozen} if reply.frozen else {}
+    content[TASK] = ConfigRecord({"manifest": reply.manifest, **kept, **withheld})
     return content
 
 
@@ -376,6 +391,7 @@ def read_reply(message: Message, splits: str) -> Reply:
                 split: NOTHING if split in withheld else _read_split(split, sums, arrays) for split in splits.split()
             },
             withheld=withheld,
+            frozen=str(message.content[TASK].get(FROZEN, "")),
             change=_read_flat(arrays, CHANGE) if CHANGE in arrays else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:

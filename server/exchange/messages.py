@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from common.errors import ReplyRefused
 from common.protocol import wire
 from common.protocol.beats import Beat
-from common.protocol.codec import Coded, num_bytes
+from common.protocol.codec import num_bytes
 from common.protocol.parameters import Manifest
 from common.protocol.wire import Reply, Task
 from common.settings import FederationSettings
@@ -26,8 +26,9 @@ from server.exchange.guard import (
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.patience import SLOWEST_BYTES_PER_S, Patience
 from server.exchange.roster import Member, Share
+from server.global_model import Sent
 
-Download = Callable[[], Coded]
+Download = Callable[[], Sent]
 TTL_SLACK_S = 10.0  # our deadline passes first, and says so in our words
 LOOK_WHO_IS_HERE_EVERY_S = 1.0
 SOONEST = 0.5  # times `Task.beat_s`: a client that answers sooner is not asked again at once
@@ -64,7 +65,9 @@ class Exchange:
     usual: Callable[[str, Task], float | None] = lambda _client, _task: None  # seconds of that client's like answers
     heard: Callable[[str, Beat], None] = lambda _client, _beat: None  # is told how far a client is
     moves: Callable[[], bool] = lambda: False  # whether clients of this machine have moved since the last call
+    keeps: dict[str, str] = field(default_factory=dict)  # client -> which frozen part it keeps, by its last answer
     reasons: dict[str, str] = field(default_factory=dict)  # client -> why it was left out
+    bytes_down: dict[str, int] = field(default_factory=dict)  # client -> of the model that was sent to it
     norms: dict[str, ChangeNorms] = field(default_factory=dict)  # client -> of its change
     _tasks: Mapping[str, Task] = field(default_factory=dict)
     _members: Mapping[str, Member] = field(default_factory=dict)
@@ -77,15 +80,26 @@ class Exchange:
         self._tasks, self._members = tasks, members
         now = time.monotonic()
         patience = {name: self._patience(name, task, now) for name, task in tasks.items()}
-        shared = wire.pack_shared(model())
+        made = self._records(tasks, model())
         messages = [
             wire.task_message(task, shared, node_id=members[name].node_id, ttl_s=self._ttl_s(patience[name], now))
-            for name, task in tasks.items()
+            for name, (task, shared) in made.items()
         ]
         sent = dict(zip(tasks, self.mailbox.send(messages), strict=True))
-        del messages, shared  # the SuperLink has them now
+        del messages, made  # the SuperLink has them now
         self._awaited = {name: _Awaited(patience[name], sent[name], now, sent[name]) for name in tasks}
         self.clock.sent()
+
+    def _records(self, tasks: Mapping[str, Task], model: Sent) -> dict[str, tuple[Task, ArrayRecord]]:
+        """What goes to each client: who keeps what training does not move gets the rest only."""
+        lacking = {name for name in tasks if model.frozen is not None and self.keeps.get(name) != model.digest}
+        frozen = model.frozen() if model.frozen is not None and lacking else None
+        rest, whole = wire.pack_shared(model.moving), wire.pack_shared(model.moving, frozen)
+        found = {}
+        for name, task in tasks.items():
+            self.bytes_down[name] = model.moving.nbytes + (frozen.nbytes if frozen and name in lacking else 0)
+            found[name] = dataclasses.replace(task, frozen=model.digest), whole if name in lacking else rest
+        return found
 
     def _patience(self, name: str, task: Task, now: float) -> Patience:
         fixed, codec = self.federation.round_timeout_s, self.federation.upload_codec
@@ -109,8 +123,10 @@ class Exchange:
         """
         replies = {}
         for name, task in self._tasks.items():
+            self.keeps.pop(name, None)  # until it says so again: who failed may have lost what it had
             try:
                 replies[name] = self._receive(name, task, change)
+                self.keeps[name] = replies[name].frozen
             except ReplyRefused as refusal:
                 self.reasons[name] = str(refusal)
                 self.refused(task.server_round, name, str(refusal))

@@ -105,7 +105,9 @@ def trained_rounds(folder, rounds, uri="", **values):
     shared = flatten(state.recogniser.state_dict(), state.manifest)
     for server_round in range(1, rounds + 1):
         task = task_for(state.manifest, settings, server_round=server_round, splits="val")
-        with keep_round(site, task, settings, num_pictures=len(state.pack), received=state.manifest.size) as kept:
+        with keep_round(
+            site, task, settings, num_pictures=len(state.pack), bytes_down=state.manifest.num_bytes
+        ) as kept:
             kept(train(state, task, shared))
     return state, site, settings
 
@@ -167,7 +169,7 @@ def test_a_round_that_fails_leaves_the_folder_free(tmp_path):
     task = task_for(state.manifest, settings)
     with (
         pytest.raises(DataError, match="broken"),
-        keep_round(state.site, task, settings, num_pictures=1, received=1),
+        keep_round(state.site, task, settings, num_pictures=1, bytes_down=4),
     ):
         raise DataError("broken")
     spool.Spool(own_folder(state.site, task.run_id)).close()

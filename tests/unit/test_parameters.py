@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import CheckpointError
-from common.protocol.parameters import buffer_sha256, flatten, load_shared, manifest_of, views
+from common.protocol.parameters import Part, buffer_sha256, flatten, load_shared, manifest_of, views
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7.0), "c": torch.empty(0, 4), "d": torch.ones(2)}
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), max_size=6)
@@ -94,6 +94,18 @@ def test_load_shared_leaves_the_rest_alone():
     assert module[0].weight.requires_grad
     for name in ("0.bias", "1.weight", "1.bias"):
         assert torch.equal(module.state_dict()[name], before[name])
+
+
+def test_a_part_and_the_rest_are_the_whole_and_a_change_leaves_the_rests_bits():
+    manifest = manifest_of(STATE)
+    last = manifest.entries[-1]
+    part = Part.of(manifest, moving={last.name}, trainable={last.name})
+    whole = np.linspace(-1.0, 1.0, manifest.size, dtype=np.float32)
+    whole[0] = -0.0
+    np.testing.assert_array_equal(part.joined(part.taken(whole), part.left(whole)), whole)
+    moved = whole + part.spread(np.ones(last.size, dtype=np.float32))
+    assert part.left(moved).tobytes() == part.left(whole).tobytes()
+    assert (part.taken(moved) == part.taken(whole) + 1.0).all()
 
 
 def test_the_models_identity_is_the_hash_of_its_little_endian_bytes():

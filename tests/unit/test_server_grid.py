@@ -160,5 +160,5 @@ def test_what_was_sent_stays_as_it_is_when_the_model_goes_on():
     model = GlobalModel(np.ones(3, dtype=np.float32), "float32")
     sent = model.coded()
     model.step(ServerOptimiser.of(FederationSettings(), manifest, {"weight"}), np.full(3, 2.0, dtype=np.float32))
-    assert bytes(sent.data) == encode(np.ones(3, dtype=np.float32), "float32").data
+    assert bytes(sent.moving.data) == encode(np.ones(3, dtype=np.float32), "float32").data
     assert model.received.tolist() == [3.0, 3.0, 3.0]

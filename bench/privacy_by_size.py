@@ -1,0 +1,186 @@
+"""From how many people on privacy leaves something of what training gives: test AUC by epsilon, people and seed.
+
+    python -m bench.privacy_by_size [--people 500 2000 8000] [--epsilons 2 4 8 16] [--seeds 1 2 3]
+
+Two sites of made-up people, one in each layout, drawn once (`facefed data synth`): `--held` to set the audit's
+threshold, `--held` to test, the others to train on, of whom each seed takes a choice of its own, the fewer among the
+more.  The start is a model of other made-up people, whom everybody may have.  With `--trainable head_side` the trunk is
+worked out once a picture (`bench/frozen_trunk.py`); nothing is augmented, whatever is trained.  A row: test AUC and the
+AUC of membership inference, with intervals, at both sites.  bench/results/privacy_by_size.json and .png hold all rows;
+a row that is there is not made again, so the script can be stopped and goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.privacy_utility import RESULTS, SITES, data_of, draw, federate, public_start, scored, settings_of, site_of
+
+HEAD_SIDE = "head_side"
+
+
+def settings_for(arguments: argparse.Namespace, start: Path, epsilon: str, seed: int) -> Any:
+    from common import config
+
+    raw = config.to_mapping(settings_of(arguments, start, epsilon, seed))
+    raw["training"] |= {"trainable": arguments.trainable, "head_warmup_epochs": arguments.warmup_epochs}
+    raw["augmentation"] |= {"flip": 0.0, "crop": 0.0, "rotation_rad": 0.0, "colour": 0.0}
+    return config.from_mapping(raw)
+
+
+def whole_pack(arguments: argparse.Namespace, settings: Any, layout: str) -> Any:
+    """Everybody of a site: the last people held out for the test and for the threshold, all others to train on."""
+    from clients.packs import open_site_pack
+    from common.faces.splits import Split
+
+    people = arguments.drawn + 2 * arguments.held
+    folder = data_of(arguments, layout, people, 10 * arguments.drawing + SITES[layout])
+    pack = open_site_pack(site_of(arguments, layout, layout, folder, "whole"), settings.data)
+    split = np.full(len(pack), Split.TRAIN, dtype=np.int8)
+    split[pack.person >= arguments.drawn] = Split.VAL_PEOPLE
+    split[pack.person >= arguments.drawn + arguments.held] = Split.TEST_PEOPLE
+    return dataclasses.replace(pack, split=split)
+
+
+def features_of(start: Path, settings: Any, pack: Any) -> Any:
+    """The start's features of a whole pack, worked out once and kept beside the start."""
+    import torch
+
+    from bench.frozen_trunk import features
+    from server.app import initial_model
+
+    file = start.with_name(f"{start.stem}-{pack.key[:12]}-{len(pack)}.npy")
+    if not file.exists():
+        np.save(file, features(initial_model(settings)[0].backbone, pack).numpy())
+    return torch.from_numpy(np.load(file))
+
+
+class Sites:
+    """Both sites' packs, and where they are trained behind the trunk only, what the trunk gives."""
+
+    def __init__(self, arguments: argparse.Namespace, start: Path) -> None:
+        import torch
+
+        self._arguments, settings = arguments, settings_for(arguments, start, "off", 1)
+        self._packs = {layout: whole_pack(arguments, settings, layout) for layout in SITES}
+        self._table, self._first = None, dict.fromkeys(SITES, 0)
+        if arguments.trainable == HEAD_SIDE:
+            tables = [features_of(start, settings, pack) for pack in self._packs.values()]
+            self._table = torch.cat(tables)
+            self._first = dict(zip(SITES, np.cumsum([0, *map(len, tables)]).tolist(), strict=False))
+
+    def states(self, settings: Any, people: int, seed: int, run: str) -> dict[str, Any]:
+        """Each site's state with so many people to train on, chosen by the seed."""
+        from bench.frozen_trunk import FeaturesByRow, manifest_behind, numbered
+        from clients.local_update import state_of_pack
+        from common.faces.partition import part_of
+        from common.models.recogniser import private_names
+
+        found = {}
+        for layout, pack in self._packs.items():
+            chosen = np.random.default_rng([seed, SITES[layout]]).permutation(self._arguments.drawn)[:people]
+            rows = np.flatnonzero((pack.person >= self._arguments.drawn) | np.isin(pack.person, chosen))
+            site = site_of(self._arguments, layout, layout, Path(layout), run)
+            if self._table is None:
+                found[layout] = state_of_pack(site, settings, part_of(pack, rows))
+                continue
+            every = dataclasses.replace(pack, pictures=numbered(self._first[layout] + np.arange(len(pack))))
+            state = state_of_pack(site, settings, part_of(every, rows))
+            state.recogniser.backbone.trunk = FeaturesByRow(self._table)
+            found[layout] = dataclasses.replace(
+                state,
+                manifest=manifest_behind(state.recogniser),
+                private=private_names(state.recogniser, "shared"),
+                fresh={},
+            )
+        return found
+
+    def begin(self, settings: Any) -> tuple[Any, Any]:
+        """The first model and its manifest."""
+        from bench.frozen_trunk import FeaturesByRow, manifest_behind
+        from server.app import initial_model
+
+        recogniser, manifest = initial_model(settings)
+        if self._table is None:
+            return recogniser, manifest
+        recogniser.backbone.trunk = FeaturesByRow(self._table)
+        return recogniser, manifest_behind(recogniser)
+
+
+def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each size is whole with one seed before the next seed begins."""
+    start = public_start(arguments)
+    sites = Sites(arguments, start)
+    done = {(row["people"], row["seed"], row["epsilon"]) for row in known}
+    for seed in arguments.seeds:
+        for people in arguments.people:
+            for epsilon in ("start", "off", *arguments.epsilons):
+                if (people, seed, epsilon) in done:
+                    continue
+                began = time.process_time()
+                settings = settings_for(arguments, start, "off" if epsilon == "start" else epsilon, seed)
+                run = f"{people}-{seed}-{epsilon}-{time.time_ns()}"  # a row that was cut off has spent its budget
+                states = sites.states(settings, people, seed, run)
+                begin = sites.begin(settings)
+                recogniser = begin[0]
+                if epsilon != "start":
+                    recogniser = federate(settings, states, run, arguments.threads, begin)
+                row = {"people": people, "seed": seed, "epsilon": epsilon, **scored(recogniser, states, arguments)}
+                yield row | {"cpu_seconds": time.process_time() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, nargs="+", default=[500, 2000, 8000], help="to train on at each site")
+    parser.add_argument("--epsilons", nargs="+", default=["2", "4", "8", "16"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--trainable", default=HEAD_SIDE, choices=("all", "last_block", HEAD_SIDE, "norm"))
+    parser.add_argument("--drawn", type=int, default=8000, help="people to choose from")
+    parser.add_argument("--drawing", type=int, default=1, help="names the people")
+    parser.add_argument("--held", type=int, default=400, help="people held out for the test, and as many to calibrate")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--local-epochs", type=int, default=2)
+    parser.add_argument("--warmup-epochs", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=4, help="of each person")
+    parser.add_argument("--public-people", type=int, default=200)
+    parser.add_argument("--public-rounds", type=int, default=20)
+    parser.add_argument("--model", default="cnn")
+    parser.add_argument("--width", type=float, default=0.5)
+    parser.add_argument("--embedding-size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--clip", type=float, default=0.1)
+    parser.add_argument("--group-people", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, default=Path(".facefed/bench/privacy_utility"))
+    parser.add_argument("--name", default="privacy_by_size", help="of the two files of results")
+    arguments = parser.parse_args()
+    arguments.scratch, arguments.faces = arguments.scratch.resolve(), ""
+    path = RESULTS / f"{arguments.name}.json"
+    varied = ("people", "epsilons", "seeds", "name", "scratch")
+    asked = json.loads(json.dumps({k: v for k, v in vars(arguments).items() if k not in varied}, default=str))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = before.get("rows", []) if before.get("arguments") == asked else []
+    for row in rows(arguments, found):
+        found.append(row)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"arguments": asked, "rows": found}, indent=2) + "\n", encoding="utf-8")
+        members = [site["membership_auc"][0] for site in row["sites"].values()]
+        print(
+            f"{row['people']} people, seed {row['seed']}, epsilon {row['epsilon']}: test AUC {row['test_auc']:.4f},"
+            f" membership AUC {np.mean(members):.3f}, {row['cpu_seconds']:.0f} s of CPU",
+            flush=True,
+        )
+    draw(found, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
