@@ -1,13 +1,14 @@
 """From how many people on privacy leaves something of what training gives: test AUC by epsilon, people and seed.
 
-    python -m bench.privacy_by_size [--people 500 2000 8000] [--epsilons 2 4 8 16] [--seeds 1 2 3]
+    python -m bench.privacy_by_size [--people 500 2000 4000] [--epsilons 2 4 8 16] [--seeds 1 2 3]
 
-Two sites of made-up people, one in each layout, drawn once (`facefed data synth`): `--held` to set the audit's
-threshold, `--held` to test, the others to train on, of whom each seed takes a choice of its own, the fewer among the
-more.  The start is a model of other made-up people, whom everybody may have.  With `--trainable head_side` the trunk is
-worked out once a picture (`bench/frozen_trunk.py`); nothing is augmented, whatever is trained.  A row: test AUC and the
-AUC of membership inference, with intervals, at both sites.  bench/results/privacy_by_size.json and .png hold all rows;
-a row that is there is not made again, so the script can be stopped and goes on.
+Made-up people are drawn once (`facefed data synth`) and divided among two sites: `--held` people of each set the
+audit's threshold, as many are the test, and of the others each seed takes a choice of its own, the fewer among the
+more.  `--sites 1 --people 8000` is one site with all of them.  The start is a model of other made-up people, whom
+everybody may have.  With `--trainable head_side` the trunk is worked out once a picture (`bench/frozen_trunk.py`);
+nothing is augmented, whatever is trained.  A row: test AUC and the AUC of membership inference, with intervals, at each
+site.  bench/results/privacy_by_size.json and .png hold all rows; a row that is there is not made again, so the script
+can be stopped and goes on.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.privacy_utility import RESULTS, SITES, data_of, draw, federate, public_start, scored, settings_of, site_of
+from bench.frozen_trunk import FeaturesByRow, manifest_behind, numbered
+from bench.privacy_utility import RESULTS, data_of, draw, federate, public_start, scored, settings_of, site_of
 
-HEAD_SIDE = "head_side"
+HEAD_SIDE, LAYOUT = "head_side", "celeba"
 
 
 def settings_for(arguments: argparse.Namespace, start: Path, epsilon: str, seed: int) -> Any:
@@ -34,18 +36,12 @@ def settings_for(arguments: argparse.Namespace, start: Path, epsilon: str, seed:
     return config.from_mapping(raw)
 
 
-def whole_pack(arguments: argparse.Namespace, settings: Any, layout: str) -> Any:
-    """Everybody of a site: the last people held out for the test and for the threshold, all others to train on."""
+def whole_pack(arguments: argparse.Namespace, settings: Any) -> Any:
+    """Everybody who was drawn, as the site at the door would pack them."""
     from clients.packs import open_site_pack
-    from common.faces.splits import Split
 
-    people = arguments.drawn + 2 * arguments.held
-    folder = data_of(arguments, layout, people, 10 * arguments.drawing + SITES[layout])
-    pack = open_site_pack(site_of(arguments, layout, layout, folder, "whole"), settings.data)
-    split = np.full(len(pack), Split.TRAIN, dtype=np.int8)
-    split[pack.person >= arguments.drawn] = Split.VAL_PEOPLE
-    split[pack.person >= arguments.drawn + arguments.held] = Split.TEST_PEOPLE
-    return dataclasses.replace(pack, split=split)
+    folder = data_of(arguments, LAYOUT, arguments.drawn, arguments.drawing)
+    return open_site_pack(site_of(arguments, LAYOUT, LAYOUT, folder, "whole"), settings.data)
 
 
 def features_of(start: Path, settings: Any, pack: Any) -> Any:
@@ -62,48 +58,57 @@ def features_of(start: Path, settings: Any, pack: Any) -> Any:
 
 
 class Sites:
-    """Both sites' packs, and where they are trained behind the trunk only, what the trunk gives."""
+    """The drawn people divided among sites; where they are trained behind the trunk only, what the trunk gives."""
 
     def __init__(self, arguments: argparse.Namespace, start: Path) -> None:
-        import torch
-
         self._arguments, settings = arguments, settings_for(arguments, start, "off", 1)
-        self._packs = {layout: whole_pack(arguments, settings, layout) for layout in SITES}
-        self._table, self._first = None, dict.fromkeys(SITES, 0)
+        pack, self._table = whole_pack(arguments, settings), None
         if arguments.trainable == HEAD_SIDE:
-            tables = [features_of(start, settings, pack) for pack in self._packs.values()]
-            self._table = torch.cat(tables)
-            self._first = dict(zip(SITES, np.cumsum([0, *map(len, tables)]).tolist(), strict=False))
+            self._table = features_of(start, settings, pack)
+            pack = dataclasses.replace(pack, pictures=numbered(np.arange(len(pack))))
+        self._pack = pack
+
+    def _of(self, number: int, people: int, seed: int) -> Any:
+        """A site's pack: so many people to train on, and those held out, who are the same for every seed and size."""
+        from common.faces.partition import part_of
+        from common.faces.splits import Split
+
+        own = np.arange(number, self._arguments.drawn, self._arguments.sites)
+        held = self._arguments.held
+        chosen = np.random.default_rng([seed, number]).permutation(own[2 * held :])[:people]
+        pack, person = self._pack, self._pack.person
+        if len(chosen) < people:
+            raise SystemExit(
+                f"{len(own) - 2 * held} people are there to train on at each site, {people} were asked for"
+            )
+        split = np.full(len(pack), Split.UNUSED, dtype=np.int8)
+        for code, whom in (
+            (Split.VAL_PEOPLE, own[:held]),
+            (Split.TEST_PEOPLE, own[held : 2 * held]),
+            (Split.TRAIN, chosen),
+        ):
+            split[np.isin(person, whom)] = code
+        return part_of(dataclasses.replace(pack, split=split), np.flatnonzero(split != Split.UNUSED))
 
     def states(self, settings: Any, people: int, seed: int, run: str) -> dict[str, Any]:
         """Each site's state with so many people to train on, chosen by the seed."""
-        from bench.frozen_trunk import FeaturesByRow, manifest_behind, numbered
         from clients.local_update import state_of_pack
-        from common.faces.partition import part_of
         from common.models.recogniser import private_names
 
         found = {}
-        for layout, pack in self._packs.items():
-            chosen = np.random.default_rng([seed, SITES[layout]]).permutation(self._arguments.drawn)[:people]
-            rows = np.flatnonzero((pack.person >= self._arguments.drawn) | np.isin(pack.person, chosen))
-            site = site_of(self._arguments, layout, layout, Path(layout), run)
-            if self._table is None:
-                found[layout] = state_of_pack(site, settings, part_of(pack, rows))
-                continue
-            every = dataclasses.replace(pack, pictures=numbered(self._first[layout] + np.arange(len(pack))))
-            state = state_of_pack(site, settings, part_of(every, rows))
-            state.recogniser.backbone.trunk = FeaturesByRow(self._table)
-            found[layout] = dataclasses.replace(
-                state,
-                manifest=manifest_behind(state.recogniser),
-                private=private_names(state.recogniser, "shared"),
-                fresh={},
-            )
+        for number in range(self._arguments.sites):
+            name = f"site-{number}"
+            site = site_of(self._arguments, name, LAYOUT, Path(name), run)
+            state = state_of_pack(site, settings, self._of(number, people, seed))
+            if self._table is not None:
+                state.recogniser.backbone.trunk = FeaturesByRow(self._table)
+                manifest, private = manifest_behind(state.recogniser), private_names(state.recogniser, "shared")
+                state = dataclasses.replace(state, manifest=manifest, private=private, fresh={})
+            found[name] = state
         return found
 
     def begin(self, settings: Any) -> tuple[Any, Any]:
         """The first model and its manifest."""
-        from bench.frozen_trunk import FeaturesByRow, manifest_behind
         from server.app import initial_model
 
         recogniser, manifest = initial_model(settings)
@@ -137,13 +142,14 @@ def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, nargs="+", default=[500, 2000, 8000], help="to train on at each site")
+    parser.add_argument("--people", type=int, nargs="+", default=[500, 2000, 4000], help="to train on at each site")
     parser.add_argument("--epsilons", nargs="+", default=["2", "4", "8", "16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--trainable", default=HEAD_SIDE, choices=("all", "last_block", HEAD_SIDE, "norm"))
-    parser.add_argument("--drawn", type=int, default=8000, help="people to choose from")
-    parser.add_argument("--drawing", type=int, default=1, help="names the people")
-    parser.add_argument("--held", type=int, default=400, help="people held out for the test, and as many to calibrate")
+    parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--drawn", type=int, default=8800, help="people, of all sites")
+    parser.add_argument("--drawing", type=int, default=11, help="names the people")
+    parser.add_argument("--held", type=int, default=200, help="people of a site for the test, and as many to calibrate")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--local-epochs", type=int, default=2)
     parser.add_argument("--warmup-epochs", type=int, default=0)
