@@ -1,7 +1,9 @@
 """Fixtures for every test: the real faces beside the checkout, and silence towards the outside."""
 
+import contextlib
 import logging
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,34 @@ def shared_faces() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tables_once(tmp_path_factory):
+    """MLflow's tables are made once for this process, and then copied: its migrations take seconds each time."""
+    import sqlalchemy
+    from mlflow.store.db import utils
+    from mlflow.store.model_registry import sqlalchemy_store
+
+    make, made = utils._initialize_tables, tmp_path_factory.mktemp("tables") / "made.db"
+
+    def copied(engine: sqlalchemy.Engine) -> None:
+        if engine.dialect.name != "sqlite":
+            make(engine)
+            return
+        if not made.exists():
+            first = sqlalchemy.create_engine(f"sqlite:///{made}")
+            make(first)
+            first.dispose()
+        with contextlib.closing(sqlite3.connect(made)) as source, engine.connect() as into:
+            source.backup(into.connection.dbapi_connection)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (utils, sqlalchemy_store):
+            patch.setattr(module, "_initialize_tables", copied)
+        yield
+
+
 @pytest.fixture(scope="module")
-def silent_mlflow():
+def silent_mlflow(tables_once):  # noqa: ARG001 - for what it does
     """The environment that our programs give MLflow: silent outside, and soon done with a server that is away."""
     from common.system.runtime import PATIENCE, SILENCE
 

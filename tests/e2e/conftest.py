@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 from programs import Ended, Programs
-from warm import Warm
+from warm import Warm, WarmPrograms
 
 # Threads that wait for others of their program sleep: while they spin, the programs of the other tests wait for a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -166,14 +166,15 @@ def with_tables(made_once):
 
 @pytest.fixture(scope="session")
 def warm():
-    """Where programs that refuse their input are forked."""
+    """Where programs that end by themselves are forked."""
     with contextlib.closing(Warm()) as made:
         yield made
 
 
 @pytest.fixture
-def programs(tmp_path):
-    made = Programs(tmp_path)
+def programs(tmp_path, warm):
+    """Of this test's folder: what is started is a process as a user's, what is only run to its end a fork."""
+    made = WarmPrograms(tmp_path, warm)
     yield made
     made.close()
 

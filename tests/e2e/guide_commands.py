@@ -8,9 +8,10 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import psutil
@@ -165,8 +166,15 @@ def _answers(url: str) -> bool:
 class Reader:
     """Works through the blocks in their order, in one folder, with one shell's variables."""
 
-    def __init__(self, blocks: Sequence[Block], folder: Path, substitutions: Sequence[Substitution]) -> None:
-        self._blocks, self._folder, self.substitutions = blocks, folder, substitutions
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        folder: Path,
+        substitutions: Sequence[Substitution],
+        of_servers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """of_servers: variables that the servers get beside the shell's."""
+        self._blocks, self._folder, self.substitutions, self._of_servers = blocks, folder, substitutions, of_servers
         self._outcomes: list[BaseException | None] = []
         self.seconds: list[float] = []
         self._servers: dict[int, Server] = {}
@@ -230,7 +238,7 @@ class Reader:
         port = int(re.search(r"--port (\d+)", command)[1])
         if port in self._servers:
             self._servers.pop(port).end()
-        self._servers[port] = Server(command, port, path, self._folder, self._environment)
+        self._servers[port] = Server(command, port, path, self._folder, {**self._environment, **self._of_servers})
         return self._servers[port].printed
 
     def _interrupt(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from programs import Programs, assert_one_line
+from programs import assert_one_line
 from warm import WarmPrograms
 
 from tests.pages import commands_of
@@ -25,7 +25,7 @@ pytestmark = [
 class Ready:
     """A folder as the demo leaves it, in which docs/COMPARING.md's trainings were typed, and the same run elsewhere."""
 
-    programs: Programs
+    programs: WarmPrograms
     base: tuple[object, ...]
     cache: tuple[object, ...]
     fedavg: Path
@@ -34,8 +34,8 @@ class Ready:
     def runs(self) -> Path:
         return self.programs.cwd / "runs"
 
-    def evaluate(self, *arguments: object, programs: Programs | None = None):
-        return (programs or self.programs).run("facefed", "evaluate", *self.base, *arguments)
+    def evaluate(self, *arguments: object):
+        return self.programs.run("facefed", "evaluate", *self.base, *arguments)
 
     def typed(self, mode: str, *arguments: object):
         """The page's comparison of that mode."""
@@ -48,8 +48,8 @@ class Ready:
 
 
 @pytest.fixture(scope="module")
-def ready(faces, simulated, tmp_path_factory, with_tables):
-    programs = Programs(tmp_path_factory.mktemp("evaluate"))
+def ready(faces, simulated, tmp_path_factory, with_tables, warm):
+    programs = WarmPrograms(tmp_path_factory.mktemp("evaluate"), warm)
     (programs.cwd / "data").symlink_to(faces.folder / "data")
     (programs.cwd / "configs").mkdir()
     (programs.cwd / "configs" / "demo.toml").write_text(SMALL)
@@ -115,8 +115,7 @@ def test_one_client_without_mlflow(ready):
     assert "tested at celeba" not in ended.err
 
 
-def test_what_it_refuses_leaves_nothing(ready, warm):
-    refusing = WarmPrograms(ready.programs.cwd, warm)
+def test_what_it_refuses_leaves_nothing(ready):
     before = ready.left()
     refused = {
         ("--mode", "all"): (
@@ -138,11 +137,11 @@ def test_what_it_refuses_leaves_nothing(ready, warm):
         ),
     }  # fmt: skip
     for arguments, fragments in refused.items():
-        assert_one_line(ready.evaluate("--no-mlflow", *arguments, programs=refusing), "facefed", *fragments)
+        assert_one_line(ready.evaluate("--no-mlflow", *arguments), "facefed", *fragments)
     assert ready.left() == before
 
 
-def test_a_checkpoint_cut_short(ready, warm):
+def test_a_checkpoint_cut_short(ready):
     [run] = [
         path.parent for path in ready.runs.glob("*/run.json") if json.loads(path.read_text())["clients"] == ["celeba"]
         and json.loads(path.read_text())["mode"] == "local"
@@ -152,5 +151,5 @@ def test_a_checkpoint_cut_short(ready, warm):
     best = copy / "checkpoints" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:-1000])
     one = ("--mode", "single", "--client", "celeba", "--compare", "local", "--no-mlflow")
-    ended = ready.evaluate(*one, "--run", f"local={copy}", programs=WarmPrograms(ready.programs.cwd, warm))
+    ended = ready.evaluate(*one, "--run", f"local={copy}")
     assert_one_line(ended, "facefed", f"{best} is not a whole safetensors file")

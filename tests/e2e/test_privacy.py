@@ -76,15 +76,12 @@ def people(faces, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def simulations(faces, people, island, environment, tmp_path_factory, with_tables):
-    """The sealed one, and the folder of the one that strace saw."""
+def simulation(faces, people, island, environment, tmp_path_factory):
     sealed = Sealed(programs=Programs(tmp_path_factory.mktemp("sealed")), artifacts="mlruns")
-    seen = Programs(tmp_path_factory.mktemp("seen"))
-    with_tables(seen.cwd)
     what = ("--client", f"celeba={faces.celeba}", "--client", f"people:folder={people}", *faces.small)
-    with contextlib.closing(sealed.programs), contextlib.closing(seen):
-        simulate(sealed, seen, what, island, environment)
-        yield sealed, seen.cwd
+    with contextlib.closing(sealed.programs):
+        simulate(sealed, what, island, environment)
+        yield sealed
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +112,11 @@ def assert_every_point_is_stored(sealed, experiment):
     assert steps == {0, 1, 2}
 
 
-def test_a_simulation_succeeds_whole_without_an_outside(simulations):
-    sealed, _ = simulations
-    assert [ended.code for ended in sealed.ended.values()] == [0, 0], sealed.ended
-    assert set(mlflow_status(sealed.cwd).values()) == {"FINISHED"}
-    assert_every_point_is_stored(sealed, "facial_recognition_federated_fedavg")
-    assert query(sealed, "select name, version from model_versions order by version") == [
+def test_a_simulation_succeeds_whole_without_an_outside(simulation):
+    assert [ended.code for ended in simulation.ended.values()] == [0], simulation.ended
+    assert set(mlflow_status(simulation.cwd).values()) == {"FINISHED"}
+    assert_every_point_is_stored(simulation, "facial_recognition_federated_fedavg")
+    assert query(simulation, "select name, version from model_versions order by version") == [
         ("cnn_federated_fedavg", 1)  # the best round is the last one
     ]
 
@@ -148,9 +144,9 @@ def test_the_island_has_no_outside(island, deployment):
     )
 
 
-def test_no_process_of_a_simulation_asks_for_another_machine(simulations):
+def test_no_process_of_a_simulation_asks_for_another_machine(simulation):
     """Ray's gRPC server, its raylet, its agents and its workers too; and none of them lets another machine in."""
-    log = simulations[1] / LOG
+    log = simulation.cwd / LOG
     found = asked(log)
     assert not outside(found)
     assert families(log) <= {"AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_UNSPEC"}
@@ -188,10 +184,10 @@ def test_the_record_shows_who_asks_for_another_machine(deployment, island, tmp_p
     assert len(asked(log)) > len(found)
 
 
-def test_telemetry_would_be_seen_and_our_silence_stops_it(simulations, island, environment, programs, tmp_path):
+def test_telemetry_would_be_seen_and_our_silence_stops_it(simulation, island, environment, programs, tmp_path):
     """MLflow alone asks for its makers' server at the first experiment; after `go_silent` it does not."""
     seen = {}
-    shutil.copy(simulations[0].cwd / "mlflow.db", tmp_path / "copy.db")
+    shutil.copy(simulation.cwd / "mlflow.db", tmp_path / "copy.db")
     for name, first in (("loud", ""), ("silent", "from common.system.runtime import go_silent; go_silent()")):
         log = tmp_path / f"{name}.log"
         wrapper = [*island.wrapper, *recorder(log)]
@@ -204,14 +200,13 @@ def test_telemetry_would_be_seen_and_our_silence_stops_it(simulations, island, e
     assert not seen["silent"]
 
 
-def test_telemetry_is_off_in_every_child_process(simulations, deployment):
+def test_telemetry_is_off_in_every_child_process(simulation, deployment):
     """Seen while they ran; Ray's two agents write their titles over their environment, which is the raylet's."""
-    sealed, _ = simulations
     unreadable = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-    for name, command, variables in (*sealed.below, *deployment.below):
+    for name, command, variables in (*simulation.below, *deployment.below):
         if command.strip() not in unreadable:
             assert {key: variables.get(key) for key in SILENCE} == dict(SILENCE), (name, command)
-    commands = "\n".join(command for _, command, _ in (*sealed.below, *deployment.below))
+    commands = "\n".join(command for _, command, _ in (*simulation.below, *deployment.below))
     for part in (
         "gcs_server", "raylet", "ray::ClientAppActor", "-m mlflow", "uvicorn", "-m server.flower.redelivery",
         "-m server.flower.superexec", "flwr-serverapp", "-m clients.flower.supernode", "-m clients.flower.trainer",
@@ -220,8 +215,8 @@ def test_telemetry_is_off_in_every_child_process(simulations, deployment):
     assert '"disable_ui_telemetry":true' in deployment.ended["ui"].out.replace(" ", "").replace("\\n", "")
 
 
-def test_no_person_and_no_picture_is_named_in_mlflow(simulations, deployment, simulated, faces):
-    for run in (simulations[0], deployment):
+def test_no_person_and_no_picture_is_named_in_mlflow(simulation, deployment, simulated, faces):
+    for run in (simulation, deployment):
         everything = stored(run.cwd / "mlflow.db", run.cwd / run.artifacts)
         assert not holding([PERSON, USER], everything)
         assert holding(["facial_recognition_federated_fedavg", "val_roc_auc"], everything)
@@ -246,10 +241,10 @@ def pixels(faces):
                 yield (row[:, 0].astype(np.float32) / 127.5 - 1).tobytes()
 
 
-def test_no_picture_and_no_embedding_is_in_mlflow(simulations, deployment, faces):
+def test_no_picture_and_no_embedding_is_in_mlflow(simulation, deployment, faces):
     pieces = list(pixels(faces))
     assert len(pieces) > 192 + 3 * 8
-    for run in (simulations[0], deployment):
+    for run in (simulation, deployment):
         everything = stored(run.cwd / "mlflow.db", run.cwd / run.artifacts)
         assert not holding(pieces, everything)
         files = [path for path in (run.cwd / run.artifacts).rglob("*") if path.is_file() and "/wandb/" not in str(path)]
@@ -279,9 +274,9 @@ def _likeness_of_neighbours(pictures):
     return np.corrcoef(pictures[..., :-1].ravel(), pictures[..., 1:].ravel())[0, 1]
 
 
-def test_the_search_finds_what_is_planted(simulations, faces, tmp_path):
+def test_the_search_finds_what_is_planted(simulation, faces, tmp_path):
     """The control: a name in a tag, in any case, and in a path; pixels in a packed array; a face among noise."""
-    shutil.copy(simulations[0].cwd / "mlflow.db", tmp_path / "mlflow.db")
+    shutil.copy(simulation.cwd / "mlflow.db", tmp_path / "mlflow.db")
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         [(run,)] = database.execute("select run_uuid from runs limit 1")
         database.execute("insert into tags values ('note', 'trained with ada ZENKGRAF 03', ?)", (run,))

@@ -27,6 +27,19 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if "psycopg" in name else find_spec(name, package)
 """
+# Checking a password takes 0.1 s of a core on purpose, and the server does it for each of 600 requests.
+SHORT_CHECK = """\
+import functools
+import werkzeug.security
+
+werkzeug.security.generate_password_hash = functools.partial(
+    werkzeug.security.generate_password_hash, method="pbkdf2:sha256:1"
+)
+"""
+FINAL = """
+[tracking]
+plots = "final"
+"""
 
 
 def substitutions(postgresql, store):
@@ -57,13 +70,14 @@ def substitutions(postgresql, store):
 def folder(faces, tmp_path_factory):
     """What a reader has who made the demo's data, and once used wandb offline."""
     folder = tmp_path_factory.mktemp("guide") / "here"
-    for name in ("configs", ".facefed", "../hidden"):
+    for name in ("configs", ".facefed", "../hidden", "../short"):
         (folder / name).mkdir(parents=True)
     (folder / "data").symlink_to(faces.folder / "data")
     (faces.folder / "packs").mkdir(exist_ok=True)
     (folder / ".facefed" / "packs").symlink_to(faces.folder / "packs")
-    (folder / "configs" / "demo.toml").write_text(SMALL)
+    (folder / "configs" / "demo.toml").write_text(SMALL + FINAL)
     (folder / "../hidden/sitecustomize.py").write_text(NO_DRIVER)
+    (folder / "../short/sitecustomize.py").write_text(SHORT_CHECK)
     shutil.copytree(ROOT / "tests" / "data" / "wandb" / "wandb-0.31.0" / "wandb", folder / "wandb")
     return folder
 
@@ -78,7 +92,8 @@ def reader(folder):
         at_end.callback(database.close)
         store = ObjectStore()
         at_end.callback(store.close)
-        made = Reader(BLOCKS, folder, substitutions(database, store))
+        of_servers = {"PYTHONPATH": str(folder.parent / "short")}
+        made = Reader(BLOCKS, folder, substitutions(database, store), of_servers)
         at_end.callback(made.close)
         yield made
 

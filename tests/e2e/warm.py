@@ -1,15 +1,17 @@
-"""Runs programs in forks of one process that has imported their libraries: what refuses its input costs no 3 s each.
+"""Runs programs in forks of one process that has imported their libraries: torch and MLflow cost seconds of each.
 
-For programs that end by themselves before any work begins.  The function, the arguments, the folder, the environment,
-the files of its output and the exit code are a program's; only what importing costs is paid once.
+For programs that end by themselves.  The function, the arguments, the folder, the environment, the files of its output,
+what is done at exit and the exit code are a program's; only what importing costs is paid once.
 """
 
+import atexit
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from programs import DONE_WITHIN_S, Ended, Program, Programs
@@ -22,7 +24,8 @@ MAINS = {
 }
 IMPORTED = (
     "torch", "clients.flower.launch", "server.flower.launch", "simulation.commands", "simulation.compare.evaluate",
-    "simulation.sites", "common.faces.pack", "common.tracking.address",
+    "simulation.sites", "common.faces.pack", "common.tracking.address", "common.tracking.delivery",
+    "common.tracking.registry", "mlflow", "simulation.alone.epochs", "common.plots.verification",
 )  # fmt: skip
 
 
@@ -30,17 +33,20 @@ class Warm:
     """The process that forks."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._process: subprocess.Popen[str] | None = None  # until the first program
 
     def close(self) -> None:
         """End it."""
-        with self._process:
-            pass  # its streams are closed, and it ends with its stdin
+        if self._process:
+            with self._process:
+                pass  # its streams are closed, and it ends with its stdin
 
     def code(self, name: str, arguments: list[str], cwd: Path, log: Path) -> int:
         """The exit code of the program; it writes to log.out and log.err."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         assert self._process.stdin
         assert self._process.stdout
         task = {"name": name, "arguments": arguments, "cwd": str(cwd), "log": str(log), "environment": dict(os.environ)}
@@ -57,8 +63,9 @@ class WarmPrograms(Programs):
         self._warm, self._number = warm, 0
 
     def run(self, name: str, *arguments: object, timeout_s: float = DONE_WITHIN_S) -> Ended:
-        """Its end.  timeout_s: the fork has the default."""
-        assert timeout_s == DONE_WITHIN_S
+        """Its end; another's program, or one with less time, is a process of its own."""
+        if name not in MAINS or timeout_s != DONE_WITHIN_S:
+            return super().run(name, *arguments, timeout_s=timeout_s)
         self._number += 1
         log = self.cwd / f"{name}-{self._number}"
         code = self._warm.code(name, [str(argument) for argument in arguments], self.cwd, log)
@@ -104,6 +111,8 @@ def main() -> None:
             except BaseException:  # a program that raised shows it
                 sys.excepthook(*sys.exc_info())
             finally:
+                threading._shutdown()
+                atexit._run_exitfuncs()
                 sys.stderr.flush()
                 os._exit(code)
         _, status = os.waitpid(child, 0)

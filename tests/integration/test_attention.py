@@ -25,7 +25,10 @@ from simulation.cli import main
 from tests.comparable_models import write_run
 from tests.tiny_federation import SIDE, settings_with
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("tables_once"),
+]
 
 VIT = {
     "model__backbone": "vit_tiny", "model__width": 0.125, "model__depth": 2, "model__patch_size": 8,

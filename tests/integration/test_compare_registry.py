@@ -16,7 +16,10 @@ from simulation.compare.scoring import score
 from tests.comparable_models import CPU, PACKS, write_run
 from tests.tiny_federation import settings_with
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's tables
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
+    pytest.mark.usefixtures("tables_once"),
+]
 LOCAL = Wanted(kind="local", client="alpha")
 
 

@@ -44,6 +44,7 @@ def test_without_plots_nothing_is_drawn(tmp_path):
     assert not keep(tmp_path, tracking__plots="none").exists()
 
 
+@pytest.mark.usefixtures("tables_once")
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_a_sites_own_mlflow_gets_them_whatever_the_servers_tracking_is(tmp_path):
     uri = f"sqlite:///{tmp_path}/own.db"

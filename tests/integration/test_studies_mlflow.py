@@ -26,7 +26,7 @@ metric = "val_eer"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "tables_once"),
 ]
 
 

@@ -192,6 +192,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         assert found("sqlite:///mlflow.db", tmp_path)["disk of the runs"].state == state
 
 
+@pytest.mark.usefixtures("tables_once")
 def test_the_program_in_text_and_json(tmp_path, monkeypatch, capsys):
     """On a real, new sqlite database: the write test leaves no file and no active experiment."""
     from mlflow import MlflowClient

@@ -30,7 +30,7 @@ T0 = 1_700_000_000
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
+def uri(tmp_path_factory, tables_once):  # noqa: ARG001 - for what it does
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
