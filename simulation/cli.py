@@ -307,6 +307,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _train_parser(commands)
     _evaluate_parser(commands)
     _attention_parser(commands)
+    _export_parser(commands)
     add_tracking_parser(commands)
     add_certs_parser(commands)
     add_egress_parser(commands)
@@ -409,6 +410,24 @@ def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     add_tracking_settings(parser)  # the model brings all other settings
 
 
+def _export_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "write a trained model as ONNX, compared with the model itself first"
+    parser = commands.add_parser(
+        "export",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed export models:/resnet18_federated_fedavg@champion model.onnx",
+            "facefed export 20261128-101500-1a2b3c model.onnx",
+        ),
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="models:/NAME@champion or models:/NAME/VERSION, or a finished run's id or folder"
+    )
+    parser.add_argument("output", metavar="FILE", help="the file to write, such as model.onnx")
+    add_tracking_settings(parser)  # the model brings all other settings
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
@@ -442,6 +461,14 @@ def _attention(arguments: argparse.Namespace) -> int:
         address=address,
     )
     return show_attention(settings, request, sys.stdout)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    settings, address = read_run(arguments)
+    set_up_logging(settings.run.log_level)
+    from simulation.recognition.export import export_model
+
+    return export_model(settings, arguments.model, Path(arguments.output).expanduser(), sys.stdout, address)
 
 
 def _synth(arguments: argparse.Namespace) -> int:
@@ -588,6 +615,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: _attention(arguments),
+        ("export", ""): lambda: _export(arguments),
         ("completion", ""): lambda: _completion(arguments),
         ("egress", "report"): lambda: egress(arguments),
         ("policy", "show"): lambda: show_policy(arguments),

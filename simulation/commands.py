@@ -1,7 +1,7 @@
 """What `flower-simulation` and `facefed train` do between their flags and the work."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -75,10 +75,11 @@ def federate_here(
     err: TextIO,
     engine: Engine = Engine(),
     address: str = "",
+    begun: Callable[[Path], object] = str,
 ) -> int:
     """`flower-simulation`: check and pack every client's data, then federate them under Ray.
 
-    address: of the tracking, with its password; "": the settings' own is whole.
+    address: of the tracking, with its password; "": the settings' own is whole.  begun: is told the run's folder.
     """
     _check_engine(engine, out)
     options = parse_clients(clients)
@@ -104,6 +105,7 @@ def federate_here(
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
     settings, run_folder = begin_run(settings, address)
+    begun(run_folder)
     from simulation.engine.run import simulate
 
     rows = {

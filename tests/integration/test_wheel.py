@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT
 
 PROGRAMS = ("facefed", "flower-client", "flower-server", "flower-simulation")
-BUILT_FROM = ("common", "server", "clients", "simulation", "configs")
+BUILT_FROM = ("common", "server", "clients", "simulation", "facefed", "configs")
 UV = Path(sys.executable).with_name("uv")  # Flower brings it
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("common", "clients", "server", "simulation", "configs")
+PACKAGES = ("common", "clients", "server", "simulation", "facefed", "configs")
 IMPORTED_AS = {"PIL": "pillow", "grpc": "grpcio", "sklearn": "scikit-learn"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from common import config
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("common", "server", "clients", "simulation")
+PACKAGES = ("common", "server", "clients", "simulation", "facefed")
 SECTIONS = {section: kind.__name__ for section, kind in config._section_types().items()}
 
 

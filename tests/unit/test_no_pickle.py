@@ -33,7 +33,7 @@ from server.record.history import RoundRecord, read_scores
 from simulation.admin.wandb_log import read_records
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("common", "clients", "server", "simulation", "configs")
+PACKAGES = ("common", "clients", "server", "simulation", "facefed", "configs")
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "yaml"}
 # What is imported all the same: (file, name) -> why no file or message can reach it.
 ALLOWED = {

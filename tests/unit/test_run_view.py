@@ -92,7 +92,7 @@ def test_each_event_is_a_plain_line(event, line):
 def test_every_kind_that_is_emitted_is_known_here():
     """A new event needs a decision whether a person reads it."""
     emitted = set()
-    for package in ("common", "server", "clients", "simulation"):
+    for package in ("common", "server", "clients", "simulation", "facefed"):
         for file in (ROOT / package).rglob("*.py"):
             emitted |= set(re.findall(r"""\.emit\(\s*"(\w+)\"""", file.read_text("utf-8")))
     assert emitted
