@@ -40,8 +40,6 @@ INPUT: Final = "pictures"
 OUTPUT: Final = "embeddings"
 MOST_APART: Final = 1e-4  # 1 - cosine between the two embeddings of a picture
 NUM_PICTURES: Final = 100  # compared at export
-# With ONNX's own evaluator, in NumPy, a picture takes a hundred times as long as with onnxruntime.
-NUM_WITHOUT_RUNTIME: Final = 10
 
 _BATCHES: Final = (1, 4, 5)  # in turn: any size must do
 _SEED, _STREAM = 1, 77  # of the people who are drawn for the comparison, and of no data set
@@ -60,10 +58,9 @@ class Parity:
     @property
     def line(self) -> str:
         """In words."""
-        few = "" if self.num_pictures >= NUM_PICTURES else f"; with onnxruntime installed it is {NUM_PICTURES}"
         return (
             f"{self.num_pictures} drawn faces by {self.evaluator}, 1 - cosine at most {max(self.most_apart, 0.0):.1e}"
-            f" (allowed: {MOST_APART:.0e}){few}"
+            f" (allowed: {MOST_APART:.0e})"
         )
 
 
@@ -157,10 +154,10 @@ def metadata(settings: Settings, source: str) -> dict[str, str]:
 
 def compared(embedder: EmbeddingModel, content: bytes, image_size: int) -> Parity:
     """Run the file and the model on the same pictures, in batches of several sizes.  content: the file's."""
-    name, run, num_pictures = _evaluator(content)
-    pictures = drawn_faces(num_pictures, image_size)
+    name, run = _evaluator(content)
+    pictures = drawn_faces(NUM_PICTURES, image_size)
     most, start, turn = 0.0, 0, 0
-    while start < num_pictures:
+    while start < NUM_PICTURES:
         part = pictures[start : start + _BATCHES[turn % len(_BATCHES)]]
         start, turn = start + len(part), turn + 1
         with torch.inference_mode():
@@ -168,11 +165,11 @@ def compared(embedder: EmbeddingModel, content: bytes, image_size: int) -> Parit
         cosine = (own.astype(np.float64) * run(part)).sum(axis=1)
         # Written so that a number that is no number counts as apart.
         most = max(most, float(np.where(np.isfinite(cosine), 1.0 - cosine, np.inf).max()))
-    return Parity(num_pictures=num_pictures, most_apart=most, evaluator=name)
+    return Parity(num_pictures=NUM_PICTURES, most_apart=most, evaluator=name)
 
 
-def _evaluator(content: bytes) -> tuple[str, Callable[[Pictures], Pictures], int]:
-    """What runs the file: its name, a function, and how many pictures it is asked for."""
+def _evaluator(content: bytes) -> tuple[str, Callable[[Pictures], Pictures]]:
+    """What runs the file: its name, and a function."""
     try:
         onnxruntime = importlib.import_module("onnxruntime")  # by name: it is used where it is, and needed nowhere
     except ImportError:
@@ -180,16 +177,16 @@ def _evaluator(content: bytes) -> tuple[str, Callable[[Pictures], Pictures], int
         from onnx.reference import ReferenceEvaluator
 
         evaluator: Any = ReferenceEvaluator(load_from_string(content))
-        name, num_pictures = "ONNX's reference evaluator", NUM_WITHOUT_RUNTIME
+        name = "ONNX's reference evaluator"
     else:
         evaluator = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        name, num_pictures = f"onnxruntime {onnxruntime.__version__}", NUM_PICTURES
+        name = f"onnxruntime {onnxruntime.__version__}"
 
     def run(pictures: Pictures) -> Pictures:
         embeddings: Pictures = evaluator.run([OUTPUT], {INPUT: pictures})[0]
         return embeddings
 
-    return name, run, num_pictures
+    return name, run
 
 
 def drawn_faces(num_pictures: int, image_size: int) -> Pictures:

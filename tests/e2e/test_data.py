@@ -44,7 +44,10 @@ def test_prepare_packs_once(faces, programs):
 def test_audit_of_two_data_sets_together(faces, programs):
     ended = programs.run("facefed", "data", "audit", *faces.clients)
     assert ended.code == 0, ended
-    assert ended.err == "reading celeba: 96 pictures\nreading vggface2: 96 pictures\n"
+    told = [
+        line for line in ended.err.splitlines() if " of 96 pictures, " not in line
+    ]  # on a busy machine: how far it is
+    assert told == ["reading celeba: 96 pictures", "reading vggface2: 96 pictures"]
     for text in ("== celeba", "== vggface2", "12 people, 96 pictures", "test_people", "== shared between data sets",
                  "equal pictures in two data sets: 0"):  # fmt: skip
         assert text in ended.out

@@ -56,6 +56,7 @@ def _asked(server, port, example):
 
 def test_mlflow_serve_and_predict_answer_the_models_own_example(served):
     environment, model, example = served
+    assert list(json.loads(example.read_text())) == ["inputs"]  # as docs/TRACKING.md says
     mlflow, port = shutil.which("mlflow", path=environment["PATH"]), free_port()
     local = ["--env-manager", "local"]
     with subprocess.Popen(
