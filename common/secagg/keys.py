@@ -179,12 +179,12 @@ def load_identity(path: Path, name: str = "") -> Identity:
 
 
 def load_public(path: Path) -> ec.EllipticCurvePublicKey:
-    """A peer's P-384 key, NAME.pub of OpenSSH's format.  Raises UserError."""
+    """A site's P-384 key, NAME.pub of OpenSSH's format.  Raises UserError."""
     key = None
     with suppress(ValueError, UnsupportedAlgorithm):
         key = serialization.load_ssh_public_key(_content(path))
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise UserError(f"{path} is no P-384 public key of OpenSSH's format; remove it or put the peer's key there.")
+        raise UserError(f"{path} is not a P-384 public key of OpenSSH's format; remove it or put the key there.")
     return key
 
 
@@ -192,7 +192,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; put the file of `facefed certs` there.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 # -- fresh keys --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
 from common.names import CLIENT_NAME
+from common.secagg.keys import load_public
 
 CA, CA_KEY, SERVER, SERVER_KEY, CLIENTS, CLIENT_KEY, NAME, PEERS = (
     "ca.crt", "ca.key", "server.crt", "server.key", "clients", "client.key", "name", "peers"
@@ -132,14 +133,9 @@ def accepted_keys(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:
 def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     """A site's P-384 key in OpenSSH's format.  Raises CertificateError."""
     try:
-        key = serialization.load_ssh_public_key(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    except OSError as error:
-        raise CertificateError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise CertificateError(f"{path} is not a P-384 public key of OpenSSH's format; remove it or put the key there.")
-    return key
+        return load_public(path)
+    except UserError as error:
+        raise CertificateError(str(error)) from None
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:

@@ -173,7 +173,7 @@ def test_a_key_that_is_missing_or_of_another_kind_is_one_line(tmp_path):
     (tmp_path / "ada.pub").write_bytes(public)
     with pytest.raises(UserError, match=r"client.key is no P-384 private key"):
         load_identity(tmp_path)
-    with pytest.raises(UserError, match=r"ada.pub is no P-384 public key"):
+    with pytest.raises(UserError, match=r"ada.pub is not a P-384 public key"):
         load_public(tmp_path / "ada.pub")
     with pytest.raises(UserError, match=r"ben.pub cannot be read: No such file"):
         load_public(tmp_path / "ben.pub")
