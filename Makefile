@@ -19,7 +19,7 @@ SEED  ?= 0
 FIRST ?= 0
 RUNS  ?= 10
 
-.PHONY: help setup lock system demo test lint types unit e2e chaos docker-test bench bench-faces clean
+.PHONY: help setup lock system demo test lint types unit e2e chaos docker-test bench bench-faces gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -93,6 +93,9 @@ bench: $(STAMP) ## speed and memory against the peers, a table and JSON (a quart
 
 bench-faces: $(STAMP) ## accuracy on a CelebA and a VGGFace2 folder: make bench-faces CELEBA=DIR VGGFACE2=DIR (an hour)
 	$(BIN)/python -m bench.real_faces --celeba $(CELEBA) --vggface2 $(VGGFACE2)
+
+gpu-check: $(STAMP) ## what only a GPU shows, in under six minutes on one, into one JSON file; without a GPU it says so
+	$(BIN)/python -m bench.gpu_check
 
 clean: ## remove the environment and everything that runs left here
 	rm -rf $(VENV) build dist data runs logs chaos .facefed mlflow.db mlartifacts mlflow-auth *.egg-info
