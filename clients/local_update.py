@@ -46,7 +46,7 @@ from common.errors import ReplyRefused
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.design import most_pairs_of_a_person, num_pairs_of
-from common.metrics.sums import EvaluationSums
+from common.metrics.sums import EvaluationSums, open_set_only
 from common.models.recogniser import (
     Recogniser,
     build_recogniser,
@@ -320,6 +320,8 @@ def _evaluate(
                 person_pairs=person_pairs,
                 tick=tick,
             )
+        if state.settings.federation.evaluate_only:
+            sums = open_set_only(sums)
         seed = 0
         if policy.scores == "noisy":
             seed = keyed_seed(site_secret(state.site.cache_dir), "noise", f"{split}\n{buffer_sha256(model)}")

@@ -12,6 +12,7 @@ from common.errors import CheckpointError, FaceFedError
 from common.faces.pack import FacePack
 from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of, known_scores, scores, train_metrics
 from common.metrics.names import BYTES_DOWN, BYTES_UP
+from common.metrics.sums import open_set_only
 from common.models.recogniser import Recogniser
 from common.private_figures import HARDEST, hardest, own_threshold, private_pictures
 from common.protocol.wire import Reply, Task, counts_nbytes
@@ -89,13 +90,18 @@ def keep_own_record(
     try:
         tracked = _open(site, task, settings, len(pack), compute.devices, delivers=bool(site.tracking_uri))
         with finishing(tracked):
-            found = scores(evaluate(recogniser, pack, "test", compute))
+            sums = evaluate(recogniser, pack, "test", compute)
+            if settings.federation.evaluate_only:  # nobody has trained the head, so only people never seen are scored
+                sums = open_set_only(sums)
+            found = known_scores(sums) if settings.federation.evaluate_only else scores(sums)
             tracked.log_metrics({f"test_{name}": value for name, value in found.items()}, step=task.server_round)
             tracked.log_dict({"round": task.server_round, "test": found}, RESULTS_FILE)
             pictures: Mapping[str, SavesFigure] = {}
             if draws:
                 pictures = private_pictures(recogniser, pack, compute, client=site.name, seed=settings.run.seed)
                 _keep_hardest(tracked, recogniser, pack, compute, client=site.name)
+            if settings.federation.evaluate_only:
+                pictures = {name: figure for name, figure in pictures.items() if not name.startswith("confusion")}
             for name, figure in pictures.items():
                 tracked.log_figure(figure, f"plots/{name}")
     except (FaceFedError, OSError) as error:
@@ -136,7 +142,8 @@ def end_words(found: Mapping[str, float], untrained: Mapping[str, float], server
         if name in found:
             before = f" (untrained {untrained[name]:.3f})" if name in untrained else ""
             told.append(f"{label} {found[name]:.3f}{before}")
-    return f"the best model, of round {server_round}, on this site's own test pictures: {', '.join(told)}"
+    which = f"the best model, of round {server_round}," if server_round else "the model"  # that was only scored
+    return f"{which} on this site's own test pictures: {', '.join(told)}"
 
 
 def _figures(path: Path) -> dict[str, Any]:

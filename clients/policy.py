@@ -321,6 +321,8 @@ def against_task(policy: Policy, settings: Settings, kind: str, asked: TaskWords
     splits = asked.splits.split()
     if len(splits) != len(set(splits)):
         found.append(Against("splits", "max_extra_models", f"{len(splits)} splits", "each once"))
+    if kind == "train" and settings.federation.evaluate_only:
+        found.append(Against("federation.evaluate_only", "max_rounds", "a round of training", "none: scores alone"))
     if kind == "join":
         return found
     for name, word, words in (

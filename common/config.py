@@ -140,6 +140,13 @@ def _conflicts(settings: Settings) -> list[str]:
             'training.trainable = "norm" would train nothing that is shared with model.normalisation = "private"; use'
             ' "shared", or another part.'
         ]
+    if settings.federation.evaluate_only and settings.privacy.is_on:
+        return [
+            f'federation.evaluate_only gets nothing with privacy.unit = "{settings.privacy.unit}": no score leaves a'
+            ' site then; use "off", and each site\'s policy decides.'
+        ]
+    if settings.federation.evaluate_only and settings.model.normalisation == "private":
+        return ['federation.evaluate_only scores one whole model; use model.normalisation = "shared".']
     if settings.model.normalisation == "private" and settings.model.pretrained != "none":
         return [
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'

@@ -27,6 +27,7 @@ STATE_FILE = "state.json"  # in that one, written last
 CONFIG_FILE = "config.toml"  # its settings, resolved
 _SHOWN_CONFIG_FILE = "config.shown.toml"  # the same as others may see it, where that differs
 WEIGHTS_FILE = "pretrained.safetensors"  # what it began with, where that came from another run
+EVALUATED = "federated_evaluation"  # mode of a run in which sites score a model and train nothing
 _MAY_DIFFER = ("run.out", "run.log_level")
 
 
@@ -56,7 +57,7 @@ def has_checkpoint(folder: Path) -> bool:
 class RunKind:
     """What a run is, beside its settings."""
 
-    mode: str  # local | centralized | federated | twins | ablation | sweep | evaluation
+    mode: str  # local | centralized | federated | federated_evaluation | twins | ablation | sweep | evaluation
     experiment: str  # without the prefix, where it has one
     label: str  # opens the run's name in the tracking
     clients: Sequence[str] = ()  # in order of their names; a federation's are known later
@@ -88,6 +89,14 @@ def all_params(settings: Settings, kind: RunKind) -> dict[str, object]:
 def federated_kind(settings: Settings, program: str = "") -> RunKind:
     """The kind of a federated run.  program: that made it."""
     federation = settings.federation
+    if federation.evaluate_only:
+        return RunKind(
+            mode=EVALUATED,
+            experiment=EVALUATED,
+            label=f"{settings.model.backbone}_evaluated",
+            program=program,
+            params={"evaluated": settings.model.pretrained},
+        )
     return RunKind(
         mode="federated",
         experiment=f"federated_{federation.strategy}",
@@ -264,7 +273,9 @@ def unfinished_federation(run: str, out: str, given: tuple[Settings, str] | None
 
     given: those of a --config beside --resume, which must be the run's own.  Raises UserError, ConfigError.
     """
-    folder, _ = unfinished_run(run, out, command="federated", modes=("federated",), is_finished=has_ended_well)
+    folder, _ = unfinished_run(
+        run, out, command="federated", modes=("federated", EVALUATED), is_finished=has_ended_well
+    )
     if not has_checkpoint(folder):
         raise UserError(f"--resume {run}: that run was stopped before its first checkpoint; start a new one.")
     own = config.load_of_run(folder / CONFIG_FILE)

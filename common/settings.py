@@ -148,6 +148,7 @@ class FederationSettings:
 
     strategy: str = setting("fedavg")  # a row of common/strategies.py
     rounds: int = setting(10, low=1)
+    evaluate_only: bool = setting(default=False)  # nothing is trained: everybody scores the first model
     local_epochs: int | str = setting(2, low=1, word="off")  # in each round; off where local_steps is given
     local_steps: int | str = setting("off", low=1, word="off")  # in each round, instead: batches, across epochs' ends
     proximal_mu: float = setting(0.01, low=0.0)  # fedprox only

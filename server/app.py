@@ -192,6 +192,8 @@ def _federate(
         resume(federation)
         events.emit("resumed", round=federation.first_round - 1)
     outcome = federation.run()
+    if settings.federation.evaluate_only:
+        return federation.record.evaluated(outcome.history, outcome.sha256)
     summary: dict[str, object] = federation.record.finished(outcome.history, outcome.last_round, outcome.sha256)
     if settings.tracking.enabled:
         events.emit("saving")

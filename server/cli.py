@@ -12,7 +12,7 @@ from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, escaped
 from common.flags import add_run_settings, flags_of, program_parser, read_run, refuse_ablation, refuse_run_settings
 from common.settings import RunSettings, Settings
 from common.system.console import run_program, set_up_logging, stopping_on_signals, warn_of_open_files
-from common.system.events import EventReader
+from common.system.events import RUN_FILE, EventReader
 from common.system.processes import host_port, is_loopback, parse_address, require_free_port
 from common.system.run_view import Follower, RunView, begin_rows, ending_lines, federation_ending, header_lines
 from common.system.runtime import go_silent, reach_directly
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "flower-server --config demo                              two clients of this machine",
         "flower-server --tls certs --address 0.0.0.0:443          clients of other machines, each with its key",
         "flower-server --strategy fedprox --rounds 20 --model resnet50",
+        "flower-server --evaluate models:/resnet18_federated_fedavg@champion   everybody scores it, nobody trains",
         "flower-server --resume 20261128-101500-1a2b3c            go on with a run that was stopped",
     )
     group = program.add_argument_group("this server")
@@ -44,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         help="clients to wait for, and replies a round needs",
     )
     group.add_argument("--join-timeout", dest="federation.join_timeout_s", metavar="S", help="seconds to wait for them")
+    group.add_argument(
+        "--evaluate",
+        metavar="MODEL",
+        help="have everybody score a model, and train nothing: a registered model, FILE.safetensors, a run's folder or"
+        " id (whose settings it has, without --config)",
+    )
     group.add_argument("--resume", default="", metavar="RUN", help="go on with a run that was killed: its id or folder")
     group.add_argument("--database", metavar="FILE", help="keep Flower's state in this file instead of in memory")
     group.add_argument(
@@ -124,8 +131,34 @@ def _check_public_set(settings: Settings) -> None:
         open_public_set(settings)
 
 
+def _set_evaluation(arguments: argparse.Namespace) -> None:
+    """Make --evaluate MODEL the settings that it stands for.  Raises UserError."""
+    if arguments.resume:
+        raise UserError("--evaluate begins a run and --resume goes on with one; give one of them.")
+    if vars(arguments)["federation.rounds"] is not None:
+        raise UserError("--evaluate trains nothing, so there are no rounds; leave --rounds out.")
+    if not arguments.evaluate.strip() or arguments.evaluate in ("none", "imagenet"):
+        raise UserError(
+            f"--evaluate {arguments.evaluate!r} is no model; give models:/NAME@champion, FILE.safetensors, a run's"
+            " folder or its id."
+        )
+    if not arguments.config:
+        from common.runs import CONFIG_FILE
+
+        out = vars(arguments)["run.out"] or RunSettings().out
+        places = (Path(arguments.evaluate).expanduser(), Path(out).expanduser() / arguments.evaluate)
+        folder = next((place for place in places if (place / RUN_FILE).is_file()), None)
+        if folder is not None:
+            arguments.config = str(folder / CONFIG_FILE)
+    vars(arguments)["model.pretrained"] = arguments.evaluate
+    vars(arguments)["federation.rounds"] = "1"
+    arguments.set = [*arguments.set, "federation.evaluate_only=true"]
+
+
 def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, Path | None]:
     """The run's settings and tracking address, or with --resume those of the run that goes on, and its folder."""
+    if arguments.evaluate is not None:
+        _set_evaluation(arguments)
     if not arguments.resume:
         return *read_run(arguments, default_config=DEFAULT_CONFIG), None
     from common.runs import unfinished_federation

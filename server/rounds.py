@@ -91,13 +91,17 @@ class Federation:
         self.bound = ChangeBound(self._part.spans, first, self.settings.federation.max_change_factor)
 
     def run(self) -> Outcome:
-        """All rounds and the final evaluation.
+        """All rounds and the final evaluation; that alone of the first model with `federation.evaluate_only`.
 
         Raises NotEnoughClients, InterruptedRun; the checkpoint of the last whole round is on disk then.
         """
         last_round, is_over = self.first_round - 1, False
         if last_round == 0:
             self._save(0)
+        if self.settings.federation.evaluate_only:
+            self._evaluate(0, "val test", self.roster.gather(), self.model.coded, last=True)
+            self.checkpoints.write_state(0, self.sha256, self.history, self.record.counts())
+            return Outcome(history=self.history, last_round=0, sha256=self.sha256)
         try:
             while not is_over:
                 try:

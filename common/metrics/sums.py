@@ -146,6 +146,11 @@ NOTHING: Final = EvaluationSums(
 )
 
 
+def open_set_only(sums: EvaluationSums) -> EvaluationSums:
+    """The same without what a head says of its own people: of a model whose head nobody has trained."""
+    return replace(sums, closed=NOTHING.closed, confusion=np.zeros((0, 0), dtype=np.int64))
+
+
 def _scaled(counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """The counts, or as many times fewer of each as makes `most` of them all."""
     total = float(counts.sum(dtype=np.float64))

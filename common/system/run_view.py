@@ -71,6 +71,8 @@ def training_words(settings: Settings, *, federated: bool = False) -> str:
     if not federated:
         epochs = settings.local_training_epochs
         return f"{epochs} epoch{'s' * (epochs != 1)}, {about}"
+    if federation.evaluate_only:
+        return "nothing: everybody scores the model"
     unit, number = "epoch", federation.local_epochs
     if not isinstance(number, int):
         unit, number = "step", federation.local_steps
@@ -394,6 +396,7 @@ def ending_lines(ending: Ending, folder: Path | str, *, tracking: str) -> list[s
 
 def _table(ending: Ending) -> str:
     rows = [["model", *_COLUMNS], ["untrained", *_cells(ending.untrained)], [ending.label, *_cells(ending.trained)]]
+    rows = [row for row in rows if ending.untrained or row[0] != "untrained"]
     if len(ending.clients) > 1:
         rows += [[f"  at {name}", *_cells(figures)] for name, figures in ending.clients.items()]
     return table(rows)
@@ -423,6 +426,7 @@ def warnings_of(ending: Ending) -> list[str]:
 def federation_ending(summary: Mapping[str, Any]) -> Ending:
     """A federation's end, from its summary, which is the event "finished"."""
     notes = [f"model SHA-256 {summary['model_sha256']}"]
+    is_trained = not summary.get("evaluated")
     if summary.get("stopped_early"):
         notes.insert(0, f"stopped early after round {summary['rounds']} (training.patience)")
     if summary.get("refused_replies"):
@@ -432,8 +436,8 @@ def federation_ending(summary: Mapping[str, Any]) -> Ending:
         for name, figures in summary.get("clients", {}).items()
     }
     return Ending(
-        label="federated",
-        when=f"best round {summary['best_round']} of {summary['rounds']}",
+        label="federated" if is_trained else "all sites",
+        when=f"best round {summary['best_round']} of {summary['rounds']}" if is_trained else "nothing was trained",
         untrained=summary.get("untrained", {}),
         trained=summary.get("best", {}),
         clients=clients,

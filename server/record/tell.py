@@ -446,6 +446,46 @@ class Record:
         self._tracked.log_dict(summary, "metrics.json")
         return summary
 
+    def evaluated(self, history: History, sha256: str) -> dict[str, Any]:
+        """The pictures and the summary of a run that scored a model and trained nothing, also RUN/metrics.json."""
+        self._tell_refused(before=math.inf)
+        totals, tested = history.at(0).totals, history.at(0).sums.get("test", {})
+        validation = totals.get("val")
+        threshold = None if validation is None else known_threshold(validation.pairs)
+        if self._settings.tracking.plots != "none":
+            draw_scores(
+                self._tracked,
+                {"evaluated": totals["test"].pairs} if AUC in self._test_scores(history, 0) else {},
+                "evaluated",
+                None if validation is None else validation.pairs,
+            )
+            self._draw_clients(history, 0)
+        summary: dict[str, Any] = {
+            "evaluated": self._settings.model.pretrained,
+            "rounds": 0,
+            "model_sha256": sha256,
+            "refused_replies": self.num_refused,
+            "refusals": self._refusals,
+            "policy_refusals": self._by_policy,
+            "limited": self._limited,
+            "best": self._test_scores(history, 0),
+            "validation": {} if validation is None else known_scores(validation),
+            "threshold": threshold,
+            "few_people": self._few_people(tested),
+            "test_pairs": {name: site.test_pairs for name, site in self._sites.items()},
+            "clients": {name: final_metrics(sums) for name, sums in tested.items()},
+            "clients_quantiles": quantiles(history.at(0).clients) if self._are_many else {},
+        }
+        final = {f"test_{name}": value for name, value in summary["best"].items()}
+        final |= {} if threshold is None else {"test_threshold": threshold}
+        for name, scores in summary["clients"].items():
+            final |= {of_client(name, key): value for key, value in scores.items()}
+            self._children[name].log_metrics(scores, step=0)
+        self._tracked.log_metrics(final, step=0)
+        self._tracked.set_tags({"model_sha256": sha256})
+        self._tracked.log_dict(summary, "metrics.json")
+        return summary
+
     def _below_untrained(self, history: History, best: int) -> str:
         untrained, trained = (
             {

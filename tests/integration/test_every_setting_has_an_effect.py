@@ -837,3 +837,14 @@ def test_a_client_that_goes_on_failing_is_asked_so_often_and_no_more(tmp_path):
         federation_over(mailbox, settings_with(**values), tmp_path / str(limit)).run()
         asked[limit] = sum(node == 2 and task.kind == "train" for node, task in mailbox.tasks)
     assert asked == {2: 2, "off": 4}
+
+
+@proves("federation.evaluate_only")
+def test_a_federation_that_only_evaluates_asks_for_no_training(tmp_path):
+    asked = {}
+    for alone in (False, True):
+        mailbox = ScriptedMailbox({1: client("alpha"), 2: client("beta")})
+        settings = settings_with(federation__rounds=1, federation__evaluate_only=alone)
+        federation_over(mailbox, settings, tmp_path / str(alone)).run()
+        asked[alone] = {task.kind for _, task in mailbox.tasks}
+    assert asked == {False: {"join", "train", "evaluate"}, True: {"join", "evaluate"}}

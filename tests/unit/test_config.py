@@ -224,6 +224,8 @@ def valid_settings(draw) -> Settings:
     if model["attention"] not in ("glca", "dcal"):
         model["inference"] = "sa"
     raw["privacy"] = {}  # likewise
+    if raw["federation"]["evaluate_only"]:
+        model["normalisation"] = "shared"
     if model["normalisation"] == "private":
         raw["training"]["trainable"] = "all"
     raw["ablation"] = {}  # its texts are settings and values: tests/unit/test_ablation_settings.py
