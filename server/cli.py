@@ -14,7 +14,15 @@ from common.settings import RunSettings, Settings
 from common.system.console import run_program, set_up_logging, stopping_on_signals, warn_of_open_files
 from common.system.events import RUN_FILE, EventReader
 from common.system.processes import host_port, is_loopback, parse_address, require_free_port
-from common.system.run_view import Follower, RunView, begin_rows, ending_lines, federation_ending, header_lines
+from common.system.run_view import (
+    Follower,
+    RunView,
+    begin_rows,
+    ending_lines,
+    federation_ending,
+    header_lines,
+    header_row,
+)
 from common.system.runtime import go_silent, reach_directly
 
 if TYPE_CHECKING:
@@ -69,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="let nginx listen, which passes on what clients need and nothing else (default: where other machines reach"
         " the address)",
+    )
+    group.add_argument(
+        "--status-port",
+        metavar="PORT",
+        help="a page of who is in, rounds, scores, bytes and refusals, for this machine alone (HOST:PORT: for others"
+        " too, without a password)",
     )
     add_run_settings(program, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
     return program
@@ -190,7 +204,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.flower.front_door import find_nginx
     from server.flower.launch import ServerOptions
     from server.locks import database_held, run_held
+    from server.status import StatusServer, status_address
 
+    status = None if arguments.status_port is None else status_address(arguments.status_port)
     settings, address = _absolute(settings, address)
     tls = read_server_folder(Path(arguments.tls).expanduser().resolve(), host) if arguments.tls else None
     front_door = not is_loopback(host) if arguments.front_door is None else arguments.front_door
@@ -203,7 +219,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     with ExitStack() as held:
         if resumed:
             held.enter_context(run_held(resumed))
-        require_free_port(host, port, "--address")  # before anything of a run that cannot begin is left behind
+        for where in [(host, port, "--address"), *([(*status, "--status-port")] if status else [])]:
+            require_free_port(*where)  # before anything of a run that cannot begin is left behind
         if database:
             held.enter_context(database_held(database))
         _check_public_set(settings)
@@ -215,6 +232,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             settings, run_folder = begin_run(settings, address)
             held.enter_context(run_held(run_folder))
         options = ServerOptions(host=host, port=port, database=database, tls=tls, front_door=front_door)
+        if status is not None:
+            shown = held.enter_context(StatusServer(run_folder, *status))
+            sys.stdout.write(f"{header_row('status', shown.line)}\n")
         return _run(settings, options, run_folder)
 
 

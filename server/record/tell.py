@@ -16,7 +16,7 @@ from common.metrics.figures import (
     train_metrics,
 )
 from common.metrics.intervals import FROM_SUMS, intervals_from_sums
-from common.metrics.names import ROUND_SECONDS, WORK_SECONDS, of_client, of_split, seconds_of
+from common.metrics.names import BYTES_DOWN, BYTES_UP, ROUND_SECONDS, WORK_SECONDS, of_client, of_split, seconds_of
 from common.metrics.sums import EvaluationSums
 from common.plots import curves
 from common.plots.comparison import client_comparison
@@ -255,8 +255,15 @@ class Record:
         first, pictures = next(iter(tasks.values())), self._settings.round_pictures
         self._asked = {name: pictures(members[name].site.num_training_pictures) for name in tasks}
         self._answered = self._told_answered = 0
+        names = [] if self._are_many else sorted(tasks)
+        pictures_of_all = sum(self._asked.values())
         self._events.emit(
-            "asked", round=first.server_round, task=first.kind, clients=len(tasks), pictures=sum(self._asked.values())
+            "asked",
+            round=first.server_round,
+            task=first.kind,
+            clients=len(tasks),
+            pictures=pictures_of_all,
+            names=names,
         )
 
     def answered(self, client: str) -> None:
@@ -291,8 +298,16 @@ class Record:
         for name, own in tally.metrics.items():
             history.at(step).clients.setdefault(name, {}).update(own)
         self._log_of_clients(tally.metrics, step)
+        name = of_split("val", AUC)
+        own = {} if self._are_many else {site: one[name] for site, one in tally.metrics.items() if name in one}
         self._events.emit(
-            "scored", round=step, split=tally.split, best_round=history.best_round, is_last=is_last, **metrics
+            "scored",
+            round=step,
+            split=tally.split,
+            best_round=history.best_round,
+            is_last=is_last,
+            sites=own,
+            **metrics,
         )
 
     def _drawn(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -370,6 +385,7 @@ class Record:
             clients=int(metrics["round_clients"]),
             seconds=seconds[ROUND_SECONDS],
             train_loss=metrics.get("train_loss"),  # stays at the clients where they have differential privacy
+            **{way: metrics[way] for way in (BYTES_DOWN, BYTES_UP) if way in metrics},
         )
 
     def stopped_early(self, last_round: int, history: History) -> None:
