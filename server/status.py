@@ -298,7 +298,8 @@ def _facts(status: Mapping[str, Any]) -> str:
     cells = "".join(f"<div><span>{name}</span><b>{html.escape(text)}</b></div>" for name, text in facts.items())
     told = f'<p class="failed">{html.escape(status["line"])}</p>' if status["line"] else ""
     if clients["missing_since"]:
-        told += f"<p>{clients['wanted'] - clients['here']} more clients are needed, since {_clock(clients['missing_since'])}.</p>"
+        since = _clock(clients["missing_since"])
+        told += f"<p>{clients['wanted'] - clients['here']} more clients are needed, since {since}.</p>"
     return f'<div class="facts">{cells}</div>{told}'
 
 
@@ -365,8 +366,9 @@ def _warnings(status: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, head: list[str], rows: list[str], *, marks: list[str] | None = None, note: str = "") -> str:
-    aligned = rows[0].split("<td")[1:]  # as the cells below
-    begin = "".join(f"<th{cell.partition('>')[0]}>{name}</th>" for name, cell in zip(head, aligned, strict=True))
+    aligned = ["class='n'" in cell.partition(">")[0] for cell in rows[0].split("<td")[1:]]  # as the cells below
+    columns = zip(head, aligned, strict=True)
+    begin = "".join(f"<th class='n'>{name}</th>" if is_number else f"<th>{name}</th>" for name, is_number in columns)
     body = "".join(f"<tr{mark}>{row}</tr>" for mark, row in zip(marks or [""] * len(rows), rows, strict=True))
     told = f'<p class="note">{note}</p>' if note else ""
     return f'<h2>{title}</h2>{told}<div class="wide"><table><tr>{begin}</tr>{body}</table></div>'
