@@ -31,6 +31,7 @@ from simulation.admin.cli import (
     TRACKING_ACTIONS,
     add_certs_parser,
     add_egress_parser,
+    add_kubernetes_parser,
     add_policy_parser,
     add_privacy_parser,
     add_tracking_parser,
@@ -38,6 +39,7 @@ from simulation.admin.cli import (
     certs,
     egress,
     privacy_report,
+    render_kubernetes,
     show_policy,
 )
 from simulation.admin.completion import SHELLS, completion_script
@@ -312,6 +314,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     add_certs_parser(commands)
     add_egress_parser(commands)
     add_policy_parser(commands, _add_site_data)
+    add_kubernetes_parser(commands)
     add_privacy_parser(commands, _add_site_data)
     _completion_parser(commands)
     return parser
@@ -618,6 +621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("export", ""): lambda: _export(arguments),
         ("completion", ""): lambda: _completion(arguments),
         ("egress", "report"): lambda: egress(arguments),
+        ("k8s", "render"): lambda: render_kubernetes(arguments),
         ("policy", "show"): lambda: show_policy(arguments),
         ("policy", "check"): lambda: _check_policy(arguments),
         ("privacy", "attack"): lambda: _attack(arguments),

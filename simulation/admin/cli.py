@@ -16,6 +16,7 @@ from common.flags import (
     add_shared_files,
     examples,
     flags_of,
+    one_of,
     read_run,
     read_run_settings,
     tell_of_password,
@@ -254,6 +255,42 @@ def add_policy_parser(
     add_run_settings(
         check, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG
     )  # of the run that a server would ask for
+
+
+def add_kubernetes_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `k8s` to the commands of `facefed`."""
+    actions = commands.add_parser("k8s", help="a federation on Kubernetes").add_subparsers(dest="action", required=True)
+    text = "print the manifests: server, front door, MLflow, and for each site a Deployment, its volumes and its secret"
+    lines = examples(
+        "facefed k8s render --sites celeba,vggface2 > facefed.yaml",
+        "facefed k8s render --sites north:folder,south:folder --gpu --image registry.example.org/facefed:0.1.0",
+    )
+    render = actions.add_parser("render", help=text, description=text, epilog=lines)
+    render.add_argument("--sites", required=True, metavar="NAME[:DATASET],...", help=one_of(DATASETS))
+    render.add_argument("--gpu", action="store_true", help="a GPU for each site (nvidia.com/gpu)")
+    render.add_argument("--namespace", default="facefed", metavar="NAME", help="where all of it goes")
+    render.add_argument("--image", default="facefed:0.1.0", metavar="IMAGE", help="of docker/Dockerfile")
+    render.add_argument("--storage", default="10Gi", metavar="SIZE", help="of each volume")
+    render.add_argument("--run-config", default="demo", metavar="NAME", help="the server's configuration")
+
+
+def render_kubernetes(arguments: argparse.Namespace) -> int:
+    """`facefed k8s render`.  Raises UserError."""
+    from common import config
+    from simulation.admin.kubernetes import Cluster, render, require_label, sites_of
+
+    require_label("--namespace", arguments.namespace)
+    config.load(config.find_config(arguments.run_config))
+    cluster = Cluster(
+        sites=sites_of(arguments.sites),
+        has_gpu=arguments.gpu,
+        namespace=arguments.namespace,
+        image=arguments.image,
+        storage=arguments.storage,
+        config=arguments.run_config,
+    )
+    render(cluster, sys.stdout)
+    return 0
 
 
 def add_privacy_parser(
