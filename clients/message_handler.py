@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
 from clients.frozen_part import whole_model
 from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
-from clients.own_record import keep_round
+from clients.own_record import keep_round, tell_round
 from clients.packs import prune_packs
 from clients.past_tasks import PastTasks, prune_runs
 from clients.policy import PolicyRefusal, TaskWords, against_settings, against_task, digest_of, require_none
@@ -129,6 +129,7 @@ def _done(
         with keep_round(site, task, state.settings, num_pictures=len(state.pack), bytes_down=came) as kept:
             reply = train(state, task, shared, began=began)
             kept(reply)
+        tell_round(site, task, state.settings, reply)
     return wire.reply_content(dataclasses.replace(reply, frozen=keeps))
 
 

@@ -11,7 +11,7 @@ from clients.site import SiteSettings
 from common.errors import CheckpointError, FaceFedError
 from common.faces.pack import FacePack
 from common.metrics.figures import AUC, CLOSED, PAIRS, figures_of, known_scores, scores, train_metrics
-from common.metrics.names import BYTES_DOWN, BYTES_UP
+from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split, seconds_of
 from common.metrics.sums import open_set_only
 from common.models.recogniser import Recogniser
 from common.private_figures import HARDEST, hardest, own_threshold, private_pictures
@@ -19,7 +19,8 @@ from common.protocol.wire import Reply, Task, counts_nbytes
 from common.settings import Settings, TrackingSettings
 from common.system.checkpoints import write_tensors
 from common.system.events import SHOWN
-from common.system.files import read_json
+from common.system.files import Line, read_json, read_lines
+from common.system.live import clock_text
 from common.system.runtime import facefed_version, git_commit, resolve_devices
 from common.tracking.hardware import gpu_type, sample_hardware
 from common.tracking.notes import NOTE_TAG, data_note, experiment_note, run_note
@@ -27,6 +28,7 @@ from common.tracking.run import SavesFigure, TrackedRun, finishing, open_run
 from common.training.evaluation import evaluate
 from common.training.loop import Compute
 
+LONGEST_LEFT_S: Final = 366 * 86_400.0  # of a run; more is no guess
 _MODE: Final = "federated_client"
 RESULTS_FILE, UNTRAINED_FILE = "metrics.json", "untrained.json"  # in the site's folder of a run
 
@@ -65,15 +67,19 @@ def keep_round(
         except (FaceFedError, OSError) as error:
             log.warning("this client's own figures of round %d are not kept: %s", task.server_round, error)
 
-        def told(reply: Reply) -> None:
+        def keep(reply: Reply) -> None:
             if tracked:
                 up = 0 if reply.change is None else reply.change.nbytes
                 sizes = {BYTES_DOWN: float(bytes_down), BYTES_UP: float(up + counts_nbytes(reply))}
-                tracked.log_metrics(train_metrics(reply.train) | sizes, step=reply.server_round)
+                told = known_progress(task, settings.federation.rounds)
+                left = {seconds_of("left"): told["left"]} if "left" in told else {}
+                tracked.log_metrics(train_metrics(reply.train) | sizes | left, step=reply.server_round)
+                if AUC in told:
+                    tracked.log_metrics({f"global/{of_split('val', AUC)}": told[AUC]}, step=task.scored_round)
                 if reply.server_round == 1 and "test" in reply.evaluations:  # of the model before any training
                     tracked.log_dict(known_scores(reply.evaluations["test"]), UNTRAINED_FILE)
 
-        yield told
+        yield keep
 
 
 def keep_own_record(
@@ -116,6 +122,52 @@ def _keep_hardest(
     figure = hardest(recogniser, pack, compute, client=client, threshold=threshold)
     if figure is not None:
         tracked.keep_figure(figure, HARDEST)
+
+
+def tell_round(site: SiteSettings, task: Task, settings: Settings, reply: Reply) -> None:
+    """Say to the site's own user what a round of training came to: here, over all sites, and what leaves now."""
+    before = sum(
+        line.record.get("num_bytes", 0)
+        for line in _lines_of(site.state_dir / LEDGER / f"{task.run_id}.jsonl")
+        if line.record is not None and line.record.get("kind") == "sent"
+    )
+    log.info("%s%s: %s", SHOWN, site.name, round_words(task, settings.federation.rounds, reply, before))
+
+
+def _lines_of(path: Path) -> Iterator[Line]:
+    return read_lines(path) if path.exists() else iter(())
+
+
+def round_words(task: Task, num_rounds: int, reply: Reply, sent_before: int) -> str:
+    """What `tell_round` says.  sent_before: bytes that left in this run so far.
+
+    The server's numbers are shown only where they are such: an AUC, a round of the run, a time.
+    """
+    train, parts = reply.train, [f"round {task.server_round} of {num_rounds} is done here"]
+    if "seconds" in train:
+        parts[0] += f" in {train['seconds']:.1f} s"
+    if "loss_sum" in train and train.get("num_pictures"):
+        parts.append(f"train loss {train['loss_sum'] / train['num_pictures']:.3f}")
+    if told := known_progress(task, num_rounds):
+        parts += (
+            [f"the model of round {task.scored_round} over all sites: val AUC {told[AUC]:.3f}"] if AUC in told else []
+        )
+    leaving = counts_nbytes(reply) + (reply.change.nbytes if reply.change is not None else 0)
+    parts.append(f"{leaving / 1e6:.1f} MB go out ({(sent_before + leaving) / 1e6:.1f} MB in this run)")
+    if "left" in told:
+        parts.append(f"about {clock_text(told['left'])} left")
+    return "; ".join(parts)
+
+
+def known_progress(task: Task, num_rounds: int) -> dict[str, float]:
+    """What the server told of the run, as far as these are numbers that can be: AUC, and "left" in seconds."""
+    found = {}
+    auc, left, scored = task.val_auc, task.seconds_left, task.scored_round
+    if isinstance(auc, float) and 0.0 <= auc <= 1.0 and isinstance(scored, int) and 0 <= scored <= num_rounds:
+        found[AUC] = auc
+    if isinstance(left, float) and 0.0 <= left <= LONGEST_LEFT_S:
+        found["left"] = left
+    return found
 
 
 def tell_end(site: SiteSettings, task: Task) -> None:

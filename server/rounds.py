@@ -37,7 +37,7 @@ from server.exchange.roster import (
 from server.global_model import GlobalModel, Sent, ServerOptimiser
 from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
-from server.record.history import History, Tally, longest_first, named_norms, standing_out
+from server.record.history import History, Tally, longest_first, named_norms, progress_of, standing_out
 from server.record.tell import Record
 from server.site_privacy import BudgetSpent, SitePrivacy
 
@@ -251,6 +251,7 @@ class Federation:
             splits=splits,
             best_round=self.history.best_round,
             beat_s=beat_s(self.settings.federation),
+            **progress_of(self.history, step, self.settings.federation.rounds),
         )
         return _tasks_for(members, task, self.settings)
 

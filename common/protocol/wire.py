@@ -83,6 +83,9 @@ class Task:
     last: bool = False  # nothing follows: the run is over
     received: str = ""  # what came of this client last, for its egress ledger; see server/exchange/receipts.py
     beat_s: float = 0.0  # after so long a client that works on says how far it is; 0: it answers when it is done
+    scored_round: int = -1  # the newest round whose model's validation AUC over all sites is known; -1: none
+    val_auc: float = -1.0  # that AUC
+    seconds_left: float = -1.0  # of all rounds, by the newest ones; -1: not known
     again: str = ""  # id of the message whose answer is asked for once more, after a beat; the model is not sent again
 
 

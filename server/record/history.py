@@ -9,7 +9,7 @@ file for each, written when they change.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypedDict
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError
 from common.metrics.figures import AUC, known_scores, recorded
-from common.metrics.names import decile, of_split, present
+from common.metrics.names import ROUND_SECONDS, decile, of_split, present
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, WHOLE_NUMBERS, EvaluationSums
 from common.protocol.wire import Reply
 from common.system.checkpoints import read_sealed, write_sealed
@@ -26,6 +26,7 @@ from server.exchange.roster import MOST_TOLD_APART
 BY_CLIENT_AUC = of_split("val", f"{AUC}_median")  # over the clients that have one; it chooses the best round
 CHANGE_NORMS = ("change_norm", "change_norm_statistics")  # of a client's change: of parameters, of running statistics
 STANDS_OUT = 3.0  # times the median of the others' norms; honest ones differ by less, see docs/SECURITY.md
+NEWEST: Final = 5  # rounds by whose time that of the others is guessed
 _ALL = ""  # the name under which the sums of all clients stand; no client has it
 
 
@@ -121,6 +122,28 @@ def standing_out(clients: Mapping[str, Mapping[str, float]]) -> str | None:
         if ratio >= most:
             most, odd = ratio, name
     return odd
+
+
+class Progress(TypedDict):
+    """What a task tells a site of the run, by the fields of `Task`."""
+
+    scored_round: int
+    val_auc: float
+    seconds_left: float
+
+
+def progress_of(history: "History", step: int, num_rounds: int) -> Progress:
+    """How good the newest model is that was scored, and how long the rounds from `step` on may take."""
+    records, name = history.rounds, of_split("val", AUC)
+    scored = max((number for number, record in records.items() if name in record.metrics), default=-1)
+    timed = [number for number in sorted(records) if ROUND_SECONDS in records[number].metrics][-NEWEST:]
+    seconds = [records[number].metrics[ROUND_SECONDS] for number in timed]
+    to_come = max(0, num_rounds - step + 1)
+    return Progress(
+        scored_round=scored,
+        val_auc=records[scored].metrics[name] if scored >= 0 else -1.0,
+        seconds_left=to_come * sum(seconds) / len(seconds) if seconds else -1.0,
+    )
 
 
 @dataclass
