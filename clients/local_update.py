@@ -40,7 +40,7 @@ from clients.private_state import (
 )
 from clients.received_model import ModelWatch
 from clients.scores import NOT_SHARED, leaving
-from clients.site import OF_RUN, OF_SITE, SiteSettings
+from clients.site import MIDWAY, OF_RUN, OF_SITE, SiteSettings
 from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
@@ -74,6 +74,7 @@ from common.training.compute import on_devices
 from common.training.evaluation import SPLITS, TEST_PAIRS, design_of, evaluate, num_scored, people_digest
 from common.training.gradient_shares import GradientShares
 from common.training.loop import Compute, TrainSums, make_optimiser, train_round, warm_up_head
+from common.training.midway import Midway
 
 log = logging.getLogger("facefed.client")
 
@@ -374,7 +375,51 @@ def _shares(state: ClientState) -> GradientShares | None:
     return GradientShares(num_people=state.pack.num_classes)
 
 
-def _train_all(state: ClientState, task: Task, compute: Compute, optimiser: torch.optim.Optimizer) -> TrainSums:
+def _midway(state: ClientState, task: Task, compute: Compute, received: NDArray[np.float32]) -> Midway | None:
+    """Where a round that is cut off between two epochs is gone on with; None where each begins anew.
+
+    That is so on several devices, and of virtual clients and groups of people, whose parts are short.
+    """
+    minutes = state.settings.training.checkpoint_minutes
+    if isinstance(minutes, str) or compute.others or state.site.share is not None:
+        return None
+    if state.settings.privacy.unit == "person":
+        return None
+    path = state.state_folder(task.run_id) / MIDWAY
+    midway = Midway(path=path, question=_question(state, task, received), every_s=60.0 * minutes)
+    if midway.found():
+        log.info("%s%s: round %d goes on where it was cut off", SHOWN, state.site.name, task.server_round)
+    return midway
+
+
+def _warm_up(state: ClientState, task: Task, compute: Compute, midway: Midway | None) -> TrainSums:
+    """Train a new head alone, or take what is told of it from a round that was cut off after it."""
+    num_pictures = len(state.pack.indices(Split.TRAIN)) * state.settings.training.head_warmup_epochs
+    if midway is not None and midway.is_found:
+        kept = {name: int(value) for name, value in midway.counted.items()}
+        return TrainSums(
+            num_warmup_pictures=kept["num_warmup_pictures"],
+            num_warmup_steps=kept["num_warmup_steps"],
+            num_halvings=kept["num_halvings"],
+        )
+    with _telling(state, task, WARMING_UP, num_pictures) as tick:
+        warmup = warm_up_head(
+            state.recogniser,
+            state.pack,
+            settings=state.settings,
+            compute=compute,
+            stream_name=state.site.name,
+            tick=tick,
+        )
+    if midway is not None:
+        names = ("num_warmup_pictures", "num_warmup_steps", "num_halvings")
+        midway.counted = {name: getattr(warmup, name) for name in names}
+    return warmup
+
+
+def _train_all(
+    state: ClientState, task: Task, compute: Compute, optimiser: torch.optim.Optimizer, midway: Midway | None
+) -> TrainSums:
     """Train backbone and head on all of the site's training pictures, in place.
 
     Raises PolicyRefusal where one person gave too much of it.
@@ -394,6 +439,7 @@ def _train_all(state: ClientState, task: Task, compute: Compute, optimiser: torc
             shared=[entry.name for entry in state.manifest.entries],
             tick=tick,
             shares=shares,
+            midway=midway,
         )
     if shares is not None:
         require_none(against_share(state.site.policy, shares.largest()))
@@ -411,27 +457,26 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
     compute, received = _receive(state, task, shared)
     compute.place(recogniser)
     optimiser = make_optimiser(recogniser, settings.training)
-    folder, num_training = state.state_folder(task.run_id), len(state.pack.indices(Split.TRAIN))
+    folder, midway = state.state_folder(task.run_id), _midway(state, task, compute, received)
     found = _restore_private(state, task.run_id, task.server_round - 1, optimiser)
     started = time.perf_counter()
     found_scores = _evaluate(state, task, compute, received)
     evaluated = time.perf_counter()
     warmup = TrainSums()
     if found <= 0 and settings.privacy.unit != "person":  # the fresh state is round 0's, which no file has
-        with _telling(state, task, WARMING_UP, num_training * settings.training.head_warmup_epochs) as tick:
-            warmup = warm_up_head(
-                recogniser, state.pack, settings=settings, compute=compute, stream_name=state.site.name, tick=tick
-            )
+        warmup = _warm_up(state, task, compute, midway)
     warmed_up = time.perf_counter()
     if settings.privacy.unit == "person":
         sums, change, residue = _train_in_groups(state, task, compute, found, received)
     else:
-        sums = _train_all(state, task, compute, optimiser)
+        sums = _train_all(state, task, compute, optimiser, midway)
         optimiser.zero_grad(set_to_none=True)  # the gradients are of no use any more, and as large as a model
         change, residue = _coded_change(state, folder, found, received)
     trained = time.perf_counter()
 
     save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
+    if midway is not None:
+        midway.forget()
     # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
     # repeat both.  Not the state before the first round: it is made of the seed whenever it is wanted.
     prune(folder, {task.best_round, *range(task.server_round - 2, task.server_round + 1)})
@@ -439,7 +484,7 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         "receive_seconds": started - began,
         "evaluate_seconds": evaluated - started,
         "warmup_seconds": warmed_up - evaluated,
-        "seconds": trained - warmed_up,
+        "seconds": trained - warmed_up + (midway.seconds_before if midway is not None else 0.0),
         "send_seconds": time.perf_counter() - trained,
     }
     return Reply(

@@ -162,7 +162,8 @@ def round_words(task: Task, num_rounds: int, reply: Reply, sent_before: int) -> 
 def known_progress(task: Task, num_rounds: int) -> dict[str, float]:
     """What the server told of the run, as far as these are numbers that can be: AUC, and "left" in seconds."""
     found = {}
-    auc, left, scored = task.val_auc, task.seconds_left, task.scored_round
+    # As it came: nobody has looked at their types.
+    auc, left, scored = (getattr(task, name) for name in ("val_auc", "seconds_left", "scored_round"))
     if isinstance(auc, float) and 0.0 <= auc <= 1.0 and isinstance(scored, int) and 0 <= scored <= num_rounds:
         found[AUC] = auc
     if isinstance(left, float) and 0.0 <= left <= LONGEST_LEFT_S:

@@ -7,6 +7,7 @@ from typing import Final
 from clients.policy import DEFAULT, Policy
 
 OF_SITE: Final = "own"  # heads begin as the site's own secret says, which no server knows
+MIDWAY: Final = "midway.safetensors"  # beside a run's private states: of the round that is trained now
 OF_RUN: Final = "run"  # as run.seed says, where whoever runs the server holds the pictures
 
 

@@ -116,6 +116,7 @@ class TrainingSettings:
     memory_format: str = setting("auto", choices=("auto", "contiguous", "channels_last"))
     compile: str = setting("off", choices=("off", "on", "auto"))  # torch.compile; auto: where it pays within the run
     accumulate: int = setting(1, low=1)  # parts in which a batch's gradient is worked out, one after the other
+    checkpoint_minutes: float | str = setting("off", above=0.0, word="off")  # between epochs of a round, at a site
     activation_checkpointing: bool = setting(default=False)  # less memory, about a third more time
     threads: int | str = setting("auto", low=1, word="auto")  # CPU threads of each client
 

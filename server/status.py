@@ -140,11 +140,11 @@ class FederationStatus:
 
     def _seconds_left(self, now: float) -> float | None:
         """Of training, by the mean of the newest rounds; None before the first is whole, and without training."""
-        newest = [row["seconds"] for _, row in sorted(self.rounds.items()) if "seconds" in row][-5:]
+        newest: list[float] = [row["seconds"] for _, row in sorted(self.rounds.items()) if "seconds" in row][-5:]
         if self.state not in ("training", "waiting") or not newest or not self.num_rounds:
             return None
         usual, done = sum(newest) / len(newest), max(number for number, row in self.rounds.items() if "seconds" in row)
-        spent = max(0.0, now - self.rounds[done]["ended"])
+        spent = max(0.0, now - float(self.rounds[done]["ended"]))
         return max(0.0, (self.num_rounds - done) * usual - spent)
 
     # -- one method for each kind of event

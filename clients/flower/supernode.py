@@ -17,13 +17,17 @@ site's last connection, beside which the egress ledger lies, and the arguments a
 import argparse
 import contextlib
 import functools
+import json
 import logging
+import mmap
 import os
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,6 +60,7 @@ from clients.flower.own_lines import FlowerTold, mark_of
 from clients.flower.parts import Answered, Inside, Store, take_in_pieces
 from clients.flower.patches import Pace, hold_on, quicken
 from clients.flower.trainer import API, CLIENT_FAILED, JOIN, KEY, TrainerGone, hand_over
+from clients.site import MIDWAY
 from common.protocol import beats
 from common.protocol.beats import beat_of
 from common.system.progress import FILE as PROGRESS
@@ -138,13 +143,49 @@ def _interceptors(private_key: str) -> list[Any]:
     return [version, NodeAuthHttpInterceptor(key, key.public_key())]
 
 
+def may_go_on(content: RecordDict) -> bool:
+    """Whether a trainer that goes may leave a part of the round that the message asks for."""
+    try:
+        settings = json.loads(str(content["task"]["settings"]))
+        return asked_by(content).kind == "train" and settings["training"]["checkpoint_minutes"] != "off"
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def keep_on_disk(content: RecordDict, folder: Path) -> None:
+    """Let the arrays' bytes lie in a file that has no name, so that they can be handed over again.
+
+    Else each piece is given away when it is sent, so that a model is in memory once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in content.array_records.values():
+        for array in record.values():
+            pieces: Any = array.data
+            with tempfile.TemporaryFile(dir=folder) as file:
+                while isinstance(pieces, deque) and pieces:
+                    file.write(pieces.popleft())
+                if not file.tell():
+                    continue  # whole already, or empty
+                file.flush()
+                array.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # type: ignore[assignment]
+
+
+def last_written(path: Path) -> float:
+    """When a file was written, in seconds since 1970; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 class Job:
     """A task that the trainer works on, from a thread, until its answer is taken or it is left."""
 
-    def __init__(self, meeting: Path, message: Message) -> None:
-        """Hand the message's content over."""
+    def __init__(self, meeting: Path, message: Message, state_dir: Path) -> None:
+        """Hand the message's content over.  state_dir: the site's."""
         self.message_id, self.asked = message.metadata.message_id, asked_by(message.content)
         self.done, self.began = threading.Event(), time.time()
+        self._folder = state_dir / "private" / self.asked.run_id if may_go_on(message.content) else None
         self._answer: RecordDict | str | TrainerGone = ""
         self._connection: Connection | None = None
         self._is_left = False
@@ -154,7 +195,7 @@ class Job:
 
     def _work(self, meeting: Path, content: RecordDict) -> None:
         try:
-            self._answer = hand_over(meeting, content, self.answered.read, connected=self._connected)
+            self._answer = self._from_trainers(meeting, content)
         except TrainerGone as gone:
             self._answer = gone
         except Exception as error:
@@ -162,6 +203,24 @@ class Job:
             self._answer = TrainerGone("the trainer could not be asked; the client's own output says why.")
         self._connection = None
         self.done.set()
+
+    def _from_trainers(self, meeting: Path, content: RecordDict) -> RecordDict | str:
+        """The answer; of the next trainer where one went that had left more of a round than there was.
+
+        Raises TrainerGone.
+        """
+        if self._folder is not None:
+            keep_on_disk(content, self._folder)
+        newest = self.began
+        while True:
+            try:
+                return hand_over(meeting, content, self.answered.read, connected=self._connected)
+            except TrainerGone:
+                left = last_written(self._folder / MIDWAY) if self._folder is not None else 0.0
+                if self._is_left or left <= newest:
+                    raise
+                newest, self.answered = left, Answered()
+                log.warning("the trainer went in the middle of a round; the next one goes on after its last epoch")
 
     def _connected(self, connection: Connection) -> None:
         with self._lock:
@@ -261,7 +320,7 @@ class Executor:
                 return self._said(message, NOT_HERE)
             if job is not None and not job.done.is_set():
                 job.leave()
-            job = self._job = Job(self._meeting, message)
+            job = self._job = Job(self._meeting, message, self._ledger.parent)
         else:
             record_receipt(self._ledger, self._name, asked, str(task.get("received", "")))
         bounded = isinstance(wait_s, float) and wait_s > 0.0

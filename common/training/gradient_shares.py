@@ -8,7 +8,7 @@ attention inputs, of which the layers before and behind are; and units whose *di
 """
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -102,6 +102,19 @@ class GradientShares:
         """The sums of each layer, [groups, units] float32, in the order of the layers' names."""
         self._settle()
         return [self._sums[name] for name in sorted(self._sums)]
+
+    def so_far(self) -> dict[str, Tensor]:
+        """What was counted, for `go_on_from`: "pictures" [groups], and by layer [groups, units] float32."""
+        self._settle()
+        return {"pictures": self._pictures} | {f"layer/{name}": sums for name, sums in self._sums.items()}
+
+    def go_on_from(self, counted: Mapping[str, Tensor]) -> None:
+        """Count on from there.  counted: of `so_far`, on any device."""
+        device = self._pictures.device
+        self._pictures = counted["pictures"].to(device)
+        self._sums = {
+            name.removeprefix("layer/"): sums.to(device) for name, sums in counted.items() if name != "pictures"
+        }
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def forward(_layer: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -24,6 +24,7 @@ from common.system.progress import Tick, no_tick
 from common.system.runtime import random_stream
 from common.training.compute import Compute as Compute
 from common.training.gradient_shares import GradientShares
+from common.training.midway import Midway, Training
 from common.training.optimiser import make_optimiser as make_optimiser
 from common.training.rank_processes import on_every_device
 from common.training.ranks import Ranks, together
@@ -211,6 +212,7 @@ def train_epochs(
     choose_partners: Partners = random_partners,
     tick: Tick = no_tick,
     shares: GradientShares | None = None,
+    midway: Midway | None = None,
 ) -> TrainSums:
     """Train in place for `epochs`, a range within [0, total_epochs).
 
@@ -219,12 +221,12 @@ def train_epochs(
     `twins.partner` does not make it the twin.  tick: is told after each step how many pictures it took.
     shares: counts whose gradients they are.
     shared: names of the parameters, as they were received, that the strategy's own term of the loss is about.
-    penalty: any other; not with several devices.
+    penalty: any other; not with several devices.  midway: where it goes on from, and is kept; likewise.
     Raises TrainingFailed when a loss or gradient is not finite, or one of several devices fails, and UserError where a
     batch is too small for them.
     """
-    if penalty is not None and compute.others:
-        raise ValueError("a penalty of the caller's own cannot be added on several devices")
+    if compute.others and not (penalty is None and midway is None):
+        raise ValueError("a penalty of the caller's own, or a part of a training, is for one device alone")
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     _require_room(recogniser, pack, settings, compute)
     return on_every_device(
@@ -240,7 +242,7 @@ def train_epochs(
         shared=shared,
         choose_partners=choose_partners,
         **_watched(shares),
-        own_only={"penalty": penalty, "tick": tick, "shares": shares},
+        own_only={"penalty": penalty, "tick": tick, "shares": shares, "midway": midway},
     )
 
 
@@ -269,6 +271,7 @@ def train_round(
     shared: Sequence[str] = (),
     tick: Tick = no_tick,
     shares: GradientShares | None = None,
+    midway: Midway | None = None,
 ) -> TrainSums:
     """`train_epochs` for a round of the federation, from 1: its local epochs, or its local steps.
 
@@ -290,6 +293,7 @@ def train_round(
             shared=shared,
             tick=tick,
             shares=shares,
+            midway=midway,
         )
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     total, steps = settings.total_steps(per_epoch), settings.total_steps(per_epoch) // federation.rounds
@@ -306,7 +310,7 @@ def train_round(
         stream_name=stream_name,
         shared=shared,
         **_watched(shares),
-        own_only={"tick": tick, "shares": shares},
+        own_only={"tick": tick, "shares": shares, "midway": midway},
     )
 
 
@@ -345,6 +349,7 @@ def _train(
     shares: GradientShares | None = None,
     num_watched: int | None = None,
     ranks: Ranks | None = None,
+    midway: Midway | None = None,
 ) -> TrainSums:
     """Train on some steps of some epochs.  progress: (epoch, step) -> the fraction of all steps that are done."""
     compute.place(recogniser)
@@ -356,9 +361,12 @@ def _train(
     scaler = loss_scaler(compute)
     if ranks is not None and num_watched is not None:
         shares = shares or GradientShares(num_people=num_watched)
+    training = Training(recogniser=recogniser, optimiser=optimiser, scaler=scaler, sums=sums, shares=shares)
+    done = 0 if midway is None else midway.restore(training)  # after the strategy's term has seen what was received
+    tick(sums.num_pictures)
     watched = nullcontext() if shares is None else shares.watching(recogniser)
     with together(recogniser, ranks, compute) if ranks else nullcontext() as shared_passes, watched:
-        for epoch, steps in stretches:
+        for number, (epoch, steps) in enumerate(stretches[done:], start=done + 1):
             # An epoch that was begun in an earlier round goes on with other numbers than it began with.
             began = (epoch,) if steps.start == 0 else (epoch, steps.start)
             torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
@@ -389,6 +397,8 @@ def _train(
                     sums.add(stepped, len(batch.labels))
                     tick(len(batch.labels))
             sums.num_halvings += stepper.num_halvings
+            if midway is not None and number < len(stretches):
+                midway.after_stretch(training, number)
     if ranks is not None and shares is not None:
         ranks.add_up(shares.by_layer())
     return sums

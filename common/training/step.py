@@ -73,6 +73,11 @@ def is_halved(recogniser: Recogniser) -> bool:
     return recogniser.backbone in _halved
 
 
+def halve_from_now(recogniser: Recogniser) -> None:
+    """Halve the model's batches from now on: they were, before the training was cut off."""
+    _halved.add(recogniser.backbone)
+
+
 def in_parts(batch: Batch, number: int, own: Callable[[int], Part] | None = None) -> list[Batch]:
     """The batch in so many parts of nearly equal size; in fewer where one would have a single picture.
 

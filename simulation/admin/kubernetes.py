@@ -214,11 +214,12 @@ class _Pod:
         return {"metadata": {"labels": _chosen(self.part)["matchLabels"]}, "spec": spec}
 
     def _container(self, cluster: Cluster) -> Manifest:
-        mounts = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the pod's own
+        mounts: list[Manifest] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the pod's own
         mounts += [{"name": "certs", "mountPath": "/certs", "readOnly": True}] if self.keys else []
         mounts += [{"name": name, "mountPath": at, "readOnly": True} for name, at in self.secrets.items()]
         for name, at in self.claims.items():
-            mounts.append({"name": name, "mountPath": at} | ({"readOnly": True} if name in self.read_only else {}))
+            is_read_only: Manifest = {"readOnly": True} if name in self.read_only else {}
+            mounts.append({"name": name, "mountPath": at} | is_read_only)
         limits = {"cpu": self.cpu, "memory": self.memory} | ({"nvidia.com/gpu": self.gpus} if self.gpus else {})
         environment = [{"name": name, "value": value} for name, value in (self.environment or {}).items()]
         return {
@@ -243,7 +244,7 @@ class _Pod:
         lines = ["umask 077"]
         for number, at in enumerate(self.keys.values()):
             lines += [f"mkdir -p /certs{at}", f"cp -L /secrets/{number}/* /certs{at}/"]
-        mounts = [{"name": "certs", "mountPath": "/certs"}]
+        mounts: list[Manifest] = [{"name": "certs", "mountPath": "/certs"}]
         mounts += [
             {"name": name, "mountPath": f"/secrets/{number}", "readOnly": True}
             for number, name in enumerate(self.keys)

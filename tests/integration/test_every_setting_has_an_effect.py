@@ -848,3 +848,15 @@ def test_a_federation_that_only_evaluates_asks_for_no_training(tmp_path):
         federation_over(mailbox, settings, tmp_path / str(alone)).run()
         asked[alone] = {task.kind for _, task in mailbox.tasks}
     assert asked == {False: {"join", "train", "evaluate"}, True: {"join", "evaluate"}}
+
+
+@proves("training.checkpoint_minutes")
+@pytest.mark.parametrize(("minutes", "expected"), [("off", 0), (1e-6, 2), (60.0, 0)])
+def test_a_round_of_three_epochs_is_kept_between_them_so_often(minutes, expected, tmp_path, faces, monkeypatch):
+    written = []
+    monkeypatch.setattr("common.training.midway.write_sealed", lambda path, *_: written.append(path.name))
+    settings = changed(
+        BASE, federation__rounds=1, federation__local_epochs=3, training__checkpoint_minutes=minutes
+    )  # fmt: skip
+    two_rounds(settings, site_at(tmp_path, "folder", faces))
+    assert written == ["midway.safetensors"] * expected

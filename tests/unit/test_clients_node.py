@@ -3,17 +3,19 @@
 import contextlib
 import inspect
 import json
+import os
 import re
 import socket
 import stat
 import sys
 import threading
 import time
+from collections import deque
 
 import httpx
 import psutil
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from tiny_federation import site_settings
@@ -372,3 +374,49 @@ def test_a_beat_that_cannot_be_written_down_does_not_leave(site, tmp_path):
     (tmp_path / "egress").write_text("a file where the ledger's folder belongs")
     _, _, ask = site
     assert ask().error.reason == UNRECORDED
+
+
+def training(minutes, model):
+    """A train message whose settings keep a round between its epochs so often; its model came in pieces."""
+    settings = json.dumps({"training": {"checkpoint_minutes": minutes}})
+    task = {"kind": "train", "run_id": "run-1", "server_round": 3, "settings": settings}
+    content = RecordDict({"task": ConfigRecord(task)})
+    array = Array(dtype="float32", shape=(len(model) // 4,), stype="flat", data=model)
+    content["arrays"] = ArrayRecord({"shared": array})
+    content["arrays"]["shared"].data = deque([model[:5], model[5:]])
+    return Message(content, 5, "train")
+
+
+def sent(content):
+    """The model as `send_content` would send it, which gives pieces away."""
+    data = content["arrays"]["shared"].data
+    return b"".join(data.popleft() for _ in range(len(data))) if isinstance(data, deque) else bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "grows", "tries"),
+    [(15.0, [True, False], 2), (15.0, [True, True, True], 4), ("off", [True], 1), (15.0, [False], 1)],
+)
+def test_the_next_trainer_gets_the_same_task_where_the_last_one_left_more_of_the_round(
+    executed, tmp_path, minutes, grows, tries
+):
+    model, seen, written = bytes(range(64)), [], iter(grows)
+
+    def hand_over(_folder, content, _read, **_):
+        seen.append(sent(content))
+        grew = next(written, None)
+        if grew is None:
+            return RecordDict()
+        if grew:
+            file = tmp_path / "private" / "run-1" / "midway.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            os.utime(file, (time.time() + 60 + len(seen),) * 2)
+        raise TrainerGone("it went")
+
+    request = training(minutes, model)
+    (reply,) = executed(["token"], hand_over, lambda _: (request, "context", None, None)).replies
+
+    assert seen == [model] * tries
+    assert reply.has_error() == (grows != [True, True, True])
+    assert not list((tmp_path / "private").glob("run-1/tmp*"))
