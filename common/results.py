@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.metrics.figures import known_threshold, roc_auc, roc_curve
+from common.metrics.intervals import FROM_SUMS, intervals_from_sums
+from common.metrics.sums import EvaluationSums
 from common.metrics.thresholds import Thresholds, thresholds_from
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
-from common.tracking.notes import registered_note, version_note
-from common.tracking.registry import BEST_AND_LAST, THRESHOLDS, register_model
+from common.tracking.card import Card, model_card
+from common.tracking.notes import VERSION, registered_note, version_note
+from common.tracking.registry import BEST_AND_LAST, MODEL_CARD, THRESHOLDS, register_model
 from common.tracking.run import TrackedRun
 
 
@@ -28,6 +31,8 @@ class Trained:
     metrics: Mapping[str, float] = field(default_factory=dict)  # recorded with it
     # The pairs of its validation people, [2, NUM_BINS] of each client; asked for when it was loaded.
     validation: Callable[[], Sequence[NDArray[np.int64]]] = tuple
+    # The sums of its test people by client, likewise; of no client where it was not tested.
+    tested: Callable[[], Mapping[str, EvaluationSums]] = dict
 
 
 def register_models(
@@ -54,6 +59,8 @@ def register_models(
         model.load()
         words: list[str] = []
         thresholds = _thresholds(model)
+        chosen = f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}."
+        card = _card(tracked.described("data"), settings, model, name=name, chosen=chosen, thresholds=thresholds)
         version = register_model(
             tracked,
             EmbeddingModel(recogniser.backbone).eval(),
@@ -66,20 +73,33 @@ def register_models(
             metrics=model.metrics,
             held_back=held_back if role != "last" else "",
             tell=words.append,
-            note=version_note(
-                name,
-                settings.model.backbone,
-                settings.data.image_size,
-                data=tracked.described("data"),
-                chosen=f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}.",
-            ),
+            note=card,
             about=registered_note(name, settings.model.backbone),
-            beside={} if thresholds is None else {THRESHOLDS: json.dumps(thresholds.to_json(), indent=2) + "\n"},
+            beside={MODEL_CARD: card.replace(VERSION, "VERSION")}
+            | ({} if thresholds is None else {THRESHOLDS: json.dumps(thresholds.to_json(), indent=2)}),
             more_tags={} if thresholds is None else threshold_tags(thresholds),
         )
         if version is not None:
             done.append("; ".join([f"models:/{name}/{version} ({role}, {unit} {model.step})", *words]))
     return done
+
+
+def _card(
+    data: str, settings: Settings, model: Trained, *, name: str, chosen: str, thresholds: Thresholds | None
+) -> str:
+    tested = model.tested()
+    return model_card(
+        Card(
+            opening=version_note(name, settings.model.backbone, settings.data.image_size),
+            chosen=chosen,
+            data=data,
+            settings=settings,
+            is_federated=name.startswith(f"{settings.model.backbone}_federated_"),
+            tested=intervals_from_sums(tested)[1] if tested else {},
+            intervals=FROM_SUMS,
+            thresholds=thresholds,
+        )
+    )
 
 
 def _thresholds(model: Trained) -> Thresholds | None:

@@ -11,7 +11,7 @@ from common.redact import shown_uri
 
 INFERENCES = ("sa", "glca", "both")
 PACKS = ("auto", "raw", "jpeg")
-ALIGNMENTS = ("landmarks", "box", "resize")
+ALIGNMENTS = ("landmarks", "box", "resize", "detect")
 CODECS = ("float32", "float16", "int8")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32, float16: on CUDA only
 TRAINABLE = ("all", "last_block", "head_side", "norm")
@@ -219,6 +219,7 @@ class TrackingSettings:
     uri: str = setting("sqlite:///mlflow.db")
     experiment_prefix: str = setting("facial_recognition")
     plots: str = setting("all", choices=("all", "final", "none"))
+    data_licence: str = setting("not stated")  # of the data sets, for the cards of models
     tensorboard: str = setting("logs/tensorboard")  # a folder with one folder a run; none: no TensorBoard
     system_metrics_s: float | str = setting(10.0, above=0.0, word="off")  # between samples of the machine's use
 

@@ -102,6 +102,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
             load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest),
             metrics=metrics,
             validation=lambda: outcome.history.validation_pairs(step),
+            tested=lambda: outcome.history.tested_sums(step),
         )
 
     return register_models(

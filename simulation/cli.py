@@ -215,7 +215,39 @@ def _data_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         _add_data_sources(command)
         _add_site_options(command)
         add_run_settings(command, flags=flags_of(command.prog), default_config=DEFAULT_CONFIG)
+    _align_parser(data)
     _packs_parser(data)
+
+
+def _align_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "find the faces in photographs and write them aligned, as a data set of the kind folder"
+    align = data.add_parser(
+        "align",
+        help=text,
+        description=text,
+        epilog=examples(
+            "facefed data align photos faces",
+            "facefed train local --client mine:folder=faces",
+        ),
+    )
+    align.add_argument("photos", metavar="PHOTOS", help="one folder a person, photographs any number of folders below")
+    align.add_argument("folder", metavar="OUT", help="the folder to make, or to go on with")
+    align.add_argument("--jobs", type=int, metavar="N", help="processes that work (default: one for a core)")
+    align.add_argument("--all", action="store_true", help="every face of a photograph (default: the largest)")
+    align.add_argument(
+        "--min-size", type=int, default=40, metavar="PX", help="leave smaller faces out: their box's side (default: 40)"
+    )
+    align.add_argument("--size", type=int, default=112, metavar="PX", help="of the aligned faces (default: 112)")
+    add_shared_files(align)
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from simulation.data.aligning import AlignSettings
+    from simulation.sites import align
+
+    settings = AlignSettings(image_size=arguments.size, min_size_px=arguments.min_size, every_face=arguments.all)
+    photos, folder = Path(arguments.photos).expanduser(), Path(arguments.folder).expanduser()
+    return align(photos, folder, settings, num_jobs=arguments.jobs, out=sys.stdout)
 
 
 def _packs_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -610,6 +642,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = facefed_parser().parse_args(argv)
     table: dict[tuple[str, str], Callable[[], int]] = {
         ("data", "synth"): lambda: _synth(arguments),
+        ("data", "align"): lambda: _align(arguments),
         ("data", "prepare"): lambda: _data(arguments, "prepare"),
         ("data", "audit"): lambda: _data(arguments, "audit"),
         ("data", "packs"): lambda: _packs(arguments),

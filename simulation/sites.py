@@ -1,6 +1,6 @@
 """`--client NAME=DIR` and `--data-dir` -> site settings whose data were checked and packed at the door.
 
-And `facefed data synth|prepare|audit`, which make, pack and examine such data.
+And `facefed data synth|align|prepare|audit`, which make, pack and examine such data.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from common.names import CLIENT_NAME
 from common.settings import Settings
 from common.system.console import PackProgress, counts
 from common.system.runtime import num_cores, resolve_device
+from simulation.data.aligning import AlignSettings, align_photos, summary_lines
 from simulation.data.audit import AuditReport, audit, audit_overlap
 from simulation.data.synthetic import SynthSettings, write_dataset
 
@@ -195,6 +196,18 @@ def synth(
     if of_twins:
         held += f" ({settings.num_people // 2} pairs of twins, closeness {settings.closeness:g})"
     out.write(f"{folder}: {held}, {settings.pictures_per_person} pictures each, {layout} layout\n")
+    return 0
+
+
+def align(photos: Path, folder: Path, settings: AlignSettings, *, num_jobs: int | None, out: TextIO) -> int:
+    """Align photographs into a folder.  num_jobs: processes; None: one for a core.  Raises UserError."""
+    progress = PackProgress(f"aligning {photos}", out, goes_on=True)
+    workers = num_cores() if num_jobs is None else num_jobs
+    try:
+        summary = align_photos(photos, folder, settings, workers=workers, progress=progress)
+    finally:
+        progress.close()
+    out.writelines(f"{escaped(line)}\n" for line in summary_lines(folder, summary, settings))
     return 0
 
 

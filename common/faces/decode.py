@@ -23,6 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ from common.faces.datasets import DATASETS
 from common.faces.index import FaceIndex
 from common.settings import DataSettings
 from common.system.runtime import num_cores
+
+if TYPE_CHECKING:
+    from common.faces.detect import FaceDetector
 
 MAX_FILE_BYTES = 128 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a file that claims more is a mistake or an attack
@@ -57,6 +61,7 @@ _PNG_MARK, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 _LARGEST_SHRINK = 0.6  # below this scale a picture is shrunk with a filter first, for bicubic sampling would alias
 _RIM = 3.0  # px of the picture beyond the window: what bicubic sampling reaches
 _LOOKED_AT = (32, 32)  # so many pixels of a picture mostly show that it has contrast
+DETECT = "detect"  # an alignment, see `Recipe`
 RAW, JPEG, NO_PICTURES = "raw", "jpeg", "none"  # what a job gives back of its pictures
 JPEG_QUALITY = 95
 JPEG_BYTES_PER_PIXEL = 0.75  # of aligned faces at this quality: 0.52 measured at 112 px; with room
@@ -66,7 +71,8 @@ JPEG_BYTES_PER_PIXEL = 0.75  # of aligned faces at this quality: 0.52 measured a
 class Recipe:
     """How pictures are aligned and kept.
 
-    alignment: landmarks, box or resize.  image_size: px.  box_margin: see box_maps.  coding: RAW, JPEG or NO_PICTURES.
+    alignment: landmarks, box, resize, or DETECT: by the landmarks that are found in each picture.  image_size: px.
+    box_margin: see box_maps.  coding: RAW, JPEG or NO_PICTURES.
     """
 
     alignment: str
@@ -115,7 +121,10 @@ def decode_job(job: Job) -> Done:
         try:
             payload = read_picture(job.root / path)
             digest = hashlib.sha256(payload).digest()
-            picture, note = _decode(payload, None if maps is None else maps[row], size)
+            if job.recipe.alignment == DETECT:
+                picture, note = _detected(payload, size)
+            else:
+                picture, note = _decode(payload, None if maps is None else maps[row], size)
             if job.recipe.coding != NO_PICTURES:
                 pictures.append(_coded(picture, job.recipe.coding))
         except UnusablePicture as error:
@@ -129,8 +138,11 @@ def decode_job(job: Job) -> Done:
 
 
 def _coded(picture: NDArray[np.uint8], coding: str) -> bytes:
-    if coding == RAW:
-        return picture.tobytes()
+    return picture.tobytes() if coding == RAW else coded_jpeg(picture)
+
+
+def coded_jpeg(picture: NDArray[np.uint8]) -> bytes:
+    """A picture uint8 RGB [H, W, 3] as a JPEG file of JPEG_QUALITY."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
@@ -197,6 +209,29 @@ def open_upright(payload: bytes) -> tuple[NDArray[np.uint8], str]:
     except Exception as error:  # a decoder may raise anything for a broken file
         raise UnusablePicture(_unreadable(error)) from None
     return np.asarray(upright), note
+
+
+def _detected(payload: bytes, image_size: int) -> tuple[NDArray[np.uint8], str]:
+    """The largest face of a picture file, found and aligned; and what was done to the values, "" for most pictures."""
+    from common.faces.detect import landmark_map, largest
+
+    image, note = open_upright(payload)
+    face = largest(detector().detect(image))
+    if face is None:
+        raise UnusablePicture("no face found")
+    return warped(image, landmark_map(face, image_size), image_size), note
+
+
+@functools.cache
+def detector() -> "FaceDetector":
+    """The detector of this process, on the CPU; of several processes each has one core."""
+    import torch
+
+    from common.faces.detect import FaceDetector
+
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
+    return FaceDetector()
 
 
 def warped(picture: NDArray[np.uint8], affine: NDArray[np.float64], image_size: int) -> NDArray[np.uint8]:
@@ -423,9 +458,9 @@ def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float
     Where the layout has no such points (see DATASETS), or this copy lacks their file, pictures are cut to the centre
     square: the one is logged, the other stands in the account by `alignment_note`.
     """
-    points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None}[data.alignment]
+    points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None, DETECT: None}[data.alignment]
     alignment = data.alignment
-    if points is None and alignment != "resize":
+    if points is None and alignment not in ("resize", DETECT):
         if alignment not in DATASETS[index.dataset].points:
             logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
         alignment = "resize"
@@ -468,22 +503,28 @@ def scan(
     )
     done = 0
     workers = min(workers, len(starts))
-    for result in _in_processes(jobs, workers) if workers > 1 else map(decode_job, jobs):
+    for result in in_processes(decode_job, jobs, workers) if workers > 1 else map(decode_job, jobs):
         done += len(result.reasons)
         if progress is not None:
             progress(done, len(index))
         yield result
 
 
-def _in_processes(jobs: Iterable[Job], workers: int) -> Iterator[Done]:
-    """Results in order; only a few jobs are ahead, so that memory stays bounded when the writer is slow."""
+_J, _R = TypeVar("_J"), TypeVar("_R")
+
+
+def in_processes(work: Callable[[_J], _R], jobs: Iterable[_J], workers: int) -> Iterator[_R]:
+    """Results of `work`, a function of a module, in the jobs' order.
+
+    Only a few jobs are ahead, so that memory stays bounded when whoever takes the results is slow.
+    """
     # spawn: a fork of a process that runs threads (torch, gRPC) can deadlock
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        ahead: deque[Future[Done]] = deque()
+        ahead: deque[Future[_R]] = deque()
         for job in jobs:
-            ahead.append(pool.submit(decode_job, job))
+            ahead.append(pool.submit(work, job))
             if len(ahead) > 4 * workers:
                 yield ahead.popleft().result()
         while ahead:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.account import NOTHING, Account, PassedOver
-from common.faces.decode import RAW, alignment_note, check_quarantine, plan, quarantine, with_duplicates
+from common.faces.decode import DETECT, RAW, alignment_note, check_quarantine, plan, quarantine, with_duplicates
 from common.faces.index import read_index, take, without_missing
 from common.faces.pack_progress import Progress, StateFile
 from common.faces.packing import Changed, Task, damaged_in, fill, remove_shard, stamps_of
@@ -269,6 +269,10 @@ def _key(task: Task, split: NDArray[np.int8], data: DataSettings) -> str:
     del settings["max_quarantined_fraction"], settings["pack"]  # checked at each opening; the recipe says its coding
     if recipe.alignment != "box":
         del settings["box_margin"]
+    if recipe.alignment == DETECT:
+        from common.models.mtcnn import weights_digest  # with torch
+
+        settings["detector"] = weights_digest()
     arrays = [index.person, index.landmarks, index.boxes, split, task.stamps, index.family]
     parts = [
         json.dumps([FORMAT, index.dataset, settings], sort_keys=True).encode(),

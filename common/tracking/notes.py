@@ -68,10 +68,10 @@ def registered_note(name: str, model: str) -> str:
     )
 
 
-def version_note(name: str, model: str, image_size: int, *, data: str, chosen: str) -> str:
-    """The description of one version, with VERSION where its number will stand.  data, chosen: sentences."""
+def version_note(name: str, model: str, image_size: int) -> str:
+    """What one version is and how to load it, with VERSION where its number will stand."""
     return (
-        f"`{model}`. {data} {chosen}\n\nInput: float32 [B, 3, {image_size}, {image_size}], RGB in [-1, 1], aligned."
+        f"`{model}`.\n\nInput: float32 [B, 3, {image_size}, {image_size}], RGB in [-1, 1], aligned."
         f" Output: float32 [B, D], of length 1.\n\n{_snippet(f'{name}/{VERSION}')}"
     )
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MODELS = "models"  # below the run's folder
 THRESHOLDS: Final = "thresholds.json"  # beside a model, see `common.metrics.thresholds`
+MODEL_CARD: Final = "model_card.md"  # likewise, see `common.tracking.card`
 HELD_BACK_TAG = "held_back"  # of a version: why it did not become champion
 BEST_AND_LAST: Final = "best and last"
 LAST_TAG: Final = "is_last"  # of a version: of the run's last round or epoch; with role "best" it is both

@@ -242,6 +242,11 @@ class History:
             return [sums.pairs for sums in record.sums["val"].values()]
         return [record.totals["val"].pairs] if "val" in record.totals else []
 
+    def tested_sums(self, step: int) -> dict[str, EvaluationSums]:
+        """The test sums of that round's model by client, or of many all together; empty where they are not known."""
+        record = self.at(step)
+        return record.sums.get("test") or ({"all": record.totals["test"]} if "test" in record.totals else {})
+
     def rows(self) -> list[dict[str, float]]:
         """One flat row for each round in order, with its "step"."""
         return [{"step": float(step), **self.rounds[step].metrics} for step in sorted(self.rounds)]

@@ -198,7 +198,7 @@ def train_and_test(
     epochs.run(out)
     tested = score_best(epochs)
     worse = below_untrained(epochs, untrained, tested)
-    registered = register_trained(epochs, model_name, worse) if model_name else []
+    registered = register_trained(epochs, model_name, worse, tested) if model_name else []
     results = record_results(epochs, label, untrained, tested)
     return BaselineSummary(
         folder=tracked.folder,
@@ -370,10 +370,10 @@ def _intervals(trainee: Trainee, tested: Mapping[str, EvaluationSums]) -> tuple[
     return intervals_of_people(tested, drawn)
 
 
-def register_trained(epochs: Epochs, name: str, held_back: str) -> list[str]:
+def register_trained(epochs: Epochs, name: str, held_back: str, tested: Mapping[str, EvaluationSums]) -> list[str]:
     """Register the last, then the best, model under `name`; returns what was registered, for the summary.
 
-    held_back: why the best shall not become champion; "": it may.
+    held_back: why the best shall not become champion; "": it may.  tested: the best model's test sums by client.
     The recogniser holds the best model afterwards, where tracking is enabled.
     """
     trainee, progress = epochs.trainee, epochs.progress
@@ -385,6 +385,7 @@ def register_trained(epochs: Epochs, name: str, held_back: str) -> list[str]:
             val_auc=row.get(VAL_AUC, float("nan")),
             load=partial(epochs.load, role),
             validation=lambda: [sums.pairs for sums in trainee.evaluate("val").values()],
+            tested=lambda: tested if epoch == progress.best_epoch else {},
         )
 
     return register_models(

@@ -293,7 +293,7 @@ def _test_best(sweep: _Sweep) -> SweepSummary:
     untrained = score_untrained(trainee)
     tested = score_best(epochs)
     worse = below_untrained(epochs, untrained, tested)
-    registered = register_trained(epochs, f"{settings.model.backbone}_twins", worse)
+    registered = register_trained(epochs, f"{settings.model.backbone}_twins", worse, tested)
     results = record_results(epochs, trial_name(best.number), untrained, tested)
     told = {"metric": sweep.plan.metric, "best_trial": best.number, "best_value": best.value, "params": best.params}
     parent.log_dict(results | {"sweep": told | {"trials": trial_rows(sweep.plan, sweep.finished())}}, "metrics.json")

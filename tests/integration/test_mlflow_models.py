@@ -192,7 +192,7 @@ def test_what_is_stored_with_it(client, run, model, tmp_path):
 
 
 def test_what_is_best_and_last_is_one_version_that_says_so_and_how_to_load_it(client, run, model):
-    note = version_note("both", "cnn", SIZE, data="Data: celeba, 96 pictures.", chosen="Best and last round: 3.")
+    note = f"{version_note('both', 'cnn', SIZE)} Data: celeba, 96 pictures. Best and last round: 3."
     about = registered_note("both", "cnn")
     version = _register(run, model, name="both", role="best and last", note=note, about=about)
     [found] = client.search_model_versions("name = 'both'")

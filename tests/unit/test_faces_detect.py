@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from common.errors import FaceFedError
 from common.faces import detect, photos
 from common.faces.align import TEMPLATE_112_PX
-from common.faces.decode import decode_aligned
+from common.faces.decode import DETECT, Job, Recipe, decode_aligned, decode_job
 from common.faces.detect import FaceDetector, largest, pose
 from common.faces.index import read_index
 from common.models import mtcnn
@@ -216,3 +216,17 @@ def test_aligning_pixels_is_aligning_the_file(tmp_path, detector, frontal):
     affine = detect.landmark_map(face, 96)
     by_file = decode_aligned((tmp_path / "a.png").read_bytes(), affine, 96)
     np.testing.assert_array_equal(photos.aligned(image, face, 96), by_file)
+
+
+def test_packing_may_find_the_landmarks_itself(tmp_path, detector, frontal):
+    """`data.alignment = detect`: the aligned face of each file, or the reason why there is none."""
+    Image.fromarray(frontal).save(tmp_path / "face.png")
+    noise = np.random.default_rng(1).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "nobody.png")
+    (tmp_path / "text.png").write_text("no picture")
+    recipe = Recipe(alignment=DETECT, image_size=112, box_margin=0.0)
+    job = Job(root=tmp_path, paths=("face.png", "nobody.png", "text.png"), points=None, recipe=recipe)
+    done = decode_job(job)
+    assert done.reasons == ("", "no face found", "unreadable: not a JPEG, PNG, WebP or BMP picture")
+    [face] = (np.frombuffer(picture, dtype=np.uint8).reshape(112, 112, 3) for picture in done.pictures)
+    np.testing.assert_array_equal(face, photos.aligned(frontal, largest(detector.detect(frontal))))

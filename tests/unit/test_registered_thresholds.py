@@ -20,7 +20,7 @@ def histogram(seed):
 
 
 def sums_with(pairs):
-    return replace(NOTHING, pairs=pairs)
+    return replace(NOTHING, pairs=pairs, folds=np.ones_like(NOTHING.folds))
 
 
 class Tracked:
@@ -72,6 +72,17 @@ def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
         assert registered[role]["more_tags"]["threshold_at_far_1e-1"] == f"{wanted.at(0.1).threshold:.6f}"
 
 
+def test_the_card_is_kept_beside_it_and_is_its_description(registered):
+    tested = {"a": sums_with(histogram(4))}
+    best = Trained(step=2, val_auc=0.7, load=lambda: None, validation=lambda: [histogram(2)], tested=lambda: tested)
+    models(Trained(step=3, val_auc=0.6, load=lambda: None), best)
+    card = registered["best"]["beside"]["model_card.md"]
+    assert "| ROC AUC | " in card
+    assert "models:/m/VERSION" in card
+    assert registered["best"]["note"] == card.replace("VERSION", "{version}")
+    assert "was not scored on test people" in registered["last"]["note"]
+
+
 @pytest.mark.parametrize("pairs", [[], [np.zeros((2, NUM_BINS), dtype=np.int64)]])
 def test_without_validation_pairs_there_are_none(registered, pairs):
     models(*2 * [Trained(step=1, val_auc=float("nan"), load=lambda: None, validation=lambda: pairs)])
@@ -85,6 +96,7 @@ def test_a_federation_knows_the_pairs_of_each_client_or_of_all():
     history.rounds[1] = RoundRecord(0, totals={"val": of_each["a"] + of_each["b"]}, sums={"val": of_each})
     history.rounds[2] = RoundRecord(0, totals={"val": of_each["a"] + of_each["b"]})
     history.rounds[3] = RoundRecord(0)
+    assert history.tested_sums(1) == {}
     one, two, three = (history.validation_pairs(step) for step in (1, 2, 3))
     np.testing.assert_array_equal(np.stack(one), [histogram(1), histogram(2)])
     np.testing.assert_array_equal(np.stack(two), [histogram(1) + histogram(2)])
