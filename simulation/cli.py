@@ -233,7 +233,7 @@ def _align_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     align.add_argument("photos", metavar="PHOTOS", help="one folder a person, photographs any number of folders below")
     align.add_argument("folder", metavar="OUT", help="the folder to make, or to go on with")
     align.add_argument("--jobs", type=int, metavar="N", help="processes that work (default: one for a core)")
-    align.add_argument("--all", action="store_true", help="every face of a photograph (default: the largest)")
+    align.add_argument("--all", action="store_true", help="every face of a photograph (default: whom it is of)")
     align.add_argument(
         "--min-size", type=int, default=40, metavar="PX", help="leave smaller faces out: their box's side (default: 40)"
     )
@@ -411,6 +411,12 @@ def _evaluate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         help="use this run, such as fedavg=ID, local-celeba=FOLDER or centralized=models:/NAME@champion; repeatable"
         " (default: the newest that fits)",
     )
+    evaluate.add_argument(
+        "--by",
+        default="",
+        metavar="ATTRIBUTE,...",
+        help="also errors by groups of people: Male, Young, ... of CelebA's list, Male of VGGFace2's",
+    )
     _add_data_sources(evaluate)
     _add_site_options(evaluate)
     add_run_settings(evaluate, flags=flags_of(evaluate.prog), default_config=DEFAULT_CONFIG)
@@ -477,6 +483,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         data_dirs=arguments.data_dir,
         device=arguments.device,
         cache_dir=Path(arguments.cache_dir),
+        by=tuple(filter(None, (name.strip() for name in arguments.by.split(",")))),
         config_name=arguments.config or "",
         address=address,
     )

@@ -5,13 +5,14 @@ has them) or one folder deeper; as text or, in Kaggle's copy, as comma-separated
 JPEG or PNG files, in a folder in a folder of the same name.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import DataError
+from common.errors import DataError, unknown_name
 from common.faces.account import ARCHIVES, Listing, ending_of, walk
 from common.faces.index import (
     FaceIndex,
@@ -28,6 +29,7 @@ from common.faces.index import (
 IDENTITY = "identity_CelebA.txt"
 PARTITION = "list_eval_partition.txt"
 LANDMARKS = "list_landmarks_align_celeba.txt"
+ATTRIBUTES = "list_attr_celeba.txt"
 _LANDMARK_LINE = Table(columns=10, separator=None, wanted="a file name and ten pixel coordinates")
 _PICTURES = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
 _HEADINGS = 2  # the authors' landmark list has a count and the columns' names; copies have one of them, or none
@@ -209,3 +211,33 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_attributes(root: Path, wanted: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Attribute -> person -> whether most of that person's pictures have it; people with as many of both are left out.
+
+    wanted: names of list_attr_celeba.txt's columns.  Raises DataError: no such list or column, a malformed line.
+    """
+    listing = walk(root)
+    base = _base(listing)
+    file = _find(listing, base, ATTRIBUTES)
+    if file is None:
+        raise DataError(f"{root}: no {ATTRIBUTES} there, so nothing is known of its people; add it, or leave --by out.")
+    person_of = {
+        name: person for _, name, person in _pairs(_require(listing, base, IDENTITY), "a file name and a number")
+    }
+    lines = [line.replace(",", " ").replace('"', " ").split() for line in read_lines(file)]
+    heading = 1 if lines and len(lines[0]) == 1 else 0  # the authors' list begins with a count
+    names = [name for name in lines[heading] if name != "image_id"] if len(lines) > heading else []
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise DataError(unknown_name("attribute", unknown[0], names))
+    columns = {name: names.index(name) + 1 for name in wanted}
+    votes: dict[str, Counter[str]] = {name: Counter() for name in wanted}
+    for number, row in enumerate(lines[heading + 1 :], start=heading + 2):
+        if len(row) != len(names) + 1:
+            raise malformed(file, number, " ".join(row), f"a file name and {len(names)} numbers, 1 or -1")
+        for name, column in columns.items():
+            if row[0] in person_of:
+                votes[name][person_of[row[0]]] += 1 if row[column] == "1" else -1
+    return {name: {person: vote > 0 for person, vote in own.items() if vote} for name, own in votes.items()}

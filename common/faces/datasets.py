@@ -16,6 +16,7 @@ class DataSet:
     needs: what root should hold; it ends the line that says there is no such folder.
     points: alignment (landmarks, box) -> the file that it needs, for the line that says it is not there.  Without the
         file, and for an alignment without a row, pictures are cut to the centre square instead.
+    attributes: MODULE:FUNCTION that reads what its people are, as `celeba.read_attributes` does; "": nobody says.
     has_families: whether the layout tells siblings; its training batches are of pairs then.
     by_default: whether it belongs to the federation that is meant where no client is named.
     drawing: MODULE:OBJECT, the `synthetic.Layout` by which `facefed data synth` draws one; "": it cannot.
@@ -24,6 +25,7 @@ class DataSet:
     reader: str
     needs: str
     points: Mapping[str, str] = field(default_factory=dict)
+    attributes: str = ""
     has_families: bool = False
     by_default: bool = False
     drawing: str = ""
@@ -34,6 +36,7 @@ DATASETS: dict[str, DataSet] = {
         reader="common.faces.celeba:read_celeba",
         needs="CelebA needs the folder that holds identity_CelebA.txt and img_align_celeba/",
         points={"landmarks": "list_landmarks_align_celeba.txt"},
+        attributes="common.faces.celeba:read_attributes",
         by_default=True,
         drawing="simulation.data.synthetic:CELEBA",
     ),
@@ -44,6 +47,7 @@ DATASETS: dict[str, DataSet] = {
             "landmarks": "bb_landmark/loose_landmark_{train,test}.csv",
             "box": "bb_landmark/loose_bb_{train,test}.csv",
         },
+        attributes="common.faces.vggface2:read_attributes",
         by_default=True,
         drawing="simulation.data.synthetic:VGGFACE2",
     ),

@@ -212,11 +212,11 @@ def open_upright(payload: bytes) -> tuple[NDArray[np.uint8], str]:
 
 
 def _detected(payload: bytes, image_size: int) -> tuple[NDArray[np.uint8], str]:
-    """The largest face of a picture file, found and aligned; and what was done to the values, "" for most pictures."""
-    from common.faces.detect import landmark_map, largest
+    """The face that a picture file is of, found and aligned; and what was done to the values, "" for most pictures."""
+    from common.faces.detect import landmark_map, subject
 
     image, note = open_upright(payload)
-    face = largest(detector().detect(image))
+    face = subject(detector().detect(image), image.shape[1], image.shape[0])
     if face is None:
         raise UnusablePicture("no face found")
     return warped(image, landmark_map(face, image_size), image_size), note
@@ -510,7 +510,8 @@ def scan(
         yield result
 
 
-_J, _R = TypeVar("_J"), TypeVar("_R")
+_J = TypeVar("_J")
+_R = TypeVar("_R")
 
 
 def in_processes(work: Callable[[_J], _R], jobs: Iterable[_J], workers: int) -> Iterator[_R]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.errors import DataError
+from common.errors import DataError, unknown_name
 from common.faces.account import PARTS as PART_NAMES
 from common.faces.account import Listing, walk
 from common.faces.index import (
@@ -40,6 +40,7 @@ from common.faces.paths import Paths, by_folder
 
 PARTS = {"train": OFFICIAL_TRAIN, "val": OFFICIAL_VALIDATION, "test": OFFICIAL_TEST}
 META = "identity_meta.csv"
+_MALE = "Male"  # as CelebA calls it
 _LANDMARK_LINE = Table(
     columns=10, separator=",", wanted='"n000001/0001_01" and ten pixel coordinates, separated by commas'
 )
@@ -297,6 +298,22 @@ def read_names(file: Path) -> dict[str, str]:
             raise malformed(file, number, lines[number - 1], 'n000001, "Name", count, flag, gender')
         names[row[0].strip()] = row[1].strip(' "')
     return names
+
+
+def read_attributes(root: Path, wanted: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Attribute -> person -> whether they have it, of identity_meta.csv: "Male" is all that it says.
+
+    Raises DataError: no such list, another attribute.  People without m or f there are left out.
+    """
+    file = root / META
+    if not file.is_file():
+        raise DataError(f"{root}: no {META} there, so nothing is known of its people; add it, or leave --by out.")
+    for name in wanted:
+        if name != _MALE:
+            raise DataError(unknown_name("attribute", name, [_MALE]))
+    genders = {row[0].strip(): row[-1].strip(' "') for row in _rows(file, read_lines(file)) if len(row) > 1}
+    known = {person: gender == "m" for person, gender in genders.items() if gender in ("m", "f")}
+    return dict.fromkeys(wanted, known)
 
 
 def _rows(file: Path, lines: list[str]) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from simulation.compare.comparison import (
     notes_of_size,
     with_pooled,
 )
+from simulation.compare.groups import ByGroup, errors_by_group, group_content, group_lines, read_groups
 from simulation.compare.model_lookup import (
     UNTRAINED,
     FoundModel,
@@ -64,6 +65,7 @@ class Request:
     data_dirs: Sequence[str]
     device: str
     cache_dir: Path
+    by: Sequence[str] = ()  # attributes of people
     config_name: str = ""  # as given, for the commands that are told
     address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
 
@@ -72,6 +74,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     """`facefed evaluate`: nothing is written before every model was found, checked and scored."""
     started = time.perf_counter()
     options = _options(request)
+    groups = read_groups(options, request.by) if request.by else {}
     names = tuple(option.name for option in options)
     settings, address = with_absolute_tracking(settings, request.address or settings.tracking.uri, Path.cwd())
     runs = explicit_runs(request.runs, names)
@@ -88,7 +91,11 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     check_same_pairs(models, packs, names, site_secret(request.cache_dir))
     compared = _compare(models, packs, names, settings=settings, request=request, out=out)
     out.write("\n".join(terminal_lines(compared)) + "\n")
-    folder = _record(compared, settings, resolve_device(_device(settings, request)), address)
+    by_group = _by_group(compared.models, packs, groups, settings, request) if groups else []
+    least = settings.verification.group_people
+    out.writelines(f"{escaped(line)}\n" for line in group_lines(by_group, least))
+    beside = {"groups.json": group_content(by_group, least)} if by_group else {}
+    folder = _record(compared, settings, resolve_device(_device(settings, request)), address, beside)
     out.write(f"\nreport: {folder / 'report.html'} (comparison.csv, comparison.json and plots/ beside it)\n")
     out.write(f"tracking: {tracking_line(settings, folder)}\n{time.perf_counter() - started:.0f} s\n")
     return 0
@@ -192,8 +199,26 @@ def _compare(
     )
 
 
-def _record(compared: Comparison, settings: Settings, device: str, address: str) -> Path:
-    """Write RUN with tables, pictures and the page, and tell the tracking; returns the folder."""
+def _by_group(
+    models: Sequence[FoundModel],
+    packs: Mapping[DataSettings, Mapping[str, FacePack]],
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+    settings: Settings,
+    request: Request,
+) -> list[ByGroup]:
+    """The errors of each model but the untrained, by group."""
+    compute, least = _compute(settings, resolve_device(_device(settings, request))), settings.verification.group_people
+    trained = [model for model in models if model.wanted.kind != UNTRAINED]
+    return [errors_by_group(model, packs[model.settings.data], groups, compute, least) for model in trained]
+
+
+def _record(
+    compared: Comparison, settings: Settings, device: str, address: str, beside: Mapping[str, dict[str, Any]]
+) -> Path:
+    """Write RUN with tables, pictures and the page, and tell the tracking; returns the folder.
+
+    beside: name -> content of further files.
+    """
     folder = new_run_folder(settings)
     clients = [name for name, test in compared.test_sets.items() if test.digest]
     kind = RunKind(
@@ -217,6 +242,8 @@ def _record(compared: Comparison, settings: Settings, device: str, address: str)
         },
     )
     with recorded(settings, folder, kind, address=address) as tracked:
+        for name, content in beside.items():
+            tracked.log_dict(content, name)
         _write(compared, settings, tracked)
     return folder
 

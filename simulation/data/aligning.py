@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from common.errors import DataError
 from common.faces.decode import UnusablePicture, coded_jpeg, detector, in_processes, open_upright, read_picture
-from common.faces.detect import Face
+from common.faces.detect import Face, subject
 from common.faces.index import FaceIndex, read_index
 from common.faces.packing import stamps_of
 from common.faces.photos import aligned
@@ -36,7 +36,7 @@ class AlignSettings:
     """How photographs become faces.
 
     image_size: px, width and height of the aligned face.  min_size_px: the shorter side of a face's box in the
-    photograph; smaller ones are left out.  every_face: not the largest alone.
+    photograph; smaller ones are left out.  every_face: not only the one that a photograph is of (`detect.subject`).
     """
 
     image_size: int = 112
@@ -175,6 +175,8 @@ def _gone_on_with(
         for part in (todo[start : start + _JOB_PHOTOS] for start in range(0, len(todo), _JOB_PHOTOS))
     ]
     workers = min(workers, len(jobs))
+    if progress is not None:
+        progress(len(found), len(paths))
     with (out / JOURNAL).open("a", encoding="utf-8") as journal:
         for lines in in_processes(_align, jobs, workers) if workers > 1 else map(_align, jobs):
             for line in lines:
@@ -225,7 +227,9 @@ def _align_one(job: _Job, path: str, stem: str, line: dict[str, Any]) -> None:
     if not large:
         raise UnusablePicture(f"face too small: {faces[0].quality.size_px:.0f} px, at least {settings.min_size_px}")
     line["num_large"] = len(large)
-    for number, face in enumerate(large if settings.every_face else large[:1]):
+    one = subject(large, image.shape[1], image.shape[0])
+    others = [face for face in large if face is not one] if settings.every_face else []
+    for number, face in enumerate([one, *others] if one else others):
         file = f"{stem}.jpg" if number == 0 else f"{path}.{number + 1}.jpg"
         content = coded_jpeg(aligned(image, face, settings.image_size))
         (job.out / file).parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +287,7 @@ def summary_lines(out: Path, summary: AlignSummary, settings: AlignSettings) -> 
         counts = ", ".join(f"{kind} {number:,}" for kind, number in summary.left_out.items())
         lines.append(f"left out: {counts}; each with its reason in {out / LEFT_OUT_LIST}")
     if summary.num_with_several:
-        what = "each was taken" if settings.every_face else "the largest was taken (--all takes each)"
+        what = "each was taken" if settings.every_face else "the large one near the middle was taken (--all takes each)"
         lines.append(f"{summary.num_with_several:,} photographs show several faces: {what}")
     if summary.num_gone:
         lines.append(f"{summary.num_gone:,} faces lie there whose photographs are gone")

@@ -26,6 +26,7 @@ from common.errors import DataError, FaceFedError, NotEnoughClients, UserError
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.metrics.figures import AUC
+from common.metrics.groups import group_errors, pairs_of_groups
 from common.protocol import wire
 from common.protocol.beats import Beat
 from common.protocol.codec import encode
@@ -671,6 +672,22 @@ def test_the_public_pairs_give_each_round_scores(faces, public, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- tracking
+
+
+@proves("verification.group_people")
+def test_errors_are_shown_of_groups_of_so_many_people():
+    vectors, person = np.random.default_rng(1).normal(size=(24, 4)).astype(np.float32), np.arange(24) // 3
+    pairs = [pairs_of_groups(vectors, person, {"five": range(5), "three": range(5, 8)})]
+    shown = [
+        [
+            row.group
+            for row in group_errors(
+                pairs, 0.5, changed(BASE, verification__group_people=least).verification.group_people
+            )[0]
+        ]
+        for least in (3, 4, 6)
+    ]
+    assert shown == [["five", "three"], ["five"], []]
 
 
 @proves("tracking.data_licence")

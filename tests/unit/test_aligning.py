@@ -86,7 +86,7 @@ def test_every_photograph_gives_a_face_or_a_reason(photos, tmp_path):
     lines = summary_lines(out, summary, SETTINGS)
     assert lines[0] == f"{out}: 3 faces of 3 of 6 photographs"
     assert "no face found 1" in lines[1]
-    assert lines[2] == "1 photographs show several faces: the largest was taken (--all takes each)"
+    assert lines[2] == "1 photographs show several faces: the large one near the middle was taken (--all takes each)"
 
 
 def test_what_it_writes_is_a_data_set_of_people(photos, tmp_path):

@@ -99,6 +99,18 @@ def test_a_large_photograph_is_answered_in_its_own_pixels(detector, frontal):
     np.testing.assert_allclose((there.landmarks + 0.5) / factor, here.landmarks + 0.5, atol=3.0)
 
 
+def test_a_photograph_is_of_the_large_face_near_its_middle():
+    def face(left, top, size):
+        quality = detect.Quality(size_px=size, blur=0.0, yaw_deg=0.0, pitch_deg=0.0, roll_deg=0.0)
+        box = np.array([left, top, size, size], dtype=np.float64)
+        return detect.Face(box=box, landmarks=np.zeros((5, 2)), score=1.0, quality=quality)
+
+    middle, rim, tiny = face(80, 80, 90), face(0, 0, 95), face(120, 120, 10)
+    assert detect.subject([rim, middle, tiny], 250, 250) is middle, "not a slightly larger one in a corner"
+    assert detect.subject([tiny, face(60, 60, 90)], 250, 250).box[2] == 90, "nor a tiny one in the very middle"
+    assert detect.subject([], 250, 250) is None
+
+
 @pytest.mark.parametrize("shape", [(200, 200), (11, 300), (1, 1), (12, 12)])
 def test_where_there_is_no_face_there_is_none(detector, shape):
     noise = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
