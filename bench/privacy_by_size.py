@@ -32,6 +32,7 @@ def settings_for(arguments: argparse.Namespace, start: Path, epsilon: str, seed:
 
     raw = config.to_mapping(settings_of(arguments, start, epsilon, seed))
     raw["training"] |= {"trainable": arguments.trainable, "head_warmup_epochs": arguments.warmup_epochs}
+    raw["training"]["batch_size"] = arguments.batch_size
     raw["augmentation"] |= {"flip": 0.0, "crop": 0.0, "rotation_rad": 0.0, "colour": 0.0}
     return config.from_mapping(raw)
 
@@ -143,7 +144,7 @@ def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, nargs="+", default=[500, 2000, 4000], help="to train on at each site")
-    parser.add_argument("--epsilons", nargs="+", default=["2", "4", "8", "16"])
+    parser.add_argument("--epsilons", nargs="+", default=["8", "2", "16", "4"], help="in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--trainable", default=HEAD_SIDE, choices=("all", "last_block", HEAD_SIDE, "norm"))
     parser.add_argument("--sites", type=int, default=2)
@@ -162,8 +163,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--clip", type=float, default=0.1)
-    parser.add_argument("--group-people", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--clip", type=float, default=0.3)
+    parser.add_argument("--group-people", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scratch", type=Path, default=Path(".facefed/bench/privacy_utility"))

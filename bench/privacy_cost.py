@@ -23,14 +23,12 @@ import torch
 
 
 def make_state(arguments: argparse.Namespace, folder: Path, unit: str) -> Any:
-    from clients.local_update import ClientState
+    from clients.local_update import state_of_pack
     from clients.policy import OWN_MACHINE
     from clients.site import SiteSettings
     from common import config
     from common.faces.pack import FacePack
     from common.faces.splits import Split
-    from common.models.recogniser import build_recogniser, private_names, shared_names
-    from common.protocol.parameters import manifest_of
 
     raw = config.to_mapping(config.load(config.find_config("demo")))
     raw["model"] |= {"backbone": arguments.model, "pretrained": "weights.safetensors", "width": arguments.width}
@@ -51,15 +49,6 @@ def make_state(arguments: argparse.Namespace, folder: Path, unit: str) -> Any:
         quarantined=(),
         dataset="folder",
     )
-    without = config.to_mapping(settings)["model"] | {"pretrained": "none"}
-    recogniser = build_recogniser(
-        type(settings.model)(**without),
-        num_people=arguments.people,
-        image_size=arguments.size,
-        backbone_seed=1,
-        head_seed=2,
-    )
-    tensors = recogniser.state_dict()
     site = SiteSettings(
         name="bench",
         dataset="folder",
@@ -69,22 +58,13 @@ def make_state(arguments: argparse.Namespace, folder: Path, unit: str) -> Any:
         cache_dir=folder / "packs",
         policy=OWN_MACHINE,
     )
-    return ClientState(
-        site=site,
-        settings=settings,
-        pack=pack,
-        recogniser=recogniser,
-        manifest=manifest_of({name: tensors[name] for name in shared_names(recogniser, "shared")}),
-        private=private_names(recogniser, "shared"),
-        head_seed=2,
-        fresh={},
-    )
+    return state_of_pack(site, settings, pack)
 
 
 @contextmanager
 def timed(spent: dict[str, float], **named: str) -> Iterator[None]:
-    """In here CPU-seconds of functions of clients.local_update are added up.  named: what they are called here."""
-    import clients.local_update as module
+    """In here CPU-seconds of functions of clients.private_round are added up.  named: what they are called here."""
+    import clients.private_round as module
 
     def watched(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*args: Any, **words: Any) -> Any:

@@ -3,44 +3,34 @@
 Pure of Flower: arrays and settings in, a `Reply` out. A simulation's ClientApp and the resident trainer both call it.
 """
 
-import dataclasses
-import functools
 import hashlib
-import json
 import logging
-import math
-import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from clients.group_training import divide, num_groups_of, summed_changes
 from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
-from clients.past_tasks import PastTasks
-from clients.policy import against_data, against_share, digest_of, require_none
-from clients.privacy_budget import Release, budget_file, require_budget, spend
+from clients.policy import against_share, digest_of, require_none
+from clients.private_round import train_in_groups
 from clients.private_state import (
     end_run,
-    load_answer,
     load_private,
-    load_residue,
     prune,
-    prune_answers,
-    rounds_here,
-    save_answer,
     save_private,
+    save_reply,
 )
-from clients.received_model import ModelWatch
+from clients.run_state import ClientState as ClientState
+from clients.run_state import coded_change, question_of, require_enough, require_private, telling_of
+from clients.run_state import open_client_state as open_client_state
+from clients.run_state import state_of_pack as state_of_pack
+from clients.run_state import watched as watched
 from clients.scores import NOT_SHARED, leaving
-from clients.site import MIDWAY, OF_RUN, OF_SITE, SiteSettings
+from clients.site import MIDWAY, SiteSettings
 from common import config
 from common.errors import ReplyRefused
 from common.faces.pack import FacePack
@@ -48,26 +38,16 @@ from common.faces.splits import Split
 from common.metrics.design import most_pairs_of_a_person, num_pairs_of
 from common.metrics.sums import EvaluationSums, open_set_only
 from common.models.recogniser import (
-    Recogniser,
-    build_recogniser,
-    moving_names,
-    private_names,
     renew_heads,
-    shared_names,
-    trainable_names,
-    with_new_heads,
 )
-from common.privacy.accounting import noise_multiplier
-from common.privacy.mechanism import SEED_BYTES, add_clipped, norm, released
-from common.privacy.people import problem_of
-from common.protocol.codec import Coded, encode, is_lossy, num_bytes, residue_of
-from common.protocol.parameters import Manifest, Part, buffer_sha256, flatten, load_shared, manifest_of, trainable_spans
-from common.protocol.spending import spent_in
+from common.privacy.mechanism import add_clipped
+from common.protocol.codec import Coded
+from common.protocol.parameters import buffer_sha256, flatten, load_shared
 from common.protocol.wire import OF_CONTENT, Reply, Site, Task
 from common.settings import Settings
 from common.system.events import SHOWN
-from common.system.progress import SCORING, TRAINING, WARMING_UP, Meter, telling
-from common.system.runtime import machine_digest, num_cores, resolve_devices, stream_seed
+from common.system.progress import SCORING, TRAINING, WARMING_UP
+from common.system.runtime import machine_digest, num_cores, resolve_devices
 from common.system.site_secret import keyed_digest, keyed_seed, site_secret
 from common.training.autotune import resolve_compute, threads_for
 from common.training.compute import on_devices
@@ -77,107 +57,6 @@ from common.training.loop import Compute, TrainSums, make_optimiser, train_round
 from common.training.midway import Midway
 
 log = logging.getLogger("facefed.client")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientState:
-    """A site's pack and model for one run, ready to work."""
-
-    site: SiteSettings
-    settings: Settings
-    pack: FacePack
-    recogniser: Recogniser
-    manifest: Manifest
-    private: tuple[str, ...]
-    head_seed: int  # of the heads as they were built, for a site whose state was lost
-    fresh: Mapping[str, Tensor]  # what of the backbone is private, as it was built, likewise
-    watch: ModelWatch | None = None  # None: no received model is looked at, of a virtual client
-
-    @functools.cached_property
-    def part(self) -> Part:
-        """What of the model training moves, and so what of a change travels."""
-        trainable = self.settings.training.trainable
-        moving = moving_names(self.recogniser, self.settings.model.normalisation, trainable)
-        return Part.of(self.manifest, moving=moving, trainable=trainable_names(self.recogniser, trainable))
-
-    def state_folder(self, run_id: str) -> Path:
-        """Where this run's private state lies."""
-        return self.site.state_dir / "private" / run_id
-
-
-def open_client_state(site: SiteSettings, settings: Settings, former: ClientState | None = None) -> ClientState:
-    """Open (or make) the pack and build the model.  Raises UserError when data or settings do not fit.
-
-    former: another client's state of equal settings, which is not used any more: its backbone serves this one too,
-    so that a process with many virtual clients holds one model.
-    """
-    return state_of_pack(site, settings, open_site_pack(site, settings.data), former)
-
-
-def state_of_pack(
-    site: SiteSettings, settings: Settings, pack: FacePack, former: ClientState | None = None
-) -> ClientState:
-    """Build the model for a pack that is open.  Raises UserError when data or settings do not fit."""
-    _require_enough(site, pack)
-    _require_private(settings, pack.num_classes)
-    head_seed = _head_seed(site, settings)
-    if former is not None:
-        recogniser = with_new_heads(former.recogniser, settings.model, num_people=pack.num_classes, head_seed=head_seed)
-    else:
-        recogniser = build_recogniser(
-            # The backbone arrives from the server before it is used; its first weights are the server's business.
-            dataclasses.replace(settings.model, pretrained="none"),
-            num_people=pack.num_classes,
-            image_size=settings.data.image_size,
-            backbone_seed=stream_seed(settings.run.seed, "backbone"),
-            head_seed=head_seed,
-        )
-    state = recogniser.state_dict()
-    names = shared_names(recogniser, settings.model.normalisation)
-    private = private_names(recogniser, settings.model.normalisation)
-    of_backbone = [name for name in private if name.startswith("backbone.")]
-    # A former client's training has changed what of the backbone is private.
-    fresh = former.fresh if former is not None else {name: state[name].clone() for name in of_backbone}
-    return ClientState(
-        site=site,
-        settings=settings,
-        pack=pack,
-        recogniser=recogniser,
-        manifest=manifest_of({name: state[name] for name in names}) if former is None else former.manifest,
-        private=private,
-        head_seed=head_seed,
-        fresh=fresh,
-    )
-
-
-def _head_seed(site: SiteSettings, settings: Settings) -> int:
-    """Of the first weights of this site's heads in a run; a number of one's own gives those of a run with that seed."""
-    if site.seed == OF_SITE:
-        known = f"{settings.run.seed}\n{site.name}"
-        return keyed_seed(site_secret(site.cache_dir), "head", known) % 2**63
-    return stream_seed(settings.run.seed if site.seed == OF_RUN else site.seed, site.name, "head")
-
-
-def watched(state: ClientState, record: PastTasks | None) -> ClientState:
-    """The state for one message of the run of this record, whose model is looked at; None: it is not."""
-    if record is None:
-        return state
-    trainable = trainable_names(state.recogniser, state.settings.training.trainable)
-    watch = ModelWatch(record, state.settings, state.manifest, lambda: _first_model(state), trainable)
-    return dataclasses.replace(state, watch=watch)
-
-
-def _first_model(state: ClientState) -> NDArray[np.float32]:
-    """The run's first model as the server makes it of the seed and the settings, [size] float32."""
-    settings = state.settings
-    recogniser = build_recogniser(
-        dataclasses.replace(settings.model, pretrained="none"),
-        num_people=2,
-        image_size=settings.data.image_size,
-        backbone_seed=stream_seed(settings.run.seed, "backbone"),
-        head_seed=0,
-    )
-    return flatten(recogniser.state_dict(), state.manifest)
 
 
 def val_people_digest(pack: FacePack, max_pairs: int | str = "all", person_pairs: int = 0) -> str:
@@ -220,8 +99,8 @@ def _tell_pairs_of_a_person(site: SiteSettings, pack: FacePack, max_pairs: int |
 def join(site: SiteSettings, settings: Settings) -> Site:
     """What this client tells of itself; no model is built.  Raises UserError when the data do not fit."""
     pack = open_site_pack(site, settings.data)
-    _require_enough(site, pack)
-    _require_private(settings, pack.num_classes)
+    require_enough(site, pack)
+    require_private(settings, pack.num_classes)
     devices = resolve_devices(site.device)
     compute = resolve_compute(
         settings,
@@ -256,12 +135,6 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         compiled=compute.compiled and not _watches_gradients(site),
         policy=digest_of(site.policy),
     )
-
-
-def _require_enough(site: SiteSettings, pack: FacePack) -> None:
-    """Raises PolicyRefusal where the site's policy wants an update to be made of more people or pictures."""
-    num_pictures = len(pack.indices(Split.TRAIN))
-    require_none(against_data(site.policy, num_people=pack.num_classes, num_pictures=num_pictures))
 
 
 def _receive(state: ClientState, task: Task, shared: NDArray[np.float32] | None) -> tuple[Compute, NDArray[np.float32]]:
@@ -311,7 +184,7 @@ def _evaluate(
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
     max_pairs, person_pairs = state.settings.verification.max_pairs, policy.max_person_pairs
     for split in task.splits.split():
-        with _telling(state, task, SCORING, num_scored(state.pack, split)) as tick:
+        with telling_of(state, task, SCORING, num_scored(state.pack, split)) as tick:
             sums = evaluate(
                 state.recogniser,
                 state.pack,
@@ -331,11 +204,6 @@ def _evaluate(
         if isinstance(found[split], str):
             log.warning("%s%s: no score of %s leaves: %s", SHOWN, state.site.name, split, found[split])
     return found
-
-
-def _telling(state: ClientState, task: Task, work: str, num_pictures: int) -> AbstractContextManager[Meter]:
-    """What is to be called after each step of one part of a task."""
-    return telling(num_pictures, who=state.site.name, run=task.run_id, server_round=task.server_round, work=work)
 
 
 def _shared_scores(found: Mapping[str, EvaluationSums | str]) -> dict[str, EvaluationSums]:
@@ -386,7 +254,7 @@ def _midway(state: ClientState, task: Task, compute: Compute, received: NDArray[
     if state.settings.privacy.unit == "person":
         return None
     path = state.state_folder(task.run_id) / MIDWAY
-    midway = Midway(path=path, question=_question(state, task, received), every_s=60.0 * minutes)
+    midway = Midway(path=path, question=question_of(state, task, received), every_s=60.0 * minutes)
     if midway.found():
         log.info("%s%s: round %d goes on where it was cut off", SHOWN, state.site.name, task.server_round)
     return midway
@@ -402,7 +270,7 @@ def _warm_up(state: ClientState, task: Task, compute: Compute, midway: Midway | 
             num_warmup_steps=kept["num_warmup_steps"],
             num_halvings=kept["num_halvings"],
         )
-    with _telling(state, task, WARMING_UP, num_pictures) as tick:
+    with telling_of(state, task, WARMING_UP, num_pictures) as tick:
         warmup = warm_up_head(
             state.recogniser,
             state.pack,
@@ -427,7 +295,7 @@ def _train_all(
     settings, recogniser, shares = state.settings, state.recogniser, _shares(state)
     recogniser.keeps_statistics = settings.privacy.is_on
     num_pictures = settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
-    with _telling(state, task, TRAINING, num_pictures) as tick:
+    with telling_of(state, task, TRAINING, num_pictures) as tick:
         sums = train_round(
             recogniser,
             optimiser,
@@ -467,16 +335,18 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         warmup = _warm_up(state, task, compute, midway)
     warmed_up = time.perf_counter()
     if settings.privacy.unit == "person":
-        sums, change, residue = _train_in_groups(state, task, compute, found, received)
+        sums, change, residue = train_in_groups(state, task, compute, found, received)
     else:
         sums = _train_all(state, task, compute, optimiser, midway)
         optimiser.zero_grad(set_to_none=True)  # the gradients are of no use any more, and as large as a model
-        change, residue = _coded_change(state, folder, found, received)
+        change, residue = _change_of(state, folder, found, received)
     trained = time.perf_counter()
 
     save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
     if midway is not None:
         midway.forget()
+    if state.site.share is None:
+        save_reply(folder, task.server_round, received, change)
     # The round before last too: the server writes a round's checkpoint while the next is trained, and may have to
     # repeat both.  Not the state before the first round: it is made of the seed whenever it is wanted.
     prune(folder, {task.best_round, *range(task.server_round - 2, task.server_round + 1)})
@@ -530,7 +400,7 @@ def _end_run(state: ClientState, task: Task) -> None:
         )  # fmt: skip
 
 
-def _coded_change(
+def _change_of(
     state: ClientState, folder: Path, found: int, received: NDArray[np.float32]
 ) -> tuple[Coded, NDArray[np.float32] | None]:
     """What training changed, as it travels, and what that leaves for the next time (None: nothing is ever left).
@@ -543,138 +413,7 @@ def _coded_change(
         total = np.zeros(len(change), dtype=np.float64)
         add_clipped(total, change, state.settings.privacy.clip)
         change = total.astype(np.float32)
-    return _coded(state, folder, found, change)
-
-
-def _coded(
-    state: ClientState, folder: Path, found: int, change: NDArray[np.float32]
-) -> tuple[Coded, NDArray[np.float32] | None]:
-    """A change as it travels, and what is lost by that.  change: [size], which may be written to."""
-    codec = state.settings.federation.upload_codec
-    if state.watch is not None:
-        state.watch.trained(change)
-    change = state.part.taken(change)
-    if not is_lossy(codec):
-        return encode(change, codec), None
-    change += load_residue(folder, found, len(change))
-    coded = encode(change, codec)
-    return coded, residue_of(change, coded)
-
-
-# ---- with differential privacy of people: groups, noise, and a budget that outlives the run
-
-
-def _train_in_groups(
-    state: ClientState, task: Task, compute: Compute, found: int, received: NDArray[np.float32]
-) -> tuple[TrainSums, Coded, NDArray[np.float32] | None]:
-    """A noisy change of the model: what training took, the change as it travels, and what the codec lost of it.
-
-    The spend is on the disk before this returns.  The same question gets the bits that were answered before, and
-    nothing is spent; where those are gone, or anything differs, it is a second release.
-    Raises PolicyRefusal where the budget is spent.
-    """
-    folder, size = state.state_folder(task.run_id), state.part.part.size
-    question = _question(state, task, received)
-    codec = state.settings.federation.upload_codec
-    kept = load_answer(folder, task.server_round, question)
-    if kept is not None and len(kept) == num_bytes(codec, size):
-        log.info("%s%s: round %d is answered as before: nothing is spent", SHOWN, state.site.name, task.server_round)
-        residue = load_residue(folder, task.server_round, size) if is_lossy(codec) else None
-        return _nominal(state), Coded(codec=codec, size=size, data=kept), residue
-    release = _release(state, task)
-    before = spent_in(budget_file(state.site), task.run_id)
-    require_budget(before, release, state.settings.privacy, state.site.policy)
-    if task.server_round in rounds_here(folder):
-        log.warning(
-            "%s%s: round %d is asked for again, and its answer is not here or the question is another one: it is"
-            " answered with noise of its own, and paid for again",
-            SHOWN, state.site.name, task.server_round,
-        )  # fmt: skip
-    privacy = state.settings.privacy
-    learned = trainable_names(state.recogniser, state.settings.training.trainable)
-    spans = trainable_spans(state.manifest, learned)
-    trained = [span for span, is_trained in spans if is_trained]
-    deviation = release.noise_multiplier * 2.0 * privacy.clip
-    _require_signal(state.settings, received, trained, deviation / release.num_groups)
-    total, sums = _sum_of_groups(state, task, compute, received, release.num_groups)
-    spend(state.site, release, state.settings.privacy)
-    seed = secrets.token_bytes(SEED_BYTES)
-    change = released(total, trained, deviation=deviation, divisor=release.num_groups, seed=seed)
-    coded, residue = _coded(state, folder, found, change)
-    save_answer(folder, task.server_round, question, coded.data)
-    prune_answers(folder, task.server_round - 2)
-    return dataclasses.replace(_nominal(state), num_halvings=sums.num_halvings), coded, residue
-
-
-def _question(state: ClientState, task: Task, received: NDArray[np.float32]) -> str:
-    """A digest of all that a round's change follows from; of two that differ in anything neither has the other's."""
-    asked = (task.settings, task.server_round, task.precision, task.memory_format, task.compiled, task.threads)
-    words = [*asked, state.manifest.digest, state.pack.key, buffer_sha256(received), state.site.name, task.run_id]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
-def _release(state: ClientState, task: Task) -> Release:
-    """What one more reply is, by the run's settings and how many people there are."""
-    privacy, rounds = state.settings.privacy, state.settings.federation.rounds
-    return Release(
-        run_id=task.run_id,
-        server_round=task.server_round,
-        noise_multiplier=noise_multiplier(privacy.epsilon, privacy.delta, rounds),
-        num_groups=num_groups_of(state.pack.num_classes, privacy.group_people),
-    )
-
-
-def _sum_of_groups(
-    state: ClientState, task: Task, compute: Compute, received: NDArray[np.float32], num_groups: int
-) -> tuple[NDArray[np.float64], TrainSums]:
-    """The clipped changes of this round's groups, added: [size]; and what training took."""
-    stream = f"{task.run_id}\n{task.server_round}"
-    groups = divide(state.pack, number=num_groups, secret=site_secret(state.site.cache_dir), stream=stream)
-    num_pictures = state.settings.round_pictures(sum(len(pack) for pack in groups.packs.values()))
-    with _telling(state, task, TRAINING, num_pictures) as tick:
-        return summed_changes(
-            state.recogniser,
-            state.manifest,
-            received,
-            groups,
-            settings=state.settings,
-            compute=compute,
-            server_round=task.server_round,
-            stream_name=state.site.name,
-            head_seed=state.head_seed,
-            tick=tick,
-        )
-
-
-def _require_signal(
-    settings: Settings, received: NDArray[np.float32], trained: Sequence[slice], deviation: float
-) -> None:
-    """Raises ReplyRefused where the noise alone is longer than the server takes, before anything is paid for it.
-
-    deviation: of the noise on each trained element of the change.
-    """
-    factor = settings.federation.max_change_factor
-    length = deviation * math.sqrt(sum(span.stop - span.start for span in trained))
-    model = math.sqrt(sum(norm(received[span]) ** 2 for span in trained))
-    if not isinstance(factor, str) and length > factor * model > 0.0:
-        raise ReplyRefused(
-            f"the noise of privacy.epsilon = {settings.privacy.epsilon:g} is {length / model:.3g} times as long as the"
-            f" model, and {factor:g} times are taken (federation.max_change_factor); lower privacy.clip, train fewer"
-            " parameters, or have more people."
-        )
-
-
-def _nominal(state: ClientState) -> TrainSums:
-    """What a round takes as far as the counts that the site joined with say; how the groups turned out stays here."""
-    num_pictures = state.settings.round_pictures(len(state.pack.indices(Split.TRAIN)))
-    return TrainSums(num_pictures=num_pictures, num_steps=-(-num_pictures // state.settings.training.batch_size))
-
-
-def _require_private(settings: Settings, num_people: int) -> None:
-    """Raises ReplyRefused where so few people cannot be protected as the run wants."""
-    problem = problem_of(settings.privacy, num_people) if settings.privacy.unit == "person" else ""
-    if problem:
-        raise ReplyRefused(problem)
+    return coded_change(state, folder, found, change)
 
 
 def read_settings(task: Task) -> Settings:

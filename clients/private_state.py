@@ -1,5 +1,6 @@
 """What stays with a client between rounds, on its disk: its head, private normalisation, their optimiser state, and
-what a lossy codec has not sent yet; of a run with differential privacy the noisy answers too.
+what a lossy codec has not sent yet; of a run with differential privacy the noisy answers too; and the change that left
+last, beside the model that it is of, for `facefed privacy audit`.
 
 Kept by run and round: the last three rounds' and the best one's, so that a repeated round starts from where that round
 started; of a run that is over only the last and the best one's (`end_run`).
@@ -16,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
-from common.system.checkpoints import read_sealed, write_sealed
+from common.protocol.codec import Coded
+from common.system.checkpoints import read_sealed, read_tensors, write_sealed, write_tensors
 from common.system.events import SHOWN
 
 log = logging.getLogger("facefed.client")
 
 MODEL, OPTIMISER = "model/", "optimiser/"
-RESIDUE, ANSWER = "residue", "answer"
+RESIDUE, ANSWER, RECEIVED = "residue", "answer", "received"
+REPLY_FILE = "reply.safetensors"
 
 
 def _round_file(folder: Path, server_round: int) -> Path:
@@ -155,6 +158,27 @@ def load_answer(folder: Path, server_round: int, question: str) -> bytes | None:
     except CheckpointError:
         return None
     return tensors[ANSWER].numpy().tobytes() if notes.get("question") == question and ANSWER in tensors else None
+
+
+def save_reply(folder: Path, server_round: int, received: NDArray[np.float32], change: Coded) -> None:
+    """Keep the change that leaves, in the place of the one before.  received: the model that it is of, [size]."""
+    tensors = {
+        RECEIVED: torch.from_numpy(received),
+        ANSWER: torch.frombuffer(bytearray(change.data), dtype=torch.uint8),
+    }
+    notes = {"server_round": str(server_round), "codec": change.codec, "size": str(change.size)}
+    write_tensors(folder / REPLY_FILE, tensors, notes)
+
+
+def load_reply(folder: Path) -> tuple[int, NDArray[np.float32], Coded]:
+    """The round, the received model and the change of the last reply.  Raises CheckpointError where there is none."""
+    path = folder / REPLY_FILE
+    tensors, notes = read_tensors(path)
+    try:
+        coded = Coded(codec=notes["codec"], size=int(notes["size"]), data=tensors[ANSWER].numpy().tobytes())
+        return int(notes["server_round"]), tensors[RECEIVED].numpy(), coded
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no reply of a site ({error}).") from None
 
 
 def prune_answers(folder: Path, before: int) -> None:

@@ -587,6 +587,7 @@ def _audit_privacy(arguments: argparse.Namespace) -> int:
         data_dirs=arguments.data_dir,
         device=arguments.device,
         cache_dir=Path(arguments.cache_dir),
+        state_dir=Path(arguments.state_dir).expanduser() if arguments.state_dir else None,
     )
     return audit_privacy(settings, request, sys.stdout, shape="json" if arguments.json else "text")
 

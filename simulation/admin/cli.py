@@ -311,6 +311,8 @@ def add_privacy_parser(
     lines = examples("facefed privacy audit --run 20261128-101500-1a2b3c --client celeba")
     audit = actions.add_parser("audit", help=text, description=text, epilog=lines)
     audit.add_argument("--run", required=True, metavar="RUN", help="a run's id or folder, or models:/NAME@ALIAS")
+    text = "what flower-client got as --state-dir (default: .facefed/clients/NAME, and clients/NAME beside the run)"
+    audit.add_argument("--state-dir", default="", metavar="DIR", help=text)
     add_data(audit)
     add_run_settings(audit, flags=[flag for flag in FLAGS if flag.names[0] in _OWN])
     text = "what the people of each data set here have spent of their privacy, over all runs"

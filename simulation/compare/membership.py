@@ -1,6 +1,9 @@
 """`facefed privacy audit`: whether a run's model gives away whom a site trained on, tried on the site's own people.
 
-Beside it stands the model before any training, which knows nobody: what it reaches is the data's doing.
+Beside it stands the model before any training, which knows nobody: what it reaches is the data's doing.  Where a site's
+last reply is kept here, whoever received it is played too: they know the model that they sent and the change that
+came back, so they see how training moved each person, whatever that person looks like (arXiv:2111.08440 calibrates by
+difficulty likewise).
 """
 
 import dataclasses
@@ -11,22 +14,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from common.errors import EXIT_DONE, UserError
+from clients.private_state import REPLY_FILE, load_reply
+from common.errors import EXIT_DONE, CheckpointError, UserError
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.membership import Estimate, Membership, membership, person_scores
-from common.models.recogniser import Recogniser
+from common.models.recogniser import Recogniser, moving_names, shared_names, trainable_names
+from common.protocol.codec import Coded, decode
+from common.protocol.parameters import Part, load_shared, manifest_of
 from common.settings import Settings
 from common.system.runtime import num_cores, resolve_device
 from common.training.autotune import threads_for
 from common.training.evaluation import embed
 from common.training.loop import Compute
 from simulation.compare.model_loading import ModelFiles
-from simulation.compare.model_lookup import find_model, untrained
+from simulation.compare.model_lookup import FoundModel, find_model, untrained
 from simulation.sites import data_options, pack_at_the_door, site_of
 
 MODEL, UNTRAINED = "the run's model", "the model before training"
+REPLY = "its own reply of round {round}, to whoever received it"
+SITES = Path(".facefed/clients")  # of flower-client, in the folder where it was started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class AuditRequest:
     data_dirs: Sequence[str]
     device: str
     cache_dir: Path
+    state_dir: Path | None = None  # what the one client got as --state-dir; None: the usual folders
 
 
 def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, shape: str) -> int:
@@ -46,7 +56,13 @@ def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, sha
     clients = request.clients or ([] if request.data_dirs else found.clients)
     told = out if shape == "text" else _Nowhere()
     results: dict[str, dict[str, Membership]] = {}
-    for option in data_options(clients, request.data_dirs):
+    options = data_options(clients, request.data_dirs)
+    if request.state_dir is not None and len(options) != 1:
+        raise UserError(
+            f"--state-dir is of one client, and {len(options)} are asked for; name it with --client NAME=DIR."
+        )
+    unkept = []
+    for option in options:
         site = site_of(option, device=request.device, cache_dir=request.cache_dir, state_dir=request.cache_dir)
         pack = pack_at_the_door(site, found.settings, told)  # type: ignore[arg-type]
         compute = _compute(found.settings, request.device)
@@ -55,14 +71,23 @@ def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, sha
             name: attacked(ModelFiles(model).at(option.name, pack, {}).recogniser, pack, compute)
             for name, model in models.items()
         }
+        kept = kept_reply(found, option.name, request.state_dir)
+        if kept is None:
+            unkept.append(option.name)
+            continue
+        server_round, received, change = kept
+        recogniser = ModelFiles(found).at(option.name, pack, {}).recogniser
+        attack = attacked_reply(recogniser, found.settings, received, change, pack, compute)
+        results[option.name][REPLY.format(round=server_round)] = attack
     privacy = found.settings.privacy
     if shape == "json":
         content = {"run": found.source, "round": found.step, "privacy": dataclasses.asdict(privacy)}
-        out.write(json.dumps(content | {"clients": _as_json(results)}, indent=2) + "\n")
+        out.write(json.dumps(content | {"clients": _as_json(results), "no_reply_kept": unkept}, indent=2) + "\n")
         return EXIT_DONE
     guarantee = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} of a {privacy.unit}"
     out.write(f"{found.source}, step {found.step}: {guarantee if privacy.is_on else 'no differential privacy'}\n")
     out.writelines(f"{line}\n" for line in _lines(results))
+    out.writelines(f"{name}: no reply of its own is kept here, so none was tried (--state-dir)\n" for name in unkept)
     return EXIT_DONE
 
 
@@ -92,13 +117,61 @@ def _compute(settings: Settings, device: str) -> Compute:
     )
 
 
+def kept_reply(found: FoundModel, client: str, state_dir: Path | None) -> tuple[int, NDArray[np.float32], Coded] | None:
+    """The round, the received model and the change of the last reply of a site's in this run; None: it is not here."""
+    if found.folder is None:
+        return None
+    usual = (SITES / client, found.folder.parent / "clients" / client)
+    for folder in (state_dir,) if state_dir is not None else usual:
+        place = folder / "private" / found.folder.name
+        if (place / REPLY_FILE).exists():
+            return load_reply(place)
+    return None
+
+
+def attacked_reply(
+    recogniser: Recogniser,
+    settings: Settings,
+    received: NDArray[np.float32],
+    change: Coded,
+    pack: FacePack,
+    compute: Compute,
+) -> Membership:
+    """The attack of whoever has the model that a site received and the change that it sent.
+
+    A person's score is how much the change moved it.  recogniser: of the run, which gets other weights here.
+    Raises CheckpointError where they are of another model; UserError as `attacked`.
+    """
+    tensors, normalisation = recogniser.state_dict(), settings.model.normalisation
+    manifest = manifest_of({name: tensors[name] for name in shared_names(recogniser, normalisation)})
+    trainable = settings.training.trainable
+    moving = moving_names(recogniser, normalisation, trainable)
+    part = Part.of(manifest, moving=moving, trainable=trainable_names(recogniser, trainable))
+    if len(received) != manifest.size or change.size != part.part.size:
+        raise CheckpointError(
+            f"the kept reply is of a model of {len(received):,} numbers, this one has {manifest.size:,}."
+        )
+    load_shared(recogniser, received, manifest)
+    people, before = _scores(recogniser, pack, compute)
+    load_shared(recogniser, received + part.spread(decode(change)), manifest)
+    _, after = _scores(recogniser, pack, compute)
+    return _membership(pack, people, after - before)
+
+
 def attacked(recogniser: Recogniser, pack: FacePack, compute: Compute) -> Membership:
     """The attack on a model at one site: its training people, threshold from validation people, tried on test people.
 
     Raises UserError where there are fewer than two of any with two pictures.
     """
+    return _membership(pack, *_scores(recogniser, pack, compute))
+
+
+def _scores(recogniser: Recogniser, pack: FacePack, compute: Compute) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     shown = np.flatnonzero(np.isin(pack.split, (Split.TRAIN, Split.VAL_PEOPLE, Split.TEST_PEOPLE)))
-    people, scores = person_scores(embed(recogniser, pack, shown, compute).numpy(), pack.person[shown])
+    return person_scores(embed(recogniser, pack, shown, compute).numpy(), pack.person[shown])
+
+
+def _membership(pack: FacePack, people: NDArray[np.int64], scores: NDArray[np.float64]) -> Membership:
     parts = []
     for split, what in (
         (Split.TRAIN, "to train on"),
@@ -134,6 +207,10 @@ def _lines(results: Mapping[str, Mapping[str, Membership]]) -> Iterator[str]:
             yield f"{client}: 1 % of {first.num_calibrating} is nobody: the threshold is the highest score held out"
         verdict = "at chance" if first.is_at_chance else "above chance: the model shows whom it was trained on"
         yield f"{client}: {verdict}"
+        for name, found in models.items():
+            if name not in (MODEL, UNTRAINED):
+                verdict = "at chance" if found.is_at_chance else "above chance: it shows whom the site trained on"
+                yield f"{client}: {name}: {verdict}"
 
 
 def _as_json(results: Mapping[str, Mapping[str, Membership]]) -> dict[str, Any]:

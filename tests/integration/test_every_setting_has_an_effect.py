@@ -232,7 +232,7 @@ PRIVATE = {
 @proves("privacy.unit", "privacy.epsilon", "privacy.delta", "privacy.clip", "privacy.group_people")
 def test_privacy_changes_the_model_also_where_the_noise_is_the_same(faces, tmp_path, monkeypatch):
     """The noise of each reply is drawn anew, so it is fixed here: what differs then is the settings' doing."""
-    monkeypatch.setattr("clients.local_update.secrets.token_bytes", lambda number: bytes(range(number)))
+    monkeypatch.setattr("clients.private_round.secrets.token_bytes", lambda number: bytes(range(number)))
 
     def model(**values: object) -> str:
         folder = tmp_path / "-".join(["site", *map(str, values.values())])

@@ -1,21 +1,19 @@
 """The audit finds who was trained on where nothing protects them, and nobody where the noise is large."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from tiny_federation import SIDE, settings_with, site_settings, task_for
 
-from clients.local_update import ClientState, train
+from clients.local_update import state_of_pack, train
+from clients.private_state import load_reply
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.membership import Membership
-from common.models.recogniser import build_recogniser, private_names, shared_names
 from common.protocol.codec import decode
-from common.protocol.parameters import flatten, load_shared, manifest_of
+from common.protocol.parameters import flatten, load_shared
 from common.training.loop import Compute
-from simulation.compare.membership import attacked
+from simulation.compare.membership import attacked, attacked_reply
 
 pytestmark = pytest.mark.usefixtures("in_a_run", "one_thread")
 NUM_TRAINING, NUM_VAL, NUM_TEST, PICTURES = 40, 30, 30, 4
@@ -42,8 +40,8 @@ def hard_pack() -> FacePack:
     )
 
 
-def attacked_after_training(folder, rounds=1, **values: object) -> Membership:
-    """The attack on the model after one client's rounds."""
+def attacked_after_training(folder, rounds=1, **values: object) -> tuple[Membership, Membership]:
+    """The attack on the model after one client's rounds; and that of whoever received its last reply."""
     settings = settings_with(
         **{
             "model__pretrained": "weights.safetensors",  # of the server; no client reads it
@@ -57,34 +55,33 @@ def attacked_after_training(folder, rounds=1, **values: object) -> Membership:
         | values
     )
     pack = hard_pack()
-    model = dataclasses.replace(settings.model, pretrained="none")
-    recogniser = build_recogniser(model, num_people=NUM_TRAINING, image_size=SIDE, backbone_seed=1, head_seed=2)
-    tensors = recogniser.state_dict()
-    state = ClientState(
-        site=site_settings("alpha", folder),
-        settings=settings,
-        pack=pack,
-        recogniser=recogniser,
-        manifest=manifest_of({name: tensors[name] for name in shared_names(recogniser, "shared")}),
-        private=private_names(recogniser, "shared"),
-        head_seed=2,
-        fresh={},
-    )
-    shared = flatten(recogniser.state_dict(), state.manifest)
+    state = state_of_pack(site_settings("alpha", folder), settings, pack)
+    shared = flatten(state.recogniser.state_dict(), state.manifest)
     for server_round in range(1, rounds + 1):
         task = task_for(state.manifest, settings, server_round=server_round, splits="")
-        shared = shared + decode(train(state, task, shared).change)
+        shared = shared + state.part.spread(decode(train(state, task, shared).change))
     with torch.no_grad():
-        load_shared(recogniser, shared, state.manifest)
-    return attacked(recogniser, pack, COMPUTE)
+        load_shared(state.recogniser, shared, state.manifest)
+    of_model = attacked(state.recogniser, pack, COMPUTE)
+    server_round, received, change = load_reply(state.state_folder("run-1"))
+    assert server_round == rounds
+    return of_model, attacked_reply(state.recogniser, settings, received, change, pack, COMPUTE)
 
 
 def test_who_was_trained_on_is_seen_without_noise_and_not_with_it(tmp_path):
-    open_to_all = attacked_after_training(tmp_path / "open")
-    assert not open_to_all.is_at_chance
-    assert open_to_all.auc.value > 0.75
-    private = attacked_after_training(
+    for seen in attacked_after_training(tmp_path / "open"):
+        assert not seen.is_at_chance
+        assert seen.auc.value > 0.75
+    for seen in attacked_after_training(
         tmp_path / "private", privacy__unit="person", privacy__epsilon=0.5, privacy__group_people=8
+    ):
+        assert seen.is_at_chance
+        assert seen.auc.value < 0.65
+
+
+def test_a_late_reply_of_a_part_tells_too_where_it_was_coded(tmp_path):
+    """Two rounds of a part, int8: what is kept is what left, and the model before it is taken off."""
+    _, of_reply = attacked_after_training(
+        tmp_path, rounds=2, training__trainable="last_block", federation__upload_codec="int8"
     )
-    assert private.is_at_chance
-    assert private.auc.value < 0.65
+    assert not of_reply.is_at_chance

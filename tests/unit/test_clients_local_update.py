@@ -138,7 +138,7 @@ def head_of(site, **values):
 
 def test_a_heads_first_weights_come_of_the_sites_secret_and_of_no_seed_that_a_server_knows(tmp_path, monkeypatch):
     place, _ = workplace_in(tmp_path)
-    monkeypatch.setattr("clients.local_update.open_site_pack", lambda *_a, **_k: place.pack)
+    monkeypatch.setattr("clients.run_state.open_site_pack", lambda *_a, **_k: place.pack)
     sites = {seed: dataclasses.replace(place.site, seed=seed) for seed in (OF_SITE, OF_RUN, 1, 2)}
     heads = {seed: head_of(site) for seed, site in sites.items()}
     assert torch.equal(heads[OF_SITE], head_of(sites[OF_SITE]))  # a restarted site has the same again
@@ -211,7 +211,7 @@ def test_the_kept_states_are_the_best_and_the_last_three(tmp_path):
     state, shared = workplace_in(tmp_path, federation__rounds=6)
     for number in range(1, 7):
         train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
-    kept = sorted(int(path.stem[-6:]) for path in state.state_folder("run-1").iterdir())
+    kept = sorted(int(path.stem[-6:]) for path in state.state_folder("run-1").glob("round-*"))
     assert kept == [2, 4, 5, 6]
 
 
@@ -221,12 +221,12 @@ def test_of_a_run_that_is_over_the_best_and_the_last_two_states_stay_and_the_res
     for number in range(1, 7):
         train(state, task_of(state, server_round=number, best_round=2 if number > 3 else 0), shared)
     folder = state.state_folder("run-1")
-    size = next(folder.iterdir()).stat().st_size
+    size = next(folder.glob("round-*")).stat().st_size
     evaluate_global(state, task_of(state, kind="evaluate", server_round=6), shared)
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.glob("round-*"))) == 4
     asked = task_of(state, kind="evaluate", server_round=2, last=True)
     first = evaluate_global(state, asked, shared)
-    assert sorted(int(path.stem[-6:]) for path in folder.iterdir()) == [2, 5, 6]
+    assert sorted(int(path.stem[-6:]) for path in folder.glob("round-*")) == [2, 5, 6]
     assert f"1 private states ({size / 1e6:.0f} MB) removed" in caplog.text
     assert timeless(evaluate_global(state, asked, shared)) == timeless(first)
 
@@ -235,16 +235,16 @@ def test_a_first_round_that_is_repeated_begins_with_the_state_that_no_file_has(t
     state, shared = workplace_in(tmp_path)
     first = train(state, task_of(state), shared)
     train(state, task_of(state, server_round=2), shared)
-    assert [path.stem[-6:] for path in sorted(state.state_folder("run-1").iterdir())] == ["000001", "000002"]
+    assert [path.stem[-6:] for path in sorted(state.state_folder("run-1").glob("round-*"))] == ["000001", "000002"]
     assert timeless(train(state, task_of(state), shared)) == timeless(first)
 
 
 def test_a_state_of_another_run_is_not_touched(tmp_path):
     state, shared = workplace_in(tmp_path)
     train(state, task_of(state), shared)
-    kept = {path: path.read_bytes() for path in state.state_folder("run-1").iterdir()}
+    kept = {path: path.read_bytes() for path in state.state_folder("run-1").glob("round-*")}
     train(state, task_of(state, run_id="run-2"), shared)
-    assert {path: path.read_bytes() for path in state.state_folder("run-1").iterdir()} == kept
+    assert {path: path.read_bytes() for path in state.state_folder("run-1").glob("round-*")} == kept
 
 
 def test_evaluating_changes_nothing(tmp_path):

@@ -110,7 +110,7 @@ def test_an_empty_open_set_is_zeros_and_no_refusal(sites):
 
 def test_joining_builds_no_model(sites, monkeypatch):
     sites, _ = sites
-    monkeypatch.setattr("clients.local_update.build_recogniser", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("clients.run_state.build_recogniser", lambda *_, **__: pytest.fail("a model was built"))
     told = [join(site, settings_with()) for site in sites]
     assert [site.name for site in told] == ["alpha-0", "alpha-1", "alpha-2"]
     assert sum(site.num_training_people for site in told) == 6

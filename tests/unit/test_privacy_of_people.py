@@ -12,6 +12,8 @@ from tiny_federation import settings_with, task_for, tiny_pack, tiny_workplace
 
 import clients.group_training
 import clients.local_update
+import clients.private_round
+import clients.run_state
 from clients import privacy_budget
 from clients.group_training import Groups, divide, num_groups_of, summed_changes
 from clients.local_update import join, open_client_state, train
@@ -207,7 +209,7 @@ def test_running_statistics_stay_as_they_were_received(tmp_path):
 
 def test_what_leaves_is_the_clipped_sum_with_the_claimed_noise_divided_by_the_number_of_groups(tmp_path, monkeypatch):
     """Taken apart: (sum + z 2C noise) / G, of which nothing else is in the reply."""
-    monkeypatch.setattr(clients.local_update.secrets, "token_bytes", lambda number: SEED[:number])
+    monkeypatch.setattr(clients.private_round.secrets, "token_bytes", lambda number: SEED[:number])
     state, shared = workplace_in(tmp_path)
     change = decode(train(state, task_of(state), shared).change).astype(np.float64)
     groups = divide(state.pack, number=3, secret=site_secret(state.site.cache_dir), stream="run-1\n1")
@@ -252,7 +254,7 @@ def test_the_spend_is_on_the_disk_before_the_noise_is_drawn(tmp_path, monkeypatc
         seen.append(len(lines_of(state)))
         return SEED[:number]
 
-    monkeypatch.setattr(clients.local_update.secrets, "token_bytes", drawn)
+    monkeypatch.setattr(clients.private_round.secrets, "token_bytes", drawn)
     for server_round in (1, 2):
         train(state, task_of(state, server_round=server_round), shared)
     assert seen == [1, 2]
@@ -336,7 +338,7 @@ def test_a_refused_round_is_not_trained(tmp_path, monkeypatch):
     state, shared = workplace_in(tmp_path)
     broke = dataclasses.replace(DEFAULT, max_epsilon=0.5)
     state = dataclasses.replace(state, site=dataclasses.replace(state.site, policy=broke))
-    monkeypatch.setattr(clients.local_update, "_sum_of_groups", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr(clients.private_round, "_sum_of_groups", lambda *_: pytest.fail("it was trained"))
     refusal_of(state, shared)
     assert not budget_file(state.site).exists()
 
@@ -388,9 +390,9 @@ def test_a_cut_line_costs_nothing_and_a_damaged_one_is_never_a_saving(tmp_path):
     ],
 )
 def test_too_few_people_are_told(values, num_people, words):
-    clients.local_update._require_private(settings_with(**VALUES), num_people)
+    clients.run_state.require_private(settings_with(**VALUES), num_people)
     with pytest.raises(ReplyRefused, match=words):
-        clients.local_update._require_private(settings_with(**(VALUES | values)), num_people)
+        clients.run_state.require_private(settings_with(**(VALUES | values)), num_people)
 
 
 def test_a_simulation_says_it_at_the_door_and_a_run_opens_with_its_guarantee():
@@ -411,7 +413,8 @@ def test_a_simulation_says_it_at_the_door_and_a_run_opens_with_its_guarantee():
 
 
 def test_too_few_people_are_told_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(clients.local_update, "open_site_pack", lambda *_: tiny_pack("alpha"))
+    for module in (clients.local_update, clients.run_state):
+        monkeypatch.setattr(module, "open_site_pack", lambda *_: tiny_pack("alpha"))
     state, _ = workplace_in(tmp_path)
     for work in (join, open_client_state):
         with pytest.raises(ReplyRefused, match="more than the 6 people"):
