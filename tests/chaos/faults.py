@@ -113,7 +113,7 @@ class Bringer:
         what = self._fault.kind
         if what == "corrupt private state":
             folder = self._deployment.state_dir(self.client) / "private" / self._deployment.run.name
-            return damage(newest(folder, "*.safetensors"), self._fault.choice)
+            return damage(newest(folder, "round-*.safetensors"), self._fault.choice)
         kept = self._deployment.run / "checkpoints"
         return damage(newest(kept, "state.json" if what == "corrupt state" else "*.safetensors"), self._fault.choice)
 
