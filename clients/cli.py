@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError, escaped
 from common.faces.datasets import DATASETS
-from common.flags import add_shared_files, one_of, program_parser
+from common.flags import add_any_flower, add_shared_files, one_of, program_parser
 from common.names import CLIENT_NAME, NAME_RULE
 from common.settings import LOG_LEVELS
-from common.system.console import counts, run_program, set_up_logging, stopping_on_signals, warn_of_open_files
+from common.system.console import (
+    counts,
+    run_program,
+    set_up_logging,
+    stopping_on_signals,
+    warn_of_flower,
+    warn_of_open_files,
+)
 from common.system.live import Live
 from common.system.processes import host_port, is_loopback, is_this_machine, parse_address
 from common.system.run_view import header_lines, header_row
@@ -79,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "--tls", metavar="DIR", help="the folder that the server's operator made for this site with `facefed certs`"
     )
     program.add_argument("--log-level", default="info", metavar="LEVEL", help=one_of(LOG_LEVELS))
+    add_any_flower(program)
     add_shared_files(program)
     return program
 
@@ -125,6 +133,7 @@ def _name(arguments: argparse.Namespace, key_name: str) -> str:
 
 def _serve(arguments: argparse.Namespace) -> int:
     host, port = _check(arguments)
+    warn_of_flower("flower-client", any_flower=arguments.any_flower, stderr=sys.stderr)
     set_up_logging(arguments.log_level)
     from clients.flower.launch import ClientOptions, Launch
     from clients.policy import DEFAULT, digest_of, read_policy, require_room

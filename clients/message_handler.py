@@ -26,6 +26,7 @@ from common.protocol.ledger import RECEIPT
 from common.protocol.wire import Task
 from common.settings import Settings
 from common.system.events import LAST_TASK_FILE, SHOWN
+from common.system.runtime import UNKNOWN, facefed_version
 from common.training.evaluation import SPLITS
 
 _Model = tuple[NDArray[np.float32] | None, Coded | None]  # what of it training moves; what else came along
@@ -64,6 +65,11 @@ def _check(task: Task) -> None:
         raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
     if task.received and not RECEIPT.fullmatch(task.received):
         raise ReplyRefused("the server's receipt of the last reply is malformed; use equal versions of FaceFed.")
+    versions = (str(task.version), facefed_version())
+    if versions[0] not in ("", UNKNOWN) and UNKNOWN != versions[1] != versions[0]:
+        raise ReplyRefused(
+            f"the server runs facefed {versions[0]} and this site facefed {versions[1]}; install equal versions."
+        )
 
 
 @contextlib.contextmanager

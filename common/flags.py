@@ -294,6 +294,15 @@ def add_shared_files(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     )
 
 
+def add_any_flower(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--any-flower`, for every program that federates; `common.system.console.warn_of_flower` reads it."""
+    parser.add_argument(
+        "--any-flower",
+        action="store_true",
+        help="go on with a version of Flower that FaceFed was not tested with (default: refuse it)",
+    )
+
+
 def flags_of(command: str) -> list[Flag]:
     """The flags of run settings that a command reads."""
     return [flag for flag in FLAGS if not flag.read_by or command in flag.read_by]

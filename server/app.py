@@ -25,7 +25,7 @@ from common.settings import Settings
 from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.system.files import write_json
 from common.system.run_view import model_words
-from common.system.runtime import give_back_what_is_freed, stream_seed
+from common.system.runtime import facefed_version, give_back_what_is_freed, stream_seed
 from common.tracking.run import TrackedRun
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.patience import beat_s
@@ -172,6 +172,7 @@ def _federate(
                 server_round=0,
                 settings=config.to_json(settings),
                 beat_s=beat_s(settings.federation),
+                version=facefed_version(),
             ),
             events=events,
             waiter=waiter,
@@ -207,16 +208,21 @@ def _site_privacy(settings: Settings, folder: Path) -> SitePrivacy | None:
     return SitePrivacy(privacy, settings.federation, folder) if privacy.unit == "site" else None
 
 
-app = ServerApp()
+app = ServerApp()  # of flower-server; `flwr run` has server/stock.py
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Flower's entry for a deployment: settings and the run's folder come in the run config."""
+def prepare_process() -> None:
+    """Have the process of a ServerApp move models quickly, and hold no more of them and no more cores than it needs."""
     ask_soon()
     push_in_turn()
     give_back_what_is_freed()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry for `flower-server`'s run: settings and the run's folder come in the run config."""
+    prepare_process()
     text = str(context.run_config.get("settings", ""))
     settings = config.from_json(text) if text else Settings()
     given = str(context.run_config.get("run-folder", ""))

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, escaped
-from common.flags import add_run_settings, flags_of, program_parser, read_run, refuse_ablation, refuse_run_settings
+from common.flags import (
+    add_any_flower,
+    add_run_settings,
+    flags_of,
+    program_parser,
+    read_run,
+    refuse_ablation,
+    refuse_run_settings,
+)
 from common.settings import RunSettings, Settings
-from common.system.console import run_program, set_up_logging, stopping_on_signals, warn_of_open_files
+from common.system.console import run_program, set_up_logging, stopping_on_signals, warn_of_flower, warn_of_open_files
 from common.system.events import RUN_FILE, EventReader
 from common.system.processes import host_port, is_loopback, parse_address, require_free_port
 from common.system.run_view import (
@@ -24,12 +32,12 @@ from common.system.run_view import (
     header_row,
 )
 from common.system.runtime import go_silent, reach_directly
+from server.run_config import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
     from server.flower.launch import ServerOptions
 
 _OVERRIDES = {"--min-clients": "federation.min_clients", "--join-timeout": "federation.join_timeout_s"}
-DEFAULT_CONFIG = "celeba_vggface2_fedavg"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         help="a page of who is in, rounds, scores, bytes and refusals, for this machine alone (HOST:PORT: for others"
         " too, without a password)",
     )
+    add_any_flower(group)
     add_run_settings(program, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
     return program
 
@@ -191,6 +200,7 @@ def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, 
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    warn_of_flower("flower-server", any_flower=arguments.any_flower, stderr=sys.stderr)
     settings, address, resumed = _settings_and_folder(arguments)
     host, port = parse_address(arguments.address, "--address")
     reach_directly(host)  # its own processes speak to it there

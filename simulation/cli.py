@@ -12,6 +12,7 @@ from common.config import find_config
 from common.errors import ConfigError
 from common.faces.datasets import DATASETS, DRAWN
 from common.flags import (
+    add_any_flower,
     add_run_settings,
     add_shared_files,
     examples,
@@ -24,7 +25,7 @@ from common.flags import (
 )
 from common.settings import Settings
 from common.strategies import STRATEGIES
-from common.system.console import run_program, set_up_logging, warn_of_open_files
+from common.system.console import run_program, set_up_logging, warn_of_flower, warn_of_open_files
 from common.system.runtime import go_silent
 from simulation.admin.cli import (
     CERTS_ACTIONS,
@@ -95,6 +96,7 @@ def simulation_parser() -> argparse.ArgumentParser:
     )
     _add_site_options(parser)
     _add_engine_options(parser)
+    add_any_flower(parser)
     add_run_settings(parser, flags=flags_of(parser.prog), default_config=DEFAULT_CONFIG)
     return parser
 
@@ -132,6 +134,7 @@ def main_simulation(argv: Sequence[str] | None = None) -> int:
     arguments = simulation_parser().parse_args(argv)
 
     def work() -> int:
+        warn_of_flower("flower-simulation", any_flower=arguments.any_flower, stderr=sys.stderr)
         settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
         refuse_ablation(settings, "flower-simulation")
         set_up_logging(settings.run.log_level)
@@ -313,6 +316,7 @@ def _train_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         _add_site_options(command, _ONE_DEVICE if name == "federated" else _SEVERAL_DEVICES)
         flags = flags_of(command.prog)
         if name == "federated":
+            add_any_flower(command)
             add_run_settings(command, flags=flags, default_config=DEFAULT_CONFIG)
             continue
         command.add_argument("--resume", default="", metavar="RUN", help="go on with a stopped run: its id or folder")
@@ -548,6 +552,7 @@ def _own_packs(arguments: argparse.Namespace) -> "tuple[Settings, list[tuple[Sit
     """The settings of a run, and each site that is meant with its pictures under them."""
     settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
+    from clients.own_machine import site_of
     from simulation import sites
 
     clients, folders = arguments.client, arguments.data_dir
@@ -556,7 +561,7 @@ def _own_packs(arguments: argparse.Namespace) -> "tuple[Settings, list[tuple[Sit
         clients = [f"{n if n in DATASETS else 'folder'}={dir_}" for n, dir_ in zip(names, folders, strict=True)]
         folders = []
     options, cache_dir = sites.data_options(clients, folders), Path(arguments.cache_dir)
-    held = [sites.site_of(one, device=arguments.device, cache_dir=cache_dir, state_dir=cache_dir) for one in options]
+    held = [site_of(one, device=arguments.device, cache_dir=cache_dir, state_dir=cache_dir) for one in options]
     return settings, [(site, sites.pack_at_the_door(site, settings, sys.stdout)) for site in held]
 
 
@@ -637,6 +642,7 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
         address=address,
     )
     if name == "federated":
+        warn_of_flower("facefed", any_flower=arguments.any_flower, stderr=sys.stderr)
         return commands.train_federated(settings, machine, sys.stdout, sys.stderr)
     if name == "twins":
         return commands.train_twins(settings, machine, resume, sys.stdout, plan=plan)

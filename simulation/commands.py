@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from clients.own_machine import ClientOption, parse_clients, site_of
 from clients.policy import OWN_MACHINE
 from clients.site import SiteSettings
 from common import config
@@ -40,16 +41,7 @@ from simulation.alone.studies import MODES
 from simulation.alone.sweep_plan import SweepPlan, plan_of_run
 from simulation.alone.twin_results import twin_lines
 from simulation.engine.virtual import IDENTITY, VirtualSites, divide, parse_partition
-from simulation.sites import (
-    USUAL_CLIENTS,
-    ClientOption,
-    data_options,
-    names_client,
-    pack_at_the_door,
-    parse_clients,
-    parse_policies,
-    site_of,
-)
+from simulation.sites import USUAL_CLIENTS, data_options, names_client, pack_at_the_door, parse_policies
 
 _GOES_ON = {"twins": MODES}  # command -> the modes of the runs that it resumes, where they are not its own name
 

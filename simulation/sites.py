@@ -6,63 +6,25 @@ And `facefed data synth|align|prepare|audit`, which make, pack and examine such 
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from clients.policy import OWN_MACHINE, Policy, read_policy
-from clients.site import OF_RUN, SiteSettings
+from clients.own_machine import ClientOption, parse_clients, site_of
+from clients.policy import Policy, read_policy
+from clients.site import SiteSettings
 from common.errors import UserError, escaped, unknown_name
-from common.faces.datasets import DATASETS, DEFAULT_CLIENTS, OF_FAMILIES
+from common.faces.datasets import DEFAULT_CLIENTS, OF_FAMILIES
 from common.faces.pack import FacePack, open_pack
 from common.names import CLIENT_NAME
 from common.settings import Settings
 from common.system.console import PackProgress, counts
-from common.system.runtime import num_cores, resolve_device
+from common.system.runtime import num_cores
 from simulation.data.aligning import AlignSettings, align_photos, summary_lines
 from simulation.data.audit import AuditReport, audit, audit_overlap
 from simulation.data.synthetic import SynthSettings, write_dataset
 
 # Where several may be meant and none is named; twins are trained for by themselves.
 USUAL_CLIENTS = tuple(name for name in DEFAULT_CLIENTS if name not in OF_FAMILIES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientOption:
-    """One `--client`: a name, which data set it holds, and where."""
-
-    name: str
-    dataset: str
-    data_dir: Path
-
-
-def parse_client(text: str) -> ClientOption:
-    """NAME=DIR (the name is the data set's) or NAME:DATASET=DIR.  Raises UserError."""
-    label, equals, folder = text.partition("=")
-    name, colon, dataset = label.partition(":")
-    if not (equals and name and folder):
-        raise UserError(f"--client {text}: write NAME=DIR or NAME:DATASET=DIR, for example celeba=data/celeba.")
-    if not CLIENT_NAME.fullmatch(name):
-        raise UserError(f"--client {text}: the name {name!r} may hold letters, digits, '_', '-' and '.' only.")
-    dataset = dataset if colon else name
-    if dataset not in DATASETS:
-        raise UserError(
-            unknown_name(f"--client {text}: the data set", dataset, DATASETS)
-            + (" With a name of your own write NAME:DATASET=DIR." if not colon else "")
-        )
-    return ClientOption(name=name, dataset=dataset, data_dir=Path(folder).expanduser())
-
-
-def parse_clients(texts: Sequence[str]) -> list[ClientOption]:
-    """All `--client` options in order of their names.  Raises UserError for none, or for a name that comes twice."""
-    if not texts:
-        raise UserError("no clients: give at least one --client NAME=DIR, for example --client celeba=data/celeba.")
-    options = [parse_client(text) for text in texts]
-    names = [option.name for option in options]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"two clients claim the name {twice[0]!r}; name one of them NAME:DATASET=DIR.")
-    return sorted(options, key=lambda option: option.name)
 
 
 def parse_policies(texts: Sequence[str], names: Sequence[str]) -> dict[str, Policy]:
@@ -78,23 +40,6 @@ def parse_policies(texts: Sequence[str], names: Sequence[str]) -> dict[str, Poli
             raise UserError(f"--policy {text}: {name} has a policy already; give it one.")
         policies[name] = read_policy(Path(file).expanduser())
     return policies
-
-
-def site_of(
-    option: ClientOption, *, device: str, cache_dir: Path, state_dir: Path, policy: Policy = OWN_MACHINE
-) -> SiteSettings:
-    """The site settings of a client on this machine, folders absolute (Ray's workers run elsewhere)."""
-    return SiteSettings(
-        name=option.name,
-        dataset=option.dataset,
-        data_dir=option.data_dir.resolve(),
-        device=resolve_device(device),
-        state_dir=state_dir.resolve() / option.name,
-        cache_dir=cache_dir.resolve(),
-        pack_workers=num_cores(),
-        policy=policy,
-        seed=OF_RUN,
-    )
 
 
 def pack_at_the_door(site: SiteSettings, settings: Settings, out: TextIO, *, verify: bool = False) -> FacePack:

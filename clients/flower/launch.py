@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from clients.flower.handshake import QUESTIONS, WITHIN_S, examine
 from clients.flower.own_lines import follow, mark_of
 from clients.flower.trainer import KEY, Trainer
 from clients.site import SiteSettings
+from clients.state_folder import state_folder_held
 from common.errors import FaceFedError, InterruptedRun, UserError, one_line
 from common.system.certs import ClientFiles
-from common.system.events import LAST_TASK_FILE, RUN_FILE, SHOWN
-from common.system.files import InUse, lock
+from common.system.events import LAST_TASK_FILE, SHOWN
 from common.system.processes import (
     can_connect,
     child_environment,
@@ -34,7 +33,6 @@ from common.system.progress import Amount, read_amounts
 
 log = logging.getLogger("facefed.client")
 
-SITE_FILE = "site"  # in the state folder: whose it is
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 LOOK_EVERY_S, MISSES = 0.5, 3
 # Flower's words for a key that the server does not know: at once, or in the middle.  A server may forge them: it may
@@ -99,55 +97,12 @@ class Launch:
         InterruptedRun when stopped; FaceFedError when no trainer can start, and with `once` when the server goes in the
         middle of a run.
         """
-        with self._open_lock() as file:
-            self._hold(file)
-            self._claim_folder()
+        with state_folder_held(self._site.state_dir, self._site.name, say=self._say):
             self._last_task().unlink(missing_ok=True)
             with Trainer(self._site, self._show) as trainer:  # it imports torch while we wait for the server
                 self._give_up_at = time.monotonic() + self._options.connect_timeout_s
                 self._wait_for_server(trainer)
                 self._serve(trainer)
-
-    def _open_lock(self) -> IO[str]:
-        folder = self._site.state_dir
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return (folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"--state-dir {folder} cannot be written: {error.strerror}; choose another.") from None
-
-    def _hold(self, file: IO[str]) -> None:
-        """Keep other clients out of the state folder.  Raises UserError where another one is in it.
-
-        Where the file system has no locks it goes on, with a line: two clients of one folder have one name, and a
-        server lets one member of a name take part.
-        """
-        folder = self._site.state_dir
-        try:
-            without_locks = lock(file)
-        except InUse:
-            raise UserError(
-                f"--state-dir {folder} is in use by another flower-client; give each its own --name."
-            ) from None
-        if without_locks:
-            self._say(
-                f"--state-dir {folder} cannot be locked ({without_locks}); see to it yourself that no other"
-                " flower-client uses it"
-            )
-
-    def _claim_folder(self) -> None:
-        """Write the site's name into its state folder.  Raises UserError where the folder is another's."""
-        folder, name = self._site.state_dir, self._site.name
-        if (folder / RUN_FILE).exists():
-            raise UserError(f"--state-dir {folder} is a run's folder; give the site one of its own, or leave it out.")
-        mark = folder / SITE_FILE
-        known = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
-        if known not in ("", name):
-            raise UserError(
-                f"--state-dir {folder} is of the site {known!r}: its heads and its ledger are there. Give {name!r} a"
-                " folder of its own."
-            )
-        mark.write_text(name, encoding="utf-8")
 
     def _last_node(self) -> Path:
         return self._site.state_dir / "node-id"

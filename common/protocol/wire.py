@@ -86,6 +86,7 @@ class Task:
     scored_round: int = -1  # the newest round whose model's validation AUC over all sites is known; -1: none
     val_auc: float = -1.0  # that AUC
     seconds_left: float = -1.0  # of all rounds, by the newest ones; -1: not known
+    version: str = ""  # of the server's FaceFed; "" or "unknown": it does not say
     again: str = ""  # id of the message whose answer is asked for once more, after a beat; the model is not sent again
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from common.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, FaceFedError, escaped
 from common.system.files import open_to_others, private_files
+from common.system.runtime import require_tested_flower
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -69,6 +70,13 @@ def run_program(program: str, work: Callable[[], int], stderr: TextIO, *, shared
 def warn_of_open_files(program: str, paths: Iterable[Path], stderr: TextIO) -> None:
     """One line where other accounts can read or write one of these files and folders, which were made earlier."""
     if line := open_to_others(paths):
+        stderr.write(f"{program}: warning: {line}\n")
+        stderr.flush()
+
+
+def warn_of_flower(program: str, *, any_flower: bool, stderr: TextIO) -> None:
+    """One line where the Flower here is none that FaceFed was tested with; UserError where nobody accepted that."""
+    if line := require_tested_flower(any_flower=any_flower):
         stderr.write(f"{program}: warning: {line}\n")
         stderr.flush()
 

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+TESTED_FLOWER = (("1", "41"), ("1", "42"))  # docs/adr/0032-on-stock-flower.md says how
+UNKNOWN = "unknown"  # a version
 
 # Read by the libraries when they are imported and by every child process; MLflow takes the word "true" only.
 SILENCE: Mapping[str, str] = {
@@ -68,6 +72,11 @@ def go_silent() -> None:
     whatever is printed can be: none of it ends the work.
     """
     _keep_streams()
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """The same in a process of Flower's, whose standard streams are its own: it may listen to what is written there."""
     os.environ.update(SILENCE)
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -314,12 +323,55 @@ def use_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
+@functools.cache
 def facefed_version() -> str:
-    """The installed version, or "unknown" for a bundle without an installation."""
+    """The version of this code: of the project file beside it, as in a checkout and in a bundle, else as installed.
+
+    "unknown" where neither is there.
+    """
+    try:
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == "facefed":
+            return str(project["version"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another project's
+        pass
+    return installed_version()
+
+
+def installed_version() -> str:
+    """The version of FaceFed that is installed here, whatever code runs, or "unknown"."""
     try:
         return importlib.metadata.version("facefed")
     except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+        return UNKNOWN
+
+
+def require_one_version(where: str) -> None:
+    """Raise UserError where a run brought other code than is installed here.  where: who this is, such as "this node".
+
+    Each version is right with the packages that it asks for, and those here are of the installed one.
+    """
+    code, installed = facefed_version(), installed_version()
+    if UNKNOWN not in (code, installed) and code != installed:
+        raise UserError(
+            f"the run's bundle is facefed {code}, and {where} has facefed {installed} installed; install equal versions"
+            " on the server and at every site."
+        )
+
+
+def require_tested_flower(*, any_flower: bool, flag: str = "--any-flower") -> str:
+    """A line of warning, or "" with a Flower that FaceFed was tested with.  flag: what accepts another one.
+
+    Raises UserError with another Flower that nobody accepted.
+    """
+    found = importlib.metadata.version("flwr")
+    if tuple(found.split(".")[:2]) in TESTED_FLOWER:
+        return ""
+    tested = " and ".join(".".join(pair) for pair in TESTED_FLOWER)
+    line = f"Flower {found} is none of the versions that FaceFed was tested with ({tested})"
+    if not any_flower:
+        raise UserError(f"{line}; install one of those, or give {flag} to go on all the same.")
+    return f"{line}; it goes on, as {flag} asks"
 
 
 def user_name() -> str:

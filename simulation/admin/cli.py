@@ -22,7 +22,7 @@ from common.flags import (
     tell_of_password,
 )
 from common.system.console import set_up_logging, stopping_on_signals, warn_of_open_files
-from server.cli import DEFAULT_CONFIG
+from server.run_config import DEFAULT_CONFIG
 
 _OWN: Final = ("--tracking-uri", "--out", "--log-level")  # the run settings of commands about runs that are over
 

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from clients.own_machine import ClientOption, site_of
 from common.errors import CheckpointError, ConfigError, UserError, escaped
 from common.faces.pack import FacePack
 from common.metrics.bootstrap import Estimate
@@ -47,7 +48,7 @@ from simulation.compare.model_lookup import (
 )
 from simulation.compare.report import csv_text, has_kinds, json_content, metrics, page, terminal_lines
 from simulation.compare.scoring import Scored, score
-from simulation.sites import USUAL_CLIENTS, ClientOption, data_options, pack_at_the_door, site_of, usual_folder
+from simulation.sites import USUAL_CLIENTS, data_options, pack_at_the_door, usual_folder
 
 _SPAN = row_of(AUC).span
 TOLD_FROM = 10**8  # pairs: what a model costs is told before it is scored

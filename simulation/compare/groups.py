@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.own_machine import ClientOption
 from common.errors import UserError
 from common.faces.datasets import DATASETS
 from common.faces.pack import FacePack
@@ -22,7 +23,6 @@ from common.training.evaluation import embed
 from common.training.loop import Compute
 from simulation.compare.model_loading import ModelFiles
 from simulation.compare.model_lookup import FoundModel
-from simulation.sites import ClientOption
 
 USUAL_FAR = 1e-3  # the threshold that groups are judged at, where the validation pairs support it
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.own_machine import site_of
 from clients.private_state import REPLY_FILE, load_reply
 from common.errors import EXIT_DONE, CheckpointError, UserError
 from common.faces.pack import FacePack
@@ -31,7 +32,7 @@ from common.training.evaluation import embed
 from common.training.loop import Compute
 from simulation.compare.model_loading import ModelFiles
 from simulation.compare.model_lookup import FoundModel, find_model, untrained
-from simulation.sites import data_options, pack_at_the_door, site_of
+from simulation.sites import data_options, pack_at_the_door
 
 MODEL, UNTRAINED = "the run's model", "the model before training"
 REPLY = "its own reply of round {round}, to whoever received it"

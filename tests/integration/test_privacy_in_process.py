@@ -10,6 +10,7 @@ from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pac
 
 import clients.message_handler
 import clients.packs
+from clients.own_machine import ClientOption
 from clients.policy import DEFAULT
 from clients.privacy_budget import Release, budget_file, spend
 from common.errors import ConfigError
@@ -21,7 +22,6 @@ from server.site_privacy import BudgetSpent, NoisySum, SitePrivacy
 from simulation.compare import membership
 from simulation.compare.membership import AuditRequest, audit_privacy
 from simulation.compare.model_lookup import FoundModel, Wanted
-from simulation.sites import ClientOption
 
 ON = {
     "model__backbone": "vit_tiny",

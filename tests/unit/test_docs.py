@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import pytest
 import clients.cli
 import server.cli
 import simulation.cli
+from clients.node import NODE_KEYS, check_keys
 from common import config
 from common.metrics.names import BYTES_DOWN, BYTES_UP, EPOCH_SECONDS, ROUND_SECONDS, WORK_SECONDS, of_split, seconds_of
 from common.metrics.sums import CLOSED_FIELDS, COUNTS
 from common.protocol.wire import TRAIN_FIELDS, Site
 from common.settings import Settings
 from server.exchange.clock import PHASES
+from server.run_config import OWN, read_run_config
 from tests.pages import FENCE, commands, commands_of, page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +40,9 @@ OTHER_PROGRAMS = (
     "tensorboard",
     "source",
     "docker",
+    "flower-superlink",
+    "flower-supernode",
+    "flwr",
     "pip",
     "uv",
     ".venv/bin/pre-commit",
@@ -132,6 +138,27 @@ def test_a_flag_that_no_program_knows_would_be_seen(line):
     with pytest.raises(SystemExit) as end:
         PARSERS[program]().parse_args([*arguments, "--no-such-flag"])
     assert end.value.code == 2
+
+
+def configurations_of(option):
+    """What the pages' commands of Flower's own give by that option, one mapping a command."""
+    lines = (shlex.split(line) for _, line in ALL_COMMANDS if line.startswith(("flwr run", "flower-supernode")))
+    texts = (words[words.index(option) + 1] for words in lines if option in words)
+    return [tomllib.loads(re.sub(r"(?<=\S)\s+(?=[\w.-]+=)", "\n", text)) for text in texts]
+
+
+def test_flowers_own_commands_give_what_is_read():
+    runs, nodes = configurations_of("--run-config"), configurations_of("--node-config")
+    assert len(runs) >= 2
+    assert len(nodes) >= 2
+    for run in runs:
+        flat = {(f"{key}.{name}" if name else key): value for key, table in run.items()
+                for name, value in (table.items() if isinstance(table, dict) else [("", table)])}  # fmt: skip
+        read_run_config(flat)
+    for node in nodes:
+        check_keys(node)
+    section = page("RUNNING").partition("\n## On stock Flower\n")[2].partition("\n## ")[0]
+    assert not [key for key in (*NODE_KEYS, *OWN) if f"`{key}`" not in section]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -21,6 +21,7 @@ from PIL import Image
 from tiny_federation import settings_with
 
 from clients.local_update import join
+from clients.own_machine import ClientOption, site_of
 from common.errors import DataError
 from common.faces import account
 from common.faces.account import DATA, ODD, account_of, walk
@@ -30,7 +31,7 @@ from common.faces.pack import load_pack, open_pack
 from common.settings import DataSettings
 from server.public_set import PublicSet, open_public_set
 from simulation.data.audit import audit
-from simulation.sites import ClientOption, pack_at_the_door, site_of
+from simulation.sites import pack_at_the_door
 
 ANY = DataSettings(image_size=32, max_quarantined_fraction=1.0)
 

@@ -3,10 +3,10 @@
 import pytest
 from faces_on_disk import make_celeba, make_folder, write
 
+from clients.own_machine import ClientOption
 from common.errors import DataError, UserError
 from common.faces import celeba, vggface2
 from simulation.compare.groups import read_groups
-from simulation.sites import ClientOption
 
 
 @pytest.fixture

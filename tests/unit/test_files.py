@@ -11,9 +11,8 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from tiny_federation import site_settings
 
-from clients.flower.launch import ClientOptions, Launch
+from clients.state_folder import state_folder_held
 from common.errors import CheckpointError, TrackingError, UserError
 from common.system import files
 from common.system.files import InUse, append_line, lock, read_lines, read_sealed_json, replacing, write_sealed_json
@@ -46,11 +45,9 @@ def flock_that_fails(monkeypatch, number):
 
 
 def client_at(folder, said):
-    """flower-client's launch on a site of that folder, as far as its lock: it is told to stop before."""
-    site = site_settings("alpha", folder)
-    launch = Launch(site, ClientOptions(host="127.0.0.1", port=9, connect_timeout_s=0.0, once=False), said.append)
-    with launch._open_lock() as file:
-        launch._hold(file)
+    """What every client does on a site of that folder first."""
+    with state_folder_held(folder, "alpha", say=said.append):
+        pass
 
 
 def test_another_process_has_the_lock_until_it_is_dead(tmp_path):
@@ -73,7 +70,7 @@ def test_what_another_holds_is_refused_by_everybody_with_the_line_that_says_so(t
     said = []
     monkeypatch.setattr("common.tracking.spool.LOCK_WITHIN_S", 0.0)
     with flock_that_fails(monkeypatch, number):
-        with pytest.raises(UserError, match="is in use by another flower-client; give each its own --name"):
+        with pytest.raises(UserError, match="is in use by another client; give each a name of its own"):
             client_at(tmp_path, said)
         with pytest.raises(UserError, match="another flower-server is at work on that run"), run_held(tmp_path):
             pass

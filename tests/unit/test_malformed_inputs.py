@@ -32,6 +32,7 @@ from tiny_federation import (
     tiny_workplace,
 )
 
+from clients.own_machine import ClientOption
 from clients.private_state import load_private, load_residue, save_private
 from common import config
 from common.errors import ConfigError, FaceFedError
@@ -50,7 +51,7 @@ from server.record.history import History
 from server.resume import resume
 from simulation.compare.model_lookup import find_model
 from simulation.data.audit import audit
-from simulation.sites import ClientOption, audit_data
+from simulation.sites import audit_data
 
 pytestmark = pytest.mark.usefixtures("in_a_run", "no_syncing")
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from clients.own_machine import ClientOption, parse_client, parse_clients, site_of
 from common.errors import UserError
 from common.system.files import write_json
 from simulation.commands import _what_is_kept
-from simulation.sites import ClientOption, data_options, parse_client, parse_clients, site_of
+from simulation.sites import data_options
 
 
 def option(name: str, dataset: str, folder: str) -> ClientOption:
