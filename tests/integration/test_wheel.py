@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 
 PROGRAMS = ("facefed", "flower-client", "flower-server", "flower-simulation")
 BUILT_FROM = ("common", "server", "clients", "simulation", "facefed", "configs")
+KINDS = (".py", ".toml", ".typed", ".html", ".css", ".js", ".svg")  # of files that are installed
 UV = Path(sys.executable).with_name("uv")  # Flower brings it
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -69,7 +70,7 @@ def test_the_wheel_has_all_packages_configurations_and_programs(wheel: Path) -> 
         names = set(files.namelist())
         [about] = [name for name in names if name.endswith("entry_points.txt")]
         told = files.read(about).decode()
-    ours = [path for name in BUILT_FROM for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".toml")]
+    ours = [path for name in BUILT_FROM for path in (ROOT / name).rglob("*") if path.suffix in KINDS]
     assert {str(path.relative_to(ROOT)) for path in ours} == {n for n in names if n.partition("/")[0] in BUILT_FROM}
     assert {name.partition("/")[0] for name in names} == {*BUILT_FROM, about.partition("/")[0]}
     assert sorted(line.partition(" ")[0] for line in told.splitlines() if "=" in line) == sorted(PROGRAMS)
