@@ -169,6 +169,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
         policy=policy,
         seed=OF_SITE if arguments.site_seed is None else arguments.site_seed,
+        keys=Path(arguments.tls).expanduser().resolve() if arguments.tls else None,
     )
     if not arguments.shared_files:
         kept = [site.state_dir, site.cache_dir, *local_files(site.tracking_uri)]

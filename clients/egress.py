@@ -45,12 +45,17 @@ def asked_by(content: Mapping[str, Mapping[str, Any]]) -> Asked:
 
 
 def record_egress(
-    folder: Path, client: str, request: "Task | Asked", content: Mapping[str, Mapping[str, Any]] | str, policy: str = ""
+    folder: Path,
+    client: str,
+    request: "Task | Asked",
+    content: Mapping[str, Mapping[str, Any]] | str,
+    policy: str = "",
+    masked: Mapping[str, Any] | None = None,
 ) -> None:
     """Append what leaves with this content to `folder`/<run>.jsonl and sync it, before it leaves.
 
     content: a reply, or the reason of a client that could not answer, which leaves too.  policy: the digest of the one
-    that it passed.  Raises OSError.
+    that it passed.  masked: what is said of a masked reply.  Raises OSError.
     """
     line = reply_line(
         "sent",
@@ -60,7 +65,7 @@ def record_egress(
         answer_to=request.kind,
         parts=parts_of(content),
     )
-    _append(folder, request, line | ({"policy": policy} if policy else {}), synced=True)
+    _append(folder, request, line | ({"policy": policy} if policy else {}) | dict(masked or {}), synced=True)
 
 
 def record_receipt(folder: Path, client: str, request: "Task | Asked", receipt: str) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
 from clients.frozen_part import whole_model
 from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
+from clients.masked_reply import answer_small, is_masked, ledger_words, masked_reply, secure_sum_of
 from clients.own_record import keep_round, tell_round
 from clients.packs import prune_packs
 from clients.past_tasks import PastTasks, prune_runs
@@ -23,6 +24,7 @@ from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.protocol import wire
 from common.protocol.codec import Coded, num_bytes
 from common.protocol.ledger import RECEIPT
+from common.protocol.secure_words import SMALL, WorkAsked, read
 from common.protocol.wire import Task
 from common.settings import Settings
 from common.system.events import LAST_TASK_FILE, SHOWN
@@ -121,6 +123,11 @@ def _done(
         finally:  # of a join that is refused too: its pack may have been made first
             if record is not None:
                 prune_packs(site)
+    if task.kind in SMALL:
+        return wire.secure_content(answer_small(secure_sum_of(site, task, settings), task))
+    secure = secure_sum_of(site, task, settings) if is_masked(task, settings) else None
+    if secure is not None:  # before anything is done for it
+        secure.require_turn(read(WorkAsked, task.secure), task.server_round)
     state = watched(_workplace(site, task, settings), record)
     folder = None if site.share is not None else state.state_folder(task.run_id)
     moving, frozen = model
@@ -136,6 +143,10 @@ def _done(
             reply = train(state, task, shared, began=began)
             kept(reply)
         tell_round(site, task, state.settings, reply)
+    if secure is not None and shared is not None:
+        reply = masked_reply(state, task, shared, reply, secure)
+    elif task.last and settings.secagg.enabled:
+        secure_sum_of(site, task, settings).forget()
     return wire.reply_content(dataclasses.replace(reply, frozen=keeps))
 
 
@@ -171,7 +182,7 @@ def answer(site: SiteSettings, content: RecordDict) -> RecordDict | str:
         reason = f"{site.name}: {_public_reason(error)}"
         record_egress(ledger, site.name, request, reason, digest_of(site.policy))
         return reason
-    record_egress(ledger, site.name, task, reply, digest_of(site.policy))
+    record_egress(ledger, site.name, task, reply, digest_of(site.policy), ledger_words(task, shared))
     if task.last and site.share is None:
         (site.state_dir / LAST_TASK_FILE).write_text(task.run_id, encoding="utf-8")
     return reply

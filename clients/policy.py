@@ -131,6 +131,7 @@ class Policy:
     )
     max_delta: float = limit(1e-5, "of max_epsilon, and the largest that a run may ask for", above=0.0, high=0.1)
     require_secagg: bool = limit(default=False, why="whether a run must have secure aggregation")
+    min_secagg_sites: int = limit(3, "sites that a sum is over, this one too: the others could subtract theirs", low=3)
 
 
 DEFAULT: Final = Policy()
@@ -225,6 +226,8 @@ def against_settings(policy: Policy, settings: Settings) -> list[Against]:
         if asked not in choices and ANY not in choices:
             found.append(Against(name, key, asked, ", ".join(choices)))
     found += _against_steps(policy, settings) + _against_model(policy, settings) + _against_losses(policy, settings)
+    if policy.require_secagg and not settings.secagg.enabled:
+        found.append(Against("secagg.enabled", "require_secagg", "false", "true"))
     return found + _against_privacy(policy, settings.privacy)
 
 
@@ -267,8 +270,6 @@ def _against_privacy(policy: Policy, privacy: PrivacySettings) -> list[Against]:
             asked, allowed = getattr(privacy, name), getattr(policy, key)
             if asked > allowed:
                 found.append(Against(f"privacy.{name}", key, f"{asked:g}", f"{allowed:g}"))
-    if policy.require_secagg:  # not built yet, so no run has it
-        found.append(Against("secagg", "require_secagg", "none", "required"))
     return found
 
 
@@ -421,7 +422,7 @@ def _contradictions(policy: Policy) -> list[str]:
         ]
     if "head" not in policy.losses:
         return ['losses has no "head", which every training has; add it.']
-    refused = {name: against_settings(dataclasses.replace(policy, **_NOT_BUILT), run) for name, run in _shipped()}
+    refused = {name: against_settings(dataclasses.replace(policy, **_OF_NO_FILE), run) for name, run in _shipped()}
     if refused and all(refused.values()):
         name, [first, *_] = next(iter(refused.items()))
         return [
@@ -432,7 +433,7 @@ def _contradictions(policy: Policy) -> list[str]:
 
 
 # Whoever requires these knows that no configuration of ours has them.
-_NOT_BUILT: Final[Mapping[str, Any]] = {"require_dp": False, "require_secagg": False}
+_OF_NO_FILE: Final[Mapping[str, Any]] = {"require_dp": False, "require_secagg": False}
 
 
 def _shipped() -> Iterator[tuple[str, Settings]]:

@@ -1,6 +1,7 @@
 """What belongs to a client and never comes from the server."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,14 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeKeys:
+    """Keys of secure aggregation that were made for one simulation: one program has them all, so they hide nothing."""
+
+    own: bytes = field(repr=False)  # the site's P-384 key, DER
+    peers: Mapping[str, bytes]  # of every site by name the public one, DER
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteSettings:
     """A site's name, data, device and folders."""
 
@@ -36,3 +45,4 @@ class SiteSettings:
     policy: Policy = DEFAULT  # what it lets itself be asked
     seed: int | str = OF_SITE  # of the first weights of heads: OF_SITE, OF_RUN or a number of one's own
     share: Share | None = None  # None: all of the data set; a site of its own always has that
+    keys: Path | MadeKeys | None = None  # of secure aggregation: the folder of `facefed certs`; None: there are none

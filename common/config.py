@@ -152,7 +152,36 @@ def _conflicts(settings: Settings) -> list[str]:
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
             ' with model.pretrained, or model.pretrained = "none".'
         ]
-    return _attention_conflicts(settings.model) + _patch_conflicts(settings) + _privacy_conflicts(settings)
+    problems = _attention_conflicts(settings.model) + _patch_conflicts(settings)
+    return problems + _privacy_conflicts(settings) + _secagg_conflicts(settings)
+
+
+def _secagg_conflicts(settings: Settings) -> list[str]:
+    """What needs single replies, which nobody sees."""
+    federation, on = settings.federation, "secagg.enabled = true"
+    if not settings.secagg.enabled:
+        return []
+    problems = []
+    if STRATEGIES[federation.strategy].rule is not None:
+        means = ", ".join(row.name for row in STRATEGIES.values() if row.rule is None)
+        problems.append(
+            f'federation.strategy = "{federation.strategy}" looks at single changes; with {on} use one of {means}.'
+        )
+    if federation.norm_factor != "off":
+        problems.append(f'federation.norm_factor compares single changes; with {on} use "off".')
+    if federation.upload_codec != "float32":
+        problems.append(
+            f'federation.upload_codec = "{federation.upload_codec}": a masked change is whole numbers of 32 bits, and'
+            f' cannot be coded further; with {on} use "float32", which takes as many bytes.'
+        )
+    if federation.clients_per_round != "all":
+        problems.append(
+            f"federation.clients_per_round = {federation.clients_per_round}: sums over other sites each round can be"
+            f' subtracted from each other; with {on} use "all".'
+        )
+    if settings.privacy.unit == "site":
+        problems.append(f'privacy.unit = "site" has the server clip single changes; with {on} use "person" or "off".')
+    return problems
 
 
 def _privacy_conflicts(settings: Settings) -> list[str]:

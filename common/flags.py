@@ -167,6 +167,7 @@ class Flag:
     help: str
     read_by: tuple[str, ...] = ()  # the commands that have it; empty: all that have run settings
     choices: tuple[str, ...] = ()  # its values, where they can be listed
+    stands_for: str = ""  # the value that it gives by itself; empty: one follows it
 
 
 def one_of(names: Iterable[str], word: str = "or") -> str:
@@ -214,6 +215,15 @@ FLAGS: tuple[Flag, ...] = (
         metavar="MU",
         help="fedprox: pull to the received model",
         read_by=FEDERATE,
+    ),
+    Flag(
+        names=("--secagg",),
+        section="secagg",
+        key="enabled",
+        metavar="",
+        help="secure aggregation: the server sees sums over 3 sites or more, and no single site's reply",
+        read_by=FEDERATE,
+        stands_for="true",
     ),
     Flag(
         names=("--model",),
@@ -321,7 +331,11 @@ def add_run_settings(
     usual = f" (default: {default_config})" if default_config else ""
     group.add_argument("--config", metavar="NAME|FILE", help=f"a TOML file, or NAME for configs/NAME.toml{usual}")
     for flag in flags:
-        group.add_argument(*flag.names, dest=f"{flag.section}.{flag.key}", metavar=flag.metavar, help=flag.help)
+        dest = f"{flag.section}.{flag.key}"
+        if flag.stands_for:
+            group.add_argument(*flag.names, dest=dest, action="store_const", const=flag.stands_for, help=flag.help)
+        else:
+            group.add_argument(*flag.names, dest=dest, metavar=flag.metavar, help=flag.help)
     group.add_argument(
         "--no-mlflow", "--mlflow-disabled", "--mlflow_disabled", action="store_true", help="keep the local record only"
     )

@@ -195,6 +195,14 @@ class PrivacySettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SecaggSettings:
+    """[secagg]: secure aggregation (docs/adr/0031-secure-aggregation.md): the server sees sums over the sites only."""
+
+    enabled: bool = setting(default=False)
+    threshold: float = setting(0.667, low=0.667, high=1.0)  # of the sites of a round that must stay until it is opened
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VerificationSettings:
     """[verification]: a public set of pairs (LFW's layout) on which the server scores the global model.
 
@@ -241,6 +249,7 @@ class Settings:
     ablation: AblationSettings = AblationSettings()
     federation: FederationSettings = FederationSettings()
     privacy: PrivacySettings = PrivacySettings()
+    secagg: SecaggSettings = SecaggSettings()
     verification: VerificationSettings = VerificationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -21,6 +21,7 @@ from common.protocol.parameters import Manifest, Part, flatten, load_shared, man
 from common.protocol.wire import Task
 from common.results import Trained, register_models
 from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder, recorded
+from common.secagg.sites import require_sites
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.system.files import write_json
@@ -40,6 +41,7 @@ from server.record.history import History
 from server.record.tell import Record
 from server.resume import resume
 from server.rounds import Federation, Outcome
+from server.secure_sum import SecureSums
 from server.site_privacy import SitePrivacy
 
 log = logging.getLogger("facefed.server")
@@ -185,6 +187,7 @@ def _federate(
         record=Record(tracked, events, settings, clients_are_here=surroundings.simulated),
         public=public_scorer(settings, recogniser, manifest),
         site_privacy=_site_privacy(settings, surroundings.run_folder),
+        secure=_secure_sums(settings, surroundings.run_folder),
         history=History(),
         farewell=surroundings.clients_keep_the_model,
         moves=surroundings.moves,
@@ -206,6 +209,14 @@ def _federate(
 def _site_privacy(settings: Settings, folder: Path) -> SitePrivacy | None:
     privacy = settings.privacy
     return SitePrivacy(privacy, settings.federation, folder) if privacy.unit == "site" else None
+
+
+def _secure_sums(settings: Settings, folder: Path) -> SecureSums | None:
+    """Raises UserError for too few or too many sites."""
+    if not settings.secagg.enabled:
+        return None
+    require_sites(settings.federation.min_clients)
+    return SecureSums(settings, folder.name, folder)
 
 
 app = ServerApp()  # of flower-server; `flwr run` has server/stock.py

@@ -206,6 +206,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     reach_directly(host)  # its own processes speak to it there
     _check_exposure(arguments, host, port)
     refuse_ablation(settings, "flower-server")
+    if settings.secagg.enabled:
+        from common.secagg.sites import require_sites
+
+        require_sites(settings.federation.min_clients)
     set_up_logging(settings.run.log_level)
     from common.runs import forget_its_end
     from common.system.certs import read_server_folder

@@ -6,28 +6,32 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from common import config
 from common.errors import CheckpointError, NotEnoughClients
 from common.metrics.figures import AUC
 from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
-from common.protocol.codec import num_bytes
+from common.protocol.change_bound import ChangeBound
+from common.protocol.codec import MASKED, num_bytes
 from common.protocol.parameters import Manifest, Part, buffer_sha256
 from common.protocol.refusals import is_spent
+from common.protocol.secure_words import write
 from common.protocol.wire import Reply, Task
 from common.settings import Settings
 from common.strategies import check_number, fewest_clients
 from common.training.autotune import threads_for
 from server.aggregate import Aggregate, aggregate_for
 from server.exchange.clock import RoundClock
-from server.exchange.guard import ChangeBound, blames_the_model
+from server.exchange.guard import blames_the_model
 from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.messages import Download, Exchange
 from server.exchange.patience import beat_s
 from server.exchange.roster import (
     Member,
     Roster,
+    Share,
     is_sampled,
     replies_needed,
     sample,
@@ -39,7 +43,10 @@ from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
 from server.record.history import History, Tally, longest_first, named_norms, progress_of, standing_out
 from server.record.tell import Record
+from server.secure_sum import Asked, SecureAttempt, SecureSums
 from server.site_privacy import BudgetSpent, SitePrivacy
+
+SMALL_S: Final = 1.0  # what a site takes for keys, shares or to unmask; see server/exchange/patience.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,7 @@ class Federation:
     public: PublicScorer | None = None
     part: Part | None = None  # of the model, that training moves; None: all
     site_privacy: SitePrivacy | None = None  # of privacy.unit = "site"
+    secure: SecureSums | None = None  # of secagg.enabled
     history: History = field(default_factory=History)
     clock: RoundClock = field(default_factory=RoundClock)  # of the round in progress
     sha256: str = ""  # of the model that was saved last
@@ -150,28 +158,22 @@ class Federation:
         """
         self.clock = clock = RoundClock()
         attempts = self._attempts()
-        replies: dict[str, Reply] = {}
+        made: _Made | None = None
         bytes_down = 0
-        while not replies:
+        while made is None:
             attempts -= 1
-            replies, measured, sent = self._attempt(server_round, is_last=attempts == 0)
+            made, sent = self._attempt(server_round, is_last=attempts == 0)
             bytes_down += sum(sent.values())
-        clients = {
-            name: {BYTES_DOWN: float(sent[name])} | self._costs(name, reply) | measured[name]
-            for name, reply in replies.items()
-        }
-        self.waiter.leave_work(partial(self._round_is_whole, server_round, replies, clients, bytes_down, clock))
+        self.waiter.leave_work(partial(self._round_is_whole, server_round, made, bytes_down, clock))
 
     def _attempts(self) -> int:
         return self.settings.federation.round_attempts if self.roster.others_may_come() else 1
 
-    def _attempt(
-        self, server_round: int, *, is_last: bool
-    ) -> tuple[dict[str, Reply], dict[str, dict[str, float]], dict[str, int]]:
+    def _attempt(self, server_round: int, *, is_last: bool) -> tuple["_Made | None", dict[str, int]]:
         """Have a round's model trained, and make the step.
 
-        Returns the replies, the norms of their changes, and the bytes that went to each client.  No replies: too few
-        can be used, and nothing has changed; raises NotEnoughClients when it is the last attempt.
+        Returns what the clients did, and the bytes that went to each.  None: too few replies can be used, and nothing
+        has changed; raises NotEnoughClients when it is the last attempt.
         """
         members = self.roster.gather()
         self.clock.lap("wait")
@@ -185,8 +187,17 @@ class Federation:
             check_number(self.settings.federation, len(members))
         if self.site_privacy is not None:
             self.site_privacy.require_room(len(self.roster.members()))
-        tasks = self._tasks("train", server_round, members, splits)
-        with closing(self._aggregate()) as change:
+        sites = _Sites(self, server_round, members)
+        asked = Asked(
+            kind="train", step=server_round, splits=splits.split(), change=self._part, received=self.model.received
+        )
+        try:
+            secure = self._secure_sum(asked, members, sites)
+        except NotEnoughClients as few:
+            self._repeat(few, is_last=is_last)
+            return None, {}
+        tasks = _with_work(self._tasks("train", server_round, members, splits), secure)
+        with closing(secure or self._aggregate()) as change:
             self.bound.receive(self._part.taken(self.model.received))
             replies, exchange = self._exchange(tasks, members, self.model.coded, change)
             self._go_back_from(server_round - 1, exchange.reasons, num_asked=len(tasks))
@@ -196,21 +207,64 @@ class Federation:
             self.roster.judge(asked=members, answered=replies)
             try:
                 self._require_enough(replies, members, server_round, kept=server_round - 1)
+                self._open(secure, tasks, sites, kept=server_round - 1)
             except NotEnoughClients as few:
                 if server_round > 1 and any(map(is_spent, exchange.reasons.values())):
                     raise BudgetSpent from None  # nobody's comes back
-                if is_last:
-                    raise
-                self.record.repeated(str(few))
-                return {}, {}, exchange.bytes_down
-            self._score(server_round - 1, replies, splits)
+                self._repeat(few, is_last=is_last)
+                return None, exchange.bytes_down
+            self.record.scored(self.history, server_round - 1, _tallies(splits, replies, secure))
             self.clock.lap("evaluate")
             if self.site_privacy is not None:
                 self.site_privacy.spend(server_round)
             self.model.step(self.optimiser, self._part.spread(change.mean()))
             self.clock.lap("aggregate")
-        norms = {name: named_norms(*exchange.norms[name]) for name in replies}
-        return replies, norms, exchange.bytes_down
+        sent = exchange.bytes_down
+        clients = {
+            name: {BYTES_DOWN: float(sent[name])} | self._costs(name, reply, secure) for name, reply in replies.items()
+        }
+        for name, norms in exchange.norms.items():
+            if name in clients:
+                clients[name] |= named_norms(*norms)
+        content = secure.sums.content if secure and not self.settings.privacy.is_on else {}
+        return _Made(replies=replies, clients=clients, content=content), sent
+
+    def _repeat(self, few: NotEnoughClients, *, is_last: bool) -> None:
+        """Tell that the round is tried again, for want of replies; raises `few` when it was the last attempt."""
+        if is_last:
+            raise few
+        self.record.repeated(str(few))
+
+    def _secure_sum(self, asked: Asked, members: Mapping[str, Member], sites: "_Sites") -> SecureAttempt | None:
+        """A sum of which nobody sees a summand; None where the replies are seen.  Raises NotEnoughClients."""
+        if self.secure is None:
+            return None
+        try:
+            return self.secure.begin(asked, members, self._share(members), sites)
+        except NotEnoughClients as few:
+            raise self._told(few, asked.step, kept=asked.step - (asked.kind == "train")) from None
+
+    def _open(self, secure: SecureAttempt | None, tasks: Mapping[str, Task], sites: "_Sites", *, kept: int) -> None:
+        """Open a sum, where it is masked, which has a replies' worth of words by now.  Raises NotEnoughClients."""
+        if secure is None:
+            return
+        try:
+            secure.open(next(iter(tasks.values())), sites)
+        except NotEnoughClients as few:
+            raise self._told(few, secure.asked.step, kept=kept) from None
+        if secure.sums.saturated:
+            self.record.saturated(secure.asked.step, secure.sums.saturated)
+
+    def _told(self, few: NotEnoughClients, step: int, *, kept: int) -> NotEnoughClients:
+        """The same line with the clients' reasons, and what is kept."""
+        words = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in self.record.reasons(step).items())
+        return NotEnoughClients(
+            f"{str(few).rstrip('.')}{f' ({words})' if words else ''}. The model of round {kept} is kept in"
+            f" {self.checkpoints.path(kept)}."
+        )
+
+    def _share(self, members: Mapping[str, Member]) -> Share | None:
+        return share_of_each({**self.roster.members(), **members}, self.settings.federation)
 
     def _aggregate(self) -> Aggregate:
         if self.site_privacy is not None:
@@ -220,8 +274,7 @@ class Federation:
     def _round_is_whole(
         self,
         server_round: int,
-        replies: Mapping[str, Reply],
-        clients: Mapping[str, Mapping[str, float]],
+        made: "_Made",
         bytes_down: int,
         clock: RoundClock,
     ) -> None:
@@ -230,9 +283,11 @@ class Federation:
         self.clock.lap("wait")
         sizes = {
             BYTES_DOWN: float(bytes_down),
-            BYTES_UP: sum(costs[BYTES_UP] for costs in clients.values()),
+            BYTES_UP: sum(costs[BYTES_UP] for costs in made.clients.values()),
         }
-        self.record.trained(self.history, server_round, replies, sizes=sizes, clients=clients)
+        self.record.trained(
+            self.history, server_round, made.replies, sizes=sizes, clients=made.clients, content=made.content
+        )
         self.record.timed(self.history, server_round, seconds)
         self.clock.lap("log")
         self._save(server_round)  # with all that was told: whoever goes on from it tells what got lost
@@ -259,25 +314,7 @@ class Federation:
         self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download, change: Aggregate | None
     ) -> tuple[dict[str, Reply], Exchange]:
         """Send every task and take the replies; with `change`, as those of training, which are added to it."""
-        exchange = Exchange(
-            federation=self.settings.federation,
-            manifest=self.manifest,
-            mailbox=self.mailbox,
-            waiter=self.waiter,
-            clock=self.clock,
-            refused=self.record.refused,
-            bound=self.bound,
-            changes=self._part.part,
-            share=share_of_each({**self.roster.members(), **members}, self.settings.federation),
-            limited=self.record.limited,
-            max_pairs=self.settings.verification.max_pairs,
-            is_private=self.settings.privacy.is_on,
-            answered=self.record.answered,
-            usual=lambda name, task: self._usual_seconds(name, task, members[name]),
-            heard=self.record.heard,
-            moves=self.moves,
-            keeps=self._keeps,
-        )
+        exchange = self._new_exchange(members, change)
         exchange.send(tasks, members, model)
         self.record.asked(tasks, members)
         self.waiter.do_work()
@@ -288,6 +325,38 @@ class Federation:
             task, pictures = tasks[name], max(1, members[name].site.num_pictures)
             self._pace[name, task.kind, task.last] = self.clock.answer_seconds(name) / pictures
         return replies, exchange
+
+    def _new_exchange(self, members: Mapping[str, Member], change: Aggregate | None) -> Exchange:
+        return Exchange(
+            federation=self.settings.federation,
+            manifest=self.manifest,
+            mailbox=self.mailbox,
+            waiter=self.waiter,
+            clock=self.clock,
+            refused=self.record.refused,
+            bound=self.bound,
+            changes=self._part.part,
+            share=self._share(members),
+            limited=self.record.limited,
+            max_pairs=self.settings.verification.max_pairs,
+            is_private=self.settings.privacy.is_on,
+            masked_size=change.layout.size if isinstance(change, SecureAttempt) else None,
+            answered=self.record.answered,
+            usual=lambda name, task: self._usual_seconds(name, task, members[name]),
+            heard=self.record.heard,
+            moves=self.moves,
+            keeps=self._keeps,
+        )
+
+    def ask_small(self, tasks: Mapping[str, Task], members: Mapping[str, Member]) -> dict[str, str]:
+        """Send small tasks of secure aggregation, and take what each client answers."""
+        exchange = dataclasses.replace(self._new_exchange(members, None), usual=lambda _name, _task: SMALL_S)
+        exchange.send(tasks, members, None)
+        return exchange.words()
+
+    def small_tasks(self, kind: str, step: int, members: Mapping[str, Member]) -> dict[str, Task]:
+        """One for each member; what each of them says is still to be written into it."""
+        return self._tasks(kind, step, members, "")
 
     def _usual_seconds(self, name: str, task: Task, member: Member) -> float | None:
         """What a client takes for the like of a task, by its last answer and the pictures it announced."""
@@ -368,19 +437,17 @@ class Federation:
         self.optimiser.restore(kept)
         self.model, self.sha256 = model, sha256
 
-    def _costs(self, client: str, reply: Reply) -> dict[str, float]:
+    def _costs(self, client: str, reply: Reply, secure: SecureAttempt | None) -> dict[str, float]:
         """Bytes and seconds of one client's answer to a training task."""
-        codec = self.settings.federation.upload_codec
+        if secure is None:
+            codec = self.settings.federation.upload_codec
+            up = num_bytes(codec, self._part.part.size) + wire.counts_nbytes(reply)
+        else:
+            up = num_bytes(MASKED, secure.layout.size)
         return {
-            BYTES_UP: float(num_bytes(codec, self._part.part.size) + wire.counts_nbytes(reply)),
+            BYTES_UP: float(up),
             "answer_seconds": self.clock.answer_seconds(client),
         }
-
-    def _score(self, step: int, replies: Mapping[str, Reply], splits: str) -> None:
-        tallies = [Tally(split) for split in splits.split()]
-        for tally in tallies:
-            tally.add(replies)
-        self.record.scored(self.history, step, tallies)
 
     def _evaluate(self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool) -> None:
         """Everybody's scores of one model, asked for again while too few can be used, as in a round."""
@@ -401,6 +468,8 @@ class Federation:
         self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
     ) -> list[Tally]:
         """As many clients are asked at once as in a round, and their sums merged at once.  Raises NotEnoughClients."""
+        if self.secure is not None and splits:
+            return self._ask_masked(step, splits, members, model, last=last)
         tallies, replied, reasons = [Tally(split) for split in splits.split()], set[str](), dict[str, str]()
         for wave in waves(members, self.settings.federation):
             tasks = {
@@ -417,6 +486,20 @@ class Federation:
             self._require_enough(replied, members, step, kept=step)
         return tallies
 
+    def _ask_masked(
+        self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
+    ) -> list[Tally]:
+        """The same with secure aggregation."""
+        sites = _Sites(self, step, members)
+        asked = Asked(kind="evaluate", step=step, splits=splits.split(), change=None, received=model().received())
+        secure = self._secure_sum(asked, members, sites)
+        tasks = _with_work(self._tasks("evaluate", step, members, splits), secure)
+        tasks = {name: dataclasses.replace(task, last=last) for name, task in tasks.items()}
+        replies, _ = self._exchange(tasks, members, model, secure)
+        self._require_enough(replies, members, step, kept=step)
+        self._open(secure, tasks, sites, kept=step)
+        return _tallies(splits, replies, secure)
+
     def _coded_best(self, best: int) -> Sent:
         return Sent.of(self.checkpoints.load(best), "float32", self.part)
 
@@ -431,9 +514,58 @@ class Federation:
         # A round's sample has scored it, but the figures that remain are everybody's.
         by_sample = is_sampled(members, self.settings.federation) and best < last_round
         if by_sample or not self.history.tested(best):
-            self._evaluate(best, "val test", self.roster.gather(), model, last=True)
+            # A model's scores are summed once with secure aggregation, so only what is missing is asked for.
+            splits = "val test" if self.secure is None else "test"
+            self._evaluate(best, splits, self.roster.gather(), model, last=True)
         elif self.farewell:  # the run is whole without it, so nobody is waited for
             self._evaluate(best, "", self.roster.members(), model, last=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What a round's clients did: their replies, what is told of each, and with secure aggregation what of all."""
+
+    replies: Mapping[str, Reply]
+    clients: Mapping[str, Mapping[str, float]]
+    content: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """The members of a round, as secure aggregation asks them."""
+
+    federation: Federation
+    step: int
+    members: Mapping[str, Member]
+
+    def ask(self, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
+        """Send a text to each of some of them; returns the text that each answered, of those that did."""
+        members = {name: self.members[name] for name in texts}
+        tasks = self.federation.small_tasks(kind, self.step, members)
+        tasks = {name: dataclasses.replace(task, secure=texts[name]) for name, task in tasks.items()}
+        return self.federation.ask_small(tasks, members)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Its answer cannot be used."""
+        self.federation.record.refused(self.step, name, reason)
+
+
+def _with_work(tasks: Mapping[str, Task], secure: SecureAttempt | None) -> dict[str, Task]:
+    """The tasks of the members of a masked sum, each with what it needs for its part; all tasks where none is."""
+    if secure is None:
+        return dict(tasks)
+    return {name: dataclasses.replace(tasks[name], secure=write(secure.work(name))) for name in secure.members}
+
+
+def _tallies(splits: str, replies: Mapping[str, Reply], secure: SecureAttempt | None) -> list[Tally]:
+    """The scores that replies brought; with secure aggregation those of all together."""
+    tallies = [Tally(split) for split in splits.split()]
+    for tally in tallies:
+        if secure is None:
+            tally.add(replies)
+        else:
+            tally.total = secure.sums.evaluations[tally.split]
+    return tallies
 
 
 class _WentBack(Exception):

@@ -17,6 +17,7 @@ from common.faces.partition import part_of, partition
 from common.faces.splits import Split
 from common.privacy.people import problem_of
 from common.runs import CHECKPOINTS, CONFIG_FILE, STATE_FILE, unfinished_run
+from common.secagg.sites import require_sites
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, RUN_FILE, EventReader
 from common.system.files import read_json
@@ -96,6 +97,9 @@ def federate_here(
     packs_held = {name: (pack.num_classes, len(pack.indices(Split.TRAIN))) for name, pack in packs.items()}
     del packs
     settings = config.with_value(settings, "federation", "min_clients", len(sites))
+    if settings.secagg.enabled:
+        require_sites(len(sites))
+        out.write("secure aggregation: one program has all clients' keys here, so it is shown and hides nothing\n")
     settings, run_folder = begin_run(settings, address)
     begun(run_folder)
     from simulation.engine.run import simulate

@@ -189,7 +189,7 @@ def site_to_json(site: SiteSettings) -> str:
 def site_from_json(text: str) -> SiteSettings:
     """The inverse of `site_to_json`."""
     values = json.loads(text)
-    values |= {name: Path(values[name]) for name in ("data_dir", "state_dir", "cache_dir")}
+    values |= {name: Path(values[name]) for name in ("data_dir", "state_dir", "cache_dir", "keys") if values[name]}
     return SiteSettings(**values | {"policy": policy.from_json(values["policy"])})
 
 

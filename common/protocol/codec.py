@@ -25,6 +25,7 @@ Buffer = NDArray[np.float32]
 BLOCK = 512  # elements that share a scale: 0.8 % more bytes than the codes alone
 PIECE = 512 * BLOCK  # elements decoded at a time: 1 MiB, which stays in a core's cache
 LARGEST_CODE = 127
+MASKED = "masked32"  # no codec: words of secure aggregation, which are numbers only when they have been added
 FLOAT16_MAX = 65504.0
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
@@ -54,8 +55,9 @@ def num_blocks(size: int) -> int:
 
 
 def num_bytes(codec: str, size: int) -> int:
-    """The bytes of `size` elements in a codec of `common.settings.CODECS`.  Raises KeyError for another."""
-    return {"float32": 4 * size, "float16": 2 * size, "int8": 4 * num_blocks(size) + size}[codec]
+    """The bytes of `size` elements in a codec of `common.settings.CODECS`, or MASKED.  Raises KeyError for another."""
+    sizes = {"float32": 4 * size, "float16": 2 * size, "int8": 4 * num_blocks(size) + size, MASKED: 4 * size}
+    return sizes[codec]
 
 
 def encode(buffer: Buffer, codec: str) -> Coded:
@@ -113,6 +115,8 @@ def pieces(coded: Coded) -> Iterator[tuple[slice, Tensor]]:
     if coded.codec == "float32":
         yield slice(0, coded.size), _tensor(coded.data, "<f4", count=coded.size)
         return
+    if coded.codec == MASKED:
+        raise ValueError("masked words are no numbers by themselves")
     if coded.codec == "float16":
         halves = _tensor(coded.data, "<f2", count=coded.size)
         for start in range(0, coded.size, PIECE):

@@ -16,7 +16,9 @@ from common.errors import quoted
 Part = dict[str, Any]  # name, shape, dtype, num_bytes, sha256
 PART_FIELDS = ("name", "shape", "dtype", "num_bytes", "sha256")
 RECEIVED_FILE = "received.jsonl"  # the server's record, in the run's folder
-RECEIPT = re.compile(r"(join|train|evaluate) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})")  # as `receipt_of` says it
+RECEIPT = re.compile(
+    r"(join|train|evaluate|keys|shares|unmask) (\d{1,9}) (\d{1,15}) ([0-9a-f]{64})"
+)  # as `receipt_of` says it
 REASON = "error.reason"  # the one part of an error reply
 # A line is bounded, whatever a client sends: no reply of ours has more.
 LONGEST_NAME, MOST_AXES, MOST_PARTS = 200, 32, 1000

@@ -4,6 +4,7 @@
     train     -> task settings, shared parameters   <- their change, num-examples, sums, histograms
     evaluate  -> task settings, shared parameters   <- sums, histograms
                  (of these once what training does not move; later only the rest)
+    keys, shares, unmask  -> task settings          <- of secure aggregation, see secure_words.py
     any of them, asked again for its answer         <- the answer, or after `beat_s` how far it is (beats.py)
 
 Heads, embeddings and pictures have no place in any of them.
@@ -27,11 +28,14 @@ from common.errors import ReplyRefused
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, NOTHING, EvaluationSums
 from common.protocol import beats, codec
 from common.protocol.beats import Beat
-from common.protocol.codec import Coded
+from common.protocol.codec import MASKED, Coded
+from common.protocol.secure_words import SMALL
 from common.settings import CODECS
 
 MESSAGE_TYPES = {"join": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
+MESSAGE_TYPES |= dict.fromkeys(SMALL, MessageType.QUERY)
 TASK, ARRAYS, SUMS, SITE = "task", "arrays", "sums", "site"
+SECURE, ANSWER, MOST_WORDS = "secure", "answer", 2**17  # of an answer of secure aggregation, in characters
 SHARED, FROZEN, CHANGE = "shared", "frozen", "change"
 WITHHELD_NAME, LONGEST_WITHHELD = "{split}-withheld", 20  # two words in place of a split's counts
 COUNTS_NAME = "{split}-counts"  # one array for all of a split's counts: Flower's transfer costs by the object
@@ -68,7 +72,7 @@ _REPLY_NAMES: Mapping[str, frozenset[str]] = {
 class Task:
     """What the server asks of a client, beside the shared parameters."""
 
-    kind: str  # join | train | evaluate
+    kind: str  # of MESSAGE_TYPES
     run_id: str
     server_round: int  # the round whose training is asked for; evaluate: the round whose model this is
     settings: str  # the run settings as JSON
@@ -87,6 +91,7 @@ class Task:
     val_auc: float = -1.0  # that AUC
     seconds_left: float = -1.0  # of all rounds, by the newest ones; -1: not known
     version: str = ""  # of the server's FaceFed; "" or "unknown": it does not say
+    secure: str = ""  # of secure aggregation, as secure_words.py writes it; empty without it
     again: str = ""  # id of the message whose answer is asked for once more, after a beat; the model is not sent again
 
 
@@ -125,7 +130,7 @@ class Reply:
     evaluations: Mapping[str, EvaluationSums]  # by split
     withheld: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> why nothing else of it leaves
     frozen: str = ""  # `Task.frozen` of what the client keeps, so that it need not be sent again
-    change: Coded | None  # None after evaluate
+    change: Coded | None  # None after evaluate; with secure aggregation a site's masked words, after evaluate too
 
 
 def counts_nbytes(reply: Reply) -> int:
@@ -139,6 +144,11 @@ def _flat_counts(sums: EvaluationSums) -> NDArray[Any]:
     counts = np.concatenate([part.reshape(-1) for part in arrays.values()])
     largest = int(counts.max(initial=0))
     return counts.astype(next(name for name in _COUNT_DTYPES if largest <= np.iinfo(name).max))
+
+
+def words_of(task: Task) -> dict[str, str]:
+    """What a task says that is the same for all clients, and that their answers follow from."""
+    return {name: getattr(task, name) for name in ("kind", "settings", "splits", "manifest")}
 
 
 def _task_record(task: Task) -> ConfigRecord:
@@ -195,7 +205,10 @@ def read_task(content: RecordDict) -> tuple[Task, NDArray[np.float32] | None]:
         arrays = content.get(ARRAYS)
         if arrays is None:
             return task, None
-        return task, codec.take(_read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED))
+        shared = _read_flat(typing.cast("Mapping[str, Any]", arrays), SHARED)
+        if shared.codec == MASKED:
+            raise ReplyRefused("the server's model is masked, and no model of ours is.")
+        return task, codec.take(shared)
     except (KeyError, TypeError) as error:
         raise ReplyRefused(f"the server's message is not one of FaceFed's ({error}); use equal versions.") from None
 
@@ -227,7 +240,7 @@ def _check_length(array: Array, name: str, wanted: int) -> None:
 
 def _read_flat(record: Mapping[str, Any], name: str) -> Coded:
     array = _header(record, name, FLAT)
-    if array.dtype not in CODECS:
+    if array.dtype not in (*CODECS, MASKED):
         raise ReplyRefused(
             f"the array {name!r} is in the codec {array.dtype!r}; this version knows {', '.join(CODECS)}"
         )
@@ -294,6 +307,21 @@ def read_beat(message: Message) -> Beat | None:
     if extra:
         raise ReplyRefused(f"a beat holds the record {extra[0]!r}, which no beat has")
     return beats.read_beat(dict(typing.cast("Mapping[str, Any]", message.content[beats.RECORD])))
+
+
+def secure_content(answer: str) -> RecordDict:
+    """The content of an answer to one of `secure_words.SMALL`."""
+    return RecordDict({SECURE: ConfigRecord({ANSWER: answer})})
+
+
+def read_secure(message: Message) -> str:
+    """The inverse of `secure_content` at the server.  Raises ReplyRefused, also for a client's error reply."""
+    _refuse_error(message)
+    record: Any = message.content.get(SECURE)
+    answer = record.get(ANSWER) if isinstance(record, ConfigRecord) else None
+    if not (isinstance(answer, str) and len(answer) <= MOST_WORDS and len(record) == len(message.content) == 1):
+        raise ReplyRefused("the answer is not one of secure aggregation; use equal versions of FaceFed.")
+    return answer
 
 
 def site_content(site: Site) -> RecordDict:

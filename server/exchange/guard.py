@@ -2,27 +2,22 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 from flwr.app import Message
-from torch import Tensor
 
 from common.errors import ReplyRefused
 from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.names import CLIENT_NAME, NAME_RULE
 from common.protocol import wire
-from common.protocol.codec import Coded, decode, has_negative_scale, largest_magnitude, pieces
-from common.protocol.parameters import Manifest, Span
+from common.protocol.codec import MASKED, Coded, decode, has_negative_scale, largest_magnitude
+from common.protocol.parameters import Manifest
 from common.protocol.wire import OF_CONTENT, TRAIN_FIELDS, Reply, Site
 from common.settings import PRECISIONS
-from server.global_model import Buffer
 
 # Its square, a strategy's second moment, and its sum over 1e9 pictures of 1e6 clients are finite in float32 (3.4e38).
 LARGEST_CHANGE = 1e15
-STATISTICS_FACTOR = 100.0  # how much longer running statistics may be beside theirs: they follow the activations
 MOST_COUNTED = 10**9  # pictures, people or cores of one client
 MOST_PAIRS = 10**18  # of so many pictures, of validation and of test
 PAIRS_OF_SITE = ("num_pairs", "num_scored_pairs")
@@ -32,13 +27,6 @@ MEMORY_FORMATS = ("contiguous", "channels_last")
 # As the guard and common.errors.TrainingFailed say it.
 NO_NUMBERS = re.compile(r"\b(nan|inf)\b|\bnot (all )?finite\b|^the change holds ", re.IGNORECASE)
 LARGEST_SUM = 2.0**53  # whole numbers up to here are exact in float64
-
-
-class ChangeNorms(NamedTuple):
-    """The Euclidean norms of a model's or a change's two parts; 0 for a part that is not there."""
-
-    parameters: float
-    statistics: float  # the running mean and variance of normalisation layers
 
 
 def read_site(message: Message) -> Site:
@@ -75,50 +63,6 @@ def _check_site_counts(site: Site) -> None:
                 f"the answer to join is malformed: {part} is {getattr(site, part)}, more than {whole},"
                 f" {getattr(site, whole)}"
             )
-
-
-class ChangeBound:
-    """How long a change may be beside the model, of trainable parameters and of running statistics apart.
-
-    Relative to the longer of the received and the run's first model: a model that somebody made short must not turn
-    the honest changes into long ones. Where both are zero there is no scale, and no bound.
-    """
-
-    def __init__(self, spans: tuple[Span, ...], first: Buffer, factor: float | str) -> None:
-        """first: the model of round 0, [size] float32.  factor: `federation.max_change_factor`."""
-        self._spans, self._factor = spans, factor
-        self._first = self.received = self._norms([(slice(0, len(first)), torch.from_numpy(first))])
-
-    def receive(self, model: Buffer) -> None:
-        """The changes that come next are of this model, [size] float32."""
-        self.received = self._norms([(slice(0, len(model)), torch.from_numpy(model))])
-
-    def check(self, change: Coded) -> ChangeNorms:
-        """The norms of a change that is finite.  Raises ReplyRefused when one is too long."""
-        found = self._norms(pieces(change))
-        if isinstance(self._factor, str):
-            return found
-        factors = (self._factor, self._factor * STATISTICS_FACTOR)
-        parts = zip(ChangeNorms._fields, factors, found, self.received, self._first, strict=True)
-        for what, factor, norm, here, first in parts:
-            beside = max(here, first)
-            if norm > factor * beside > 0.0:
-                raise ReplyRefused(
-                    f"the change of {what} has the norm {norm:.4g}, more than {factor:g} times the model's"
-                    f" {beside:.4g} (federation.max_change_factor)"
-                )
-        return found
-
-    def _norms(self, parts: Iterable[tuple[slice, Tensor]]) -> ChangeNorms:
-        """parts: the buffer in order, as `common.protocol.codec.pieces` gives it."""
-        squares = {True: 0.0, False: 0.0}
-        for where, values in parts:
-            for span, is_trainable in self._spans:
-                start, stop = max(span.start, where.start), min(span.stop, where.stop)
-                if start < stop:
-                    norm = torch.linalg.vector_norm(values[start - where.start : stop - where.start])
-                    squares[is_trainable] += float(norm) ** 2
-        return ChangeNorms(parameters=math.sqrt(squares[True]), statistics=math.sqrt(squares[False]))
 
 
 def blames_the_model(reason: str) -> bool:
@@ -169,6 +113,22 @@ def check_evaluation_reply(
     if reply.change is not None or reply.train:
         raise ReplyRefused("the reply holds results of training, and an evaluation was asked for")
     _check_evaluations(reply, site, max_pairs)
+
+
+def check_masked_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, size: int) -> None:
+    """Raises ReplyRefused unless a reply is of this round and model, and holds so many masked words and no sums.
+
+    What the words are nobody can see.
+    """
+    _check_origin(reply, server_round, manifest)
+    _check_num_examples(reply.num_examples, site)
+    change = reply.change
+    if change is None or change.codec != MASKED or change.size != size:
+        seen = "none" if change is None else f"{change.codec} of {change.size} numbers"
+        raise ReplyRefused(f"the reply's words are {seen}; {MASKED} of {size} were asked for")
+    if reply.evaluations or any(name in reply.train for name in OF_CONTENT):
+        raise ReplyRefused("the reply holds sums of one site, which secure aggregation masks")
+    _check_sums(reply.train)
 
 
 def _check_origin(reply: Reply, server_round: int, manifest: Manifest) -> None:

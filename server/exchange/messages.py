@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message
 from common.errors import ReplyRefused
 from common.protocol import wire
 from common.protocol.beats import Beat
+from common.protocol.change_bound import ChangeBound, ChangeNorms
 from common.protocol.codec import num_bytes
 from common.protocol.parameters import Manifest
 from common.protocol.wire import Reply, Task
@@ -17,9 +18,8 @@ from common.settings import FederationSettings
 from server.aggregate import Aggregate
 from server.exchange.clock import RoundClock
 from server.exchange.guard import (
-    ChangeBound,
-    ChangeNorms,
     check_evaluation_reply,
+    check_masked_reply,
     check_sender,
     check_train_reply,
 )
@@ -60,6 +60,7 @@ class Exchange:
     share: Share | None = None  # None: all that a client holds is counted
     max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
     is_private: bool = False  # the run has differential privacy
+    masked_size: int | None = None  # with secure aggregation: how many masked words a reply has
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
     answered: Callable[[str], None] = lambda _client: None  # is told whose reply was taken, or given up
     usual: Callable[[str, Task], float | None] = lambda _client, _task: None  # seconds of that client's like answers
@@ -75,12 +76,12 @@ class Exchange:
     _lost: set[int] = field(default_factory=set)  # nodes that have been away since their task was sent
     _looked: float = 0.0
 
-    def send(self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download) -> None:
-        """Send every task.  model: makes what is sent; it is not kept while the clients work."""
+    def send(self, tasks: Mapping[str, Task], members: Mapping[str, Member], model: Download | None) -> None:
+        """Send every task.  model: makes what is sent; it is not kept while the clients work.  None: none is sent."""
         self._tasks, self._members = tasks, members
         now = time.monotonic()
         patience = {name: self._patience(name, task, now) for name, task in tasks.items()}
-        made = self._records(tasks, model())
+        made = self._records(tasks, None if model is None else model())
         messages = [
             wire.task_message(task, shared, node_id=members[name].node_id, ttl_s=self._ttl_s(patience[name], now))
             for name, (task, shared) in made.items()
@@ -90,12 +91,14 @@ class Exchange:
         self._awaited = {name: _Awaited(patience[name], sent[name], now, sent[name]) for name in tasks}
         self.clock.sent()
 
-    def _records(self, tasks: Mapping[str, Task], model: Sent) -> dict[str, tuple[Task, ArrayRecord]]:
+    def _records(self, tasks: Mapping[str, Task], model: Sent | None) -> dict[str, tuple[Task, ArrayRecord | None]]:
         """What goes to each client: who keeps what training does not move gets the rest only."""
+        if model is None:
+            return {name: (task, None) for name, task in tasks.items()}
         lacking = {name for name in tasks if model.frozen is not None and self.keeps.get(name) != model.digest}
         frozen = model.frozen() if model.frozen is not None and lacking else None
         rest, whole = wire.pack_shared(model.moving), wire.pack_shared(model.moving, frozen)
-        found = {}
+        found: dict[str, tuple[Task, ArrayRecord | None]] = {}
         for name, task in tasks.items():
             self.bytes_down[name] = model.moving.nbytes + (frozen.nbytes if frozen and name in lacking else 0)
             found[name] = dataclasses.replace(task, frozen=model.digest), whole if name in lacking else rest
@@ -114,6 +117,34 @@ class Exchange:
 
     def _ttl_s(self, patience: Patience, now: float) -> float:
         return patience.limit - now + TTL_SLACK_S
+
+    def words(self) -> dict[str, str]:
+        """Take the answers to small tasks of secure aggregation, by client; a bad or missing one is left out, and told.
+
+        Raises InterruptedRun.
+        """
+        found = {}
+        for name, task in self._tasks.items():
+            try:
+                message = self._message(name)
+                check_sender(message, self._members[name].node_id)
+                found[name] = wire.read_secure(message)
+            except ReplyRefused as refusal:
+                self.reasons[name] = str(refusal)
+                self.refused(task.server_round, name, str(refusal))
+            del self._awaited[name]
+        return found
+
+    def _message(self, name: str) -> Message:
+        """A client's answer.  Raises ReplyRefused where none comes."""
+        awaited = self._awaited[name]
+        if not awaited.first:
+            raise ReplyRefused("the task could not be sent; the client is not connected")
+        message = self.waiter.until(lambda: self._look(name), lambda: awaited.patience.ends)
+        self.clock.lap("wait")
+        if message is None:
+            raise ReplyRefused(awaited.patience.words(time.monotonic()))
+        return message
 
     def replies(self, change: Aggregate | None) -> dict[str, Reply]:
         """Take the replies in the order of the tasks; a bad or missing one is left out, and told.
@@ -135,16 +166,13 @@ class Exchange:
         return replies
 
     def _receive(self, name: str, task: Task, change: Aggregate | None) -> Reply:
-        member, awaited = self._members[name], self._awaited[name]
-        if not awaited.first:
-            raise ReplyRefused("the task could not be sent; the client is not connected")
-        message = self.waiter.until(lambda: self._look(name), lambda: awaited.patience.ends)
-        self.clock.lap("wait")
-        if message is None:
-            raise ReplyRefused(awaited.patience.words(time.monotonic()))
+        member = self._members[name]
+        message = self._message(name)
         self.clock.answered(name)
-        reply = wire.read_reply(message, task.splits)
+        reply = wire.read_reply(message, task.splits if self.masked_size is None else "")
         check_sender(message, member.node_id)
+        if self.masked_size is not None:
+            return self._masked(name, reply, change)
         if change is None:
             check_evaluation_reply(
                 reply,
@@ -170,6 +198,17 @@ class Exchange:
         self.clock.lap("receive")
         if reply.change is not None:
             change.add(reply.change, reply.num_examples, name)
+        self.clock.lap("aggregate")
+        return dataclasses.replace(reply, change=None)
+
+    def _masked(self, name: str, reply: Reply, words: Aggregate | None) -> Reply:
+        task, size = self._tasks[name], self.masked_size or 0
+        site = self._members[name].site
+        check_masked_reply(reply, server_round=task.server_round, manifest=self.manifest, site=site, size=size)
+        reply = self._in_share(name, reply)
+        self.clock.lap("receive")
+        if words is not None and reply.change is not None:
+            words.add(reply.change, reply.num_examples, name)
         self.clock.lap("aggregate")
         return dataclasses.replace(reply, change=None)
 

@@ -186,7 +186,10 @@ class History:
         aucs = tally.aucs()
         if split == "val" and aucs:
             metrics[BY_CLIENT_AUC] = float(np.median(aucs))
-        better = metrics.get(BY_CLIENT_AUC, 0.0) > self._best_by_client()
+        chosen = metrics.get(BY_CLIENT_AUC, 0.0)
+        if split == "val" and not tally.metrics:  # with secure aggregation nobody's own is known
+            chosen = metrics.get(of_split("val", AUC), 0.0)
+        better = chosen > self._best_by_client()
         if BY_CLIENT_AUC not in metrics and self._is_unscored(self.best_round):
             better = step > self.best_round
         record.metrics |= metrics

@@ -217,6 +217,14 @@ class Record:
         for step in [step for step in self._refused_so_far if step < before]:
             self._tracked.log_metrics({"refused_replies": float(self._refused_so_far.pop(step))}, step=step)
 
+    def saturated(self, server_round: int, number: int) -> None:
+        """Elements of changes were beyond what secure aggregation carries, and were cut to it."""
+        line = (
+            f"round {server_round}: {number:,} elements of the clients' changes were too large for secure aggregation"
+            " and were cut to its range; lower training.lr if it happens again"
+        )
+        self._events.emit("warning", line=line)
+
     def limited(self, client: str, line: str) -> None:
         """A client counts for less than it says: told once, of the first clients."""
         if client in self._limited or len(self._limited) >= MOST_TOLD_APART:
@@ -345,14 +353,16 @@ class Record:
         *,
         sizes: Mapping[str, float],
         clients: Mapping[str, Mapping[str, float]],
+        content: Mapping[str, float] | None = None,
     ) -> None:
         """A round is whole: its training figures and bytes.
 
+        content: sums of all clients that no reply has, with secure aggregation.
         sizes: bytes of all.  clients: of each client of `replies` its own bytes down and up, the norms of its
         change, and answer_seconds from the sending of its task until its reply was taken.
         """
         self._tell_refused(before=server_round)
-        merged = merged_train(replies)
+        merged = merged_train(replies) | dict(content or {})
         self._num_pictures += merged["num_pictures"]
         self._num_steps += merged["num_steps"]
         self._num_warmup_pictures += merged["num_warmup_pictures"]

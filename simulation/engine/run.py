@@ -5,24 +5,27 @@ used, and a test pins it.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.hazmat.primitives import serialization
 from flwr.app import Context
 from flwr.common import EventType
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation.run_simulation import _run_simulation
 
 from clients.message_handler import build_client_app
-from clients.site import SiteSettings
+from clients.site import MadeKeys, SiteSettings
 from common import config
 from common.errors import EXIT_FAILED, CheckpointError
+from common.secagg.keys import Identity
 from common.settings import Settings
 from common.system.console import stopping_on_signals
 from common.system.events import OUTCOME_FILE, EventLog
@@ -91,8 +94,28 @@ def movement_in(folder: Path) -> Callable[[], bool]:
     return moves
 
 
-def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources: Resources, progress: Path) -> None:
-    """progress: the folder into which each actor tells how far it is, where it is on this machine."""
+def made_keys(names: Sequence[str]) -> dict[str, MadeKeys]:
+    """Keys of secure aggregation for one simulation, in memory only: a run shows the protocol, and hides nothing."""
+    identities = {name: Identity.in_memory(name) for name in names}
+    form, public = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    peers = {name: one.public_key.public_bytes(form, public) for name, one in identities.items()}
+    private, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return {
+        name: MadeKeys(own=one.key.private_bytes(form, private, plain), peers=peers) for name, one in identities.items()
+    }
+
+
+def _run_engine(
+    server_app: ServerApp,
+    sites: Sequence[SiteSettings],
+    resources: Resources,
+    progress: Path,
+    keys: Mapping[str, MadeKeys],
+) -> None:
+    """progress: the folder into which each actor tells how far it is, where it is on this machine.
+
+    keys: by site, of a run with secure aggregation.
+    """
     table = sites if isinstance(sites, VirtualSites) else tuple(sites)
     umask = os.umask(0o077)
     os.umask(umask)
@@ -102,7 +125,8 @@ def _run_engine(server_app: ServerApp, sites: Sequence[SiteSettings], resources:
         share_buffers()
         tell_into(progress / f"{os.getpid()}.json")
         be_killed_with_parent()  # an actor that trains outlives Ray's shutdown by minutes
-        return table[int(context.node_config["partition-id"])]
+        site = table[int(context.node_config["partition-id"])]
+        return dataclasses.replace(site, keys=keys.get(site.name))
 
     backend: dict[str, Any] = {"client_resources": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}}
     with handing_out():
@@ -151,7 +175,8 @@ def simulate(
             progress.mkdir(exist_ok=True)
             EventLog(run_folder).emit("starting", actors=cluster.num_actors)
             server_app = _server_app(settings, run_folder, sites, cluster, stop, processes)
-            _run_engine(server_app, sites, cluster.resources, progress)
+            keys = made_keys([site.name for site in sites]) if settings.secagg.enabled else {}
+            _run_engine(server_app, sites, cluster.resources, progress, keys)
     finally:
         shutil.rmtree(run_folder / PROGRESS, ignore_errors=True)
         for process in processes:  # idle workers outlive their Ray by seconds

@@ -21,8 +21,9 @@ from PIL import Image
 from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
 from clients.local_update import join
+from clients.masked_reply import is_masked
 from common import config
-from common.errors import DataError, FaceFedError, NotEnoughClients, UserError
+from common.errors import DataError, FaceFedError, NotEnoughClients, ReplyRefused, UserError
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.metrics.figures import AUC
@@ -31,6 +32,8 @@ from common.protocol import wire
 from common.protocol.beats import Beat
 from common.protocol.codec import encode
 from common.protocol.parameters import buffer_sha256, flatten
+from common.protocol.secure_words import threshold_of
+from common.protocol.wire import Task
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from common.system.checkpoints import write_tensors
 from common.system.files import read_json
@@ -227,6 +230,15 @@ PRIVATE = {
     "privacy__group_people": 3,
     "privacy__clip": 0.1,
 }
+
+
+@proves("secagg.enabled", "secagg.threshold")
+def test_secure_aggregation_masks_replies_and_its_threshold_says_how_many_sites_must_stay():
+    task = Task(kind="train", run_id="run-1", server_round=1, settings="{}")
+    assert not is_masked(task, Settings())
+    with pytest.raises(ReplyRefused, match="in the clear"):
+        is_masked(task, with_setting(Settings(), "secagg.enabled", value=True))
+    assert [threshold_of(fraction, 10) for fraction in (Settings().secagg.threshold, 0.9)] == [7, 9]
 
 
 @proves("privacy.unit", "privacy.epsilon", "privacy.delta", "privacy.clip", "privacy.group_people")

@@ -19,9 +19,10 @@ from tiny_federation import (
 from common.errors import NotEnoughClients, ReplyRefused
 from common.metrics.sums import EvaluationSums
 from common.protocol import wire
+from common.protocol.change_bound import ChangeBound
 from common.protocol.codec import encode
 from common.system.events import EventReader
-from server.exchange.guard import ChangeBound, blames_the_model
+from server.exchange.guard import blames_the_model
 from server.exchange.roster import Member, Share, share_of_each
 from server.record.history import standing_out
 from server.resume import resume

@@ -24,6 +24,13 @@ def test_the_best_is_the_first_of_the_highest_validation_auc_and_never_round_0()
     assert (history.best_round, history.best_val_auc) == (2, pytest.approx(0.75))
 
 
+def test_where_no_clients_own_is_known_the_pooled_auc_chooses():
+    history = History()
+    for step, auc in enumerate((0.99, 0.60, 0.75, 0.70)):
+        history.score(step, Tally("val", sums_with(auc)))  # of a masked sum
+    assert (history.best_round, history.best_val_auc) == (2, pytest.approx(0.75))
+
+
 def test_test_scores_are_kept_and_choose_nothing():
     history = History()
     score(history, 1, "val", {"alpha": sums_with(0.8)})

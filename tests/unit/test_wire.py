@@ -86,8 +86,10 @@ def test_a_task_comes_back_as_it_went(kind):
         assert array.dtype == np.float32
 
 
-def test_each_kind_has_a_message_type_of_its_own():
-    assert len(set(wire.MESSAGE_TYPES.values())) == len(wire.MESSAGE_TYPES) == 3
+def test_each_kind_with_a_model_has_a_message_type_of_its_own_and_all_others_have_that_of_a_query():
+    queries = dict.fromkeys(("join", "keys", "shares", "unmask"), "query")
+    expected = {"train": "train", "evaluate": "evaluate", **queries}
+    assert dict(wire.MESSAGE_TYPES) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""A site's reply to a run with secure aggregation: what the others would see of it becomes words of a masked sum.
+
+What is left beside them are names, counts that the site joined with, and seconds.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.run_state import ClientState
+from clients.secure_sum import SecureSum, keys_of
+from clients.site import SiteSettings
+from common.errors import ReplyRefused
+from common.protocol.change_bound import ChangeBound
+from common.protocol.codec import MASKED, Coded, decode
+from common.protocol.parameters import Part, buffer_sha256
+from common.protocol.secure_vector import CONTENT, Layout, Sums
+from common.protocol.secure_words import (
+    KEYS,
+    SHARES,
+    KeysAsked,
+    SharesAsked,
+    UnmaskAsked,
+    WorkAsked,
+    digest_of_work,
+    read,
+    write,
+)
+from common.protocol.wire import Reply, Task, words_of
+from common.settings import Settings
+
+Buffer = NDArray[np.float32]
+
+
+def secure_sum_of(site: SiteSettings, task: Task, settings: Settings) -> SecureSum:
+    """The site's part in the masked sums of a task's run.  Raises SecureSumRefused or UserError without keys."""
+    folder = site.state_dir / "private" / task.run_id
+    return SecureSum(folder, task.run_id, keys_of(site), threshold=settings.secagg.threshold, policy=site.policy)
+
+
+def is_masked(task: Task, settings: Settings) -> bool:
+    """Whether a task's answer is to be masked.  Raises ReplyRefused where it should be, and does not say how."""
+    wanted = settings.secagg.enabled and (task.kind == "train" or (task.kind == "evaluate" and bool(task.splits)))
+    if wanted != bool(task.secure):
+        raise ReplyRefused(
+            "the run has secure aggregation, and this task would have one site's reply in the clear."
+            if wanted
+            else "the task is of secure aggregation, which this run does not have; use equal versions of FaceFed."
+        )
+    return wanted
+
+
+def answer_small(secure: SecureSum, task: Task) -> str:
+    """The answer to a task of `secure_words.SMALL`.  Raises SecureSumRefused or PolicyRefusal."""
+    if task.kind == KEYS:
+        return write({"advert": secure.keys(read(KeysAsked, task.secure), task.server_round)})
+    if task.kind == SHARES:
+        return write(secure.shares(read(SharesAsked, task.secure), task.server_round))
+    return write(secure.unmask(read(UnmaskAsked, task.secure), task.server_round))
+
+
+def masked_reply(state: ClientState, task: Task, shared: Buffer, reply: Reply, secure: SecureSum) -> Reply:
+    """The reply with masked words in the place of its change and its sums.  shared: the model that came, [size].
+
+    Raises SecureSumRefused; ReplyRefused for a change that is longer than the run's federation.max_change_factor.
+    """
+    asked = read(WorkAsked, task.secure)
+    sha256, part = buffer_sha256(shared), state.part if reply.change is not None else None
+    layout = Layout(change=part, splits=tuple(task.splits.split()), num_members=len(asked.members))
+    change = received = None
+    if part is not None and reply.change is not None:
+        received = part.taken(shared)
+        _check_length(state.settings, part, received, reply.change)
+        change = decode(reply.change)
+    words, _ = layout.words(change, received, min(1.0, reply.num_examples / asked.most_examples), _sums(asked, reply))
+    digest = digest_of_work(asked, words=words_of(task), model_sha256=sha256)
+    about = [f"round {task.server_round}"] if part is not None else []
+    about += [f"{split} {sha256[:16]}" for split in layout.splits]
+    masked = secure.mask(asked, task.server_round, words, about, digest)
+    return dataclasses.replace(
+        reply,
+        train={name: value for name, value in reply.train.items() if name not in CONTENT},
+        evaluations={},
+        withheld={},
+        change=Coded(codec=MASKED, size=layout.size, data=masked.astype("<u4", copy=False).view(np.uint8).data),
+    )
+
+
+def _check_length(settings: Settings, part: Part, received: Buffer, change: Coded) -> None:
+    """The bound that the server has where it sees changes, beside the model that came."""
+    bound = ChangeBound(part.spans, received, settings.federation.max_change_factor)
+    bound.check(change)
+
+
+def _sums(asked: WorkAsked, reply: Reply) -> Sums:
+    evaluations = dict(reply.evaluations)
+    if asked.most_pictures:
+        evaluations = {split: sums.at_most(asked.most_pictures) for split, sums in evaluations.items()}
+    content = {name: reply.train[name] for name in CONTENT if name in reply.train}
+    return Sums(evaluations=evaluations, content=content)
+
+
+def ledger_words(task: Task, moving: Buffer | None) -> Mapping[str, Any]:
+    """What the ledger says of a masked reply: of which attempt, with whom, of which model; nothing of another.
+
+    moving: of the model what came; of the rest the task has the SHA-256.
+    """
+    if not task.secure or moving is None:
+        return {}
+    asked = read(WorkAsked, task.secure)
+    model = {"model": buffer_sha256(moving)} | ({"frozen": task.frozen} if task.frozen else {})
+    return {"masked": {"attempt": asked.attempt, "with": list(asked.members), **model}}

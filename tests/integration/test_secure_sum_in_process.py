@@ -1,0 +1,81 @@
+"""Federations with secure aggregation, whole and in this process: what is opened is the sum, and nothing else shows."""
+
+import json
+
+import numpy as np
+import pytest
+from secure_federation import secure_mailbox
+from tiny_federation import enter_run, settings_with, tiny_pack
+
+import clients.masked_reply
+import clients.message_handler
+import clients.packs
+import clients.secure_sum
+import server.secure_sum
+from server.app import Surroundings, federate
+
+THREE = ("alpha", "beta", "gamma")
+
+
+@pytest.fixture(autouse=True)
+def tiny_packs(monkeypatch):
+    enter_run(monkeypatch)
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
+    packs = {}
+
+    def open_pack(_dataset, data_dir, *_args, **_named):
+        name = data_dir.parent.name
+        return packs.setdefault(name, tiny_pack(name))
+
+    monkeypatch.setattr(clients.packs, "open_pack", open_pack)
+
+
+def federation(folder, names=THREE, tamper=lambda _name, _task, reply: reply, *, others_may_come=False, **values):
+    """Run it; returns (outcome, summary, the mailbox)."""
+    clients.message_handler._workplaces.clear()
+    usual = {
+        "secagg__enabled": True,
+        "federation__rounds": 2,
+        "federation__min_clients": 3,
+        "federation__join_timeout_s": 20.0,
+    }
+    mailbox = secure_mailbox(names, folder / "sites", tamper)
+    run = folder / "run-1"
+    run.mkdir(parents=True)
+    federate(
+        settings_with(**(usual | values)),
+        mailbox,
+        Surroundings(
+            run_folder=run,
+            stopped=lambda: False,
+            all_nodes_are_here=lambda: not others_may_come,
+            git_commit="none",
+        ),
+    )
+    outcome = json.loads((run / "outcome.json").read_text())
+    summary = run / "metrics.json"
+    return outcome, json.loads(summary.read_text()) if summary.exists() else {}, mailbox
+
+
+def test_a_federation_of_three_sites_ends_and_its_sum_is_that_of_their_words_to_the_bit(tmp_path, monkeypatch):
+    words, opened = {}, []
+
+    def masked(vector, kept, own, adverts, context):
+        words.setdefault(context.attempt, []).append(vector.copy())
+        return real_masked(vector, kept, own, adverts, context)
+
+    def unmask(total, secrets, keys, adverts, context):
+        real_unmask(total, secrets, keys, adverts, context)
+        opened.append((context.attempt, total.copy()))
+
+    real_masked, real_unmask = clients.secure_sum.masked, server.secure_sum.unmask
+    monkeypatch.setattr(clients.secure_sum, "masked", masked)
+    monkeypatch.setattr(server.secure_sum, "unmask", unmask)
+    outcome, summary, _ = federation(tmp_path)
+    assert outcome == {"exit_code": 0, "line": ""}
+    assert summary["refused_replies"] == 0
+    assert [attempt for attempt, _ in opened] == [1, 2, 3]  # two rounds, and the last model's scores
+    for attempt, total in opened:
+        assert np.array_equal(total, np.sum(words[attempt], axis=0, dtype=np.uint32))
+    assert np.isfinite(summary["best"]["roc_auc"])
+    assert summary["clients"] == {}
