@@ -15,6 +15,7 @@ from common.metrics.thresholds import Thresholds, thresholds_from
 from common.models.recogniser import EmbeddingModel, Recogniser
 from common.plots import verification
 from common.settings import Settings
+from common.system.files import write_json
 from common.tracking.card import Card, model_card
 from common.tracking.notes import VERSION, registered_note, version_note
 from common.tracking.registry import BEST_AND_LAST, MODEL_CARD, THRESHOLDS, register_model
@@ -51,9 +52,13 @@ def register_models(
 
     unit: of their steps, "round" or "epoch".  val_people: a digest of the people who were validated on.
     held_back: why the best shall not become champion, as `worse_than_untrained` says it; "": it may.
-    The recogniser holds the best model afterwards, where tracking is enabled.
+    The best model's thresholds are kept in the run's folder too, whether it is registered or not.
+    The recogniser holds the best model afterwards.
     """
     done = []
+    if not settings.tracking.enabled:
+        best.load()
+        _keep(tracked, _thresholds(best))
     models = [(BEST_AND_LAST, best)] if last.step == best.step else [("last", last), ("best", best)]
     for role, model in models if settings.tracking.enabled else ():
         model.load()
@@ -61,6 +66,8 @@ def register_models(
         thresholds = _thresholds(model)
         chosen = f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}."
         card = _card(tracked.described("data"), settings, model, name=name, chosen=chosen, thresholds=thresholds)
+        if model is best:
+            _keep(tracked, thresholds)
         version = register_model(
             tracked,
             EmbeddingModel(recogniser.backbone).eval(),
@@ -100,6 +107,12 @@ def _card(
             thresholds=thresholds,
         )
     )
+
+
+def _keep(tracked: TrackedRun, thresholds: Thresholds | None) -> None:
+    """In the run's folder: whoever uses a run's model without a registry needs them as well."""
+    if thresholds is not None:
+        write_json(tracked.folder / THRESHOLDS, thresholds.to_json())
 
 
 def _thresholds(model: Trained) -> Thresholds | None:

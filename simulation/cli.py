@@ -44,6 +44,7 @@ from simulation.admin.cli import (
     show_policy,
 )
 from simulation.admin.completion import SHELLS, completion_script
+from simulation.recognition.cli import RECOGNITION_COMMANDS, add_recognition_parsers
 
 if TYPE_CHECKING:
     from clients.site import SiteSettings
@@ -346,6 +347,7 @@ def facefed_parser() -> argparse.ArgumentParser:
     _evaluate_parser(commands)
     _attention_parser(commands)
     _export_parser(commands)
+    add_recognition_parsers(commands)
     add_tracking_parser(commands)
     add_certs_parser(commands)
     add_egress_parser(commands)
@@ -666,6 +668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("evaluate", ""): lambda: _evaluate(arguments),
         ("attention", ""): lambda: _attention(arguments),
         ("export", ""): lambda: _export(arguments),
+        **{command: partial(handle, arguments) for command, handle in RECOGNITION_COMMANDS.items()},
         ("completion", ""): lambda: _completion(arguments),
         ("egress", "report"): lambda: egress(arguments),
         ("k8s", "render"): lambda: render_kubernetes(arguments),

@@ -64,9 +64,25 @@ def read_server_folder(folder: Path, host: str) -> ServerFiles:
     Raises CertificateError: no folder of ours, a key that others can read, a certificate that is of another authority,
     of another key, not valid today, or not for that name.
     """
+    certificate, key = _read_server_pair(folder, (CA, SERVER, SERVER_KEY, CLIENTS), host)
+    if not accepted_keys(folder / CLIENTS):
+        raise CertificateError(f"{folder / CLIENTS} holds no client's key; add one with `facefed certs add`.")
+    return ServerFiles(ca=folder / CA, certificate=certificate, key=key, clients=folder / CLIENTS)
+
+
+def read_web_server_pair(folder: Path, host: str) -> tuple[Path, Path]:
+    """The certificate and the key of such a folder for a page that listens at `host`; no site's key is needed.
+
+    Raises CertificateError as `read_server_folder`.
+    """
+    return _read_server_pair(folder, (CA, SERVER, SERVER_KEY), host)
+
+
+def _read_server_pair(folder: Path, needed: Sequence[str], host: str) -> tuple[Path, Path]:
+    """The certificate and the key, checked.  needed: the names that must be in the folder."""
     if (folder / CLIENT_KEY).exists():
-        raise CertificateError(f"--tls {folder} is one site's folder; give flower-server the folder above it.")
-    need(folder, (CA, SERVER, SERVER_KEY, CLIENTS), "a folder that `facefed certs init` made")
+        raise CertificateError(f"--tls {folder} is one site's folder; give the folder above it.")
+    need(folder, needed, "a folder that `facefed certs init` made")
     ca, certificate = read_certificate(folder / CA), read_certificate(folder / SERVER)
     key = read_private_key(folder / SERVER_KEY)
     for path, found in ((folder / CA, ca), (folder / SERVER, certificate)):
@@ -88,9 +104,7 @@ def read_server_folder(folder: Path, host: str) -> ServerFiles:
                 f"{folder / SERVER} is for {', '.join(names) or 'no name'}, not for {name}; make one that is with"
                 f" `facefed certs renew {folder} --server-name {host}`."
             )
-    if not accepted_keys(folder / CLIENTS):
-        raise CertificateError(f"{folder / CLIENTS} holds no client's key; add one with `facefed certs add`.")
-    return ServerFiles(ca=folder / CA, certificate=folder / SERVER, key=folder / SERVER_KEY, clients=folder / CLIENTS)
+    return folder / SERVER, folder / SERVER_KEY
 
 
 def read_client_folder(folder: Path) -> ClientFiles:

@@ -10,7 +10,7 @@ from common import results
 from common.metrics.sums import NOTHING, NUM_BINS
 from common.metrics.thresholds import Thresholds, thresholds_from
 from common.results import Trained, register_models
-from common.settings import ModelSettings, Settings
+from common.settings import ModelSettings, Settings, TrackingSettings
 from common.tracking.registry import THRESHOLDS
 from server.record.history import History, RoundRecord
 
@@ -24,14 +24,23 @@ def sums_with(pairs):
 
 
 class Tracked:
+    def __init__(self, folder):
+        self.folder = folder
+
     def described(self, part):
         return f"{part}."
 
 
+class Given(dict):
+    """What `register_model` was given, by role.  folder: the run's."""
+
+    folder = None
+
+
 @pytest.fixture
-def registered(monkeypatch):
-    """What `register_model` was given, by role."""
-    given = {}
+def registered(monkeypatch, tmp_path):
+    given = Given()
+    given.folder = tmp_path
 
     def register(_tracked, _model, *, role, **rest):
         given[role] = rest
@@ -49,10 +58,10 @@ def registered(monkeypatch):
     return given
 
 
-def models(last, best):
+def models(folder, last, best, enabled=True):
     recogniser = type("Recogniser", (), {"backbone": None})()
-    settings = Settings(model=ModelSettings(backbone="cnn"))
-    register_models(Tracked(), settings, recogniser, name="m", unit="round", val_people="p", last=last, best=best)
+    settings = Settings(model=ModelSettings(backbone="cnn"), tracking=TrackingSettings(enabled=enabled))
+    register_models(Tracked(folder), settings, recogniser, name="m", unit="round", val_people="p", last=last, best=best)
 
 
 def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
@@ -65,7 +74,7 @@ def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
 
         return Trained(step=step, val_auc=0.7, load=lambda: loaded.append(step), validation=validation)
 
-    models(trained(3), trained(2))
+    models(registered.folder, trained(3), trained(2))
     for role, step in (("last", 3), ("best", 2)):
         wanted = thresholds_from([histogram(step), histogram(10 + step)])
         assert Thresholds.from_json(json.loads(registered[role]["beside"][THRESHOLDS])) == wanted
@@ -85,9 +94,25 @@ def test_the_card_is_kept_beside_it_and_is_its_description(registered):
 
 @pytest.mark.parametrize("pairs", [[], [np.zeros((2, NUM_BINS), dtype=np.int64)]])
 def test_without_validation_pairs_there_are_none(registered, pairs):
-    models(*2 * [Trained(step=1, val_auc=float("nan"), load=lambda: None, validation=lambda: pairs)])
+    models(registered.folder, *2 * [Trained(step=1, val_auc=float("nan"), load=lambda: None, validation=lambda: pairs)])
     assert THRESHOLDS not in registered["best and last"]["beside"]
     assert registered["best and last"]["more_tags"] == {}
+    assert not (registered.folder / THRESHOLDS).exists()
+
+
+@pytest.mark.parametrize(("enabled", "step"), [(True, 3), (True, 2), (False, 3), (False, 2)])
+def test_the_best_models_are_kept_in_the_runs_folder_too(registered, enabled, step):
+    loaded = []
+
+    def trained(step):
+        return Trained(
+            step=step, val_auc=0.7, load=lambda: loaded.append(step), validation=lambda: [histogram(loaded[-1])]
+        )
+
+    models(registered.folder, trained(3), trained(step), enabled)
+    kept = Thresholds.from_json(json.loads((registered.folder / THRESHOLDS).read_text()))
+    assert kept == thresholds_from([histogram(step)])
+    assert loaded[-1] == step
 
 
 def test_a_federation_knows_the_pairs_of_each_client_or_of_all():
