@@ -238,5 +238,6 @@ def list_people(folder: Path, out: TextIO) -> int:
 def remove(folder: Path, names: Sequence[str], out: TextIO) -> int:
     """`facefed gallery remove`: take people out for good."""
     gallery = remove_people(folder, names)
-    out.write(f"removed {', '.join(map(escaped, names))}; {len(gallery.people):,} people are left in {folder}\n")
+    left = f"{len(gallery.people):,} enrolled"
+    out.write(f"removed for good: {', '.join(map(escaped, names))}; {left} in {folder}\n")
     return 0

@@ -6,13 +6,16 @@ import json
 
 import numpy as np
 import pytest
+from comparable_models import write_run
 from recognition_models import DrawnFaces, face, model, put, thresholds
 
 from common.errors import CheckpointError, DataError, UserError
+from common.models.recogniser import EmbeddingModel
 from common.settings import Settings
+from common.tracking.registry import THRESHOLDS
 from simulation.recognition import asking, verbs
 from simulation.recognition.gallery import add_people, open_gallery
-from simulation.recognition.model import load_model
+from simulation.recognition.model import load_model, weights_sha256
 from simulation.recognition.verbs import Ask, enrol, identify, list_people, remove, verify
 
 ANN, BEN, CLEO, STRANGER = 1, 2, 3, 9
@@ -119,7 +122,7 @@ def test_people_are_enrolled_told_and_found(tmp_path, file, people):
     about = json.loads(said(identify, Ask(shape="json"), folder, tmp_path / "who.png", 2))
     assert [one["name"] for one in about["faces"]] == ["Ben", None]
     assert "Ann   2" in said(list_people, folder)
-    assert "removed Ann; 1 people are left" in said(remove, folder, ["Ann"])
+    assert "removed for good: Ann; 1 enrolled in " in said(remove, folder, ["Ann"])
 
 
 def test_one_person_under_two_names_is_told(tmp_path, file, people):
@@ -164,6 +167,23 @@ def test_a_models_file_gives_the_same_templates(file):
     assert again.thresholds == made.thresholds
     pictures = np.stack([face(ANN), face(BEN)])
     np.testing.assert_array_equal(again.embed(pictures), made.embed(pictures))
+
+
+def test_a_runs_model_comes_with_the_thresholds_of_its_folder(tmp_path):
+    made = write_run(tmp_path / "runs", "20260101-000000-aaaaaa")
+    settings = dataclasses.replace(Settings(), run=dataclasses.replace(Settings().run, out=str(tmp_path / "runs")))
+    assert load_model("20260101-000000-aaaaaa", settings).thresholds is None
+    (tmp_path / "runs" / "20260101-000000-aaaaaa" / THRESHOLDS).write_text(json.dumps(thresholds().to_json()))
+    found = load_model("20260101-000000-aaaaaa", settings)
+    assert found.thresholds == thresholds()
+    assert found.binding.source == "20260101-000000-aaaaaa"
+    assert found.binding.sha256 == weights_sha256(EmbeddingModel(made.backbone))
+    (tmp_path / "runs" / "20260101-000000-aaaaaa" / THRESHOLDS).write_text('{"rows": []}')
+    with pytest.raises(CheckpointError, match="holds no thresholds"):
+        load_model("20260101-000000-aaaaaa", settings)
+    checkpoint = tmp_path / "runs" / "20260101-000000-aaaaaa" / "checkpoints" / "best.safetensors"
+    with pytest.raises(UserError, match=r"does not say what model it is of; name its run, .*20260101-000000-aaaaaa"):
+        load_model(str(checkpoint), settings)
 
 
 def test_a_file_that_is_no_models_says_what_to_name(tmp_path, file):

@@ -184,7 +184,7 @@ def test_so_many_bodies_are_in_memory_at_once():
         await asyncio.sleep(0)
         while not client.behind.bodies:
             await asyncio.sleep(0)
-        second = await client.send()
+        second = await asyncio.wait_for(client.send(), 5)
         page = asyncio.create_task(client.send("/", method="GET"))
         await asyncio.sleep(0)
         client.behind.hold.set()

@@ -184,7 +184,7 @@ function refresh() {
 
 // The genuine and impostor scores of the model's validation people, each as a share of its own kind.
 function chart(score, threshold) {
-  const width = 720, height = 200, top = 40, bottom = 165;
+  const width = innerWidth < 640 ? 360 : 720, height = 200, top = 40, bottom = 165; // so that words keep their size
   const rows = about.histogram.map((row) => {
     const sum = row.reduce((one, other) => one + other, 0) || 1;
     return row.map((count) => count / sum);
@@ -326,12 +326,12 @@ function drawPeople(people, found) {
   const number = `${people.length.toLocaleString()} ${people.length === 1 ? "person" : "people"}`;
   $("#people-count").textContent = `${number}; names and templates are kept in this gallery's folder, nowhere else.`;
   const rows = found.slice(0, MOST_ROWS).map((one) => make("tr", {}, make("td", {}, one.name),
-    make("td", { class: "num" }, String(one.num_templates)), make("td", {}, one.enrolled.slice(0, 10)),
+    make("td", { class: "num" }, String(one.num_templates)), make("td", { class: "since" }, one.enrolled.slice(0, 10)),
     make("td", { class: "num" }, make("button", {
       class: "plain small", "aria-label": `Remove ${one.name}`, onclick: () => remove(one.name),
     }, "Remove"))));
   const head = make("thead", {}, make("tr", {}, make("th", {}, "Name"), make("th", { class: "num" }, "Templates"),
-    make("th", {}, "Since"), make("th", {})));
+    make("th", { class: "since" }, "Since"), make("th", {})));
   const nobody = make("p", { class: "quiet" }, people.length ? "Nobody of that name." : "Nobody is enrolled yet.");
   const more = found.length > MOST_ROWS
     ? [make("p", { class: "fine" }, `The first ${MOST_ROWS} of ${found.length.toLocaleString()} are shown.`)] : [];
