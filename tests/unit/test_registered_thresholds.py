@@ -84,7 +84,7 @@ def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
 def test_the_card_is_kept_beside_it_and_is_its_description(registered):
     tested = {"a": sums_with(histogram(4))}
     best = Trained(step=2, val_auc=0.7, load=lambda: None, validation=lambda: [histogram(2)], tested=lambda: tested)
-    models(Trained(step=3, val_auc=0.6, load=lambda: None), best)
+    models(registered.folder, Trained(step=3, val_auc=0.6, load=lambda: None), best)
     card = registered["best"]["beside"]["model_card.md"]
     assert "| ROC AUC | " in card
     assert "models:/m/VERSION" in card
