@@ -131,6 +131,9 @@ class Policy:
     )
     max_delta: float = limit(1e-5, "of max_epsilon, and the largest that a run may ask for", above=0.0, high=0.1)
     require_secagg: bool = limit(default=False, why="whether a run must have secure aggregation")
+    pin_secagg_peers: bool = limit(
+        default=False, why="whether a site whose key is not here is believed the one that comes first, by the server"
+    )
     min_secagg_sites: int = limit(3, "sites that a sum is over, this one too: the others could subtract theirs", low=3)
 
 

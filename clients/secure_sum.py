@@ -15,8 +15,9 @@ and the next one's keys take the place of the last one's secrets: what an attemp
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -48,14 +49,15 @@ from common.secagg.keys import (
     Secrets,
     advertise,
     check_advert,
+    lasting_key_of,
     load_identity,
     load_public,
 )
 from common.secagg.masks import masked
 from common.secagg.shares import SharePair, seal, split_secrets, unseal
-from common.system.certs import PEERS
+from common.system.certs import PEERS, fingerprint
 from common.system.events import SHOWN
-from common.system.files import read_sealed_json, write_sealed_json
+from common.system.files import read_sealed_json, write_bytes, write_sealed_json
 
 FILE: Final = "secure-sum.json"
 MASKED, OPENED = "masked", "opened"  # the steps of an attempt beside KEYS and SHARES
@@ -66,12 +68,47 @@ T = TypeVar("T")
 log = logging.getLogger("facefed.client")
 
 
+class UnknownPeer(SecureSumRefused):
+    """A member of whom this site has no key."""
+
+
 class Keys:
     """A site's lasting key, and those of its peers."""
 
-    def __init__(self, own: Identity, peer: Callable[[str], ec.EllipticCurvePublicKey]) -> None:
-        """peer: a member's lasting public key, by its name; raises SecureSumRefused for a stranger."""
-        self.own, self.peer = own, peer
+    def __init__(
+        self, own: Identity, peer: Callable[[str], ec.EllipticCurvePublicKey], pins: Path | None = None
+    ) -> None:
+        """peer: a member's lasting public key, by its name; raises UnknownPeer for a stranger.
+
+        pins: a folder where a stranger's key is kept, as it first came; None: strangers are refused.
+        """
+        self.own, self._peer, self._pins = own, peer, pins
+
+    def require(self, name: str) -> None:
+        """Raises UnknownPeer for a site of which there is no key, and none may be taken as it comes."""
+        if self._pins is None:
+            self._peer(name)
+
+    def check(self, adverts: Mapping[str, Advert], context: Context) -> None:
+        """Raises SecureSumRefused unless each is its site's, by the key that is known or pinned; then pins new ones."""
+        new: dict[Path, ec.EllipticCurvePublicKey] = {}
+        for name, advert in adverts.items():
+            try:
+                key = self._peer(name)
+            except UnknownPeer:
+                if self._pins is None:
+                    raise
+                pin = self._pins / f"{name}.pub"
+                key = _usable(partial(load_public, pin)) if pin.exists() else lasting_key_of(advert)
+                if not pin.exists():
+                    new[pin] = key
+            check_advert(advert, key, context)
+        for pin, key in new.items():
+            write_bytes(pin, key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+            log.warning(
+                "%sthe key of %s came through the server and is kept from now on, %s: %s; ask whether it is theirs",
+                SHOWN, pin.stem, pin, fingerprint(key),
+            )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -119,7 +156,7 @@ class SecureSum:
             )
         self._check_members(asked.members)
         for name in asked.members:
-            self._keys.peer(name)
+            self._keys.require(name)
         context = Context(run_id=self._run_id, server_round=server_round, attempt=asked.attempt)
         advert, secrets = advertise(self._keys.own, context)
         self._kept = _Attempt(
@@ -146,7 +183,7 @@ class SecureSum:
         for name, advert in adverts.items():
             if advert.name != name:
                 raise SecureSumRefused(f"the keys of {advert.name!r} were handed out as those of {name!r}.")
-            check_advert(advert, self._keys.peer(name), context)
+        self._keys.check(adverts, context)
         secrets = Secrets.from_bytes(of_text(kept.secrets))
         pairs = split_secrets(secrets, context)
         sealed = {
@@ -304,10 +341,11 @@ def keys_of(site: SiteSettings) -> Keys:
     def peer(name: str) -> ec.EllipticCurvePublicKey:
         path = folder / PEERS / f"{name}.pub"
         if not path.exists():
-            raise SecureSumRefused(f"this site has no key of {name!r}; put its {name}.pub into {PEERS} of the keys.")
+            raise UnknownPeer(f"this site has no key of {name!r}; put its {name}.pub into {PEERS} of the keys.")
         return _usable(lambda: load_public(path))
 
-    return Keys(_usable(lambda: load_identity(folder, site.name)), peer)
+    pins = site.state_dir / PEERS if site.policy.pin_secagg_peers else None
+    return Keys(_usable(lambda: load_identity(folder, site.name)), peer, pins)
 
 
 def _usable(load: Callable[[], T]) -> T:
@@ -328,7 +366,7 @@ def _private(der: bytes) -> ec.EllipticCurvePrivateKey:
 
 def _of_peers(made: MadeKeys, name: str) -> ec.EllipticCurvePublicKey:
     if name not in made.peers:
-        raise SecureSumRefused(f"no key was made for {name!r}, so it is no client of this simulation.")
+        raise UnknownPeer(f"no key was made for {name!r}, so it is no client of this simulation.")
     key = serialization.load_der_public_key(made.peers[name])
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise TypeError("a key of a simulation is of another kind")

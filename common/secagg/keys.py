@@ -30,6 +30,7 @@ from common.errors import SecureSumRefused, UserError
 
 SECRET_BYTES: Final = 32
 DIGEST_BYTES: Final = 32
+POINT_BYTES: Final = 49  # of P-384, compressed (SEC 1, section 2.3.3)
 FEWEST_MEMBERS: Final = 3  # of two, each can take itself from the sum
 MOST_MEMBERS: Final = 64  # so that sums of a member's lanes stay in them (`quantise`)
 _NUMBER_BYTES: Final = 8
@@ -222,6 +223,7 @@ class Advert:
     """A site's fresh public keys for one attempt of a round, signed with its lasting key."""
 
     name: str
+    lasting_public: bytes  # [49], compressed point: of the key that signed, for whoever has it not yet
     attempt_digest: bytes  # [32], `Context.attempt_digest`
     mask_public: bytes  # [32], X25519
     share_public: bytes  # [32], X25519
@@ -229,20 +231,23 @@ class Advert:
     signature: bytes  # DER
 
     def to_bytes(self) -> bytes:
-        """As it travels: about 260 bytes."""
+        """As it travels: about 310 bytes."""
         return packed(*self._signed(), self.signature)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Advert":
         """What travelled; `check_advert` says whether it is to be believed.  Raises SecureSumRefused."""
-        sizes = (None, DIGEST_BYTES, SECRET_BYTES, SECRET_BYTES, DIGEST_BYTES, None)
-        name, digest, mask_public, share_public, commitment, signature = unpacked(data, sizes, "an advert of keys")
+        sizes = (None, POINT_BYTES, DIGEST_BYTES, SECRET_BYTES, SECRET_BYTES, DIGEST_BYTES, None)
+        name, lasting, digest, mask_public, share_public, commitment, signature = unpacked(
+            data, sizes, "an advert of keys"
+        )
         try:
             text = name.decode()
         except UnicodeDecodeError:
             raise SecureSumRefused("an advert of keys is malformed: its name is not UTF-8.") from None
         return cls(
             name=text,
+            lasting_public=lasting,
             attempt_digest=digest,
             mask_public=mask_public,
             share_public=share_public,
@@ -257,6 +262,7 @@ class Advert:
     def _signed(self) -> tuple[bytes, ...]:
         return (
             self.name.encode(),
+            self.lasting_public,
             self.attempt_digest,
             self.mask_public,
             self.share_public,
@@ -276,6 +282,7 @@ def advertise(identity: Identity, context: Context) -> tuple[Advert, Secrets]:
     )
     advert = Advert(
         name=identity.name,
+        lasting_public=point_of(identity.public_key),
         attempt_digest=context.attempt_digest(),
         mask_public=public_of(kept.mask_key),
         share_public=public_of(kept.share_key),
@@ -305,6 +312,22 @@ def check_advert(advert: Advert, public_key: ec.EllipticCurvePublicKey, context:
             f"the keys of {advert.name!r} are not signed with the key that this site has of it: they were swapped on"
             " the way, or its key was replaced and its new NAME.pub is not here."
         ) from None
+
+
+def lasting_key_of(advert: Advert) -> ec.EllipticCurvePublicKey:
+    """The lasting key that an advert says is its own: to be believed by who has none, and was told to believe it.
+
+    Raises SecureSumRefused where it is none.
+    """
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), advert.lasting_public)
+    except ValueError:
+        raise SecureSumRefused(f"the lasting key of {advert.name!r} is no point of P-384.") from None
+
+
+def point_of(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A P-384 public key as POINT_BYTES bytes."""
+    return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
 
 
 def is_self_secret_of(advert: Advert, secret: bytes) -> bool:

@@ -124,7 +124,9 @@ def test_a_replay_that_claims_the_present_attempt_is_not_signed():
         check_advert(replace(advert, attempt_digest=CONTEXT.attempt_digest()), ADA.public_key, CONTEXT)
 
 
-@pytest.mark.parametrize("name", ["mask_public", "share_public", "self_commitment", "signature", "name"])
+@pytest.mark.parametrize(
+    "name", ["mask_public", "share_public", "self_commitment", "lasting_public", "signature", "name"]
+)
 def test_an_advert_with_a_swapped_part_is_refused(name):
     """The server takes one part from an advert of its own, which it signed with a key of its own."""
     advert, _ = advertise(ADA, CONTEXT)
