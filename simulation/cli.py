@@ -469,7 +469,9 @@ def _export_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser
         ),
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="models:/NAME@champion or models:/NAME/VERSION, or a finished run's id or folder"
+        "model",
+        metavar="MODEL",
+        help="models:/NAME@champion or models:/NAME/VERSION, a finished run's id or folder, or a gallery's model file",
     )
     parser.add_argument("output", metavar="FILE", help="the file to write, such as model.onnx")
     add_tracking_settings(parser)  # the model brings all other settings

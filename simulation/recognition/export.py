@@ -25,12 +25,11 @@ from common.settings import Settings
 from common.system.files import write_bytes
 from common.system.runtime import facefed_version
 from common.tracking.address import with_absolute_tracking
-from simulation.compare.model_loading import ModelFiles
-from simulation.compare.model_lookup import find_model
 from simulation.data.synth_camera import sample_view
 from simulation.data.synth_people import person_latent, picture_generator
 from simulation.data.synth_portrait import render_face
 from simulation.data.synthetic import layout_of
+from simulation.recognition.model import load_model
 
 if TYPE_CHECKING:
     import onnx
@@ -79,13 +78,13 @@ def check_output(path: Path) -> None:
 def export_model(settings: Settings, model: str, path: Path, out: TextIO, address: str = "") -> int:
     """`facefed export`: nothing is written unless the model is there and its file answers as it does.
 
-    settings: of the command: --out, the tracking.  model: models:/..., a run's id or its folder.
+    settings: of the command: --out, the tracking.  model: models:/..., a run's id or folder, a gallery's model file.
     address: of the tracking, with its password; "": the settings' own is whole.
     """
     check_output(path)
     settings, address = with_absolute_tracking(settings, address or settings.tracking.uri, Path.cwd())
-    found = find_model(settings, model, model, address)
-    export(EmbeddingModel(ModelFiles(found).backbone()), found.settings, found.source, path, out)
+    ready = load_model(model, settings, address, named=model)
+    export(ready.embedder, ready.settings, ready.binding.source, path, out)
     return 0
 
 

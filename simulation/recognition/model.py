@@ -89,16 +89,17 @@ class FaceModel:
         write_sealed(path, dict(self.embedder.state_dict()), notes)
 
 
-def load_model(reference: str, settings: Settings, address: str = "") -> FaceModel:
+def load_model(reference: str, settings: Settings, address: str = "", named: str = "") -> FaceModel:
     """The model that models:/NAME@ALIAS, a run's id or folder, or a file of `FaceModel.keep` names.
 
     settings: of the command: where runs are kept, the tracking.  address: of the tracking, with its password.
+    named: what the user wrote, for the line of an error; "": --model REFERENCE.
     Raises UserError, CheckpointError, TrackingError.
     """
     path = Path(reference).expanduser()
     if path.is_file():
         return model_of_file(path)
-    found = find_model(settings, reference, f"--model {reference}", address)
+    found = find_model(settings, reference, named or f"--model {reference}", address)
     backbone = ModelFiles(found).backbone()
     return _ready(found.source, found.settings, EmbeddingModel(backbone), _thresholds_of(found))
 

@@ -15,6 +15,7 @@ from common.models.table import BACKBONES
 from simulation.cli import main
 from simulation.recognition import export as module
 from simulation.recognition.export import INPUT, OUTPUT, check_output, drawn_faces, export
+from simulation.recognition.model import load_model
 from tests.comparable_models import write_run
 from tests.tiny_federation import settings_with
 
@@ -127,6 +128,9 @@ def test_the_program_exports_a_run_and_refuses_in_one_line(tmp_path, monkeypatch
     assert main(["export", "made", "model.onnx", "--out", str(tmp_path)]) == 0
     assert "compared with made: 100 drawn faces" in capsys.readouterr().out
     assert (tmp_path / "model.onnx").stat().st_size > 1000
+    load_model("made", settings_with(run__out=str(tmp_path))).keep(tmp_path / "model.safetensors")
+    assert main(["export", "model.safetensors", "again.onnx"]) == 0
+    capsys.readouterr()
     assert main(["export", "nowhere", "other.onnx"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("facefed: nowhere: there is no such run")
