@@ -90,7 +90,7 @@ class FaceDetector:
         if min(height, width) < _WINDOW_PX:
             return []
         shrink = min(1.0, LONGEST_SIDE_PX / max(height, width))
-        pixels = torch.tensor(image).to(self.device).permute(2, 0, 1)[None].float()
+        pixels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None].float()
         if shrink < 1.0:
             pixels = _resized(pixels, (round(height * shrink), round(width * shrink)))
         looked_at = (pixels - 127.5) / 128.0

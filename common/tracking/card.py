@@ -30,7 +30,7 @@ _USE: Final = (
     " nothing here tells those."
 )
 _LIMITS: Final = (
-    "Its figures are of people like the ones below, on pictures like theirs: others give others, and groups that are"
+    "Its figures are of its test people, on pictures like theirs: others give others, and groups that are"
     " rare in the data fare worse, unmeasured. Small, blurred, turned and covered faces are mistaken more often. Sites'"
     " people are never compared with each other in training or in these figures. An embedding is personal data: from"
     " it a face can partly be drawn again."
@@ -58,10 +58,11 @@ class Card:
 
 def model_card(card: Card) -> str:
     """The card as Markdown, at most MOST_CHARACTERS long."""
+    data = card.data.removeprefix("Data: ")
     text = "\n\n".join(
         [
             card.opening,
-            f"## Data\n\n{card.data} Licence, as stated by who trained it: {card.settings.tracking.data_licence}.",
+            f"## Data\n\n{data} Licence, as stated by who trained it: {card.settings.tracking.data_licence}.",
             f"## Training\n\n{_training(card)} {card.chosen}",
             f"## Privacy\n\n{_privacy(card)}",
             f"## Figures on test people\n\n{_figures(card)}",
@@ -83,11 +84,11 @@ def _training(card: Card) -> str:
         )
         how = f"Federated by {federation.strategy}: {federation.rounds} rounds, {passes}"
     else:
-        how = f"In one place: up to {settings.local_training_epochs} epochs"
+        how = f"In one place: epochs at most {settings.local_training_epochs}"
     begun = "random weights" if model.pretrained == "none" else "weights of an earlier training"
     return (
         f"{how}; head {model.head}, {training.optimiser} at {training.lr:g}, batches of {training.batch_size}, seed"
-        f" {settings.run.seed}, begun with {begun}; pictures aligned by {settings.data.alignment}."
+        f" {settings.run.seed}, begun with {begun}; `data.alignment = {settings.data.alignment}`."
     )
 
 

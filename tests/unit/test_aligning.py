@@ -131,6 +131,8 @@ def test_a_killed_call_is_gone_on_with(photos, tmp_path, looked_at):
     assert len(looked_at) == 1
     for name in ("landmarks.csv", "left_out.csv"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+    align_photos(photos, out, SETTINGS, workers=1)
+    assert len(looked_at) == 1, "the line after the half one is whole"
 
 
 def test_every_face_on_request(photos, tmp_path):

@@ -60,6 +60,17 @@ def test_drawn_faces_are_found_with_their_landmarks(detector, portraits):
         assert 0.8 < face.score <= 1.0
 
 
+def test_a_mirrored_picture_gives_mirrored_landmarks(detector, portraits):
+    """x -> W - 1 - x between centres of pixels: half a pixel of error in the convention would show in the mean."""
+    apart = []
+    for image, points in portraits:
+        here, there = (largest(detector.detect(seen)) for seen in (image, image[:, ::-1]))
+        if here and there and error_of(here, points) < 0.2:
+            mirrored = image.shape[1] - 1 - there.landmarks[[1, 0, 2, 4, 3], 0]
+            apart.append(float(np.median(here.landmarks[:, 0] - mirrored)) / 2)
+    assert abs(np.median(apart)) < 0.3, apart
+
+
 def test_the_same_picture_gives_the_same_bits(detector, frontal):
     first, again = (FaceDetector().detect(frontal)[0], detector.detect(frontal)[0])
     np.testing.assert_array_equal(first.landmarks, again.landmarks)

@@ -33,7 +33,7 @@ def card_of(**changes):
 def test_it_says_what_is_known():
     card = card_of()
     for words in (
-        "2 sites, 2,760 pictures. Licence, as stated by who trained it: research only.",
+        "## Data\n\nceleba, vggface2, 2 sites, 2,760 pictures. Licence, as stated by who trained it: research only.",
         f"Federated by fedavg: {Settings().federation.rounds} rounds",
         "Best round: 7; validation AUC 0.9000.",
         "No differential privacy",
@@ -54,7 +54,7 @@ def test_of_training_in_one_place_and_with_privacy():
         privacy=PrivacySettings(unit="person", epsilon=6.0), model=ModelSettings(pretrained="w.safetensors")
     )
     card = card_of(settings=private, is_federated=False)
-    assert "In one place: up to" in card
+    assert "In one place: epochs at most" in card
     assert "epsilon at most 6 at delta 1e-05 over the whole run" in card
     assert "begun with weights of an earlier training" in card
     assert "w.safetensors" not in card, "no path"
