@@ -27,8 +27,8 @@ help:
 
 # How large: docs/INSTALL.md. Where pip shows a bar only on a terminal, it names each file as it comes.
 $(RUN): pyproject.toml requirements/run.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
-		{ echo "FaceFed needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "FaceFed needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=python3.11 ..." >&2; exit 2; }
 	@case "$(TORCH)" in ""|cpu) ;; *) echo "TORCH=$(TORCH) is unknown: give TORCH=cpu, or TORCH_INDEX=URL, or neither." >&2; exit 2;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH_INDEX),)

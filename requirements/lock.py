@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PYTHONS: Final = ("3.11", "3.12")  # of [project] requires-python
+PYTHONS: Final = ("3.11", "3.12", "3.13")  # of [project] requires-python
 FILES: Final = {"run.txt": ("--extra", "postgresql"), "develop.txt": ("--all-extras",)}
 HEAD: Final = (
     "# Made by `make lock` from pyproject.toml and constraints.txt; `make setup` installs it with --require-hashes.\n"
