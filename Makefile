@@ -14,12 +14,17 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # they wait for each other a third of the time. `make test` gives that time to the types and the unit tests.
 UNIT_WORKERS ?= auto
 E2E_WORKERS  ?= 3
+# Tests of what depends on Flower's inside (docs/adr/0022-flowers-inside.md); FLWR is the version to run them with.
+FLWR  ?=
+OF_FLOWER := $(addprefix tests/unit/test_,$(addsuffix .py,flowers_inside clients_node clients_parts clients_lifeline \
+             server_redelivery certs_superexec bad_bytes fleet_guard server_grid simulation_flow own_lines wire server_bundle)) \
+             tests/integration/test_server_machine.py tests/integration/test_stock_in_process.py
 # Of `make chaos`: SEED says which faults, FIRST and RUNS which of its runs; each has five.
 SEED  ?= 0
 FIRST ?= 0
 RUNS  ?= 10
 
-.PHONY: help setup lock system demo test lint types unit e2e chaos docker-test bench bench-faces gpu-check clean
+.PHONY: help setup lock system demo test lint types unit e2e chaos test-flower docker-test bench bench-faces gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -84,6 +89,11 @@ e2e: $(STAMP) ## whole programs, as a user runs them
 
 docker-test: ## whole federations in containers, killed, cut off and taken down (by hand; needs a Docker engine)
 	$(PYTHON) -m tests.docker.run
+
+test-flower: $(STAMP) ## what depends on Flower's inside, with another version of it beside the rest: make test-flower FLWR=1.41.0
+	@test -n "$(FLWR)" || { echo "test-flower: say which version, such as make test-flower FLWR=1.41.0" >&2; exit 2; }
+	$(PIP) --quiet --no-deps --upgrade --target build/flwr-$(FLWR) flwr==$(FLWR)
+	PYTHONPATH=$(CURDIR)/build/flwr-$(FLWR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(UNIT_WORKERS) --dist loadfile $(OF_FLOWER)
 
 chaos: $(STAMP) ## 50 faults over ten runs of real processes; a report and a table (an hour): make chaos SEED=0 RUNS=10
 	$(BIN)/python -m tests.chaos --seed $(SEED) --first $(FIRST) --runs $(RUNS)

@@ -3,7 +3,7 @@
 from functools import partial
 
 from bench.comparison import Claim, Comparison
-from bench.sides import describe_workload, our_deployment, plain_loop, stock_deployment
+from bench.sides import describe_workload, our_deployment, our_stock, plain_loop, stock_deployment
 
 ROUNDS = 3
 ROUND, OVERHEAD = "a round, separate processes", "of a round neither training nor scoring, separate processes"
@@ -21,6 +21,7 @@ COMPARISON = Comparison(
         "plain loop": partial(plain_loop, rounds=ROUNDS),
         **SIDES,
         "ours, int8": partial(our_deployment, rounds=ROUNDS, codec="int8"),
+        "ours on stock Flower": partial(our_stock, rounds=ROUNDS),
     },
     claims=(
         Claim(what=ROUND, ours="ours, float32", figure="round_seconds", peer="plain loop", goal=1.2),
@@ -30,6 +31,10 @@ COMPARISON = Comparison(
         Claim(
             what=f"{OVERHEAD}, int8", ours="ours, int8", figure="overhead_seconds", peer="stock Flower", goal=5.0,
             of="ours",
+        ),
+        Claim(
+            what=f"{OVERHEAD}, our app on stock Flower", ours="ours on stock Flower", figure="overhead_seconds",
+            peer="stock Flower", goal=0.6,
         ),
         Claim(
             what="bytes of a round, both ways, int8", ours="ours, int8", figure="bytes_per_round", peer="ours, float32",

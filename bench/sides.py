@@ -123,6 +123,17 @@ def our_deployment(place: Place, *, rounds: int, codec: str) -> Figures:
     return found | later | {"torch_per_client": found["torch_processes"] / 2}
 
 
+def our_stock(place: Place, *, rounds: int) -> Figures:
+    """Our app on stock Flower, by `flwr run`."""
+    workload, folder = workload_of(place), house(place)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    shutil.rmtree(folder / ".facefed", ignore_errors=True)
+    command = [sys.executable, "-m", "bench.our_stock", "--workload", str(workload.folder), "--rounds", str(rounds)]
+    found = run_side(command, cwd=folder, environment=environment())
+    later = {"to_round_1_seconds": found["round_1_ended"] - found["started"]}
+    return found | later | {"torch_per_client": found["torch_processes"] / 2}
+
+
 def nvflare_simulation(place: Place, *, rounds: int) -> Figures:
     if importlib.util.find_spec("nvflare") is None:
         raise NotInstalled("pip install nvflare pyhocon, or put it on PYTHONPATH")

@@ -32,7 +32,6 @@ from server.exchange.mailbox import Mailbox, Waiter
 from server.exchange.patience import beat_s
 from server.exchange.receipts import ReceiptMailbox
 from server.exchange.roster import MOST_TOLD_APART, Roster
-from server.flower.grid import GridMailbox, ask_soon, push_in_turn
 from server.flower.superlink import NODES_FILE, read_nodes, write_model_bytes
 from server.global_model import GlobalModel, ServerOptimiser
 from server.public_set import public_scorer
@@ -223,9 +222,7 @@ app = ServerApp()  # of flower-server; `flwr run` has server/stock.py
 
 
 def prepare_process() -> None:
-    """Have the process of a ServerApp move models quickly, and hold no more of them and no more cores than it needs."""
-    ask_soon()
-    push_in_turn()
+    """Have the process of a ServerApp hold no more memory and no more cores than it needs."""
     give_back_what_is_freed()
     torch.set_num_threads(1)  # adding buffers is bound by memory; the clients may share this machine's cores
 
@@ -233,7 +230,11 @@ def prepare_process() -> None:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry for `flower-server`'s run: settings and the run's folder come in the run config."""
+    from server.flower.grid import GridMailbox, ask_soon, push_in_turn  # with Flower's inside, which may have changed
+
     prepare_process()
+    ask_soon()
+    push_in_turn()
     text = str(context.run_config.get("settings", ""))
     settings = config.from_json(text) if text else Settings()
     given = str(context.run_config.get("run-folder", ""))

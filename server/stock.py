@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -31,10 +31,13 @@ from common.tracking.page import tracking_line, where_to_look
 from common.weights import begin_run, check_weights
 from server.app import Surroundings, federate, prepare_process
 from server.exchange.mailbox import Mailbox
-from server.flower.grid import GridMailbox
+from server.flower.public_grid import PublicMailbox
 from server.locks import run_held
 from server.public_set import open_public_set, with_absolute_public_set
 from server.run_config import Asked, RunConfig, read_run_config
+
+if TYPE_CHECKING:
+    from server.flower.grid import GridMailbox
 
 PROGRAM: Final = "flwr run"
 SETTLED_S: Final = 5.0  # Flower's simulation registers all its nodes at once, and early
@@ -72,7 +75,7 @@ class Settled:
         return found >= self._num_clients or (found > 0 and self._clock() - self._since >= SETTLED_S)
 
 
-def run(given: RunConfig, mailbox: GridMailbox) -> None:
+def run(given: RunConfig, mailbox: "GridMailbox | PublicMailbox") -> None:
     """One run, from its configuration to the lines that tell its end.  Raises FaceFedError when it fails."""
     if line := require_tested_flower(
         any_flower=bool(given.get("any-flower", False)), flag="--run-config any-flower=true"
@@ -95,7 +98,7 @@ def run(given: RunConfig, mailbox: GridMailbox) -> None:
         _federate(settings, folder, asked, mailbox)
 
 
-def _federate(settings: Settings, folder: Path, asked: Asked, mailbox: GridMailbox) -> None:
+def _federate(settings: Settings, folder: Path, asked: Asked, mailbox: "GridMailbox | PublicMailbox") -> None:
     rows = begin_rows(settings, folder, look=where_to_look(settings), federated=True)
     _show(header_lines(f"run {folder.name}", rows))
     surroundings = Surroundings(
@@ -131,6 +134,22 @@ def _how_to_go_on(folder: Path, code: int, asked: Asked) -> str:
     return f" Go on with: flwr run . CONNECTION --run-config 'resume=\"{folder}\"'" if resumable else ""
 
 
+def mailbox_over(grid: Grid) -> "GridMailbox | PublicMailbox":
+    """The Grid as the round loop uses it: by Flower's inside, and by its public interface where that has changed."""
+    try:
+        from server.flower.grid import GridMailbox, ask_soon, push_in_turn
+    except ImportError as error:
+        log.warning(
+            "Flower's inside has changed (%s): replies are taken by its public interface, which is slower and bounds"
+            " no reply's size",
+            error,
+        )
+        return PublicMailbox(grid)
+    ask_soon()
+    push_in_turn()
+    return GridMailbox(grid)
+
+
 app = ServerApp()
 
 
@@ -142,4 +161,4 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("flwr").addFilter(OneLineOfOurs())
     prepare_process()
     with private_files():
-        run(context.run_config, GridMailbox(grid))
+        run(context.run_config, mailbox_over(grid))

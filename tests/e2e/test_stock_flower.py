@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import BIN, free_port, run_folder
+from programs import BIN, Programs, free_port, run_folder
 
 from common.system.processes import is_healthy
 
@@ -90,46 +90,58 @@ class Stock:
         return self.flwr("log", run, CONNECTION, "--show")
 
 
-@pytest.fixture
-def stock(programs, faces):
-    return Stock(programs, faces)
+@pytest.fixture(scope="module")
+def stock(faces, tmp_path_factory):
+    programs = Programs(tmp_path_factory.mktemp("stock"))
+    yield Stock(programs, faces)
+    programs.close()
 
 
-def test_stock_flower_runs_it_stops_it_and_goes_on_to_the_simulations_model(stock, simulated, faces, tmp_path):
-    app = tmp_path / "facefed"
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """The app as a checkout has it, with nothing beside it that Flower would have to look through."""
+    folder = tmp_path_factory.mktemp("app") / "facefed"
     for package in ("common", "server", "clients", "configs"):
-        shutil.copytree(ROOT / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, app)
-    stock.wait()
-    nodes = [stock.node(name) for name in ("celeba", "vggface2")]
-    given = {
-        "config": str(faces.folder / "bare.toml"),
-        "tracking__enabled": False,
-        "federation__join_timeout_s": WITHIN_S,
-    }
+        shutil.copy(ROOT / name, folder)
+    return folder
 
+
+@pytest.fixture(scope="module")
+def given(faces):
+    """What a run is asked for."""
+    bare = faces.folder / "bare.toml"
+    return {"config": str(bare), "tracking__enabled": False, "federation__join_timeout_s": WITHIN_S}
+
+
+def test_a_failing_run_is_seen_as_failing_with_one_line(stock, app, given):
+    stock.wait()
     failing = stock.run(app, **given, federation__rounds=0)
     assert stock.ended(failing) == "finished:failed"
     said = stock.log(failing)
     assert "--run-config: federation.rounds = 0 must be at least 1." in said
     assert "Traceback" not in said
 
+
+def test_it_is_stopped_and_goes_on_to_the_simulations_model(stock, app, given, simulated):
+    cwd = stock.programs.cwd
+    nodes = [stock.node(name) for name in ("celeba", "vggface2")]
     first = stock.run(app, **given)
     state, deadline = Path(), time.monotonic() + WITHIN_S
     while not (state.is_file() and json.loads(state.read_text())["round"] >= 1):
         assert time.monotonic() < deadline, stock.log(first)
         assert not stock.status(first).startswith("finished"), stock.log(first)
         time.sleep(0.5)
-        if (tmp_path / "runs").is_dir():
-            state = run_folder(tmp_path) / "checkpoints" / "state.json"
+        if (cwd / "runs").is_dir():
+            state = run_folder(cwd) / "checkpoints" / "state.json"
     stock.flwr("stop", first, CONNECTION)
     assert stock.ended(first) == "finished:stopped"
 
-    again = stock.run(app, resume=str(run_folder(tmp_path)))
+    again = stock.run(app, resume=str(run_folder(cwd)))
     assert stock.ended(again) == "finished:completed", stock.log(again)
     assert re.search(SHA, stock.log(again))[1] == re.search(SHA, simulated.ended.out)[1]
     for name in ("celeba", "vggface2"):
-        [ledger] = (tmp_path / ".facefed" / "clients" / name / "egress").glob("*.jsonl")
+        [ledger] = (cwd / ".facefed" / "clients" / name / "egress").glob("*.jsonl")
         assert [json.loads(line)["answer_to"] for line in ledger.read_text().splitlines()].count("train") >= 2
     assert all(node.process.poll() is None for node in nodes)

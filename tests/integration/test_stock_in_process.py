@@ -4,6 +4,7 @@ Flower has it, give the bits of clients that stay; stopped and gone on with; as 
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -20,8 +21,9 @@ from common.errors import FaceFedError, UserError
 from common.protocol import wire
 from common.system.events import STOP_FILE
 from server.app import Surroundings, federate
+from server.flower.public_grid import PublicMailbox
 from server.run_config import declared
-from server.stock import OneLineOfOurs, Settled, run
+from server.stock import OneLineOfOurs, Settled, mailbox_over, run
 
 ROUNDS = 3
 OWN_MACHINES = ("max_epsilon", "max_delta")  # more than a file may allow
@@ -173,6 +175,37 @@ def test_a_site_that_its_policy_keeps_out_says_the_settings_name_and_nothing_els
     asked = given | {"federation.join_timeout_s": 0.3}
     with pytest.raises(FaceFedError, match=r"beta: .*training\.lr"):
         run(asked, StockMailbox(nodes, asked))
+
+
+class Grid:
+    """Flower's Grid, by what it shows."""
+
+    def __init__(self, mailbox):
+        self._mailbox = mailbox
+
+    def get_node_ids(self):
+        return iter(self._mailbox.node_ids())
+
+    def push_messages(self, messages):
+        return self._mailbox.send(messages)
+
+    def pull_messages(self, message_ids):
+        replies = [self._mailbox.receive(name) for name in message_ids]
+        for name, reply in zip(message_ids, replies, strict=True):
+            reply.metadata.__dict__["_reply_to_message_id"] = name
+        return replies
+
+
+def test_where_flowers_inside_has_changed_its_public_interface_gives_the_same_bits(
+    tmp_path, given, nodes, resident, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "server.flower.grid", None)  # so that importing it fails
+    monkeypatch.setattr(logging.getLogger("facefed"), "propagate", True)
+    mailbox = mailbox_over(Grid(StockMailbox(nodes, given)))
+    assert type(mailbox) is PublicMailbox
+    assert "Flower's inside has changed" in caplog.text
+    run(given, mailbox)
+    assert summary_of(tmp_path / "runs")["model_sha256"] == resident
 
 
 def test_an_error_of_ours_is_one_line_in_flowers_log(caplog):

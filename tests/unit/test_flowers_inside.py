@@ -105,6 +105,27 @@ def test_the_page_lists_it_and_nothing_else():
     assert listed("Imported") == USES
 
 
+def closure(*modules):
+    """The files of our own that these import, one by way of the other, where the import stands at a file's top."""
+    found, left = set(), list(modules)
+    while left:
+        path = ROOT / (left.pop().replace(".", "/") + ".py")
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                left += [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+    return {path.relative_to(ROOT).as_posix() for path in found}
+
+
+def test_flwr_run_works_without_any_of_it():
+    """The public fallback of all of it: stock Flower, our doors to it, and a Grid that is used as it is meant."""
+    files = closure("server.stock", "clients.app", "clients.message_handler")
+    assert {"server/rounds.py", "clients/local_update.py", "server/flower/public_grid.py"} <= files
+    assert {use for use in USES if use[1] in files} == set()
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _ in USES | CALLED}))
 def test_flower_still_has(name):
     module, parts = name, []
