@@ -24,7 +24,7 @@ SEED  ?= 0
 FIRST ?= 0
 RUNS  ?= 10
 
-.PHONY: help setup lock system demo test lint types unit e2e chaos test-flower docker-test bench bench-faces gpu-check clean
+.PHONY: help setup lock app-config system demo test lint types unit e2e chaos test-flower docker-test bench bench-faces gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +58,9 @@ setup: $(STAMP) ## create .venv and install the pinned dependencies and the test
 
 lock: $(STAMP) ## after a change of pyproject.toml or constraints.txt: write requirements/ anew, asking pip's index
 	$(BIN)/python requirements/lock.py
+
+app-config: $(STAMP) ## after a new setting: write what `flwr run` takes into pyproject.toml
+	$(BIN)/python requirements/app_config.py
 
 system: ## install the databases, the browser and the tracer that some end-to-end tests use (Debian, as root)
 	@tests/system-packages install

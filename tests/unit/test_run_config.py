@@ -30,11 +30,11 @@ def asked(**given):
 
 
 def test_the_project_file_declares_every_key_and_no_other():
-    """Flower refuses whatever else is given; who adds a setting adds it there, under [tool.flwr.app.config.SECTION]."""
+    """Flower refuses whatever else is given; after a new setting: make app-config."""
     in_file = flat(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
     wanted = declared()
-    assert [f'{key} = ""' for key in wanted if key not in in_file] == [], "add these lines"
-    assert [key for key in in_file if key not in wanted] == [], "no such setting"
+    assert [f'{key} = ""' for key in wanted if key not in in_file] == [], "make app-config adds these lines"
+    assert [key for key in in_file if key not in wanted] == [], "make app-config takes these out"
     assert in_file == wanted
     assert {type(value) for value in in_file.values()} <= {bool, int, float, str}
     assert len(wanted) == len(OWN) + sum(len(table) for table in config.to_mapping(Settings()).values())
