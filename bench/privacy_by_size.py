@@ -126,7 +126,7 @@ def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator
     done = {(row["people"], row["seed"], row["epsilon"]) for row in known}
     for seed in arguments.seeds:
         for people in arguments.people:
-            for epsilon in ("start", "off", *arguments.epsilons):
+            for epsilon in ("start", *arguments.epsilons, "off"):
                 if (people, seed, epsilon) in done:
                     continue
                 began = time.process_time()
