@@ -173,8 +173,11 @@ def warm():
 
 @pytest.fixture
 def programs(tmp_path, warm):
-    """Of this test's folder: what is started is a process as a user's, what is only run to its end a fork."""
-    made = WarmPrograms(tmp_path, warm)
+    """Of this test's folder: what is started is a process as a user's, a `facefed` that is run to its end a fork.
+
+    Federations are always processes of their own: Ray and gRPC want no fork of others' threads.
+    """
+    made = WarmPrograms(tmp_path, warm, names=("facefed",))
     yield made
     made.close()
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from programs import DONE_WITHIN_S, Ended, Program, Programs
@@ -58,13 +59,14 @@ class Warm:
 class WarmPrograms(Programs):
     """Programs of one folder that end by themselves; what is started and goes on is a process of its own as ever."""
 
-    def __init__(self, cwd: Path, warm: Warm) -> None:
+    def __init__(self, cwd: Path, warm: Warm, names: Collection[str] = tuple(MAINS)) -> None:
+        """names: of the programs that are forked; the others are processes of their own."""
         super().__init__(cwd)
-        self._warm, self._number = warm, 0
+        self._warm, self._number, self._names = warm, 0, names
 
     def run(self, name: str, *arguments: object, timeout_s: float = DONE_WITHIN_S) -> Ended:
-        """Its end; another's program, or one with less time, is a process of its own."""
-        if name not in MAINS or timeout_s != DONE_WITHIN_S:
+        """Its end; a program that is not forked, or has less time, is a process of its own."""
+        if name not in self._names or timeout_s != DONE_WITHIN_S:
             return super().run(name, *arguments, timeout_s=timeout_s)
         self._number += 1
         log = self.cwd / f"{name}-{self._number}"
