@@ -84,23 +84,22 @@ class CountingMailbox:
         self.num_bytes[kind, way] += sum(part["num_bytes"] for part in parts_of(message.content))
 
 
-def federated(settings: Any, sites: Sequence[Any], folder: Path) -> tuple[dict[str, Any], CountingMailbox, float]:
-    """A whole run; returns its summary, its mailbox, and the CPU seconds of all."""
+def federated(settings: Any, sites: Sequence[Any], folder: Path) -> tuple[dict[str, Any], CountingMailbox]:
+    """A whole run; returns its summary and its mailbox."""
     import clients.message_handler
     from server.app import Surroundings, federate
 
     clients.message_handler._workplaces.clear()  # noqa: SLF001 - a run of its own
-    mailbox, began = CountingMailbox(sites), time.process_time()
+    mailbox = CountingMailbox(sites)
     folder.mkdir(parents=True)
     around = Surroundings(
         run_folder=folder, stopped=lambda: False, all_nodes_are_here=lambda: True, git_commit="none", program="bench"
     )
     federate(settings, mailbox, around)
-    spent = time.process_time() - began
     outcome = json.loads((folder / "outcome.json").read_text())
     if outcome["exit_code"]:
         raise SystemExit(outcome["line"])
-    return json.loads((folder / "metrics.json").read_text()), mailbox, spent
+    return json.loads((folder / "metrics.json").read_text()), mailbox
 
 
 def sites_of(folder: Path, data: Mapping[str, Path], cache: Path, *, secure: bool) -> list[Any]:
@@ -155,25 +154,21 @@ def cost(arguments: argparse.Namespace, scratch: Path) -> None:
 
     clients.packs.open_pack = open_noise  # type: ignore[assignment]
     for number in arguments.sites:
-        per_round = {}
         for secure in (False, True):
             folder = scratch / f"{number}-{secure}"
             data = {f"site-{index:02d}": folder / f"site-{index:02d}" for index in range(number)}
             sites = sites_of(folder, data, scratch / "packs", secure=secure)
             settings = settings_of(arguments, num_sites=number, seed=1, secure=secure)
-            _, mailbox, spent = federated(settings, sites, folder / "run-1")
+            _, mailbox = federated(settings, sites, folder / "run-1")
             rounds = arguments.rounds
             in_rounds = ("train", "keys", "shares", "unmask")
             ways = {way: sum(mailbox.num_bytes[kind, way] for kind in in_rounds) for way in ("down", "up")}
-            per_round[secure] = spent / rounds
             seconds = {kind: mailbox.seconds[kind] / rounds / number for kind in in_rounds if mailbox.seconds[kind]}
             told = ", ".join(f"{kind} {value:.2f}" for kind, value in seconds.items())
             print(
-                f"{number} sites, {'masked' if secure else 'plain'}: {spent / rounds:.2f} CPU-s a round for all, of a"
-                f" site {told}; of a site {ways['down'] / rounds / number / 1e6:.3f} MB down,"
-                f" {ways['up'] / rounds / number / 1e6:.3f} MB up"
+                f"{number} sites, {'masked' if secure else 'plain'}: of a site in a round CPU-s {told};"
+                f" {ways['down'] / rounds / number / 1e6:.3f} MB down, {ways['up'] / rounds / number / 1e6:.3f} MB up"
             )
-        print(f"{number} sites: {per_round[True] - per_round[False]:+.2f} CPU-s a round for all")
 
 
 def auc(arguments: argparse.Namespace, scratch: Path) -> None:
@@ -186,7 +181,7 @@ def auc(arguments: argparse.Namespace, scratch: Path) -> None:
             folder = scratch / f"{seed}-{secure}"
             sites = sites_of(folder, data, cache, secure=secure)
             settings = settings_of(arguments, num_sites=len(sites), seed=seed, secure=secure)
-            summary, _, _ = federated(settings, sites, folder / "run-1")
+            summary, _ = federated(settings, sites, folder / "run-1")
             rows = summary["rounds_table"]
             curves[secure] = np.array([[row["val_roc_auc"], row["round_test_roc_auc"]] for row in rows])
             tested[secure] = summary["last"]["roc_auc"]

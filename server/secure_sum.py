@@ -5,9 +5,9 @@ its self mask's secret or its mask key.  See `clients/secure_sum.py` and docs/ad
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ from common.system.files import read_sealed_json, write_sealed_json
 from server.exchange.roster import Member
 from server.exchange.roster import Share as Counted
 
+ROUNDING: Final = 1e-3  # more than the steps of a sum of real numbers add up to
 ATTEMPTS_FILE: Final = "secure-sum.json"  # in the run's folder: no number is used twice, whoever is killed
 
 Buffer = NDArray[np.float32]
@@ -200,7 +201,7 @@ class SecureAttempt:
                 self.work(here[0]), words=words_of(task), model_sha256=buffer_sha256(self.asked.received)
             )
             unmask(self._total, secrets, keys, self.adverts, self._shared_context(self.members).with_model(digest))
-            self.sums = self.layout.sums(self._total)
+            self.sums = _possible(self.layout.sums(self._total))
         except (SecureSumRefused, ValueError) as error:
             raise NotEnoughClients(
                 f"round {self.asked.step}: the sum over {', '.join(here)} cannot be opened ({error}); a site's words or"
@@ -254,6 +255,30 @@ class SecureAttempt:
             if fits(self.adverts[name], secret):
                 return secret
         raise SecureSumRefused(f"the shares of a secret of {name} do not belong together.")
+
+
+def _possible(sums: Sums) -> Sums:
+    """The sums, without what rounding adds to them.  Raises SecureSumRefused for what no pictures give.
+
+    Nobody can say whose they are: a site that sends words of its own making spoils the sum, and is not found.
+    """
+    bounded = {}
+    for split, found in sums.evaluations.items():
+        closed = found.closed
+        bounds = {"correct": closed.num_examples, "loss_sum": np.inf, "num_examples": np.inf, "num_classes": np.inf}
+        bounds |= dict.fromkeys(("precision_sum", "recall_sum", "f1_sum"), closed.num_classes)
+        for name, bound in bounds.items():
+            if not -ROUNDING <= getattr(closed, name) <= bound + ROUNDING:
+                raise SecureSumRefused(f"{split}-{name} of all is {getattr(closed, name)}, which no pictures give")
+        if (closed.num_examples and not closed.num_classes) or bool((found.twins > found.pairs).any()):
+            raise SecureSumRefused(f"the {split} sums of all are none that pictures give")
+        names = ("loss_sum", "precision_sum", "recall_sum", "f1_sum")
+        within: dict[str, Any] = {name: float(np.clip(getattr(closed, name), 0.0, bounds[name])) for name in names}
+        bounded[split] = replace(found, closed=replace(closed, **within))
+    if not all(-ROUNDING <= value < np.inf for value in sums.content.values()):
+        raise SecureSumRefused("the training sums of all are none that pictures give")
+    content = {name: max(0.0, value) for name, value in sums.content.items()}
+    return replace(sums, evaluations=bounded, content=content)
 
 
 def _most(members: Mapping[str, Member], share: Counted | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """A tiny federation whose sites have keys of each other, for secure aggregation."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from common.errors import FaceFedError
 from common.protocol import wire
 from common.protocol.parameters import Part, trainable_spans
 from common.protocol.secure_words import SMALL
-from common.protocol.wire import Task
+from common.protocol.wire import Reply, Task
 from common.settings import Settings
 from server.rounds import Federation
 from server.secure_sum import SecureSums
@@ -46,9 +46,18 @@ def secure_mailbox(
 
 
 def secure_client(
-    name: str, keys: MadeKeys, folder: Path, *, change: NDArray[np.float32], num_examples: int = 10, auc: float = 0.6
+    name: str,
+    keys: MadeKeys,
+    folder: Path,
+    *,
+    change: NDArray[np.float32],
+    num_examples: int = 10,
+    spoil: Callable[[Reply], Reply] = lambda reply: reply,
 ) -> Script:
-    """A node of `ScriptedMailbox` that answers each round with that change, masked, of the model of seven numbers."""
+    """A node of `ScriptedMailbox` that answers each round with that change, masked, of the model of seven numbers.
+
+    spoil: may change what it masks.
+    """
     site = dataclasses.replace(site_settings(name, folder), keys=keys)
     part = Part(whole=MANIFEST, part=MANIFEST, spans=trainable_spans(MANIFEST, {e.name for e in MANIFEST.entries}))
 
@@ -61,7 +70,7 @@ def secure_client(
             secure = secure_sum_of(site, task, settings)
             if task.kind in SMALL:
                 return Message(wire.secure_content(answer_small(secure, task)), reply_to=message)
-            reply = reply_to(task, change=change, num_examples=num_examples, auc=auc)
+            reply = spoil(reply_to(task, change=change, num_examples=num_examples))
             if task.secure:
                 _, shared = wire.read_task(message.content)
                 state: Any = SimpleNamespace(part=part, settings=settings)

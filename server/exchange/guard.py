@@ -115,10 +115,12 @@ def check_evaluation_reply(
     _check_evaluations(reply, site, max_pairs)
 
 
-def check_masked_reply(reply: Reply, *, server_round: int, manifest: Manifest, site: Site, size: int) -> None:
+def check_masked_reply(
+    reply: Reply, *, server_round: int, manifest: Manifest, site: Site, size: int, kind: str
+) -> None:
     """Raises ReplyRefused unless a reply is of this round and model, and holds so many masked words and no sums.
 
-    What the words are nobody can see.
+    What the words are nobody can see.  kind: of the task.
     """
     _check_origin(reply, server_round, manifest)
     _check_num_examples(reply.num_examples, site)
@@ -126,8 +128,10 @@ def check_masked_reply(reply: Reply, *, server_round: int, manifest: Manifest, s
     if change is None or change.codec != MASKED or change.size != size:
         seen = "none" if change is None else f"{change.codec} of {change.size} numbers"
         raise ReplyRefused(f"the reply's words are {seen}; {MASKED} of {size} were asked for")
-    if reply.evaluations or any(name in reply.train for name in OF_CONTENT):
-        raise ReplyRefused("the reply holds sums of one site, which secure aggregation masks")
+    wanted = {name for name in TRAIN_FIELDS if name not in OF_CONTENT} if kind == "train" else set()
+    if reply.train.keys() != wanted:
+        odd = min(reply.train.keys() ^ wanted)
+        raise ReplyRefused(f"the reply {'holds' if odd in reply.train else 'lacks'} the training sum {odd}")
     _check_sums(reply.train)
 
 

@@ -204,7 +204,9 @@ class Exchange:
     def _masked(self, name: str, reply: Reply, words: Aggregate | None) -> Reply:
         task, size = self._tasks[name], self.masked_size or 0
         site = self._members[name].site
-        check_masked_reply(reply, server_round=task.server_round, manifest=self.manifest, site=site, size=size)
+        check_masked_reply(
+            reply, server_round=task.server_round, manifest=self.manifest, site=site, size=size, kind=task.kind
+        )
         reply = self._in_share(name, reply)
         self.clock.lap("receive")
         if words is not None and reply.change is not None:

@@ -1,5 +1,7 @@
 """The server's rounds with secure aggregation, of clients that only mask: what it adds, and what a lost answer does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,26 @@ def test_a_site_whose_answer_is_lost_at_any_step_costs_its_change_only(kind, tmp
     here = {name: site for name, site in sites.items() if name != "site-01" or kind == "unmask"}
     adders = 4 if kind in ("train", "unmask") else 3
     assert np.array_equal(federation.model.received, moved(quantised_mean(here, largest(sites), adders)))
+
+
+def test_a_sum_that_no_pictures_give_is_not_taken(tmp_path):
+    def boasts(reply):
+        sums = reply.evaluations["val"]
+        closed = dataclasses.replace(sums.closed, correct=10**6)
+        return dataclasses.replace(
+            reply, evaluations=reply.evaluations | {"val": dataclasses.replace(sums, closed=closed)}
+        )
+
+    sites = changes_of(3)
+    mailbox, keys = mailbox_of(tmp_path / "sites", sites), made_keys(list(sites))
+    mailbox.nodes = {
+        node: secure_client(name, keys[name], tmp_path / "sites", change=sites[name][0], spoil=boasts)
+        for node, name in enumerate(sites, start=100)
+    }
+    federation = secure_federation(mailbox, settings_for(federation__round_attempts=1), tmp_path)
+    with pytest.raises(NotEnoughClients, match=r"cannot be opened \(val-correct of all is 3000000, which no pictures"):
+        federation.run()
+    assert np.array_equal(federation.model.received, moved(np.zeros(MANIFEST.size, dtype=np.float32)))
 
 
 def test_below_the_threshold_the_round_is_tried_again_with_fresh_keys(tmp_path):
