@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.faces.align import TEMPLATE_112_PX
 from common.faces.detect import Face, Quality
 from common.faces.index import read_index
+from simulation.cli import main
 from simulation.data import aligning
 from simulation.data.aligning import AlignSettings, align_photos, summary_lines
 
@@ -180,3 +181,19 @@ def test_each_line_of_the_journal_is_json(photos, tmp_path):
     assert (head["image_size"], head["min_size_px"], head["every_face"]) == (64, 40, False)
     assert len(head["detector"]) == 64
     assert len(lines) == 6
+
+
+def test_the_command_tells_what_lies_there_and_refuses_in_one_line(photos, tmp_path, capsys):
+    out = tmp_path / "faces"
+    assert main(["data", "align", str(photos), str(out), "--jobs", "1", "--size", "64"]) == 0
+    assert f"{out}: 3 faces of 3 of 6 photographs" in capsys.readouterr().out
+    for wrong, line in (
+        (("--size", "8"), "--size 8: give 32 to 512 px."),
+        (("--min-size", "0"), "--min-size 0: give 1 px or more."),
+        (("--jobs", "0"), "--jobs 0: give 1 or more."),
+        ((), "was aligned otherwise (image_size 64)"),
+    ):
+        assert main(["data", "align", str(photos), str(out), *wrong]) == 2
+        told = capsys.readouterr().err
+        assert line in told
+        assert told.count("\n") == 1
