@@ -231,7 +231,7 @@ def _align_parser(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description=text,
         epilog=examples(
             "facefed data align photos faces",
-            "facefed train local --client mine:folder=faces",
+            "facefed data align photos faces --all --min-size 60",
         ),
     )
     align.add_argument("photos", metavar="PHOTOS", help="one folder a person, photographs any number of folders below")
