@@ -38,7 +38,7 @@ def test_a_bit_that_was_changed_is_refused(place):
         opened(bytes(changed))
 
 
-@pytest.mark.parametrize("sealed", [b"", SEALED[:-1], SEALED + b"\0"])
+@pytest.mark.parametrize("sealed", [b"", SEALED[:-1], SEALED + b"\0"], ids=["none", "short", "long"])
 def test_another_length_is_refused(sealed):
     with pytest.raises(SecureSumRefused, match="cannot be opened"):
         opened(sealed)
