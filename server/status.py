@@ -9,6 +9,8 @@ nothing from elsewhere.
 import html
 import ipaddress
 import json
+import logging
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +20,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, Self
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.metrics.figures import AUC
 from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.system.events import EventReader
 from common.system.processes import host_port, is_loopback, parse_address, require_free_port
+
+log = logging.getLogger("facefed.server")
 
 OPTION: Final = "--status-port"
 LOOK_EVERY_S: Final = 0.5
@@ -90,6 +94,7 @@ class FederationStatus:
     sites: dict[str, SiteStatus] = field(default_factory=dict)
     rounds: dict[int, dict[str, Any]] = field(default_factory=dict)
     refusals: list[dict[str, Any]] = field(default_factory=list)
+    num_warnings: int = 0
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -119,6 +124,7 @@ class FederationStatus:
             "rounds_table": [{"round": number, **row} for number, row in sorted(self.rounds.items())],
             "num_refusals": self.num_refusals,
             "refusals": self.refusals,
+            "num_warnings": self.num_warnings,
             "warnings": self.warnings,
         }
 
@@ -218,6 +224,7 @@ class FederationStatus:
                 self.sites[name].val_auc = value
 
     def _warning(self, event: Mapping[str, Any], when: float) -> None:
+        self.num_warnings += 1
         self.warnings = [*self.warnings, {"time": _utc(when), "line": str(event.get("line", ""))}][-MOST_SHOWN:]
 
     def _ended(self, event: Mapping[str, Any], _when: float) -> None:
@@ -354,7 +361,7 @@ def _refusals(status: Mapping[str, Any]) -> str:
         f"<td class='n'>{'-' if one['round'] is None else one['round']}</td><td>{html.escape(one['reason'])}</td>"
         for one in reversed(status["refusals"])
     ]
-    note = f"the last {MOST_SHOWN} of {status['num_refusals']}" * (status["num_refusals"] > MOST_SHOWN)
+    note = _last_of(status["num_refusals"])
     return _table("Left out", ["when", "site", "round", "why"], rows, note=note) if rows else ""
 
 
@@ -362,7 +369,13 @@ def _warnings(status: Mapping[str, Any]) -> str:
     rows = [
         f"<td>{_clock(one['time'])}</td><td>{html.escape(one['line'])}</td>" for one in reversed(status["warnings"])
     ]
-    return _table("Told", ["when", ""], rows) if rows else ""
+    note = _last_of(status["num_warnings"])
+    return _table("Told", ["when", ""], rows, note=note) if rows else ""
+
+
+def _last_of(number: int) -> str:
+    """What is said where not all are shown."""
+    return f"the last {MOST_SHOWN} of {number}" if number > MOST_SHOWN else ""
 
 
 def _table(title: str, head: list[str], rows: list[str], *, marks: list[str] | None = None, note: str = "") -> str:
@@ -436,6 +449,12 @@ class _Listener(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         self.status = status
         super().__init__((host, port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002, ANN401 - as http.server has it
+        """Whoever looks may go in the middle: that is nothing to tell, and anything else is a line, no traceback."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError | TimeoutError):
+            log.warning("the status page could not answer: %s: %s", type(error).__name__, one_line(str(error)))
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -62,6 +62,7 @@ _LARGEST_SHRINK = 0.6  # below this scale a picture is shrunk with a filter firs
 _RIM = 3.0  # px of the picture beyond the window: what bicubic sampling reaches
 _LOOKED_AT = (32, 32)  # so many pixels of a picture mostly show that it has contrast
 DETECT = "detect"  # an alignment, see `Recipe`
+ALIGNED = "aligned.jsonl"  # in a folder whose pictures `facefed data align` made
 RAW, JPEG, NO_PICTURES = "raw", "jpeg", "none"  # what a job gives back of its pictures
 JPEG_QUALITY = 95
 JPEG_BYTES_PER_PIXEL = 0.75  # of aligned faces at this quality: 0.52 measured at 112 px; with room
@@ -456,12 +457,15 @@ def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float
     """How the pictures of this data set are aligned, and the landmarks or boxes [N, ...] that takes.
 
     Where the layout has no such points (see DATASETS), or this copy lacks their file, pictures are cut to the centre
-    square: the one is logged, the other stands in the account by `alignment_note`.
+    square: the one is logged, the other stands in the account by `alignment_note`.  Of the square pictures of
+    `facefed data align` that is the whole, and the line says so.
     """
     points = {"landmarks": index.landmarks, "box": index.boxes, "resize": None, DETECT: None}[data.alignment]
     alignment = data.alignment
     if points is None and alignment not in ("resize", DETECT):
-        if alignment not in DATASETS[index.dataset].points:
+        if (index.root / ALIGNED).is_file():
+            logger.info("%s: its faces were aligned by `facefed data align` and are taken as they are", index.root)
+        elif alignment not in DATASETS[index.dataset].points:
             logger.info("%s: this layout has no %s; pictures are cut to their centre square", index.root, alignment)
         alignment = "resize"
     coding = data.pack

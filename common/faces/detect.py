@@ -22,6 +22,7 @@ Float64 = NDArray[np.float64]
 
 SMALLEST_FACE_PX = 20  # of the picture that is looked at; the authors' setting
 LONGEST_SIDE_PX = 1280  # larger photographs are looked at at this size: a face of 20 px of it has nothing to recognise
+_PIXELS_AT_ONCE = 2**20  # of a photograph that is shrunk: 12 MB as floats
 _WINDOW_PX = 12  # what P-Net sees at once
 _STRIDE_PX = 2
 _SCALE_STEP = 0.709  # between the sizes looked at: half the area
@@ -90,9 +91,8 @@ class FaceDetector:
         if min(height, width) < _WINDOW_PX:
             return []
         shrink = min(1.0, LONGEST_SIDE_PX / max(height, width))
-        pixels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None].float()
-        if shrink < 1.0:
-            pixels = _resized(pixels, (round(height * shrink), round(width * shrink)))
+        size = round(height * shrink), round(width * shrink)
+        pixels = _shrunk(image, size, self.device) if shrink < 1.0 else _floats(image, self.device)
         looked_at = (pixels - 127.5) / 128.0
         boxes, landmarks, scores = self._output(looked_at, self._refined(looked_at, self._proposed(looked_at)))
         back = np.array([width / looked_at.shape[3], height / looked_at.shape[2]])
@@ -217,6 +217,22 @@ def _quality(pixels: Tensor, box: Float64, landmarks: Float64, seen: Float64) ->
         pitch_deg=pitch,
         roll_deg=roll,
     )
+
+
+def _floats(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [1, 3, H, W], the same values."""
+    return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float()
+
+
+def _shrunk(image: NDArray[np.uint8], size: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [1, 3, *size], as `_resized` has it: across first, some rows at a time.
+
+    As floats the whole of 50 million pixels would take 600 MB.
+    """
+    rows = max(1, _PIXELS_AT_ONCE // image.shape[1])
+    strips = [image[top : top + rows] for top in range(0, len(image), rows)]
+    narrow = [_resized(_floats(strip, device), (len(strip), size[1])) for strip in strips]
+    return _resized(torch.cat(narrow, dim=2), size)
 
 
 def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from common.errors import DataError
 from common.metrics.figures import check_both_kinds, equal_error_rate, people_behind, roc_curve, wilson
 
 FARS: Final = (1e-1, 1e-2, 1e-3, 1e-4)
+USUAL_FAR: Final = 1e-3  # what is asked at, where nobody says another and the pairs support it
 LEAST_FALSE_ACCEPTS: Final = 10  # expected at a FAR, among the impostor pairs there are, before a threshold is stated
 COARSE_BINS: Final = 128  # over cosine in [-1, 1], of the histogram that is kept for pictures
 ABOUT: Final = (

@@ -29,9 +29,15 @@ _USE: Final = (
     " not for people or pictures unlike those it was measured on, and not against pictures held up to the camera:"
     " nothing here tells those."
 )
+# A card is written once, and `evaluate` comes later: of what that finds the card can say only where it is.
+_GROUPS: Final = (
+    "Not measured when this version was registered. `facefed evaluate --by ATTRIBUTE` measures errors by group, for"
+    " data sets that tell attributes of their people, and keeps them with its own run, in groups.json."
+)
 _LIMITS: Final = (
     "Its figures are of its test people, on pictures like theirs: others give others, and groups that are"
-    " rare in the data fare worse, unmeasured. Small, blurred, turned and covered faces are mistaken more often. Sites'"
+    " rare in the data fare worse, which these figures do not show. Small,"
+    " blurred, turned and covered faces are mistaken more often. Sites'"
     " people are never compared with each other in training or in these figures. An embedding is personal data: from"
     " it a face can partly be drawn again."
 )
@@ -53,7 +59,6 @@ class Card:
     tested: Mapping[str, tuple[float, float, float]]
     intervals: str
     thresholds: Thresholds | None
-    by_group: str = ""
 
 
 def model_card(card: Card) -> str:
@@ -67,7 +72,7 @@ def model_card(card: Card) -> str:
             f"## Privacy\n\n{_privacy(card)}",
             f"## Figures on test people\n\n{_figures(card)}",
             f"## Thresholds\n\n{_thresholds(card.thresholds)}",
-            "## Groups\n\n" + (card.by_group or "Not measured; `facefed evaluate --by ATTRIBUTE` does."),
+            f"## Groups\n\n{_GROUPS}",
             f"## Intended use\n\n{_USE}",
             f"## Limits\n\n{_LIMITS}",
         ]

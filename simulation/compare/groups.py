@@ -17,14 +17,12 @@ from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.groups import GroupErrors, GroupPairs, group_errors, pairs_of_groups, worst_to_best
 from common.metrics.pairs import pair_counts, pair_histogram
-from common.metrics.thresholds import Threshold, thresholds_from
+from common.metrics.thresholds import USUAL_FAR, Threshold, thresholds_from
 from common.system.console import table
 from common.training.evaluation import embed
 from common.training.loop import Compute
 from simulation.compare.model_loading import ModelFiles
 from simulation.compare.model_lookup import FoundModel
-
-USUAL_FAR = 1e-3  # the threshold that groups are judged at, where the validation pairs support it
 
 
 @dataclass(frozen=True, kw_only=True)

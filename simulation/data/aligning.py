@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.errors import DataError
-from common.faces.decode import UnusablePicture, coded_jpeg, detector, in_processes, open_upright, read_picture
+from common.faces.decode import ALIGNED, UnusablePicture, coded_jpeg, detector, in_processes, open_upright, read_picture
 from common.faces.detect import Face, subject
 from common.faces.index import FaceIndex, read_index
 from common.faces.packing import stamps_of
@@ -23,7 +23,6 @@ from common.faces.photos import aligned
 from common.models.mtcnn import weights_digest
 from common.system.files import write_bytes
 
-JOURNAL: Final = "aligned.jsonl"
 FACES_LIST: Final = "landmarks.csv"
 LEFT_OUT_LIST: Final = "left_out.csv"
 _JOB_PHOTOS: Final = 16
@@ -121,14 +120,14 @@ def _check_apart(photos: Path, out: Path) -> None:
 def _begin(out: Path, settings: AlignSettings) -> dict[str, dict[str, Any]]:
     """Make OUT, or read what its journal says: photograph -> its line."""
     head = {"format": 1, "detector": weights_digest(), **asdict(settings)}
-    journal = out / JOURNAL
+    journal = out / ALIGNED
     if not journal.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out}: holds something else than aligned faces; give a folder that is new or empty.")
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(journal, (json.dumps(head) + "\n").encode())
         return {}
-    first, *lines = _lines(journal)
+    first, *lines = [*_lines(journal)] or [{}]  # an empty file has no head
     if first != head:
         differing = ", ".join(f"{name} {first.get(name)}" for name in head if first.get(name) != head[name])
         raise DataError(f"{out}: was aligned otherwise ({differing}); give the same options, or another folder.")
@@ -177,7 +176,7 @@ def _gone_on_with(
     workers = min(workers, len(jobs))
     if progress is not None:
         progress(len(found), len(paths))
-    with (out / JOURNAL).open("a", encoding="utf-8") as journal:
+    with (out / ALIGNED).open("a", encoding="utf-8") as journal:
         for lines in in_processes(_align, jobs, workers) if workers > 1 else map(_align, jobs):
             for line in lines:
                 line["stamp"] = stamp_of[line["photo"]]

@@ -8,10 +8,9 @@ import math
 from typing import Final
 
 from common.errors import UserError
-from common.metrics.thresholds import Threshold, Thresholds
+from common.metrics.thresholds import USUAL_FAR, Threshold, Thresholds
 
 WORST_EER: Final = 0.10  # above it one pair of ten is judged wrongly whatever the threshold: nobody should act on that
-USUAL_FAR: Final = 1e-3
 
 
 def basis(known: Thresholds) -> str:

@@ -116,7 +116,7 @@ class Door:
         if host not in self.hosts:
             raise Refused(421, "this server does not answer to that host name; open the address that it printed.")
         origin = headers.get("origin", "")
-        if origin and (urlsplit(origin).hostname or "") not in self.hosts:
+        if origin and _host_of(origin.partition("://")[2]) not in self.hosts:
             raise Refused(403, "a page of another site asks; open the address that the server printed.")
         client = (scope.get("client") or ("", 0))[0]
         self._spend(client, 1.0)

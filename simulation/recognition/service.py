@@ -94,12 +94,12 @@ class Desk:
         """As it is now, also where another program changed it.  Raises UserError: another model by now."""
         state = state_of(self.folder)
         if self._gallery is None or state != self._state:
-            self._gallery, self._state = open_gallery(self.folder), state
-            if self._gallery.binding.sha256 != self.asked.model.binding.sha256:
+            found = open_gallery(self.folder)
+            if found.binding.sha256 != self.asked.model.binding.sha256:  # it is not kept, so each question is refused
                 raise UserError(
-                    f"the gallery is now one of {self._gallery.binding.words}; start the server again to use that"
-                    " model."
+                    f"the gallery is now one of {found.binding.words}; start the server again to use that model."
                 )
+            self._gallery, self._state = found, state
         return self._gallery
 
     def about(self) -> dict[str, Any]:
@@ -158,21 +158,7 @@ class Desk:
                 score = one.candidates[0].score if one.candidates else None
                 self._audit("identify", score=score, outcome=one.person.key if one.person else "unknown")
         return {
-            "faces": [
-                {
-                    **_shown(one.face),
-                    "name": one.person.name if one.person else None,
-                    "candidates": [
-                        {
-                            "name": each.person.name,
-                            "score": each.score,
-                            "reaches": each.score >= one.threshold.threshold,
-                        }
-                        for each in one.candidates
-                    ],
-                }
-                for one in found
-            ],
+            "faces": [_recognised(one) for one in found],
             **self._threshold(),
             "search": self.asked.search_rate(gallery),
             "cautions": list(self.asked.cautions),

@@ -15,7 +15,7 @@ from common.settings import Settings
 from common.system.console import PackProgress, table
 from common.tracking.address import with_absolute_tracking
 from simulation.recognition.asking import FindsFaces, Recognised, Recognition, look_alikes
-from simulation.recognition.decision import USUAL_FAR
+from simulation.recognition.decision import chosen_threshold
 from simulation.recognition.gallery import Added, Gallery, add_people, is_gallery, open_gallery, remove_people
 from simulation.recognition.model import FaceModel, load_model, model_of_file
 from simulation.recognition.photographs import Photographs, Seen, whose
@@ -163,8 +163,7 @@ def _tell_added(added: Added, model: FaceModel, out: TextIO) -> None:
     if model.thresholds is None or not model.thresholds.rows:
         out.write("warning: this model carries no thresholds, so nobody is looked for under two names.\n")
         return
-    rows = model.thresholds.rows
-    threshold = next((row for row in rows if row.far <= USUAL_FAR), rows[-1])
+    threshold = chosen_threshold(model.thresholds, None)
     pairs = look_alikes(gallery, [*added.new, *added.extended], threshold.threshold)
     out.writelines(
         f"warning: {escaped(one)} and {escaped(other)} may be one person under two names (score {score:.3f} >="

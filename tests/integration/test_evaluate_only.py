@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from secure_federation import secure_mailbox
 from tiny_federation import MANIFEST, InProcessMailbox, enter_run, settings_with, task_for, tiny_pack
 
 import clients.message_handler
@@ -23,8 +24,11 @@ def tiny_packs():
         yield
 
 
-def run(folder, settings, sites, seen=None):
-    """A federation of alpha and beta in `folder`; returns its summary.  seen: gets (client, kind, round)."""
+def run(folder, settings, sites, seen=None, mailbox=None):
+    """A federation of alpha and beta in `folder`; returns its summary.  seen: gets (client, kind, round).
+
+    mailbox: of other sites.
+    """
     clients.message_handler._workplaces.clear()
 
     def watch(name, task, reply):
@@ -35,7 +39,7 @@ def run(folder, settings, sites, seen=None):
     folder.mkdir(parents=True, exist_ok=True)
     federate(
         settings,
-        InProcessMailbox(("alpha", "beta"), sites, watch),
+        mailbox or InProcessMailbox(("alpha", "beta"), sites, watch),
         Surroundings(run_folder=folder, stopped=lambda: False, all_nodes_are_here=lambda: True, git_commit="none"),
     )
     assert json.loads((folder / "outcome.json").read_text()) == {"exit_code": 0, "line": ""}
@@ -80,6 +84,20 @@ def test_a_runs_model_has_the_figures_that_it_ended_with_and_nobody_trains(train
     assert told["", "test_roc_auc"] == summary["best"]["roc_auc"]
     assert told["alpha", "test_roc_auc"] == summary["clients"]["alpha"]["test_roc_auc"]
     assert not [line for line in recorded if line.get("kind") == "model"]  # nothing is registered
+
+
+def test_with_secure_aggregation_only_the_sum_is_known(tmp_path):
+    mailbox = secure_mailbox(("alpha", "beta", "gamma"), tmp_path / "sites")
+    settings = settings_with(
+        federation__evaluate_only=True,
+        federation__min_clients=3,
+        federation__join_timeout_s=20.0,
+        secagg__enabled=True,
+    )
+    summary = run(tmp_path / "run-1", settings, tmp_path / "sites", mailbox=mailbox)
+    assert 0.0 < summary["best"]["roc_auc"] < 1.0
+    assert 0.0 < summary["validation"]["roc_auc"] < 1.0
+    assert summary["clients"] == {}
 
 
 def test_a_run_that_is_named_brings_its_own_settings_and_a_config_beside_it_counts(trained, tmp_path):

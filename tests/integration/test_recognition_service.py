@@ -106,9 +106,10 @@ def test_a_gallery_that_became_another_models_is_not_answered_from(server):
     other = model(seed=1, source="run-2")
     rows = {name: other.embed(face(person)[None]) for name, person in (("Ann", ANN), ("Ben", BEN))}
     add_people(server.folder, other.binding, rows, keep_model=other.keep, again="", mode="replace")
-    answer = server.ask("identify", picture=b64(ANN))
-    assert answer.status_code == 422
-    assert "is now one of run-2" in answer.json()["error"]
+    for _ in range(2):  # whoever asks again gets no other answer
+        answer = server.ask("identify", picture=b64(ANN))
+        assert answer.status_code == 422
+        assert "is now one of run-2" in answer.json()["error"]
 
 
 def test_the_page_draws_from_what_the_model_says(server):

@@ -157,6 +157,10 @@ def test_other_options_and_other_folders_are_refused(photos, tmp_path):
     align_photos(photos, out, SETTINGS, workers=1)
     with pytest.raises(DataError, match=r"was aligned otherwise \(image_size 64\); give the same options, or another"):
         align_photos(photos, out, replace(SETTINGS, image_size=32), workers=1)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "aligned.jsonl").touch()
+    with pytest.raises(DataError, match=r"was aligned otherwise \(format None"):
+        align_photos(photos, tmp_path / "cut", SETTINGS, workers=1)
     with pytest.raises(DataError, match="holds something else than aligned faces"):
         align_photos(photos, photos.parent, SETTINGS, workers=1)
     for inside in (photos, photos / "anna", photos / "new"):

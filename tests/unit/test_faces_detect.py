@@ -48,6 +48,20 @@ def error_of(face, points):
     return np.linalg.norm(face.landmarks - points, axis=1).mean() / np.linalg.norm(points[1] - points[0])
 
 
+def test_a_large_photograph_is_shrunk_in_strips_to_the_same_picture(monkeypatch):
+    image = np.random.default_rng(1).integers(0, 256, (301, 173, 3), dtype=np.uint8)
+    whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    wanted = torch.nn.functional.interpolate(whole, (64, 37), mode="bilinear", align_corners=False, antialias=True)
+    widest = []
+    real = detect._floats
+    monkeypatch.setattr(detect, "_floats", lambda part, device: widest.append(part[..., 0].size) or real(part, device))
+    monkeypatch.setattr(detect, "_PIXELS_AT_ONCE", 5_000)
+    found = detect._shrunk(image, (64, 37), torch.device("cpu"))
+    assert torch.allclose(found, wanted, rtol=0.0, atol=1e-3)  # of 255
+    assert sum(widest) == image[..., 0].size
+    assert max(widest) <= 5_000
+
+
 def test_drawn_faces_are_found_with_their_landmarks(detector, portraits):
     found = [largest(detector.detect(image)) for image, _ in portraits]
     errors = [error_of(face, points) for face, (_, points) in zip(found, portraits, strict=True) if face]

@@ -201,6 +201,14 @@ def test_alignment_that_the_data_set_cannot_give(tmp_path: Path, caplog: pytest.
     with caplog.at_level("INFO", logger="facefed.faces"):
         opened(make_folder(tmp_path / "f", {f"p{i}": 3 for i in range(8)}))
     assert [r.message for r in caplog.records if "centre square" in r.message] != []
+    caplog.clear()
+    made = make_folder(tmp_path / "made", {f"p{i}": 3 for i in range(8)})
+    (made / "aligned.jsonl").write_text("{}\n")  # as `facefed data align` leaves it
+    with caplog.at_level("INFO", logger="facefed.faces"):
+        opened(made)
+    said = " ".join(r.message for r in caplog.records)
+    assert "were aligned by `facefed data align` and are taken as they are" in said
+    assert "centre square" not in said
 
 
 def test_people_below_the_limits_after_quarantine(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_it_says_what_is_known():
         "Too few impostor pairs for FAR 0.0001.",
         "## Intended use",
         "## Limits",
-        "Not measured; `facefed evaluate --by ATTRIBUTE` does.",
+        "Not measured when this version was registered. `facefed evaluate --by ATTRIBUTE` measures",
     ):
         assert words in card
     assert "loss" not in card.partition("## Figures")[2].partition("## Thresholds")[0]

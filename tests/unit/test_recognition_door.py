@@ -87,6 +87,7 @@ def test_a_page_of_another_site_is_refused():
     client = Client()
     assert client.ask(origin="https://evil.example")[0] == 403
     assert client.ask(origin="null")[0] == 403
+    assert client.ask(origin="http://[::1")[0] == 403  # no address at all
     assert client.behind.bodies == []
     assert client.ask(origin="http://localhost:8080")[0] == 200
 

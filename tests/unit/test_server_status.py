@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import socket
+import struct
+import time
 import urllib.request
 
 import pytest
@@ -112,6 +115,13 @@ def test_of_very_many_refusals_the_last_are_kept_and_all_are_counted():
     assert f"the last {MOST_SHOWN} of {MOST_SHOWN + 20}" in page(shown)
 
 
+def test_of_very_many_warnings_too():
+    shown = status_of(*TWO_HERE, *[(float(n), "warning", {"line": f"line {n}"}) for n in range(MOST_SHOWN + 7)])
+    told = shown.as_json(NOW)
+    assert (told["num_warnings"], len(told["warnings"])) == (MOST_SHOWN + 7, MOST_SHOWN)
+    assert f"the last {MOST_SHOWN} of {MOST_SHOWN + 7}" in page(told)
+
+
 def test_an_end_is_told_with_its_line_and_an_unknown_event_changes_nothing():
     shown = status_of(*TWO_HERE, (9.0, "failed", {"line": "too few", "exit_code": 1}), (10.0, "new kind", {})).as_json(
         NOW
@@ -153,6 +163,26 @@ def test_a_name_that_was_led_here_is_refused(server):
     one, _ = server
     assert ask(one, "GET", "/status.json", Host="attacker.example:80")[0] == 403
     assert ask(one, "GET", "/status.json", Host=f"localhost:{one.port}")[0] == 200
+
+
+def test_whoever_goes_in_the_middle_leaves_no_traceback(server, capfd):
+    one, _ = server
+    for line in (b"", b"GET / HTTP/1.0\r\nHo"):  # as a scanner of ports does
+        with socket.create_connection(("127.0.0.1", one.port), timeout=10) as rude:
+            rude.sendall(line)
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no end
+    assert ask(one, "GET", "/")[0] == 200
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_shown_is_a_line(server, capfd, caplog):
+    one, log = server
+    log.emit("round", round="none")
+    with pytest.raises(http.client.HTTPException):
+        ask(one, "GET", "/")
+    assert "the status page could not answer: ValueError" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_port_is_of_this_machine_alone_unless_an_address_is_given():
