@@ -1,7 +1,6 @@
 """Numbers as integers modulo 2**32 whose sum over all members cannot overflow, and back.
 
     a change, weighted     one word an element, |q| <= (2**31 - 1) / members: what is lost is limit * members / 2**32
-    the same, 16 bits      two elements a word, a step of their own for each block of 512; what was lost is returned
     counts                 two words each, exact below 2**48
     sums of real numbers   three words each, in steps of 2**-20
 
@@ -19,11 +18,9 @@ from common.errors import SecureSumRefused, TrainingFailed
 from common.secagg.keys import MOST_MEMBERS
 
 PIECE: Final = 2**18  # elements at a time
-BLOCK: Final = 512  # elements that share a step of 16 bits
 LIMB_BITS: Final = 24  # of an integer in each word but the highest: 2**8 members at most
 COUNT_WORDS, REAL_WORDS = 2, 3
 FRACTION_BITS: Final = 20  # of a real number's fixed point
-HEADROOM: Final = 4.0  # a member's change may be so many times the last global one's largest element of its block
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -32,14 +29,14 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 # -- one word an element -----------------------------------------------------------------------------------------------
 
 
-def largest_code(num_members: int, bits: int = 32) -> int:
-    """The largest |q| of one member that no sum of so many overflows: (2**(bits - 1) - 1) / members, rounded down.
+def largest_code(num_members: int) -> int:
+    """The largest |q| of one member that no sum of so many overflows: (2**31 - 1) / members, rounded down.
 
     Raises ValueError for none or more than MOST_MEMBERS.
     """
     if not 1 <= num_members <= MOST_MEMBERS:
         raise ValueError(f"{num_members} members; 1 to {MOST_MEMBERS} are possible")
-    return int(2 ** (bits - 1) - 1) // num_members
+    return (2**31 - 1) // num_members
 
 
 def quantise(weighted_change: Floats, num_members: int, limit: float) -> tuple[Words, int]:
@@ -85,62 +82,6 @@ def _finite(values: Floats) -> NDArray[np.float64]:
 def _pieces(size: int) -> Iterator[slice]:
     for start in range(0, size, PIECE):
         yield slice(start, min(start + PIECE, size))
-
-
-# -- two elements a word -----------------------------------------------------------------------------------------------
-
-
-def num_words16(size: int) -> int:
-    """The words of so many elements at 16 bits."""
-    return -(-size // 2)
-
-
-def block_limits(last_change: Floats, largest_weight: float, headroom: float = HEADROOM) -> NDArray[np.float64]:
-    """The largest magnitude of a weighted change in each block of BLOCK elements, [blocks] float64, above 0.
-
-    last_change: [size], what the global model moved in the round before; all members have it.
-    largest_weight: of a member, > 0, in the unit of the weighted change.
-    A block that stood still gets the smallest limit of one that moved (1 where none did).
-    """
-    whole = np.zeros(-(-len(last_change) // BLOCK) * BLOCK, dtype=np.float64)
-    whole[: len(last_change)] = _finite(last_change)
-    peaks: NDArray[np.float64] = np.abs(whole.reshape(-1, BLOCK)).max(axis=1, initial=0.0)
-    moved = peaks > 0.0
-    peaks[~moved] = peaks[moved].min() if moved.any() else 1.0
-    return peaks * (headroom * largest_weight)
-
-
-def quantise16(
-    weighted_change: Floats, num_members: int, limits: NDArray[np.float64]
-) -> tuple[Words, int, NDArray[np.float32]]:
-    """A weighted change as integers of 16 bits, two in a word; how many were beyond their limit; what was lost.
-
-    weighted_change: [size].  limits: [blocks] float64 of `block_limits`, the same for all members.
-    Returns [num_words16(size)] uint32: an even element + 2**16 * the one behind it, modulo 2**32; the count; and the
-    residue, [size] float32, which whoever encodes adds to the next change (error feedback, arXiv:1901.09847).
-    Raises TrainingFailed when a value is not finite.
-    """
-    largest = largest_code(num_members, bits=16)
-    steps = np.repeat(limits / largest, BLOCK)[: len(weighted_change)]
-    change = _finite(weighted_change)
-    scaled = np.rint(change / steps)
-    saturated = int(np.count_nonzero(np.abs(scaled) > largest))
-    codes = np.zeros(2 * num_words16(len(change)), dtype=np.int64)
-    codes[: len(change)] = np.clip(scaled, -largest, largest)
-    words = (codes[0::2] + (codes[1::2] << 16)).astype(np.uint32)
-    return words, saturated, (change - codes[: len(change)] * steps).astype(np.float32)
-
-
-def dequantise16(total: Words, size: int, num_members: int, limits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum of weighted changes, [size] float64, of a sum of what `quantise16` gave.
-
-    The lower half of a word is the sum of the even elements, whatever its sign; what is left is the odd ones'.
-    """
-    lower = (total & np.uint32(0xFFFF)).astype(np.uint16).view(np.int16)
-    upper = ((total - lower.astype(np.int32).view(np.uint32)) >> np.uint32(16)).astype(np.uint16).view(np.int16)
-    codes = np.stack([lower, upper], axis=1).ravel()[:size].astype(np.float64)
-    steps: NDArray[np.float64] = np.repeat(limits / largest_code(num_members, bits=16), BLOCK)[:size]
-    return codes * steps
 
 
 # -- counts and sums ---------------------------------------------------------------------------------------------------

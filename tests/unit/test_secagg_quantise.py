@@ -8,17 +8,11 @@ from hypothesis import strategies as st
 from common.errors import SecureSumRefused, TrainingFailed
 from common.secagg.keys import MOST_MEMBERS
 from common.secagg.quantise import (
-    BLOCK,
-    HEADROOM,
     PIECE,
-    block_limits,
     counts_to_words,
     dequantise,
-    dequantise16,
     largest_code,
-    num_words16,
     quantise,
-    quantise16,
     reals_to_words,
     words_to_counts,
     words_to_reals,
@@ -69,9 +63,7 @@ def test_what_is_not_finite_has_no_integer(bad):
     values = np.array([0.0, bad])
     for code in (
         lambda: quantise(values, 3, 1.0),
-        lambda: quantise16(values, 3, np.ones(1)),
         lambda: reals_to_words(values),
-        lambda: block_limits(values, 1.0),
     ):
         with pytest.raises(TrainingFailed, match="not finite"):
             code()
@@ -87,42 +79,6 @@ def test_a_limit_is_a_number_above_nothing(limit):
 def test_more_members_than_fit_are_refused(num):
     with pytest.raises(ValueError, match="1 to 64 are possible"):
         largest_code(num)
-
-
-@settings(deadline=None, max_examples=40)
-@given(num=st.integers(1, MOST_MEMBERS), size=st.integers(1, 3 * BLOCK), seed=st.integers(0, 2**32))
-def test_two_elements_in_a_word_add_as_one_each(num, size, seed):
-    """Whatever their signs, at the largest codes: the sum plus all residues is the sum of the changes."""
-    random = np.random.default_rng(seed)
-    limits = random.uniform(0.1, 10.0, -(-size // BLOCK))
-    by_element = np.repeat(limits, BLOCK)[:size]
-    changes = [random.choice([-2.0, -1.0, 0.3, 1.0], size) * by_element for _ in range(num)]
-    coded = [quantise16(change, num, limits) for change in changes]
-    total = dequantise16(added([words for words, _, _ in coded]), size, num, limits)
-    residues = sum(residue.astype(np.float64) for _, _, residue in coded)
-    np.testing.assert_allclose(total + residues, sum(changes), atol=1e-4)
-    assert all(len(words) == num_words16(size) for words, _, _ in coded)
-    for change, (_, saturated, _) in zip(changes, coded, strict=True):
-        assert saturated == np.count_nonzero(np.abs(change) > by_element)
-
-
-def test_the_limit_of_a_block_follows_what_the_model_moved():
-    """Two blocks and a part: peaks 0.5, none, 2; the one that stood still has the smallest of the others."""
-    change = np.zeros(2 * BLOCK + 1, np.float32)
-    change[3], change[-1] = -0.5, 2.0
-    np.testing.assert_allclose(
-        block_limits(change, 10.0), [0.5 * 10 * HEADROOM, 0.5 * 10 * HEADROOM, 2 * 10 * HEADROOM]
-    )
-    np.testing.assert_allclose(block_limits(np.zeros(3), 2.0), [2 * HEADROOM])
-
-
-def test_what_a_word_of_16_bits_lost_comes_back_with_the_next_change():
-    """One element of thrice its limit, sent in three rounds by error feedback."""
-    limits, residue, sent = np.ones(1), np.array([3.0]), 0.0
-    for _ in range(3):
-        words, saturated, residue = quantise16(residue, 3, limits)
-        sent += dequantise16(words, 1, 3, limits)[0]
-    assert (sent, float(residue[0]), saturated) == (3.0, 0.0, 0)
 
 
 @settings(deadline=None, max_examples=40)
