@@ -19,6 +19,7 @@ from clients.own_record import keep_round, tell_round
 from clients.packs import prune_packs
 from clients.past_tasks import PastTasks, prune_runs
 from clients.policy import PolicyRefusal, TaskWords, against_settings, against_task, digest_of, require_none
+from clients.secure_sum import forget_others
 from clients.site import SiteSettings
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
 from common.protocol import wire
@@ -118,6 +119,7 @@ def _done(
     if task.kind == "join":
         if record is not None:
             prune_runs(site.state_dir, task.run_id, site.policy.keep_runs)
+            forget_others(site.state_dir, task.run_id)
         try:
             return wire.site_content(join(site, settings))
         finally:  # of a join that is refused too: its pack may have been made first

@@ -8,8 +8,9 @@
                                                             other one a share of its mask key; never both of one site
 
 What may be answered once is written down before it is answered, in one file of the run's private state: the attempt,
-how far it is, its secrets, and over whom this site's round, or a model's score, was summed before.  Attempts only grow,
-and the next one's keys take the place of the last one's secrets: what an attempt has not shown by then, it never will.
+how far it is, its secrets, and over whom this site's round, or a model's score, was summed before.  Attempts only grow.
+An attempt's secrets go when its sum is opened, in the same write: what is left is what was answered.  Where it is not
+opened, they go with the next one's keys, at the run's end, or when this site joins another run.
 """
 
 import hashlib
@@ -250,6 +251,7 @@ class SecureSum:
                 "this attempt was opened for another list of sites; both lists would tell the difference, a site's own."
             )
         self._require_same_sites(kept.about, here)
+        self._drop_secrets(here)
         kept.shown, kept.step = here, OPENED
         for about in kept.about:
             kept.before[about] = _digest_of(here)
@@ -259,15 +261,18 @@ class SecureSum:
             "mask": {name: kept.pairs[name]["mask"] for name in kept.summed if name not in here},
         }
 
-    def with_whom(self) -> Sequence[str]:
-        """The sites that the newest attempt's sum is over."""
-        return tuple(self._kept.summed)
-
     def forget(self) -> None:
         """The run is over: no secret of it stays."""
         self._kept = _Attempt(number=self._kept.number, before=self._kept.before)
         if self._path.exists():
             self._save()
+
+    def _drop_secrets(self, here: Sequence[str]) -> None:
+        """Keep, of each site, the one share that is shown where the words of these arrived; of this site nothing."""
+        kept = self._kept
+        shown = {name: "self" if name in here else "mask" for name in kept.summed}
+        kept.pairs = {name: {kind: kept.pairs[name][kind]} for name, kind in shown.items()}
+        kept.secrets, kept.own_shares = "", {}
 
     def _context(self) -> Context:
         return Context(run_id=self._run_id, server_round=self._kept.server_round, attempt=self._kept.number)
@@ -327,6 +332,24 @@ class SecureSum:
         self._path.chmod(0o600)
 
 
+def forget_others(state_dir: Path, run_id: str) -> None:
+    """Delete the secrets of a site's other runs, which an attempt left that was never opened.
+
+    Such a run can be gone on with: its next attempt has new ones.  What must not be answered twice stays known.
+    """
+    for path in (state_dir / "private").glob(f"*/{FILE}"):
+        if path.parent.name == run_id:
+            continue
+        try:
+            values: dict[str, Any] = read_sealed_json(path)
+            left = _Attempt(**values)
+        except (CheckpointError, TypeError):
+            continue  # damaged, so it answers nothing more; it goes with its run's folder
+        if left.secrets:
+            write_sealed_json(path, vars(_Attempt(number=left.number, before=left.before)))
+            path.chmod(0o600)
+
+
 def keys_of(site: SiteSettings) -> Keys:
     """A site's lasting keys.  Raises SecureSumRefused where it has none, or files that are not keys."""
     if isinstance(site.keys, MadeKeys):
@@ -335,7 +358,8 @@ def keys_of(site: SiteSettings) -> Keys:
     folder = site.keys
     if folder is None:
         raise SecureSumRefused(
-            "secure aggregation needs a key of each site, and this one has none; start it with --tls DIR."
+            "secure aggregation needs a key of each site, and this one has none; start it with --tls DIR, a SuperNode"
+            ' of Flower with keys="DIR" in its --node-config.'
         )
 
     def peer(name: str) -> ec.EllipticCurvePublicKey:

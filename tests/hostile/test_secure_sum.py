@@ -4,6 +4,7 @@ Each attack is played twice: against the sites as they are, where what the serve
 stays uniform; and with the one thing taken out that stops it, where the server reads them: so it is an attack.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,14 @@ import pytest
 
 import clients.secure_sum
 from clients.policy import OWN_MACHINE, PolicyRefusal
-from clients.secure_sum import MASKED, SecureSum, UnknownPeer
+from clients.secure_sum import MASKED, Keys, SecureSum, UnknownPeer, forget_others
 from common import config
 from common.errors import ConfigError, SecureSumRefused
-from common.protocol.secure_words import WorkAsked, digest_of_work
+from common.protocol.secure_words import KeysAsked, WorkAsked, digest_of_work, in_text
 from common.secagg.keys import Identity, Secrets, _commitment, advertise, load_public, public_of
 from common.secagg.masks import add_masks, pair_mask, self_seed
 from common.secagg.shares import unseal
-from tests.hostile.secure_server import MODEL, NAMES, SIZE, Server, Sites, chi_square, words_of_site
+from tests.hostile.secure_server import MODEL, NAMES, RUN, SIZE, Server, Sites, chi_square, words_of_site
 from tests.tiny_settings import TINY
 
 VICTIM, OTHERS = "ada", NAMES[1:]
@@ -73,11 +74,13 @@ def test_a_server_that_keeps_to_it_learns_the_sum_and_no_summand(server):
 
 @AS_IT_IS
 @pytest.mark.parametrize("restarted", [False, True])
-def test_both_lists_for_one_site(server, sites, protected, restarted):
+def test_both_lists_for_one_site(server, sites, protected, restarted, monkeypatch):
     """Everybody's words arrived; then, to the same sites, ada's did not: both her secrets.
 
-    Taken out: what the sites wrote down before they answered.
+    Taken out: what the sites wrote down before they answered, and that they kept no other share.
     """
+    if not protected:
+        monkeypatch.setattr(SecureSum, "_drop_secrets", lambda *_: None)
     for name in NAMES:
         server.unmask(name, 1, NAMES)
     if restarted:
@@ -221,9 +224,9 @@ def test_shares_of_an_earlier_attempt(server, sites, protected, monkeypatch):
 
     Taken out: that shares open in their own attempt alone.
     """
+    old = {name: Secrets.from_bytes(sites.secrets(name)) for name in NAMES}
     for name in NAMES:
         server.unmask(name, 1, NAMES)
-    old = {name: Secrets.from_bytes(sites.secrets(name)) for name in NAMES}
     server.exchange(2)
     replayed = {
         name: {one: server.sealed[1 if one == VICTIM else 2][one][name] for one in NAMES if one != name}
@@ -381,6 +384,47 @@ def test_fewer_than_the_threshold_and_a_second_list_are_told_so(server):
     with pytest.raises(SecureSumRefused, match="was opened for another list of sites"):
         server.unmask(VICTIM, 1, NAMES[:4])
     server.unmask(VICTIM, 1, NAMES)  # the same again: an answer that was lost
+
+
+@pytest.mark.parametrize("here", [NAMES, NAMES[:4]], ids=["all arrived", "one is lost"])
+def test_a_site_that_answered_keeps_nothing_that_it_did_not_answer(sites, here, tmp_path):
+    """After the last sum of a run: not its secrets, and of each site one share, that which it showed."""
+    server = Server(sites)
+    server.exchange(1)
+    server.work_all(1)
+    file, secrets = tmp_path / VICTIM / clients.secure_sum.FILE, in_text(sites.secrets(VICTIM))
+    assert secrets in file.read_text()
+    server.unmask(VICTIM, 1, here)
+    kept = vars(sites.made(VICTIM)._kept)
+    assert (kept["secrets"], kept["own_shares"]) == ("", {})
+    assert {name: list(pair) for name, pair in kept["pairs"].items()} == {
+        name: ["self" if name in here else "mask"] for name in NAMES
+    }
+    assert secrets not in file.read_text()
+
+
+def test_another_runs_secrets_go_and_what_it_answered_once_stays(server, sites, tmp_path):
+    """Attempt 1 is opened, attempt 2 is not; then the site joins another run, and this one is gone on with."""
+    for name in NAMES:
+        server.unmask(name, 1, NAMES)
+    server.exchange(2)
+    path = tmp_path / "state" / "private" / RUN / clients.secure_sum.FILE
+    path.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / VICTIM / clients.secure_sum.FILE, path)
+    before = path.read_bytes()
+    assert in_text(sites.secrets(VICTIM)).encode() in before
+    forget_others(tmp_path / "state", RUN)
+    assert path.read_bytes() == before  # its own
+    forget_others(tmp_path / "state", "another")
+    assert in_text(sites.secrets(VICTIM)) not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    left = SecureSum(path.parent, RUN, Keys(sites.identities[VICTIM], sites._peer), threshold=0.667, policy=OWN_MACHINE)
+    assert (left._kept.number, list(left._kept.before)) == (2, ["round 1"])
+    with pytest.raises(SecureSumRefused, match="not begun twice"):
+        left.keys(KeysAsked(attempt=2, members=NAMES), 1)
+    path.write_text("damaged")
+    forget_others(tmp_path / "state", "another")
+    assert path.read_text() == "damaged"
 
 
 def test_keys_of_a_site_that_was_not_asked_for_are_refused(server):
