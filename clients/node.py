@@ -17,6 +17,7 @@ from clients.site import OF_SITE, SiteSettings
 from common.errors import UserError, unknown_name
 from common.faces.datasets import DATASETS
 from common.names import CLIENT_NAME, NAME_RULE
+from common.secagg.keys import load_identity
 from common.system.runtime import num_cores, require_one_version, require_tested_flower, resolve_devices
 
 NodeConfig = Mapping[str, bool | int | float | str]
@@ -30,6 +31,7 @@ NODE_KEYS: Final[Mapping[str, type]] = {
     "cache-dir": str,
     "policy": str,
     "tracking-uri": str,
+    "keys": str,
     "site-seed": int,
     "any-flower": bool,
 }
@@ -70,7 +72,8 @@ def site_of_node(config: NodeConfig) -> SiteSettings:
     require_tested_flower(any_flower=accept, flag="--node-config any-flower=true")
     require_one_version("this node")
     text = {key: str(config.get(key, "")) for key in NODE_KEYS}
-    dataset, name = text["dataset"], text["name"] or text["dataset"]
+    keys, name = _keys(text["keys"], text["name"])
+    dataset, name = text["dataset"], name or text["dataset"]
     if dataset not in DATASETS:
         raise NodeRefused(unknown_name("--node-config: the dataset", dataset, DATASETS))
     if not CLIENT_NAME.fullmatch(name):
@@ -88,7 +91,25 @@ def site_of_node(config: NodeConfig) -> SiteSettings:
         tracking_uri=_tracking_uri(text["tracking-uri"]),
         policy=policy,
         seed=seed if isinstance(seed, int) else OF_SITE,
+        keys=keys,
     )
+
+
+def _keys(text: str, name: str) -> tuple[Path | None, str]:
+    """The folder of `facefed certs` with this site's key, for secure aggregation, and the site's name, which it says.
+
+    Raises UserError; NodeRefused where `name` is another.
+    """
+    if not text:
+        return None, name
+    folder = Path(text).expanduser().resolve()
+    owner = load_identity(folder).name
+    if name and owner != name:
+        raise NodeRefused(
+            f"--node-config: keys holds the key of {owner!r} and name is {name!r}; a site has its key's name, so leave"
+            " name out or give the folder of its own key."
+        )
+    return folder, owner
 
 
 def _tracking_uri(text: str) -> str:

@@ -15,12 +15,14 @@ from clients.app import NOT_USABLE, respond
 from clients.egress import LEDGER
 from clients.node import NodeRefused, check_room, site_of_node, site_of_partition
 from clients.policy import DEFAULT, OWN_MACHINE
+from clients.secure_sum import keys_of
 from clients.site import OF_RUN, OF_SITE
 from clients.state_folder import state_folder_held
 from common.errors import UserError
 from common.protocol import wire
 from common.protocol.wire import Task
 from common.system import runtime
+from simulation.admin.certs import make_folder
 
 WHOLE = {"dataset": "celeba", "data-dir": "/data/celeba", "device": "cpu"}
 
@@ -67,6 +69,24 @@ def test_what_is_wrong_is_told_to_the_server_without_anything_of_this_machine(co
         site_of_node(config)
     assert line in str(raised.value)
     assert "/x" not in str(raised.value)
+
+
+def test_its_keys_of_secure_aggregation_are_those_of_the_folder_of_certs(tmp_path, monkeypatch):
+    make_folder(tmp_path / "tls", ["localhost"], ["north", "south"])
+    monkeypatch.chdir(tmp_path)
+    assert site_of_node(WHOLE).keys is None
+    for name in ({}, {"name": "north"}):
+        site = site_of_node(WHOLE | name | {"keys": "tls/north"})
+        assert (site.name, site.keys, site.state_dir.name) == ("north", tmp_path / "tls" / "north", "north")
+    keys = keys_of(site)
+    assert keys.own.name == "north"
+    keys.require("south")
+    with pytest.raises(NodeRefused, match="keys holds the key of 'south' and name is 'north'") as refused:
+        site_of_node(WHOLE | {"name": "north", "keys": "tls/south"})
+    assert str(tmp_path) not in str(refused.value)
+    with pytest.raises(UserError, match="nobody cannot be read") as broken:  # whose line holds a path, so it stays here
+        site_of_node(WHOLE | {"keys": "tls/nobody"})
+    assert not isinstance(broken.value, NodeRefused)
 
 
 def test_a_policy_that_cannot_be_read_is_no_policy_and_stays_here(tmp_path):
