@@ -30,6 +30,7 @@ WHOLE = {"dataset": "celeba", "data-dir": "/data/celeba", "device": "cpu"}
 @pytest.fixture(autouse=True)
 def _run(monkeypatch):
     enter_run(monkeypatch)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # of another file's tests: only an actor has it
 
 
 # ---- a site
