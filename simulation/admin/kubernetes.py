@@ -14,6 +14,7 @@ from typing import Any, Final, TextIO
 
 from common.errors import UserError, unknown_name
 from common.faces.datasets import DATASETS
+from common.system.certs import CLIENTS, PEERS
 
 Manifest = dict[str, Any]
 
@@ -89,7 +90,7 @@ def _head(cluster: Cluster) -> str:
         f"  facefed certs init certs --server-name proxy --server-name superlink {names}",
         f"  {secret} facefed-certs-server --from-file=certs/ca.crt --from-file=certs/server.crt"
         " --from-file=certs/server.key",
-        f"  {secret} facefed-accepted-keys --from-file=certs/clients",
+        f"  {secret} {_ACCEPTED} --from-file=certs/{CLIENTS}",
         *(f"  {secret} facefed-certs-{name} --from-file=certs/{name}" for name in sites),
         f"  {secret} facefed-mlflow --from-literal=password=\"$(python3 -c 'import secrets;"
         " print(secrets.token_urlsafe(18))')\"",
@@ -297,7 +298,8 @@ def _mlflow(cluster: Cluster) -> list[Manifest]:
     ]
 
 
-_OF_SERVER: Final = {"facefed-certs-server": "/server", "facefed-accepted-keys": "/server/clients"}
+_ACCEPTED: Final = "facefed-accepted-keys"  # public, of all sites
+_OF_SERVER: Final = {"facefed-certs-server": "/server", _ACCEPTED: f"/server/{CLIENTS}"}
 
 
 def _server(cluster: Cluster) -> list[Manifest]:
@@ -353,7 +355,8 @@ def _site(cluster: Cluster, name: str, dataset: str) -> list[Manifest]:
         claims={state: HOME, pictures: f"/data/{name}"},
         read_only=frozenset({pictures}),
         secrets={},
-        keys={f"facefed-certs-{name}": f"/{name}"},
+        # kubectl takes no folder into a secret, so what is its peers/ comes from the accepted keys, which are the same.
+        keys={f"facefed-certs-{name}": f"/{name}", _ACCEPTED: f"/{name}/{PEERS}"},
         health="site",
         cpu="4",
         memory="8Gi",

@@ -62,7 +62,10 @@ def test_each_site_has_its_own_volumes_its_own_secret_and_no_other(capsys):
         pod = pods(found)[f"facefed-site-{site}"]
         claims = {one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"] if "persistentVolumeClaim" in one}
         assert claims == {f"facefed-state-{site}", f"facefed-pictures-{site}"}
-        assert {one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one} == {f"facefed-certs-{site}"}
+        secrets = {one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one}
+        assert secrets == {f"facefed-certs-{site}", "facefed-accepted-keys"}  # the public keys of all are its peers
+        lays = pod["initContainers"][0]["command"][-1]
+        assert f"cp -L /secrets/1/* /certs/{site}/peers/" in lays
         assert other not in json.dumps(pod)
         command = pod["containers"][0]["command"]
         assert command[:5] == ["flower-client", "--dataset", SITES[site], "--name", site]
