@@ -1,6 +1,7 @@
 """The server's rounds with secure aggregation, of clients that only mask: what it adds, and what a lost answer does."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,8 +9,13 @@ import torch
 from secure_federation import secure_client, secure_federation
 from tiny_federation import MANIFEST, ScriptedMailbox, enter_run, settings_with
 
+import clients.secure_sum
+import server.rounds
+import server.secure_sum
 from common.errors import NotEnoughClients
+from server.exchange.mailbox import Waiter
 from server.global_model import ServerOptimiser
+from server.resume import resume
 from simulation.engine.run import made_keys
 
 FIRST = 0.25  # each number of the first model
@@ -185,3 +191,121 @@ def test_whoever_answered_unmask_opens_the_same_sum_again_but_no_other(tmp_path)
     federation = secure_federation(mailbox, settings_for(federation__round_attempts=2), tmp_path / "second")
     with pytest.raises(NotEnoughClients, match="was summed over other sites before"):
         federation.run()
+
+
+class Killed(BaseException):
+    """kill -9, for what runs in this process: nothing catches it, and nothing is written after it."""
+
+
+KILLS = {
+    "before its attempt's number is told": (server.secure_sum, "write_sealed_json", "after"),
+    "between the masked replies and unmask": (server.secure_sum.SecureAttempt, "open", "before"),
+    "between unmask and the step": (server.secure_sum.SecureAttempt, "open", "after"),
+    "between the step and the checkpoint": (server.rounds.Federation, "_round_is_whole", "before"),
+}
+
+
+def killed(monkeypatch, federation, owner, name, when, on_call):
+    """Run it, and have the server die before or after its so-manieth call of a function."""
+    real, calls = getattr(owner, name), []
+
+    def dying(*arguments, **named):
+        calls.append(name)
+        if len(calls) == on_call:
+            patched.setattr(Waiter, "do_work", lambda _self: None)  # a process that is gone saves nothing
+            if when == "after":
+                real(*arguments, **named)
+            raise Killed
+        real(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            federation.run()
+    federation.record._tracked.finish("FAILED")  # so that the run can go on
+
+
+def resumed(mailbox, settings, folder):
+    """The federation of a new server's program over the same nodes, set to what is on disk."""
+    federation = secure_federation(mailbox, settings, folder)
+    if federation.checkpoints.exists():
+        resume(federation)
+    return federation
+
+
+@pytest.mark.parametrize("on_call", [1, 2], ids=["first round", "second round"])
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_server_that_is_killed_goes_on_to_the_same_model_to_the_bit(kill, on_call, tmp_path, monkeypatch):
+    sites, settings = changes_of(4), settings_for(federation__rounds=2)
+    (tmp_path / "whole").mkdir()
+    whole = secure_federation(mailbox_of(tmp_path / "of-whole", sites), settings, tmp_path / "whole")
+    whole.run()
+    (tmp_path / "run").mkdir()
+    mailbox = mailbox_of(tmp_path / "sites", sites)
+    killed(monkeypatch, secure_federation(mailbox, settings, tmp_path / "run"), *KILLS[kill], on_call)
+    federation = resumed(mailbox, settings, tmp_path / "run")
+    assert federation.first_round <= on_call
+    federation.run()
+    assert np.array_equal(federation.model.received, whole.model.received)
+    asked = Counter(task.secure for _, task in mailbox.tasks if task.kind == "keys")
+    assert set(asked.values()) == {4}  # no number twice, to any site
+
+
+def test_a_killed_server_opens_a_round_again_with_all_its_sites_only(tmp_path, monkeypatch):
+    """One site is away when the server is back: both sums would tell its words, so the run ends, until it is back."""
+    sites, settings = changes_of(4), settings_for(federation__round_attempts=1)
+    mailbox = mailbox_of(tmp_path / "sites", sites)
+    killed(
+        monkeypatch,
+        secure_federation(mailbox, settings, tmp_path),
+        *KILLS["between the step and the checkpoint"],
+        on_call=1,
+    )
+    away = mailbox.nodes.pop(102)
+    before = [task for _, task in mailbox.tasks if task.kind == "unmask"]
+    federation = resumed(mailbox, settings, tmp_path)
+    with pytest.raises(NotEnoughClients, match=r"was summed over other sites before.*model of round 0 is kept"):
+        federation.run()
+    federation.record._tracked.finish("FAILED")
+    assert len([task for _, task in mailbox.tasks if task.kind == "unmask"]) == len(before) + 3  # asked, and refused
+    mailbox.nodes[102] = away
+    federation = resumed(mailbox, settings, tmp_path)
+    federation.run()
+    assert np.array_equal(federation.model.received, moved(quantised_mean(sites, largest(sites))))
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "masked", "opened"])
+def test_a_site_that_is_killed_after_it_wrote_its_choice_is_in_the_next_attempt(step, tmp_path, monkeypatch):
+    """Of three, so that the attempt fails where it comes too late; what it wrote, it neither says twice nor changes."""
+    sites = changes_of(3)
+    mailbox = mailbox_of(tmp_path / "sites", sites)
+    real_save, killed = clients.secure_sum.SecureSum._save, []
+
+    def save(self):
+        real_save(self)
+        if (self.name, self._kept.step) == ("site-01", step) and not killed:
+            killed.append(step)
+            raise Killed
+
+    def restarted(script):
+        gone = set()  # messages that were taken and never answered
+
+        def answers(task, message):
+            if message.metadata.message_id in gone:
+                return None
+            try:
+                return script(task, message)
+            except Killed:
+                gone.add(message.metadata.message_id)
+                return None
+
+        return answers
+
+    monkeypatch.setattr(clients.secure_sum.SecureSum, "_save", save)
+    mailbox.nodes[101] = restarted(mailbox.nodes[101])
+    federation = secure_federation(mailbox, settings_for(), tmp_path)
+    federation.run()
+    assert killed == [step]
+    assert np.array_equal(federation.model.received, moved(quantised_mean(sites, largest(sites))))
+    attempts = {task.secure for _, task in mailbox.tasks if task.kind == "keys"}
+    assert len(attempts) == 3  # the round's two, and the last model's scores
