@@ -1,7 +1,7 @@
 """README and the pages of docs/: their quick commands, typed in a folder like the one that `make demo` leaves.
 
-The trainings and comparisons of docs/COMPARING.md are typed by test_evaluate.py, docs/TRACKING.md by a test of its own,
-and README's program by tests/integration/test_foreign_models.py.
+The trainings and comparisons of docs/COMPARING.md are typed by test_evaluate.py, docs/TRACKING.md and docs/TUTORIAL.md
+by tests of their own, and README's program by tests/integration/test_foreign_models.py.
 """
 
 import shlex
@@ -15,10 +15,8 @@ from tests.pages import commands_of
 pytestmark = pytest.mark.e2e
 
 QUICK = (
-    ("TUTORIAL", "facefed data audit"),
     ("DATA", "facefed data audit --client celeba"),
     ("DATA", "facefed data prepare"),
-    ("TUTORIAL", "facefed egress report"),
     ("WIRE", "facefed egress report --name celeba --state-dir"),
 )
 SAYS = {"audit": "celeba", "prepare": "celeba: packed as ", "report": "equal"}
