@@ -148,9 +148,11 @@ def test_every_function_that_takes_the_place_of_one_of_wandb_exists():
     assert not [name for library, run, name in found if not hasattr(owners[library or run], name)]
 
 
-def test_every_extra_stands_in_the_guide():
+def test_every_extra_stands_in_a_guide():
+    """Those of a tracking server in this one, that of photographs where photographs are used."""
+    guides = GUIDE + (ROOT / "docs" / "USING.md").read_text(encoding="utf-8")
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert names(" ".join(re.findall(r"`pip install \"facefed\[\w+\]\"`", GUIDE))) == {
+    assert names(" ".join(re.findall(r"`pip install \"facefed\[\w+\]\"`", guides))) == {
         f'pip install "facefed[{extra}]"' for extra in needed["optional-dependencies"] if extra != "dev"
     }
 
