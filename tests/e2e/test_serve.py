@@ -97,7 +97,8 @@ def page(chromium, served, request):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
     assert [url for url in asked if not url.startswith((f"{served.root}/", f"blob:{served.root}/", "data:"))] == []
-    assert failed == []
+    # Chromium's own line for the camera's test picture, which shows no face
+    assert [line for line in failed if not line.startswith("Failed to load resource") or "422" not in line] == []
 
 
 def shot(page, name):
