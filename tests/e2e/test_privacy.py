@@ -26,7 +26,7 @@ PLOTS = {
     "client_comparison", "clients", "confusion", "convergence", "det", "embeddings", "roc", "score_histograms",
     "training",
 }  # fmt: skip
-SUFFIXES = {"", "json", "md", "png", "pt2", "toml", "txt", "yaml"}  # "" is MLmodel; arrays would be npy, npz, pt, csv ...
+SUFFIXES = {"", "json", "md", "png", "pt2", "toml", "txt", "yaml"}  # "" is MLmodel; arrays: npy, npz, pt, csv ...
 OF_WANDB = "wandb/"  # what an imported run brings is its user's own
 
 # Names OUTSIDE and loopback in each of the calls that are recorded, and a resolver of this machine.

@@ -156,7 +156,7 @@ def test_a_visit(page, served):
 
     page.click("#tab-identify")
     page.locator("#identify .drop").get_by_text("Use the camera").click()
-    while not page.locator("#camera video").evaluate("video => video.videoWidth"):  # the page's own rules let no text run
+    while not page.locator("#camera video").evaluate("video => video.videoWidth"):  # no text runs in the page itself
         page.wait_for_timeout(100)
     page.click("#camera-take")
     page.click("#identify-go")
