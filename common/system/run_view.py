@@ -79,11 +79,15 @@ def training_words(settings: Settings, *, federated: bool = False) -> str:
     return f"{federation.strategy}, {federation.rounds} rounds of {number} {unit}{'s' * (number != 1)}, {about}"
 
 
+SECURE_SUMS: Final = "secure aggregation: the server gets the sum over the sites, and no site's own"
+
+
 def begin_rows(settings: Settings, folder: Path, *, look: str, federated: bool = False) -> dict[str, str]:
     """The header's rows that every run has.  look: how its tracking is looked at."""
     return {
         "training": training_words(settings, federated=federated),
         "privacy": words_of(settings.privacy) if federated else "",
+        "sums": SECURE_SUMS if federated and settings.secagg.enabled else "",
         "run folder": str(folder),
         "look at it": look,
     }

@@ -269,6 +269,13 @@ def test_the_header_has_a_row_for_what_is_known(tmp_path):
     assert training_words(settings).startswith("3 epochs, ")
 
 
+def test_a_run_with_secure_aggregation_says_what_the_server_gets(tmp_path):
+    masked = config.from_mapping({"secagg": {"enabled": True}})
+    assert "no site's own" in begin_rows(masked, tmp_path, look="", federated=True)["sums"]
+    assert begin_rows(masked, tmp_path, look="")["sums"] == ""
+    assert begin_rows(config.from_mapping({}), tmp_path, look="", federated=True)["sums"] == ""
+
+
 # ------------------------------------------------------------------------------------------------------------- the end
 
 SUMMARY = {
