@@ -30,7 +30,7 @@ SETTINGS = changed(
     federation__join_timeout_s=20.0,
     federation__strategy="fedadam",
 )
-MOMENT = 26  # of a run with privacy: in its second half, with a round under way
+MOMENT = 30  # of a run with privacy: in its second half, with a round under way
 TIMES = ("_seconds", "images_per_second")  # what two runs of the same differ in
 
 

@@ -33,6 +33,7 @@ OWN_MACHINES = ("max_epsilon", "max_delta")  # more than a file may allow
 def tiny_packs(monkeypatch):
     """A site's pictures by the last part of its folder's name."""
     enter_run(monkeypatch)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # of another file's tests: only an actor has it
     monkeypatch.setattr(clients.message_handler, "_workplaces", {})
     monkeypatch.setattr(clients.packs, "open_pack", lambda _dataset, data_dir, *_, **__: tiny_pack(data_dir.name))
     monkeypatch.setattr(clients.app, "check_room", lambda *_: None)

@@ -223,7 +223,7 @@ def valid_settings(draw) -> Settings:
         model["attention"] = "sa"
     if model["attention"] not in ("glca", "dcal"):
         model["inference"] = "sa"
-    raw["privacy"] = {}  # likewise
+    raw["privacy"] = raw["secagg"] = {}  # likewise
     if raw["federation"]["evaluate_only"]:
         model["normalisation"] = "shared"
     if model["normalisation"] == "private":

@@ -118,7 +118,10 @@ def test_another_file_of_the_same_name_and_version_is_not_installed(tmp_path: Pa
 
 
 def test_everything_is_installed_by_hash() -> None:
-    """In the Makefile and the image; our own files need no hash, and torch of another index has none in the lock."""
+    """In the Makefile and the image; our own files need no hash, and torch of another index has none in the lock.
+
+    Nor has another Flower, which `make test-flower` puts aside for its tests.
+    """
     seen = 0
     for path in (ROOT / "Makefile", *(ROOT / "docker").glob("*ockerfile")):
         text = re.sub(r"^PIP .*", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -129,6 +132,7 @@ def test_everything_is_installed_by_hash() -> None:
                 "--no-deps --no-build-isolation",
                 '--index-url "${TORCH_INDEX}" -r torch.txt',
                 '--index-url "$(TORCH_INDEX)" -r $(VENV)/torch.txt',
+                "--target build/flwr-$(FLWR) flwr==$(FLWR)",
             )
             assert any(one in line for one in allowed), f"{path}: {line}"
             seen += 1

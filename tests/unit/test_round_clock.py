@@ -123,7 +123,7 @@ def test_the_bytes_of_a_reply_are_those_of_its_arrays(tmp_path, splits):
     federation.clock.answered("alpha")
     reply = reply_to(Task(kind="train", run_id="r", server_round=1, settings="", splits=splits))
     counts = (2 * 8192 * 2 + 10 * 2 * 1024 + 4) * len(splits.split())
-    assert federation._costs("alpha", reply)["bytes/up"] == MANIFEST.num_bytes + counts
+    assert federation._costs("alpha", reply, secure=None)["bytes/up"] == MANIFEST.num_bytes + counts
     federation.record._tracked.finish("KILLED")
 
 
