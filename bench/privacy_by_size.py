@@ -13,7 +13,6 @@ can be stopped and goes on.
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.frozen_trunk import FeaturesByRow, manifest_behind, numbered
-from bench.privacy_utility import RESULTS, data_of, draw, federate, public_start, scored, settings_of, site_of
+from bench.privacy_utility import RESULTS, data_of, federate, fill, public_start, scored, settings_of, site_of
 
 HEAD_SIDE, LAYOUT = "head_side", "celeba"
 
@@ -173,21 +172,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.scratch, arguments.faces = arguments.scratch.resolve(), ""
     path = RESULTS / f"{arguments.name}.json"
-    varied = ("people", "epsilons", "seeds", "name", "scratch")
-    asked = json.loads(json.dumps({k: v for k, v in vars(arguments).items() if k not in varied}, default=str))
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found = before.get("rows", []) if before.get("arguments") == asked else []
-    for row in rows(arguments, found):
-        found.append(row)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"arguments": asked, "rows": found}, indent=2) + "\n", encoding="utf-8")
-        members = [site["membership_auc"][0] for site in row["sites"].values()]
-        print(
-            f"{row['people']} people, seed {row['seed']}, epsilon {row['epsilon']}: test AUC {row['test_auc']:.4f},"
-            f" membership AUC {np.mean(members):.3f}, {row['cpu_seconds']:.0f} s of CPU",
-            flush=True,
-        )
-    draw(found, path.with_suffix(".png"))
+    fill(path, arguments, varied=("people", "epsilons", "seeds", "name", "scratch"), rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ training saw, and the AUC of membership inference (`facefed privacy audit`). ben
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,34 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def fill(
+    path: Path,
+    arguments: argparse.Namespace,
+    *,
+    varied: Sequence[str],
+    rows: Callable[[argparse.Namespace, list[dict[str, Any]]], Iterator[dict[str, Any]]],
+) -> None:
+    """Make the rows that `path` does not have yet, keep and say each as it comes, and draw all.
+
+    varied: the arguments in which rows of one file may differ; with any other that differs all are made anew.
+    """
+    asked = {name: value for name, value in vars(arguments).items() if name not in varied}
+    asked = json.loads(json.dumps(asked, default=str))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = before.get("rows", []) if before.get("arguments") == asked else []
+    for row in rows(arguments, found):
+        found.append(row)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"arguments": asked, "rows": found}, indent=2) + "\n", encoding="utf-8")
+        members = [site["membership_auc"][0] for site in row["sites"].values()]
+        print(
+            f"{row['people']} people, seed {row['seed']}, epsilon {row['epsilon']}: test AUC {row['test_auc']:.4f},"
+            f" membership AUC {np.mean(members):.3f}, {row['cpu_seconds']:.0f} s of CPU",
+            flush=True,
+        )
+    draw(found, path.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, nargs="+", default=[60], help="of each site")
@@ -242,21 +270,7 @@ def main() -> None:
     arguments.scratch = arguments.scratch.resolve()
     arguments.people = [0] if arguments.faces else arguments.people  # as many as there are
     path = RESULTS / f"privacy_utility{'_faces' * bool(arguments.faces)}.json"
-    asked = {name: value for name, value in vars(arguments).items() if name not in ("people", "epsilons", "seeds")}
-    asked = json.loads(json.dumps(asked, default=str))
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found = before.get("rows", []) if before.get("arguments") == asked else []
-    for row in rows(arguments, found):
-        found.append(row)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"arguments": asked, "rows": found}, indent=2) + "\n", encoding="utf-8")
-        members = [site["membership_auc"][0] for site in row["sites"].values()]
-        print(
-            f"{row['people']} people, seed {row['seed']}, epsilon {row['epsilon']}: test AUC {row['test_auc']:.3f},"
-            f" membership AUC {np.mean(members):.3f}, {row['cpu_seconds']:.0f} s of CPU",
-            flush=True,
-        )
-    draw(found, path.with_suffix(".png"))
+    fill(path, arguments, varied=("people", "epsilons", "seeds"), rows=rows)
 
 
 if __name__ == "__main__":

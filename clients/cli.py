@@ -27,6 +27,7 @@ from common.system.run_view import header_lines, header_row
 from common.system.runtime import go_silent, num_cores, reach_directly
 
 if TYPE_CHECKING:
+    from common.faces.index import FaceIndex
     from common.system.progress import Amount
 
 
@@ -131,6 +132,14 @@ def _name(arguments: argparse.Namespace, key_name: str) -> str:
     return str(key_name or arguments.name or arguments.dataset)
 
 
+def _say_what_is_there(name: str, index: "FaceIndex", where: str) -> None:
+    _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} {where}")
+    if index.account.missing:
+        _say(f"{name}: {len(index.account.missing):,} pictures that are listed are not there")
+    for line in index.account.lines():
+        _say(f"{name}: {escaped(line)}")
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     host, port = _check(arguments)
     warn_of_flower("flower-client", any_flower=arguments.any_flower, stderr=sys.stderr)
@@ -145,17 +154,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     policy_file = Path(arguments.policy).expanduser() if arguments.policy else None
     policy = read_policy(policy_file) if policy_file else DEFAULT
-    tls = read_client_folder(Path(arguments.tls).expanduser().resolve()) if arguments.tls else None
+    keys = Path(arguments.tls).expanduser().resolve() if arguments.tls else None
+    tls = read_client_folder(keys) if keys else None
     name = _name(arguments, tls.name if tls else "")
     data_dir = Path(arguments.data_dir or f"data/{name}").expanduser().resolve()
     index = read_index(arguments.dataset, data_dir)
     device = ",".join(resolve_devices(arguments.device))
     _say(header_lines(f"the site {name} of {host_port(host, port)}", {})[0])
-    _say(f"{name}: {counts({'people': len(index.people), 'pictures': len(index.paths)})} in {data_dir}, {device}")
-    if index.account.missing:
-        _say(f"{name}: {len(index.account.missing):,} pictures that are listed are not there")
-    for line in index.account.lines():
-        _say(f"{name}: {escaped(line)}")
+    _say_what_is_there(name, index, f"in {data_dir}, {device}")
     require_room(policy, policy_file, num_people=len(index.people), num_pictures=len(index.paths))
     _say(f"{name}: policy {digest_of(policy)} ({policy_file or 'built in; facefed policy show'})")
     site = SiteSettings(
@@ -169,7 +175,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         tracking_uri=resolve_uri(arguments.tracking_uri, Path.cwd()) if arguments.tracking_uri else "",
         policy=policy,
         seed=OF_SITE if arguments.site_seed is None else arguments.site_seed,
-        keys=Path(arguments.tls).expanduser().resolve() if arguments.tls else None,
+        keys=keys,
     )
     if not arguments.shared_files:
         kept = [site.state_dir, site.cache_dir, *local_files(site.tracking_uri)]

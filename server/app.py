@@ -155,32 +155,15 @@ def _federate(
     part = Part.of(manifest, moving=moving, trainable=learned)
     limit = settings.federation.run_timeout_s
     waiter = Waiter(surroundings.stopped, run_timeout_s=float("inf") if isinstance(limit, str) else limit)
-    run_id = surroundings.run_folder.name
     federation = Federation(
         settings=settings,
-        run_id=run_id,
+        run_id=surroundings.run_folder.name,
         manifest=manifest,
         model=GlobalModel(flatten(recogniser.state_dict(), manifest), settings.federation.download_codec, part),
         optimiser=ServerOptimiser.of(settings.federation, manifest, learned),
         part=part,
         mailbox=mailbox,
-        roster=Roster(
-            mailbox,
-            settings.federation,
-            task=Task(
-                kind="join",
-                run_id=run_id,
-                server_round=0,
-                settings=config.to_json(settings),
-                beat_s=beat_s(settings.federation),
-                version=facefed_version(),
-            ),
-            events=events,
-            waiter=waiter,
-            all_nodes_are_here=surroundings.all_nodes_are_here,
-            keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
-            simulated=surroundings.simulated,
-        ),
+        roster=_roster(settings, mailbox, surroundings, events, waiter),
         waiter=waiter,
         checkpoints=RunCheckpoints(surroundings.run_folder / CHECKPOINTS, manifest),
         record=Record(tracked, events, settings, clients_are_here=surroundings.simulated),
@@ -203,6 +186,29 @@ def _federate(
         events.emit("saving")
     summary["registered"] = _register(tracked, federation, outcome, str(summary["below_untrained"]))
     return summary
+
+
+def _roster(
+    settings: Settings, mailbox: Mailbox, surroundings: Surroundings, events: EventLog, waiter: Waiter
+) -> Roster:
+    task = Task(
+        kind="join",
+        run_id=surroundings.run_folder.name,
+        server_round=0,
+        settings=config.to_json(settings),
+        beat_s=beat_s(settings.federation),
+        version=facefed_version(),
+    )
+    return Roster(
+        mailbox,
+        settings.federation,
+        task=task,
+        events=events,
+        waiter=waiter,
+        all_nodes_are_here=surroundings.all_nodes_are_here,
+        keys=partial(read_nodes, surroundings.run_folder / NODES_FILE),
+        simulated=surroundings.simulated,
+    )
 
 
 def _site_privacy(settings: Settings, folder: Path) -> SitePrivacy | None:

@@ -80,17 +80,7 @@ def federate_here(
     settings = with_absolute_public_set(settings, Path.cwd())
     open_public_set(settings)  # what it refuses is told before a run is begun
     state = Path(settings.run.out).expanduser() / "clients"
-    policies = parse_policies(engine.policies, [option.name for option in options])
-    held = [
-        site_of(
-            option,
-            device=device,
-            cache_dir=cache_dir,
-            state_dir=state,
-            policy=policies.get(option.name, OWN_MACHINE),
-        )
-        for option in options
-    ]
+    held = _held_sites(options, engine, device=device, cache_dir=cache_dir, state_dir=state)
     packs = {site.name: pack_at_the_door(site, settings, out) for site in held}
     sites = _virtual_sites(settings, held, packs, engine, out) if engine.num_virtual else held
     _require_private(settings, len(sites), {} if engine.num_virtual else packs, engine)
@@ -121,6 +111,23 @@ def federate_here(
     else:
         err.write(f"flower-simulation: {_failure(run_folder)} {_what_is_kept(run_folder)}\n")
     return exit_code
+
+
+def _held_sites(
+    options: Sequence[ClientOption], engine: Engine, *, device: str, cache_dir: Path, state_dir: Path
+) -> list[SiteSettings]:
+    """Those of --client, with the policies of --policy."""
+    policies = parse_policies(engine.policies, [option.name for option in options])
+    return [
+        site_of(
+            option,
+            device=device,
+            cache_dir=cache_dir,
+            state_dir=state_dir,
+            policy=policies.get(option.name, OWN_MACHINE),
+        )
+        for option in options
+    ]
 
 
 def _data_words(held: Sequence[SiteSettings], packs: Mapping[str, tuple[int, int]]) -> str:

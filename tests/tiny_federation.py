@@ -16,6 +16,8 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
+import clients.message_handler
+import clients.packs
 from clients.local_update import ClientState
 from clients.message_handler import handle
 from clients.policy import OWN_MACHINE
@@ -51,6 +53,19 @@ def enter_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's Message asks which run it is made in; outside of one it must be told."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def enter_tiny_federation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose sites, none known yet, have tiny packs, each by the name of the folder above its pictures."""
+    enter_run(monkeypatch)
+    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
+    packs: dict[str, FacePack] = {}
+
+    def open_pack(_dataset: str, data_dir: Path, *_rest: object, **_named: object) -> FacePack:
+        name = data_dir.parent.name
+        return packs.setdefault(name, tiny_pack(name))
+
+    monkeypatch.setattr(clients.packs, "open_pack", open_pack)
 
 
 # ---- the server's side: made-up replies to a model of seven numbers

@@ -5,23 +5,16 @@ The pages are MLflow's and change with it; the tests go by what a reader sees, n
 
 import json
 import os
-import shutil
 import urllib.request
 
 import pytest
+from browser import open_chromium
 from champions import best_version
 from programs import Programs, free_port, run_folder
-
-from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e
 EXPERIMENT, MODEL = "facial_recognition_federated_fedavg", "cnn_federated_fedavg"
 SEEN_WITHIN_MS = 120_000  # a page's first drawing on a busy machine
-# Chromium's own traffic is off, and a name that is not this machine's finds nothing.
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)  # fmt: skip
 # Any of these would switch MLflow's telemetry off by itself, and the test would pass for the wrong reason.
 SILENCING = ("CI", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS", "TF_BUILD")
 POINTS = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(
@@ -32,15 +25,8 @@ WIDTHS = "() => [...document.querySelectorAll('img[src^=\"blob:\"]')].map((image
 @pytest.fixture(scope="module")
 def chromium():
     """A browser without any traffic of its own."""
-    from playwright.sync_api import sync_playwright
-
-    binary = shutil.which("chromium")
-    if binary is None:
-        skip_or_fail("chromium is not installed (Debian's package chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=[*FLAGS])
+    with open_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

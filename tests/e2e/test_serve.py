@@ -15,18 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from browser import open_chromium
 from programs import Program, Programs, free_port
 from recognition_models import model, thresholds
 
-from tests.conftest import skip_or_fail
-
 pytestmark = [pytest.mark.e2e, pytest.mark.shared]
 SEEN_WITHIN_MS = 120_000  # on a busy machine
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)  # fmt: skip
 SHOTS = os.environ.get("FACEFED_SCREENSHOTS", "")  # a folder, for eyes
 
 
@@ -70,15 +64,8 @@ def served(shared_faces, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-
-    binary = shutil.which("chromium")
-    if binary is None:
-        skip_or_fail("chromium is not installed (Debian's package chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=[*FLAGS])
+    with open_chromium("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "telephone"])

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
+from tiny_federation import InProcessMailbox, enter_tiny_federation, settings_with
 
 import clients.local_update
 import clients.message_handler
@@ -20,15 +20,7 @@ from server.app import Surroundings, federate
 
 @pytest.fixture(autouse=True)
 def tiny_packs(monkeypatch):
-    enter_run(monkeypatch)
-    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
-    packs = {}
-
-    def open_pack(_dataset, data_dir, *_args, **_named):
-        name = data_dir.parent.name
-        return packs.setdefault(name, tiny_pack(name))
-
-    monkeypatch.setattr(clients.packs, "open_pack", open_pack)
+    enter_tiny_federation(monkeypatch)
 
 
 def federation(folder, names=("alpha", "beta"), tamper=lambda _name, _task, reply: reply, **values):

@@ -6,10 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny_federation import InProcessMailbox, enter_run, settings_with, tiny_pack
+from tiny_federation import InProcessMailbox, enter_tiny_federation, settings_with, tiny_pack
 
 import clients.message_handler
-import clients.packs
 from clients.own_machine import ClientOption
 from clients.policy import DEFAULT
 from clients.privacy_budget import Release, budget_file, spend
@@ -37,11 +36,7 @@ SITE = ON | {"privacy__unit": "site", "federation__clients_per_round": 2, "priva
 
 @pytest.fixture(autouse=True)
 def tiny_packs(monkeypatch):
-    enter_run(monkeypatch)
-    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
-    monkeypatch.setattr(
-        clients.packs, "open_pack", lambda _, data_dir, *_args, **_named: tiny_pack(data_dir.parent.name)
-    )
+    enter_tiny_federation(monkeypatch)
 
 
 def federation(folder, values, prepare=lambda _sites: None):

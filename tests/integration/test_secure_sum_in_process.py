@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 from secure_federation import secure_mailbox
-from tiny_federation import enter_run, settings_with, tiny_pack
+from tiny_federation import enter_tiny_federation, settings_with
 
 import clients.masked_reply
 import clients.message_handler
-import clients.packs
 import clients.secure_sum
 import server.secure_sum
 from server.app import Surroundings, federate
@@ -19,15 +18,7 @@ THREE = ("alpha", "beta", "gamma")
 
 @pytest.fixture(autouse=True)
 def tiny_packs(monkeypatch):
-    enter_run(monkeypatch)
-    monkeypatch.setattr(clients.message_handler, "_workplaces", {})
-    packs = {}
-
-    def open_pack(_dataset, data_dir, *_args, **_named):
-        name = data_dir.parent.name
-        return packs.setdefault(name, tiny_pack(name))
-
-    monkeypatch.setattr(clients.packs, "open_pack", open_pack)
+    enter_tiny_federation(monkeypatch)
 
 
 def federation(folder, names=THREE, tamper=lambda _name, _task, reply: reply, *, others_may_come=False, **values):

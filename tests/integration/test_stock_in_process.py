@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from tiny_federation import UNWATCHED, InProcessMailbox, enter_run, settings_with, tiny_pack
+from tiny_federation import UNWATCHED, InProcessMailbox, enter_run, enter_tiny_federation, settings_with, tiny_pack
 
 import clients.app
 import clients.local_update
@@ -103,9 +103,7 @@ def resident(tmp_path_factory):
     """The model of clients that stay, by SHA-256."""
     folder = tmp_path_factory.mktemp("resident")
     with pytest.MonkeyPatch.context() as patch:
-        enter_run(patch)
-        patch.setattr(clients.message_handler, "_workplaces", {})
-        patch.setattr(clients.packs, "open_pack", lambda _dataset, data_dir, *_, **__: tiny_pack(data_dir.parent.name))
+        enter_tiny_federation(patch)
         settings = settings_with(federation__rounds=ROUNDS, federation__join_timeout_s=20.0)
         (folder / "run-1").mkdir()
         surroundings = Surroundings(
