@@ -110,8 +110,10 @@ def keep_own_record(
                 pictures = {name: figure for name, figure in pictures.items() if not name.startswith("confusion")}
             for name, figure in pictures.items():
                 tracked.log_figure(figure, f"plots/{name}")
-    except (FaceFedError, OSError) as error:
-        log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, error)
+    except Exception as error:  # drawing fails in many ways, and the reply is worth more than the site's own pictures
+        unforeseen = not isinstance(error, FaceFedError | OSError)
+        why = repr(error) if unforeseen else str(error)
+        log.warning("this client's own pictures of run %s are not complete: %s", task.run_id, why, exc_info=unforeseen)
 
 
 def _keep_hardest(

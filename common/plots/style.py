@@ -4,6 +4,7 @@ Figures are made with matplotlib's object interface: no window, no global state,
 imported inside the functions, since every program's `--help` passes by here.
 """
 
+import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,12 +153,28 @@ def say(axes: "Axes", text: str) -> None:
 
 def new_figure(title: str, height_in: float) -> "Figure":
     """An empty figure, 1200 px wide, that places its parts without overlap."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
+    figure = _bare_figure(height_in)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
+
+
+def _bare_figure(height_in: float) -> "Figure":
+    """A figure, also while another thread is in the middle of importing IPython, as MLflow's client does.
+
+    Matplotlib looks at IPython's version where IPython stands in `sys.modules`, and an import stands there from its
+    beginning.
+    """
+    from matplotlib.figure import Figure
+
+    def make() -> "Figure":
+        return Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
+
+    try:
+        return make()
+    except AttributeError:
+        importlib.import_module("IPython")  # waits until the other thread's import has ended
+        return make()
 
 
 def widened(span: tuple[float, float], values: Iterable[float]) -> tuple[float, float]:

@@ -62,13 +62,17 @@ def test_a_sites_own_mlflow_gets_them_whatever_the_servers_tracking_is(tmp_path)
     }
 
 
-def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_not_the_answer(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(DataError("no pictures"), "no pictures"), (AttributeError("no version"), "AttributeError('no version')")],
+)
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_not_the_answer(tmp_path, monkeypatch, caplog, error, told):
     def fail(*_, **__):
-        raise DataError("no pictures")
+        raise error
 
     monkeypatch.setattr(own_record, "private_pictures", fail)
     folder = keep(tmp_path)
-    assert "this client's own pictures of run run-1 are not complete: no pictures" in caplog.text
+    assert f"this client's own pictures of run run-1 are not complete: {told}\n" in caplog.text
     assert (folder / "metrics.json").exists()
 
 

@@ -1,9 +1,12 @@
 """Figures: what they show, that nothing in them overlaps, one colour for one thing, and no window library."""
 
+import builtins
+import importlib
 import itertools
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from statistics import NormalDist
 
@@ -317,3 +320,33 @@ assert "matplotlib.pyplot" not in sys.modules, "pyplot"
         [sys.executable, "-c", program, "/dev/null"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_waits_for_ipython_where_another_thread_is_importing_it(tmp_path, monkeypatch):
+    """MLflow's client imports it in the thread that sends; matplotlib asks for the version of what is half there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "IPython"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "IPython.py").write_text(
+        "import builtins\nbuiltins.ipython_begun.set()\nassert builtins.ipython_goes_on.wait(30)\n"
+        "version_info = (9, 0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    begun, goes_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(builtins, "ipython_begun", begun, raising=False)
+    monkeypatch.setattr(builtins, "ipython_goes_on", goes_on, raising=False)
+    FigureCanvasBase._fix_ipython_backend2gui.__func__.cache_clear()
+    other = threading.Thread(target=importlib.import_module, args=("IPython",))
+    later = threading.Timer(0.3, goes_on.set)
+    other.start()
+    assert begun.wait(30)
+    later.start()
+    try:
+        assert style.new_figure("a title", 3.0).get_suptitle() == "a title"
+        assert goes_on.is_set()
+    finally:
+        goes_on.set()
+        other.join(30)
+        sys.modules.pop("IPython", None)
+        FigureCanvasBase._fix_ipython_backend2gui.__func__.cache_clear()
