@@ -375,6 +375,11 @@ class Ending:
 
 _COLUMNS: Final = {"test AUC": AUC, "EER": "eer", "TAR@FAR 1e-2": "tar_at_far_1e-2", "accuracy": "accuracy"}
 
+_WHERE_SCORES_ARE: Final = (
+    "each site's own record has its own,\n"
+    "  and verification.public_dir has the server score the model on pictures that are public"
+)
+
 
 def ending_lines(ending: Ending, folder: Path | str, *, tracking: str) -> list[str]:
     """The table with the untrained model as its first row, what is to be warned of, and where to look.
@@ -389,13 +394,25 @@ def ending_lines(ending: Ending, folder: Path | str, *, tracking: str) -> list[s
             f"test AUC on people never seen: untrained {before[AUC]:.3f} -> {ending.label} {after[AUC]:.3f}{eer},"
             f" {ending.when}"
         )
-    lines += ["", _table(ending)] if ending.untrained or ending.trained or ending.clients else [ending.when]
+    if _has_figures(ending):
+        lines += ["", _table(ending)]
+    elif ending.clients:  # of a federation in which no scores leave
+        lines.append(
+            f"no test figures: no scores came from the sites ({', '.join(ending.clients)}); {_WHERE_SCORES_ARE}"
+        )
+    else:
+        lines.append(ending.when)
     lines += [f"warning: {line}" for line in warnings_of(ending)]
     lines += ["", *ending.notes]
     lines += [f"registered: {name}" for name in ending.registered]
     lines.append(f"run folder: {folder} (config.toml, metrics.json, plots/, checkpoints/)")
     lines.append(f"tracking: {tracking}")
     return lines
+
+
+def _has_figures(ending: Ending) -> bool:
+    columns = set(_COLUMNS.values())
+    return any(columns & set(figures) for figures in (ending.untrained, ending.trained, *ending.clients.values()))
 
 
 def _table(ending: Ending) -> str:

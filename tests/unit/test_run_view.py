@@ -333,6 +333,17 @@ def test_what_is_wrong_with_a_model_is_told_at_the_end():
     assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {worse}", f"warning: {few}"]
 
 
+def test_an_end_to_which_no_site_sent_scores_says_where_they_are_and_shows_no_table_of_dashes():
+    clients: dict = {"alpha": {}, "beta": {}}
+    summary = {"model_sha256": "ab", "rounds": 2, "best_round": 2, "best": {}, "untrained": {}, "clients": clients}
+    text = "\n".join(ending_lines(federation_ending(summary), "f", tracking="off"))
+    assert "no test figures: no scores came from the sites (alpha, beta); each site's own record has its own" in text
+    assert "verification.public_dir" in text
+    assert "TAR@FAR" not in text
+    clients["beta"]["test_roc_auc"] = 0.7
+    assert "TAR@FAR" in "\n".join(ending_lines(federation_ending(summary), "f", tracking="off"))
+
+
 def test_an_end_without_scores_is_shorter():
     ending = federation_ending({"model_sha256": "ab", "rounds": 1, "best_round": 0})
     lines = ending_lines(ending, "f", tracking="off")
