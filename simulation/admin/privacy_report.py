@@ -66,7 +66,10 @@ def _lines(found: dict[str, Any], policy: Policy) -> Iterator[str]:
             f"  run {name}: {run['replies']} noisy replies, {run['first']} to {run['last']}: epsilon"
             f" {run['epsilon']:.3g} of {run['of_epsilon']:g} at delta {run['delta']:g}"
         )
+    left = f"{100 * found['fraction_left']:.0f} % of it is left"
+    if found["fraction_left"] <= 0.0:
+        left = "it is spent: a flower-client takes no part in a further run (a simulation is held to no policy)"
     yield (
         f"  one person, over all runs: epsilon {found['epsilon']:.3g} at delta {policy.max_delta:g}; this policy allows"
-        f" {policy.max_epsilon:g}, and {100 * found['fraction_left']:.0f} % of it is left"
+        f" {policy.max_epsilon:g}, and {left}"
     )

@@ -82,6 +82,13 @@ def test_the_report_adds_up_runs_and_holds_them_against_the_policy(tmp_path):
     assert 0.0 < found["fraction_left"] < 1.0
 
 
+def test_the_report_says_what_a_spent_budget_means(tmp_path):
+    spend_in(tmp_path, "run-1", 100, 4.0)
+    out = io.StringIO()
+    report_spending(tmp_path, DEFAULT, out, shape="text")
+    assert "this policy allows 10, and it is spent: a flower-client takes no part in a further run" in out.getvalue()
+
+
 def test_where_nothing_is_spent_the_report_says_where_it_looked(tmp_path):
     with pytest.raises(UserError, match=f"{FOLDER} holds no line"):
         report_spending(tmp_path, DEFAULT, io.StringIO(), shape="text")
