@@ -27,7 +27,7 @@ from common.training.gradient_shares import GradientShares
 from common.training.midway import Midway, Training
 from common.training.optimiser import make_optimiser as make_optimiser
 from common.training.rank_processes import on_every_device
-from common.training.ranks import Ranks, together
+from common.training.ranks import Ranks, Together, together
 from common.training.sampled_head import HeadSample
 from common.training.step import Stepped, Stepper, activation_checkpointing, loss_scaler
 
@@ -332,6 +332,39 @@ def _strategys_term(recogniser: Recogniser, settings: Settings, shared: Sequence
     return term([named[name] for name in shared if name in named], settings.federation)
 
 
+def _stepper(
+    training: Training,
+    settings: Settings,
+    compute: Compute,
+    *,
+    stream_name: str,
+    began: tuple[int, ...],
+    penalty: Penalty | None,
+    choose_partners: Partners,
+    together: Together | None,
+) -> Stepper:
+    """What takes the steps of one stretch of an epoch, with random streams of its own.
+
+    began: the epoch, and the step where that is not the first; it names the streams.
+    """
+    torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
+    stream = random_stream(settings.run.seed, stream_name, "partners", *began)
+    partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
+    return Stepper(
+        recogniser=training.recogniser,
+        optimiser=training.optimiser,
+        training=settings.training,
+        compute=compute,
+        penalty=penalty,
+        choose_partners=partners if "pwca" in training.recogniser.branches else None,
+        stream=stream,
+        scaler=training.scaler,
+        sample=_head_sample(settings, stream_name, *began),
+        shares=training.shares,
+        together=together,
+    )
+
+
 def _train(
     recogniser: Recogniser,
     optimiser: torch.optim.Optimizer,
@@ -358,10 +391,11 @@ def _train(
     per_epoch = num_batches(len(pack.indices(Split.TRAIN)), settings.training.batch_size)
     own = all_of if ranks is None else partial(ranks.rows, accumulate=settings.training.accumulate)
     penalty = penalty or _strategys_term(recogniser, settings, shared)
-    scaler = loss_scaler(compute)
     if ranks is not None and num_watched is not None:
         shares = shares or GradientShares(num_people=num_watched)
-    training = Training(recogniser=recogniser, optimiser=optimiser, scaler=scaler, sums=sums, shares=shares)
+    training = Training(
+        recogniser=recogniser, optimiser=optimiser, scaler=loss_scaler(compute), sums=sums, shares=shares
+    )
     done = 0 if midway is None else midway.restore(training)  # after the strategy's term has seen what was received
     tick(sums.num_pictures)
     watched = nullcontext() if shares is None else shares.watching(recogniser)
@@ -369,20 +403,14 @@ def _train(
         for number, (epoch, steps) in enumerate(stretches[done:], start=done + 1):
             # An epoch that was begun in an earlier round goes on with other numbers than it began with.
             began = (epoch,) if steps.start == 0 else (epoch, steps.start)
-            torch.manual_seed(random_stream(settings.run.seed, stream_name, "dropout", *began).initial_seed())
-            stream = random_stream(settings.run.seed, stream_name, "partners", *began)
-            partners = partial(_pwca_partners, stream=stream, wanted=settings.twins.partner, choose=choose_partners)
-            stepper = Stepper(
-                recogniser=recogniser,
-                optimiser=optimiser,
-                training=settings.training,
-                compute=compute,
+            stepper = _stepper(
+                training,
+                settings,
+                compute,
+                stream_name=stream_name,
+                began=began,
                 penalty=penalty,
-                choose_partners=partners if "pwca" in recogniser.branches else None,
-                stream=stream,
-                scaler=scaler,
-                sample=_head_sample(settings, stream_name, *began),
-                shares=shares,
+                choose_partners=choose_partners,
                 together=shared_passes,
             )
             batches = epoch_batches(
