@@ -8,20 +8,47 @@ objects where they lie, gives the pieces to the trainer as they are, and makes o
 
 import hashlib
 import json
-import typing
 from collections import deque
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord
 from flwr.app.message.arraychunk import ArrayChunk
-from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_object_body
-from flwr.supernode.nodestate import NodeState, NodeStateFactory
+from flwr.supernode.nodestate import NodeStateFactory
 
 HEAD_ENDS = b"\x00"
+Children = dict[str, Any]  # what an object is made of, by its id: Flower's Array, ArrayChunk and the like
+
+
+class NodeState(Protocol):
+    """What is asked of the SuperNode's state, an object of Flower's."""
+
+    def get_object(self, run_id: int, object_id: str) -> bytes | None:
+        """An object's bytes: b"" while they are on their way, None where nobody knows it."""
+
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """Whether it was taken."""
+
+
+class Wanted(Protocol):
+    """Of Flower's `PullObjectRequest`."""
+
+    run_id: int
+    object_id: str
+
+
+class Pushed(Wanted, Protocol):
+    """Of Flower's `PushObjectRequest`."""
+
+    session_id: str
+    object_content: bytes
+
+
+def body_of(object_content: bytes) -> bytes:
+    """What comes after an object's head."""
+    return object_content[object_content.find(HEAD_ENDS) + len(HEAD_ENDS) :]
 
 
 class Store:
@@ -48,7 +75,7 @@ class ViewedChunk:
     """Stands in Flower's table for `ArrayChunk`, whose bytes are those of the object and no copy."""
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayChunk:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> ArrayChunk:
         """As `ArrayChunk.inflate`."""
         if children:
             raise ValueError("a piece of an array has no parts")
@@ -60,9 +87,9 @@ class ArrayInPieces:
     """Stands in Flower's table for `Array`, whose data is a deque of its pieces as they came."""
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> Array:
         """As `Array.inflate`."""
-        about: Any = json.loads(get_object_body(object_content, Array))
+        about: Any = json.loads(body_of(object_content))
         pieces = [child.data for child in (children or {}).values() if isinstance(child, ArrayChunk)]
         array = Array(dtype=about["dtype"], shape=tuple(about["shape"]), stype=about["stype"], data=b"")
         array.data = deque(pieces[number] for number in about["arraychunk_ids"])  # type: ignore[assignment]
@@ -73,11 +100,11 @@ class RecordOfPieces:
     """Stands in Flower's table for `ArrayRecord`, whose constructor takes bytes only."""
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayRecord:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> ArrayRecord:
         """As `ArrayRecord.inflate`."""
         record = ArrayRecord()
-        for key, name in json.loads(get_object_body(object_content, ArrayRecord)).items():
-            record[key] = typing.cast("dict[str, Array]", children or {})[name]
+        for key, name in json.loads(body_of(object_content)).items():
+            record[key] = (children or {})[name]
         return record
 
 
@@ -137,14 +164,14 @@ class Inside:
         """All other calls."""
         return getattr(self._client, name)
 
-    def PullObject(self, request: PullObjectRequest) -> SimpleNamespace:  # noqa: N802 - Flower's name
+    def PullObject(self, request: Wanted) -> SimpleNamespace:  # noqa: N802 - Flower's name
         """As the API answers, but the content is the one that lies there."""
         content = self._state.get_object(request.run_id, request.object_id)
         return SimpleNamespace(
             object_found=content is not None, object_available=bool(content), object_content=content or b""
         )
 
-    def PushObject(self, request: PushObjectRequest) -> SimpleNamespace:  # noqa: N802
+    def PushObject(self, request: Pushed) -> SimpleNamespace:  # noqa: N802
         """As the API answers; a piece is given away."""
         content = self._answered.pieces.pop(request.object_id, None) or request.object_content
         stored = self._state.store_object(request.run_id, request.session_id, request.object_id, content)

@@ -14,10 +14,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
-from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore import heartbeat
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.retry import http_retry
@@ -34,6 +33,19 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 FRACTION_WAITED = 0.1  # a look costs the server some milliseconds; half a minute after the last message: every 3 s
 
 log = logging.getLogger("facefed.client")
+
+
+class Part(Protocol):
+    """Of Flower's `PushObjectRequest`."""
+
+    session_id: str
+    object_id: str
+
+
+class Taken(Protocol):
+    """Of Flower's `PushObjectResponse`."""
+
+    stored: bool
 
 
 def hold_on() -> None:
@@ -76,14 +88,14 @@ def is_passing(error: BaseException) -> bool:
     return True
 
 
-def _sure(push: Callable[[Any, PushObjectRequest], PushObjectResponse]) -> Callable[..., PushObjectResponse]:
+def _sure(push: Callable[[Any, Part], Taken]) -> Callable[[Any, Part], Taken]:
     """A part of an answer that is refused after a try whose result was lost was taken at that try.
 
     The server takes each part once; Flower takes the second refusal for a loss and throws the answer away.
     """
     in_doubt: set[tuple[str, str]] = set()
 
-    def push_object(client: object, request: PushObjectRequest) -> PushObjectResponse:
+    def push_object(client: object, request: Part) -> Taken:
         part = (request.session_id, request.object_id)
         try:
             response = push(client, request)

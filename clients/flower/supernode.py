@@ -28,10 +28,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import uvicorn
@@ -42,13 +42,11 @@ from flwr.common.constant import SubStatus
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -67,6 +65,7 @@ from common.system.progress import FILE as PROGRESS
 from common.system.runtime import give_back_what_is_freed, go_silent
 
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
+BEAT_EVERY_S = 4.0  # the SuperNode gives a message up after a minute without one
 LOOK_EVERY_S = 5.0  # beside being told: a message may have come while the last was answered
 NOT_HERE = "it does not work on that task any more: its client was started again."
 GOODBYES, BETWEEN_GOODBYES_S = 10, 1.0
@@ -89,6 +88,21 @@ def serve_in(meeting: Path) -> None:
     program.Config = functools.partial(uvicorn.Config, uds=str(meeting / API))
 
 
+class InFlight(Protocol):
+    """Of Flower's `ProtobufRequestContext`: a request that is about to be sent."""
+
+    @property
+    def request(self) -> httpx.Request:
+        """As httpx has it."""
+
+
+class Interceptor(Protocol):
+    """Of Flower's `ProtobufClientInterceptor`: stands between a client and the wire."""
+
+    def intercept(self, context: Any, call_next: Any) -> httpx.Response:  # noqa: ANN401 - Flower's
+        """The answer to one request."""
+
+
 class ThroughSocket:
     """Of a client of the SuperNode's API, and the last: sends what it is given through the socket."""
 
@@ -99,7 +113,7 @@ class ThroughSocket:
         way = httpx.HTTPTransport(uds=str(meeting / API), verify=trusted)
         self._line = httpx.Client(transport=way, verify=trusted, trust_env=False)
 
-    def intercept(self, context: ProtobufRequestContext, _call_next: ProtobufCall) -> httpx.Response:
+    def intercept(self, context: InFlight, _call_next: Callable[..., httpx.Response]) -> httpx.Response:
         """The answer to one request."""
         return self._line.send(context.request)
 
@@ -284,7 +298,7 @@ class Executor:
                 except Exception as error:
                     log.warning("a message could not be answered (%s)", repr(error))
 
-    def _client(self, *more: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    def _client(self, *more: Interceptor) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
             server_address="supernode",  # only the name in the request; the way is the socket
             insecure=True,
@@ -295,20 +309,18 @@ class Executor:
 
     def _execute(self, token: str) -> None:
         with self._client(RuntimeTokenHttpInterceptor(token)) as client:
-            heart = HeartbeatSender(lambda: _beats(client))
-            heart.start()
             context: Context | None = None
             status, details = SubStatus.FAILED, "the message could not be taken"
             answered = Answered()
             inside: Any = Inside(client, self._store.state, answered) if self._store.state else client
-            try:
-                message, context, _, _ = pull_task_input(inside)
-                push_message(inside, self._answered(message, answered), context)
-                status, details = SubStatus.COMPLETED, ""
-            finally:
-                push_task_output(client, context, status, details)
-                heart.stop()
-                self._pace.tell_done()
+            with beating(client):
+                try:
+                    message, context, _, _ = pull_task_input(inside)
+                    push_message(inside, self._answered(message, answered), context)
+                    status, details = SubStatus.COMPLETED, ""
+                finally:
+                    push_task_output(client, context, status, details)
+                    self._pace.tell_done()
 
     def _answered(self, message: Message, ready: Answered) -> Message:
         """The reply.  ready: is given the pieces of its arrays."""
@@ -355,13 +367,28 @@ class Executor:
         return Message(answer, reply_to=message)
 
 
-def _beats(client: RuntimeHttpClient) -> bool:
-    """Tell the SuperNode that its message is being worked on.  (Flower's own ends the process when nobody wants it.)"""
+@contextlib.contextmanager
+def beating(client: RuntimeHttpClient) -> Iterator[None]:
+    """In here the SuperNode is told every few seconds that its message is being worked on.
+
+    Flower's own ends the process when nobody wants the message any more; and a beat that is lost is made up for by the
+    next, of which several pass before the SuperNode gives a message up.
+    """
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(httpx.HTTPError):
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            ended.wait(BEAT_EVERY_S)
+
+    thread = threading.Thread(target=beat, name="heart", daemon=True)
+    thread.start()
     try:
-        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-    except httpx.HTTPError:
-        return False
-    return True
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def main(meeting: Path, name: str, last: Path, arguments: list[str]) -> None:

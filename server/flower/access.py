@@ -19,10 +19,11 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from server.flower.superlink import UNREGISTERED
 
 HEADER = "facefed-secret"
 # The SuperLink routes by the same text, so it is judged as it is.
@@ -39,6 +40,14 @@ def password(secret: bytes) -> str:
     return hmac.digest(secret, b"facefed control", "sha256").hex()
 
 
+class InFlight(Protocol):
+    """Of Flower's `ProtobufRequestContext`: a request that is about to be sent."""
+
+    @property
+    def request(self) -> httpx.Request:
+        """As httpx has it."""
+
+
 class SendPassword:
     """Of a client of Control: lets each request prove that it comes from this run."""
 
@@ -46,7 +55,7 @@ class SendPassword:
         """secret: the run's."""
         self._password = password(secret)
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+    def intercept(self, context: InFlight, call_next: Callable[..., httpx.Response]) -> httpx.Response:
         """Add it to one request."""
         context.request.headers[HEADER] = self._password
         return call_next(context)
@@ -111,7 +120,6 @@ def let_keys_return() -> None:
     """A key that was turned out can be registered anew, as another node: Flower keeps it taken for ever."""
     from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
     from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-    from flwr.supercore.constant import NodeStatus
     from flwr.supercore.state.schema.linkstate_models import Node
 
     nodes: Any = Node.__table__
@@ -119,11 +127,11 @@ def let_keys_return() -> None:
     def forget_in_memory(state: Any, key: bytes) -> None:  # noqa: ANN401 - Flower's
         with state.lock:
             node = state.nodes.get(state.node_public_key_to_node_id.get(key))
-            if node is not None and node.status == NodeStatus.UNREGISTERED:
+            if node is not None and node.status == UNREGISTERED:
                 del state.node_public_key_to_node_id[key]
 
     def forget_in_database(state: Any, key: bytes) -> None:  # noqa: ANN401 - Flower's
-        gone = nodes.update().where(nodes.c.public_key == key, nodes.c.status == NodeStatus.UNREGISTERED)
+        gone = nodes.update().where(nodes.c.public_key == key, nodes.c.status == UNREGISTERED)
         with state.session() as session:
             session.execute(gone.values(public_key=None))
 

@@ -26,28 +26,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import (
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ConfirmMessageReceivedResponse,
-    Metadata,
-    ObjectTree,
-    PullObjectRequest,
-    PullObjectResponse,
-    PushObjectRequest,
-    PushObjectResponse,
-)
-from flwr.server.superlink.linkstate import LinkState
+from flwr.proto.fleet_pb2 import PushMessagesResponse
+from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
-from flwr.supercore.object_store import ObjectStore
 
+from server.flower import fleet_messages as say
 from server.flower.superlink import COUNTS_BYTES
 
 log = logging.getLogger("flwr")  # the SuperLink's
@@ -70,6 +54,7 @@ class _Asked:
     """A message that a node was given."""
 
     run_id: int
+    sender: int  # the SuperLink's own node, whom an answer is for
     kind: str
     expires: float  # a time.time(), as Flower's
     objects: frozenset[str]  # its parts, until it is confirmed
@@ -80,11 +65,11 @@ class _Asked:
 class _Reply:
     """A reply while its parts come."""
 
-    request: PushMessagesRequest  # as it was announced
+    request: say.PushMessagesRequest  # as it was announced
     asked: _Asked
     most_bytes: int
     children: dict[str, tuple[str, ...]]  # of each object
-    parts: dict[str, PushObjectRequest] = field(default_factory=dict)
+    parts: dict[str, say.PushObjectRequest] = field(default_factory=dict)
     num_bytes: int = 0
     session: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -106,43 +91,44 @@ class FleetGuard:
         self._thrown_away = 0  # bytes that were refused since Python last looked for cycles
         self._unread: dict[int, list[str]] = {}  # by node: replies that may be in the store, the newest last
 
-    def pull_messages(self, request: PullMessagesRequest, state: LinkState, store: ObjectStore) -> PullMessagesResponse:
+    def pull_messages(
+        self, request: say.PullMessagesRequest, state: object, store: say.ObjectStore
+    ) -> say.PullMessagesResponse:
         """Flower's; what it hands out is what this node may answer, and whose objects it may pull."""
-        response: PullMessagesResponse = self._handlers.pull_messages(request=request, state=state, store=store)
+        response: say.PullMessagesResponse = self._handlers.pull_messages(request=request, state=state, store=store)
         with self._lock:
             for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
                 about, asked = message.metadata, self._asked.setdefault(request.node.node_id, {})
                 asked[about.message_id] = _Asked(
-                    about.run_id, about.message_type, about.created_at + about.ttl, frozenset(_ids(tree))
-                )
+                    run_id=about.run_id, sender=about.src_node_id, kind=about.message_type,
+                    expires=about.created_at + about.ttl, objects=frozenset(_ids(tree)),
+                )  # fmt: skip
                 while len(asked) > MOST_ASKED:
                     del asked[next(iter(asked))]
         return response
 
-    def pull_object(self, request: PullObjectRequest, state: LinkState) -> PullObjectResponse:
+    def pull_object(self, request: say.PullObjectRequest, state: object) -> object:
         """Flower's, for an object of a message that this node was given and has not confirmed."""
         with self._lock:
             asked = self._asked.get(request.node.node_id, {})
             if not any(request.object_id in message.objects for message in asked.values()):
                 _refuse(request.node.node_id, "asks for an object of no message to it")
-        response: PullObjectResponse = self._handlers.pull_object(request=request, state=state)
+        response: object = self._handlers.pull_object(request=request, state=state)
         return response
 
     def confirm_message_received(
-        self, request: ConfirmMessageReceivedRequest, state: LinkState, store: ObjectStore
-    ) -> ConfirmMessageReceivedResponse:
+        self, request: say.ConfirmMessageReceivedRequest, state: object, store: say.ObjectStore
+    ) -> object:
         """Flower's, for a message that this node was given."""
         with self._lock:
             asked = self._asked.get(request.node.node_id, {}).get(request.message_object_id)
             if asked is None:
                 _refuse(request.node.node_id, "confirms a message that it was not given")
             asked.objects = frozenset()
-        response: ConfirmMessageReceivedResponse = self._handlers.confirm_message_received(
-            request=request, state=state, store=store
-        )
+        response: object = self._handlers.confirm_message_received(request=request, state=state, store=store)
         return response
 
-    def push_messages(self, request: PushMessagesRequest, state: LinkState) -> PushMessagesResponse:  # noqa: ARG002
+    def push_messages(self, request: say.PushMessagesRequest, state: object) -> PushMessagesResponse:  # noqa: ARG002
         """Which parts of a reply are wanted: all, each time that it is announced, and none once it is whole or late.
 
         A node that did not hear it asks again; once the ServerApp has seen the reply Flower would say none, the node
@@ -172,7 +158,7 @@ class FleetGuard:
             results={about.message_id: 0}, objects_to_push=list(reply.children), session_id=reply.session
         )
 
-    def push_object(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
+    def push_object(self, request: say.PushObjectRequest, state: say.LinkState) -> PushObjectResponse:
         """Take a part of the reply that this node has announced; with the last one Flower gets all of it.
 
         A part that is refused is not stored, which is no error: SuperNode and log need none for each part.
@@ -184,7 +170,7 @@ class FleetGuard:
             self._throw_away(len(request.object_content))
             return PushObjectResponse(stored=False)
 
-    def _take(self, request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
+    def _take(self, request: say.PushObjectRequest, state: say.LinkState) -> PushObjectResponse:
         node, name = request.node.node_id, request.object_id
         with self._lock:
             taken, reply = self._taken.get(node), self._making.get(node)
@@ -226,10 +212,10 @@ class FleetGuard:
         known = self._model_bytes()
         return (UNKNOWN_MODEL_BYTES if known is None else known) + 2 * COUNTS_BYTES
 
-    def _hand_over(self, node: int, reply: _Reply, state: LinkState) -> None:
+    def _hand_over(self, node: int, reply: _Reply, state: say.LinkState) -> None:
         store: Any = state.object_store
         store.verify = False  # each part of a site's was hashed when it came, and the ServerApp is ours
-        wanted: PushMessagesResponse = self._handlers.push_messages(request=reply.request, state=state)
+        wanted: say.PushMessagesResponse = self._handlers.push_messages(request=reply.request, state=state)
         for name in dict.fromkeys(wanted.objects_to_push):
             part = reply.parts.pop(name)
             part.session_id = wanted.session_id
@@ -242,11 +228,11 @@ class FleetGuard:
             self._unread[node] = unread[-MOST_UNREAD:]
 
 
-def _check_about(node: int, about: Metadata, asked: _Asked) -> None:
+def _check_about(node: int, about: say.Metadata, asked: _Asked) -> None:
     """Refuses what is not this node's own answer, the first, to the SuperLink."""
     if about.src_node_id != node:
         _refuse(node, "speaks in the name of another node")
-    if about.dst_node_id != SUPERLINK_NODE_ID:
+    if about.dst_node_id != asked.sender:
         _refuse(node, "sends a message to another node")
     if about.run_id != asked.run_id:
         _refuse(node, "answers in another run")
@@ -254,12 +240,12 @@ def _check_about(node: int, about: Metadata, asked: _Asked) -> None:
         _refuse(node, "answers a message a second time")
 
 
-def _ids(tree: ObjectTree) -> list[str]:
+def _ids(tree: say.ObjectTree) -> list[str]:
     """Of all objects of a tree that the ServerApp made."""
     return [tree.object_id, *(name for child in tree.children for name in _ids(child))]
 
 
-def _children(node: int, tree: ObjectTree, root: str, most_bytes: int) -> dict[str, tuple[str, ...]]:
+def _children(node: int, tree: say.ObjectTree, root: str, most_bytes: int) -> dict[str, tuple[str, ...]]:
     """The children of each object of a reply's tree, which is bounded, and says the same of an object each time.
 
     Flower keeps the children once for each id and makes a tree of that again: were an id's second mention a leaf, some

@@ -16,17 +16,11 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType, Metadata
-from flwr.app.message import make_message
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    get_object_body,
-    get_object_children_ids_from_object_content,
-    get_object_head_values_from_object_content,
-)
+from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
 
 from server.flower.superlink import COUNTS_BYTES
 
@@ -49,13 +43,19 @@ class _Limit(threading.local):
 
 
 _limit = _Limit()
+Children = dict[str, Any]  # what an object is made of, by its id: Flower's Array, ArrayChunk and the like
+
+
+def body_of(object_content: bytes) -> bytes:
+    """What comes after an object's head."""
+    return object_content[object_content.find(HEAD_ENDS) + len(HEAD_ENDS) :]
 
 
 class ViewedChunk:
     """Stands in Flower's table for `ArrayChunk`, whose bytes are those of the object and no copy."""
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayChunk:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> ArrayChunk:
         """As `ArrayChunk.inflate`."""
         _, inside, _ = get_object_head_values_from_object_content(object_content)
         if children or inside:
@@ -70,7 +70,7 @@ class BoundedArray:
     """
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> Array:
         """As `Array.inflate`.  Raises ValueError when the reply's arrays are larger than any that was asked for."""
         if _limit.most_bytes is not None:
             _limit.left -= _claimed_bytes(object_content, children or {})
@@ -82,8 +82,8 @@ class BoundedArray:
 
 
 def _put_together(object_content: bytes, pieces: dict[str, ArrayChunk]) -> Array:
-    about: Any = json.loads(get_object_body(object_content, Array).decode("utf-8"))
-    names = get_object_children_ids_from_object_content(object_content)
+    about: Any = json.loads(body_of(object_content))
+    _, names, _ = get_object_head_values_from_object_content(object_content)
     array = Array(dtype=about["dtype"], shape=tuple(about["shape"]), stype=about["stype"], data=b"")
     order = [pieces[names[number]] for number in about["arraychunk_ids"]]
     whole, begin = np.empty(sum(len(piece.data) for piece in order), dtype=np.uint8).data, 0
@@ -100,22 +100,22 @@ class RecordOfViews:
     """Stands in Flower's table for `ArrayRecord`, whose constructor takes bytes only."""
 
     @classmethod
-    def inflate(cls, object_content: bytes, children: dict[str, InflatableObject] | None = None) -> ArrayRecord:
+    def inflate(cls, object_content: bytes, children: Children | None = None) -> ArrayRecord:
         """As `ArrayRecord.inflate`, which makes it of arrays without bytes."""
         arrays = {name: child for name, child in (children or {}).items() if isinstance(child, Array)}
-        hollow: dict[str, InflatableObject] = {
+        hollow: Children = {
             name: Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=b"")
             for name, array in arrays.items()
         }
         record = ArrayRecord.inflate(object_content, hollow)
-        for key, name in json.loads(get_object_body(object_content, ArrayRecord).decode("utf-8")).items():
+        for key, name in json.loads(body_of(object_content)).items():
             record[key] = arrays[name]
         return record
 
 
-def _claimed_bytes(object_content: bytes, children: dict[str, InflatableObject]) -> int:
-    listed: Any = json.loads(get_object_body(object_content, Array).decode("utf-8"))["arraychunk_ids"]
-    pieces = [children.get(name) for name in get_object_children_ids_from_object_content(object_content)]
+def _claimed_bytes(object_content: bytes, children: Children) -> int:
+    listed: Any = json.loads(body_of(object_content))["arraychunk_ids"]
+    pieces = [children.get(name) for name in get_object_head_values_from_object_content(object_content)[1]]
     sizes = [len(piece.data) if isinstance(piece, ArrayChunk) else 0 for piece in pieces]
     return sum(sizes[number] for number in listed)
 
@@ -169,9 +169,9 @@ class GridMailbox:
         except Exception as error:
             if not _is_of_the_bytes(error):
                 raise
-            return _unreadable(message_id, f"the reply cannot be unpacked: {type(error).__name__}: {error}")
+            return _unreadable(f"the reply cannot be unpacked: {type(error).__name__}: {error}")
         if found is not None and found.has_error() and UNDELIVERED in (found.error.reason or ""):
-            return _unreadable(message_id, "no answer: a reply was announced, and not all of it came")
+            return _unreadable("no answer: a reply was announced, and not all of it came")
         return found
 
     def is_short(self, message_id: str) -> bool:
@@ -242,20 +242,10 @@ def _is_of_the_bytes(error: Exception) -> bool:
     return isinstance(error, kinds) or type(error).__module__ == "google.protobuf.message"
 
 
-def _unreadable(message_id: str, reason: str) -> Message:
+def _unreadable(reason: str) -> Message:
     """What stands in for a reply of which Flower can make no message: an error, as for one that was never whole."""
-    about = Metadata(
-        run_id=0,
-        message_id="",
-        src_node_id=0,
-        dst_node_id=0,
-        message_type=MessageType.QUERY,
-        group_id="",
-        ttl=0.0,
-        reply_to_message_id=message_id,
-        created_at=time.time(),
-    )
-    return make_message(metadata=about, error=Error(code=UNREADABLE, reason=reason))
+    nobodys = Message(RecordDict(), 0, MessageType.QUERY)  # what was asked is not kept, and nobody asks for it here
+    return Message(Error(code=UNREADABLE, reason=reason), reply_to=nobodys)
 
 
 def push_in_turn() -> None:

@@ -15,13 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
-from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
-
 from common.system.runtime import go_silent
 from server.flower.access import let_keys_return, serve_on
 from server.flower.fleet_guard import stand_guard
+from server.flower.fleet_messages import ObjectStore, PullMessagesRequest, PullMessagesResponse
 from server.flower.superlink import SECRET, read_model_bytes
 
 MOST_TIMES = 20  # one that a node cannot take for another reason must not keep the next from it
@@ -36,7 +33,7 @@ class Redelivery:
         self._given: dict[int, PullMessagesResponse] = {}
         self._times: dict[int, int] = {}
 
-    def pull_messages(self, request: PullMessagesRequest, state: LinkState, store: ObjectStore) -> PullMessagesResponse:
+    def pull_messages(self, request: PullMessagesRequest, state: object, store: ObjectStore) -> PullMessagesResponse:
         """The last answer again where its message is still wanted and was not confirmed; else Flower's."""
         node = request.node.node_id
         given = self._given.get(node)
@@ -56,11 +53,7 @@ def _is_unconfirmed(given: PullMessagesResponse, store: ObjectStore) -> bool:
     metadata = given.messages_list[0].metadata
     if metadata.created_at + metadata.ttl <= time.time():
         return False
-    try:
-        store.get_object_tree(metadata.message_id)
-    except NoObjectInStoreError:
-        return False
-    return True
+    return metadata.message_id in store
 
 
 def redeliver() -> None:

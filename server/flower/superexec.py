@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -35,8 +35,6 @@ from flwr.proto.transport_pb2 import Scalar
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClient, ProtobufClientInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from common.system.certs import CertificateError, read_public_key
@@ -56,6 +54,7 @@ from server.flower.superlink import (
     SECRET,
     SUBMISSION,
     TOKEN,
+    UNREGISTERED,
     write_nodes,
 )
 
@@ -63,11 +62,19 @@ LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
 ASK_STATUS_EVERY_S = 15.0
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
-UNREGISTERED, FINISHED = "unregistered", "finished"  # Flower's words for a node and for a run that was
+FINISHED = "finished"  # Flower's word for a run that has ended
+NOT_NOW = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 
-AnyClient = TypeVar("AnyClient", bound=ProtobufClient)
+AnyClient = TypeVar("AnyClient", ControlHttpClient, RuntimeHttpClient)
 
 log = logging.getLogger("facefed.server")
+
+
+def is_passing(error: httpx.HTTPError) -> bool:
+    """Whether it is of a SuperLink that is starting, or too busy: the next look may find it well."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in NOT_NOW
+    return isinstance(error, httpx.TransportError)
 
 
 @dataclass
@@ -128,6 +135,8 @@ class Register:
         try:
             node = self.client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
         except httpx.HTTPStatusError as error:
+            if is_passing(error):
+                raise
             self._complain(f"the SuperLink refuses the key of {name} ({error.response.text.strip()[:200]})")
             return {}
         log.info("the key of %s is accepted", name)
@@ -137,6 +146,13 @@ class Register:
         if line not in self.complained:
             self.complained.add(line)
             log.warning("%s", line)
+
+
+class Interceptor(Protocol):
+    """Of Flower's `ProtobufClientInterceptor`: stands between a client and the wire."""
+
+    def intercept(self, context: Any, call_next: Any) -> httpx.Response:  # noqa: ANN401 - Flower's
+        """The answer to one request."""
 
 
 class Superexec:
@@ -152,31 +168,42 @@ class Superexec:
         told = partial(write_nodes, folder.parent / NODES_FILE)
         self._register = Register(self._control, keys, told=told) if keys else None
         self._apps: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self._ask_status_at = 0.0
+        self._look_at_keys_at = self._ask_status_at = 0.0
 
-    def _connect(self, kind: type[AnyClient], *more: ProtobufClientInterceptor) -> AnyClient:
+    def _connect(self, kind: type[AnyClient], *more: Interceptor) -> AnyClient:
         return kind.from_server_address(
             server_address=self._address,
             insecure=self._ca is None,
             root_certificates=self._ca.read_bytes() if self._ca else None,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), *more],
-            retry_invoker=make_simple_http_retry_invoker(),
+            retry_invoker=None,  # `serve` looks again
         )
 
     def serve(self) -> None:
         """Until the process ends."""
-        look_at_keys = 0.0
         while True:
-            if self._register and time.monotonic() >= look_at_keys:
-                self._register.look()
-                look_at_keys = time.monotonic() + LOOK_AT_KEYS_EVERY_S
-            (self._folder / ADMITTED).touch()
-            self.submit()
-            self.take_task()
-            if time.monotonic() >= self._ask_status_at:
-                self.ask_status()
-                self._ask_status_at = time.monotonic() + ASK_STATUS_EVERY_S
+            try:
+                self.look()
+            except httpx.HTTPError as error:
+                if not is_passing(error):
+                    raise
+                log.debug("the SuperLink does not answer now: %s", error)
             time.sleep(LOOK_EVERY_S)
+
+    def look(self) -> None:
+        """At keys and tasks, once; what a broken connection leaves out the next look makes up for.
+
+        Raises httpx.HTTPError.
+        """
+        if self._register and time.monotonic() >= self._look_at_keys_at:
+            self._register.look()
+            self._look_at_keys_at = time.monotonic() + LOOK_AT_KEYS_EVERY_S
+        (self._folder / ADMITTED).touch()
+        self.submit()
+        self.take_task()
+        if time.monotonic() >= self._ask_status_at:
+            self.ask_status()
+            self._ask_status_at = time.monotonic() + ASK_STATUS_EVERY_S
 
     def submit(self) -> None:
         """Submit flower-server's bundle with its configuration, once, and leave Flower's id of the run or a refusal."""
@@ -192,6 +219,8 @@ class Superexec:
             answer = self._control.StartRun(request)
             reason = f"a bundle of {len(content):,} bytes, or its configuration"
         except httpx.HTTPStatusError as error:
+            if is_passing(error):
+                raise
             write_bytes(refusal, error.response.text.strip()[:400].encode())
             return
         if answer.HasField("run_id"):

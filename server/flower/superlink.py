@@ -24,6 +24,7 @@ ADMITTED, RUN_ID, REFUSAL, APP_ENDED, RUN_ENDED = "admitted", "run-id", "refusal
 MODEL_BYTES = "model-bytes"  # there too: of the flat model as float32, from the ServerApp
 COUNTS_BYTES = 2**21  # all counts of a reply with two splits take less than half of it
 NODES_FILE = Path("flwr") / "nodes.json"  # in the run's folder: which key is whose
+UNREGISTERED = "unregistered"  # Flower's word for a node that was turned out
 TOKEN = ".token"  # noqa: S105 - ends the name of a task's token
 
 

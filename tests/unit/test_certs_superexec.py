@@ -263,6 +263,44 @@ def test_a_bundle_that_flower_refuses_is_told_to_flower_server(superexec, tmp_pa
     assert not (tmp_path / RUN_ID).exists()
 
 
+def status_error(code):
+    answer = httpx.Response(code, text="not now", request=httpx.Request("POST", "http://a"))
+    return httpx.HTTPStatusError("no", request=answer.request, response=answer)
+
+
+def raising(error):
+    def call(_):
+        raise error
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+@pytest.mark.usefixtures("bundle")
+def test_a_superlink_that_is_starting_or_busy_refuses_nothing(superexec, tls, tmp_path, caplog):
+    """As Flower's own retries had it: the next look asks again."""
+    write_json(tmp_path / SUBMISSION, {})
+    superexec._control.StartRun = raising(status_error(503))
+    with pytest.raises(httpx.HTTPStatusError):
+        superexec.submit()
+    assert not (tmp_path / REFUSAL).exists()
+
+    superlink = Superlink()
+    superlink.RegisterNode = raising(status_error(503))
+    with pytest.raises(httpx.HTTPStatusError):
+        register(superlink, tls).look()
+    assert "refuses" not in caplog.text
+
+
+def test_it_looks_again_after_a_broken_connection_and_ends_where_it_is_not_wanted(superexec, monkeypatch):
+    errors = [httpx.ConnectError("not yet"), status_error(503), httpx.ReadError("cut"), status_error(401)]
+    monkeypatch.setattr(superexec_module, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(superexec, "look", lambda: raising(errors.pop(0))(None))
+    with pytest.raises(httpx.HTTPStatusError) as ended:
+        superexec.serve()
+    assert (ended.value.response.status_code, errors) == (401, [])
+
+
 def test_a_run_that_flower_takes_for_ended_is_told_to_flower_server(superexec, tmp_path, caplog):
     status = RunStatus(status="running")
     superexec._control.ListRuns = lambda _: ListRunsResponse(run_dict={7: Run(run_id=7, status=status)})

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -85,6 +86,28 @@ def executed(tmp_path, monkeypatch):
         return stand_in
 
     return execute
+
+
+def test_while_a_message_is_worked_on_its_heart_beats_whatever_becomes_of_a_beat(monkeypatch):
+    monkeypatch.setattr(supernode, "BEAT_EVERY_S", 0.001)
+    told, enough = [], threading.Event()
+
+    def beat(_):
+        told.append(threading.current_thread().name)
+        if len(told) == 3:
+            enough.set()
+        raise httpx.ConnectError("lost")
+
+    with supernode.beating(SimpleNamespace(SendTaskHeartbeat=beat)):
+        assert enough.wait(60)
+    assert "heart" not in [thread.name for thread in threading.enumerate()]
+    assert len(told) >= 3
+
+
+def test_the_supernode_waits_for_several_beats():
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+
+    assert supernode.BEAT_EVERY_S * 5 < HEARTBEAT_DEFAULT_INTERVAL * HEARTBEAT_PATIENCE
 
 
 def test_a_message_is_answered_with_what_the_trainer_says(executed):

@@ -128,6 +128,11 @@ def test_flwr_run_works_without_any_of_it():
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in USES | CALLED}))
 def test_flower_still_has(name):
+    found_in_flower(name)
+
+
+def found_in_flower(name):
+    """What has that dotted name."""
     module, parts = name, []
     while True:
         try:
@@ -140,6 +145,7 @@ def test_flower_still_has(name):
     for part in parts:
         assert hasattr(found, part), f"Flower has no {name}"
         found = getattr(found, part)
+    return found
 
 
 @pytest.mark.parametrize(("name", "file"), sorted(CALLED))
@@ -151,3 +157,57 @@ def test_what_is_called_is_called_there(name, file):
 def test_the_text_stands_here_and_in_flower(text, file, module):
     assert text in (ROOT / file).read_text(encoding="utf-8")
     assert text in inspect.getsource(importlib.import_module(module)), f"{module} has no {text!r}"
+
+
+def shapes(module):
+    """The `Protocol`s of a file of ours, by their names: what it reads of objects that Flower hands over."""
+    found = vars(importlib.import_module(module)).items()
+    return {name: one for name, one in found if getattr(one, "_is_protocol", False) and one.__module__ == module}
+
+
+def parts_of(shape):
+    """What that shape wants: fields and methods."""
+    kinds = [kind for kind in shape.__mro__ if getattr(kind, "_is_protocol", False) and kind.__name__ != "Protocol"]
+    own = {part for kind in kinds for part in (*kind.__annotations__, *vars(kind))}
+    return {part for part in own if part == "__contains__" or not part.startswith("_")}
+
+
+def fields_of(flowers):
+    """Of a message, or of a dataclass; all else `hasattr` finds."""
+    described = getattr(flowers, "DESCRIPTOR", None)
+    return {*(described.fields_by_name if described else ()), *getattr(flowers, "__dataclass_fields__", ())}
+
+
+READ = [(file, ours, flowers[0]) for flowers, ours_in, files in rows("Read of what Flower hands over") for file in files
+        for ours in ours_in]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "ours", "flowers"), READ)
+def test_flower_has_what_is_read_of_it(file, ours, flowers):
+    wanted, kind = parts_of(shapes(file.removesuffix(".py").replace("/", "."))[ours]), found_in_flower(flowers)
+    assert wanted
+    assert {part for part in wanted if part not in fields_of(kind) and not hasattr(kind, part)} == set(), flowers
+
+
+def test_the_page_lists_each_shape_of_ours():
+    files = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).glob("*.py")}
+    ours = {(file, name) for file in files for name in shapes(file.removesuffix(".py").replace("/", "."))}
+    assert ours == {(file, name) for file, name, _ in READ}
+
+
+def counts():
+    """How many there are of each kind, as the page says it."""
+    imported, called = {name for name, _ in USES}, {name for name, _ in CALLED}
+    texts, read = {text for text, *_ in TEXTS}, {flowers for *_, flowers in READ}
+    return (
+        f"{len(imported)} names are imported ({len(USES)} uses), {len(called)} called on what is imported, {len(texts)}"
+        f" texts\nshared, and parts of {len(read)} classes read without an import"
+    )
+
+
+def test_the_page_says_how_many_there_are():
+    assert counts() in PAGE
+
+
+if __name__ == "__main__":
+    print(counts())  # noqa: T201
