@@ -1,6 +1,7 @@
 """`identify` in a gallery of real people, one enrolled picture each: rank-1, and FNIR at given FPIR, with intervals.
 
-    python -m bench.identification --celeba DIR --vggface2 DIR --work DIR [--gallery 100] [--epochs 40] [--model NAME]
+    python -m bench.identification --celeba DIR --vggface2 DIR --work DIR [--gallery 100] [--epochs 12] [--width 0.5]
+        [--model NAME] [--image-size 64]
 
 The people of both folders are divided by a hash of their names: those of the gallery are never trained or validated on.
 Every photograph is detected and aligned as `facefed enrol` does it.  A model is trained by `facefed train local` on the
@@ -12,8 +13,10 @@ taken out of the gallery, in which somebody reaches it.  Intervals: 95 %, people
 import argparse
 import hashlib
 import json
+import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +44,38 @@ def people_of(celeba: Path, vggface2: Path) -> dict[str, list[Path]]:
 
 
 def prepare(people: dict[str, list[Path]], out: Path, image_size: int) -> dict[str, int]:
-    """Aligned faces, one folder a person; returns how many pictures were left out, by reason."""
-    photographs, left_out = Photographs(image_size), {}
-    for person, paths in people.items():
-        (out / person).mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            target = out / person / f"{path.stem}.png"
-            if target.exists():  # an interrupted measurement goes on where it was
-                continue
-            try:
-                face, reason = whose(photographs.faces(path))
-            except DataError as error:
-                face, reason = None, str(error).removeprefix(f"{path}: ")
-            if face is None:
-                kind = reason.partition("(")[0].strip()
-                left_out[kind] = left_out.get(kind, 0) + 1
-                continue
-            Image.fromarray(face.picture).save(target)
-    return left_out
+    """Aligned faces, one folder a person; returns how many pictures were left out, by reason.
+
+    OUT.jsonl has a line for each picture that was looked at, so that an interrupted measurement goes on where it was
+    and still knows what it left out before.
+    """
+    photographs, record = Photographs(image_size), out.with_suffix(".jsonl")
+    known = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    seen = {one["target"] for one in known}
+    with record.open("a") as told:
+        for person, paths in people.items():
+            (out / person).mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                target = f"{person}/{path.stem}.png"
+                if target in seen:
+                    continue
+                one = {"target": target, "left_out": _aligned(photographs, path, out / target)}
+                told.write(f"{json.dumps(one)}\n")
+                told.flush()
+                known.append(one)
+    return dict(Counter(one["left_out"] for one in known if one["left_out"]))
+
+
+def _aligned(photographs: Photographs, path: Path, target: Path) -> str:
+    """Write the face; returns why there is none, "" where there is."""
+    try:
+        face, reason = whose(photographs.faces(path))
+    except DataError as error:
+        return str(error).removeprefix(f"{path}: ").partition(";")[0]
+    if face is None:
+        return reason.partition("(")[0].strip()
+    Image.fromarray(face.picture).save(target)
+    return ""
 
 
 def templates_of(folder: Path, run: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -68,7 +85,8 @@ def templates_of(folder: Path, run: Path) -> tuple[NDArray[np.float32], NDArray[
 
     model = load_model(str(run), Settings())
     pictures, owner = [], []
-    for number, person in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
+    with_faces = {path.parent for path in folder.glob("*/*.png")}  # of somebody nothing may have been taken
+    for number, person in enumerate(sorted(with_faces)):
         for path in sorted(person.glob("*.png")):
             pictures.append(np.asarray(Image.open(path)))
             owner.append(number)
@@ -119,7 +137,8 @@ def main() -> None:
     parser.add_argument("--vggface2", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--gallery", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--width", type=float, default=0.5, help="of the backbone's layers, of the usual 1")
     parser.add_argument("--model", default="cnn")
     parser.add_argument("--image-size", type=int, default=64)
     arguments = parser.parse_args()
@@ -128,21 +147,27 @@ def main() -> None:
     parts = {"gallery": order[: arguments.gallery], "train": order[arguments.gallery :]}
     work: Path = arguments.work
     for part, names in parts.items():
-        if not (work / f"{part}.json").exists():
-            left_out = prepare({name: people[name] for name in sorted(names)}, work / part, arguments.image_size)
-            (work / f"{part}.json").write_text(json.dumps(left_out))
-        print(f"{part}: {len(names)} people; left out: {(work / f'{part}.json').read_text()}", flush=True)
+        left_out = prepare({name: people[name] for name in sorted(names)}, work / part, arguments.image_size)
+        num_pictures = sum(len(people[name]) for name in names)
+        print(f"{part}: {len(names)} people, {num_pictures:,} pictures; left out: {left_out}", flush=True)
     runs = work / "runs"
     if not any(runs.glob("*/metrics.json")):
         command = [
             PROGRAMS / "facefed", "train", "local", "--client", f"real:folder={work / 'train'}", "--no-mlflow",
             "--model", arguments.model, "--epochs", str(arguments.epochs), "--out", runs, "--cache-dir", work / "packs",
             "--set", f"data.image_size={arguments.image_size}", "--set", "tracking.plots=none",
+            "--set", f"model.width={arguments.width}",
         ]  # fmt: skip
         subprocess.run([str(word) for word in command], check=True)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"training: {used.ru_utime + used.ru_stime:.0f} CPU-s", flush=True)
     run = max(path.parent for path in runs.glob("*/metrics.json"))
-    found = searches(*templates_of(work / "gallery", run))
-    print(f"{len(np.unique(found['who']))} people enrolled, one picture each; {len(found['who']):,} searches")
+    templates, owner = templates_of(work / "gallery", run)
+    found = searches(templates, owner)
+    print(
+        f"{len(np.unique(owner))} people enrolled, one picture each; {len(found['who']):,} searches, of"
+        f" {len(np.unique(found['who']))} of them"
+    )
     for name, (value, low, high) in with_intervals(found).items():
         print(f"{name}: {value:.3f} (95 % interval {low:.3f} to {high:.3f})")
 

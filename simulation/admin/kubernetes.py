@@ -95,6 +95,13 @@ def _head(cluster: Cluster) -> str:
         f"  {secret} facefed-mlflow --from-literal=password=\"$(python3 -c 'import secrets;"
         " print(secrets.token_urlsafe(18))')\"",
         "",
+        f"{_ACCEPTED} are the public keys of all sites: whom the server lets in, and for each site the others'",
+        "keys, with which secure aggregation masks. Pods read keys when they start, so after `facefed certs accept` or",
+        "`facefed certs revoke` the secret is replaced and all who read it start again:",
+        "",
+        f"  {secret} {_ACCEPTED} --from-file=certs/{CLIENTS} --dry-run=client -o yaml | kubectl replace -f -",
+        f"  kubectl -n {space} delete pods -l app.kubernetes.io/name=facefed,app.kubernetes.io/component!=mlflow",
+        "",
         "certs/ca.key stays with you. A site's pictures go into its volume facefed-pictures-SITE before it starts; its",
         "pod has them read-only. The image is built from docker/Dockerfile and pushed to where the cluster finds it.",
     ]

@@ -8,6 +8,7 @@ the faces with their landmarks, and of what was left out with the reason.
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.errors import DataError
+from common.faces.account import is_picture
 from common.faces.decode import ALIGNED, UnusablePicture, coded_jpeg, detector, in_processes, open_upright, read_picture
 from common.faces.detect import Face, subject
 from common.faces.index import FaceIndex, read_index
@@ -26,6 +28,7 @@ from common.system.files import write_bytes
 FACES_LIST: Final = "landmarks.csv"
 LEFT_OUT_LIST: Final = "left_out.csv"
 _JOB_PHOTOS: Final = 16
+_NUMBER: Final = re.compile(r"\.[0-9]+$")  # at the end of a further face's name
 _POINTS: Final = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 _QUALITY: Final = ("size_px", "blur", "yaw_deg", "pitch_deg", "roll_deg")
 
@@ -197,10 +200,16 @@ def _are_there(out: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def _stems(paths: Sequence[str]) -> dict[str, str]:
-    """Where the faces of each photograph go: its own path without the ending, with it where two would be one."""
+    """Where the faces of each photograph go: its own path without the ending, with it where two would be one.
+
+    A further face of a.jpg goes to a.jpg.2, so a photograph a.jpg.2.png keeps its ending, as a.jpg.png does.
+    """
     bare = {path: path.rpartition(".")[0] or path for path in paths}
     number = Counter(stem.casefold() for stem in bare.values())
-    return {path: stem if number[stem.casefold()] == 1 else path for path, stem in bare.items()}
+    return {
+        path: path if number[stem.casefold()] > 1 or is_picture(_NUMBER.sub("", stem)) else stem
+        for path, stem in bare.items()
+    }
 
 
 def _align(job: _Job) -> list[dict[str, Any]]:

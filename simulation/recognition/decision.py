@@ -5,6 +5,7 @@ accepted.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from common.errors import UserError
@@ -77,3 +78,12 @@ def rate_words(threshold: Threshold, known: Thresholds) -> str:
         f"FAR {threshold.far:g} (95 % interval {threshold.far_low:.2g} to {threshold.far_high:.2g}), measured on"
         f" {basis(known)}"
     )
+
+
+def finite(answer: object) -> object:
+    """An answer of mappings, lists and values as JSON can have it: null for a number that is none (RFC 8259, 6)."""
+    if isinstance(answer, float):
+        return answer if math.isfinite(answer) else None
+    if isinstance(answer, Mapping):
+        return {key: finite(value) for key, value in answer.items()}
+    return [finite(value) for value in answer] if isinstance(answer, list | tuple) else answer

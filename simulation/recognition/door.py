@@ -104,10 +104,8 @@ class Door:
             self._admit(scope)
             await self._let_in(scope, receive, sent)
         except Refused as refused:
-            if refused.status == 413:
-                await _discard(receive)
             if not began:
-                await _answer(sent, refused)
+                await _answer(sent, refused, rest=receive if refused.status == 413 and not _waits(scope) else None)
 
     def _admit(self, scope: Scope) -> None:
         """Raises Refused."""
@@ -199,6 +197,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
+def _waits(scope: Scope) -> bool:
+    """Whether the client sends its body only when it is told to (RFC 9110, 10.1.1)."""
+    return any(name.lower() == b"expect" for name, _ in scope["headers"])
+
+
 async def _discard(receive: Receive) -> None:
     """Read what a client still sends, up to a bound, and keep nothing."""
     size = 0
@@ -213,12 +216,21 @@ async def _discard(receive: Receive) -> None:
         return
 
 
-async def _answer(send: Send, refused: Refused) -> None:
+async def _answer(send: Send, refused: Refused, rest: Receive | None) -> None:
+    """rest: what of the body is still to come, for a client that looks at the answer only when it has sent everything.
+
+    The answer is whole, and sent, before the rest is read: a client that stops in the middle gets it at once.
+    """
     body = json.dumps({"error": refused.reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refused.retry_after_s:
         headers.append((b"retry-after", str(refused.retry_after_s).encode()))
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 413:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": rest is not None})
+    if rest is not None:
+        await _discard(rest)
+        await send({"type": "http.response.body", "body": b""})

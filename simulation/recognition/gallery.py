@@ -44,6 +44,8 @@ _LOOKS: Final = 5  # at a gallery that changes while it is opened
 
 _log = logging.getLogger("facefed.gallery")
 
+State = tuple[int, int, int]  # inode, time of its last change, ns, and bytes of gallery.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
@@ -77,7 +79,7 @@ class Gallery:
     people: tuple[Enrolled, ...]
     templates: Float32  # [N, D] of length 1, mapped from the file
     first_rows: Int64  # [P], where each person's templates begin
-    state: str  # another one after each change
+    state: State  # of the folder before it was read: what changed since has another
 
     @property
     def model_file(self) -> Path:
@@ -116,9 +118,10 @@ def open_gallery(folder: Path) -> Gallery:
             f"{folder} is no gallery (it has no {INDEX}); make one: facefed enrol {folder} PEOPLE --model MODEL."
         )
     for _ in range(_LOOKS):
+        state = state_of(folder)  # first: of a change in between the next look finds another one
         index = read_sealed_json(folder / INDEX)
         try:
-            return _opened(folder, index)
+            return _opened(folder, index, state)
         except FileNotFoundError:  # it was changed in between: then the new index names other files
             continue
         except OSError as error:
@@ -128,7 +131,7 @@ def open_gallery(folder: Path) -> Gallery:
     raise CheckpointError(f"{folder / INDEX} names a file that is not there; restore the folder.")
 
 
-def _opened(folder: Path, index: Mapping[str, Any]) -> Gallery:
+def _opened(folder: Path, index: Mapping[str, Any], state: State) -> Gallery:
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']}, known is {FORMAT}")
     people = tuple(Enrolled(key=k, name=n, num_templates=int(c), enrolled=t) for k, n, c, t in index["people"])
@@ -143,11 +146,11 @@ def _opened(folder: Path, index: Mapping[str, Any]) -> Gallery:
         people=people,
         templates=templates,
         first_rows=np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)[: len(people)],
-        state=str(about["file"]),
+        state=state,
     )
 
 
-def state_of(folder: Path) -> tuple[int, int, int]:
+def state_of(folder: Path) -> State:
     """Another one after each change, found without reading the gallery.  Raises UserError where there is none."""
     try:
         about = (folder / INDEX).stat()

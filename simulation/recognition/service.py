@@ -88,18 +88,16 @@ class Desk:
     limits: Limits = field(default_factory=Limits)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _gallery: Gallery | None = None
-    _state: tuple[int, int, int] = (0, 0, 0)
 
     def gallery(self) -> Gallery:
         """As it is now, also where another program changed it.  Raises UserError: another model by now."""
-        state = state_of(self.folder)
-        if self._gallery is None or state != self._state:
+        if self._gallery is None or state_of(self.folder) != self._gallery.state:
             found = open_gallery(self.folder)
             if found.binding.sha256 != self.asked.model.binding.sha256:  # it is not kept, so each question is refused
                 raise UserError(
                     f"the gallery is now one of {found.binding.words}; start the server again to use that model."
                 )
-            self._gallery, self._state = found, state
+            self._gallery = found
         return self._gallery
 
     def about(self) -> dict[str, Any]:
@@ -183,7 +181,7 @@ class Desk:
                 keep_model=model.keep,
                 again=f"facefed enrol {self.folder} PEOPLE --model MODEL --replace",
             )
-            self._gallery, self._state = added.gallery, state_of(self.folder)
+            self._gallery = added.gallery
             number, one = next((n, one) for n, one in enumerate(added.gallery.people) if one.name == name)
             self._audit("enrol", outcome=one.key)
             alike = look_alikes(added.gallery, [name], self.asked.threshold.threshold)
@@ -225,7 +223,7 @@ class Desk:
         """Take somebody out for good."""
         with self._turn:
             key = next((one.key for one in self.gallery().people if one.name == leaver.name), "")
-            self._gallery, self._state = remove_people(self.folder, [leaver.name]), state_of(self.folder)
+            self._gallery = remove_people(self.folder, [leaver.name])
             self._audit("remove", outcome=key)
             return {"num_people": len(self._gallery.people)}
 

@@ -15,7 +15,7 @@ from common.settings import Settings
 from common.system.console import PackProgress, table
 from common.tracking.address import with_absolute_tracking
 from simulation.recognition.asking import FindsFaces, Recognised, Recognition, look_alikes
-from simulation.recognition.decision import chosen_threshold
+from simulation.recognition.decision import chosen_threshold, finite
 from simulation.recognition.gallery import Added, Gallery, add_people, is_gallery, open_gallery, remove_people
 from simulation.recognition.model import FaceModel, load_model, model_of_file
 from simulation.recognition.photographs import Photographs, Seen, whose
@@ -58,7 +58,7 @@ def verify(settings: Settings, ask: Ask, pictures: tuple[Path, Path], out: TextI
     ]  # fmt: skip
     if ask.shape == "json":
         about = {"same": found.same, "score": found.score, **_asked(asked), "notes": [note for note in notes if note]}
-        out.write(f"{json.dumps(about)}\n")
+        out.write(f"{json.dumps(finite(about))}\n")
         return 0
     verdict, sign = ("the same person", ">=") if found.same else ("two people", "<")
     out.write(f"{escaped(verdict)}: score {found.score:.3f} {sign} threshold {found.threshold.threshold:.3f}\n")
@@ -186,7 +186,8 @@ def identify(ask: Ask, folder: Path, picture: Path, top: int, out: TextIO) -> in
     found = asked.identify(picture, gallery, top)
     if ask.shape == "json":
         faces = [_face_json(one) for one in found]
-        out.write(f"{json.dumps({'faces': faces, **_asked(asked), 'search': asked.search_rate(gallery)})}\n")
+        about = {"faces": faces, **_asked(asked), "search": asked.search_rate(gallery)}
+        out.write(f"{json.dumps(finite(about))}\n")
         return 0
     for number, one in enumerate(found, start=1):
         x, y, width, height = one.face.box

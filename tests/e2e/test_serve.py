@@ -172,6 +172,27 @@ def test_without_the_token_the_page_asks_for_it(chromium, served):
     page.close()
 
 
+def test_an_answer_that_is_no_json_is_told(chromium, served):
+    """As a proxy in between gives it: the page says what it got, and asks for the token where that is meant."""
+    page = chromium.new_page()
+    page.set_default_timeout(SEEN_WITHIN_MS)
+    failed = []
+    page.on("pageerror", lambda error: failed.append(error.message))
+    page.route("**/api/model", lambda route: route.fulfill(status=401, content_type="text/html", body="<h1>No</h1>"))
+    page.goto(served.address)
+    page.locator("#login").wait_for()
+    assert "The server answered 401" in page.locator("#login-error").inner_text()
+    page.unroute("**/api/model")
+    page.route("**/api/people", lambda route: route.fulfill(status=200, content_type="text/html", body="<h1>Hm</h1>"))
+    page.fill("#token", served.address.partition("token=")[2])
+    page.keyboard.press("Enter")
+    page.locator("#app").wait_for()
+    page.click("#tab-people")
+    page.get_by_text("The server answered 200, without a word that can be read").wait_for()
+    assert failed == []
+    page.close()
+
+
 def test_what_is_refused_and_what_is_left(served):
     """Over the socket: a wrong token, 100 MB, another host's name; then the files, and a second server on the port."""
     token = served.address.partition("token=")[2]

@@ -3,14 +3,18 @@
 import asyncio
 import base64
 import json
+import socket
 import stat
 import tempfile
+import threading
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from recognition_models import DrawnFaces, face, model, photograph, thresholds
 
+from simulation.recognition import service
 from simulation.recognition.asking import Recognition
 from simulation.recognition.door import Door, Limits
 from simulation.recognition.gallery import add_people, open_gallery
@@ -100,6 +104,49 @@ def test_what_another_program_enrols_is_known_at_once(server):
     rows = server.model.embed(face(CLEO)[None])
     add_people(server.folder, server.model.binding, {"Cleo": rows}, keep_model=server.model.keep, again="")
     assert server.ask("identify", picture=b64(CLEO)).json()["faces"][0]["name"] == "Cleo"
+
+
+@pytest.mark.parametrize(
+    ("what", "question"), [("enrol", {"name": "Cleo", "pictures": [CLEO]}), ("remove", {"name": "Ben"})]
+)
+def test_what_another_program_enrols_in_the_same_moment_is_known_too(server, monkeypatch, what, question):
+    """Between a change of this server's and its look at the folder."""
+
+    def then_another(change):
+        def changed(*given, **how):
+            done = change(*given, **how)
+            rows = {"Zoe": server.model.embed(face(STRANGER)[None])}
+            add_people(server.folder, server.model.binding, rows, keep_model=server.model.keep, again="")
+            return done
+
+        return changed
+
+    for name in ("add_people", "remove_people"):
+        monkeypatch.setattr(service, name, then_another(getattr(service, name)))
+    if "pictures" in question:
+        question = {**question, "pictures": [b64(person) for person in question["pictures"]]}
+    assert server.ask(what, **question).status_code == 200
+    names = [one["name"] for one in server.send("GET", "/api/people").json()["people"]]
+    assert names == {"enrol": ["Ann", "Ben", "Cleo", "Zoe"], "remove": ["Ann", "Zoe"]}[what]
+
+
+def test_a_body_in_chunks_without_an_end_is_refused_over_the_socket_at_once(server):
+    """With uvicorn as `facefed serve` has it: the client sends too much, stops, and waits for what it is told."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off", ws="none"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    head = f"POST /api/verify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n"
+    chunk = b"%x\r\n%s\r\n" % (LIMITS.body_bytes + 1, b"x" * (LIMITS.body_bytes + 1))
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=8.0) as client:
+            client.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode() + chunk)
+            answer = client.recv(65_536)
+    finally:
+        running.should_exit = running.force_exit = True
+        thread.join(10.0)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"send fewer or smaller pictures" in answer
 
 
 def test_a_gallery_that_became_another_models_is_not_answered_from(server):

@@ -70,6 +70,14 @@ def test_two_pictures_are_verified(tmp_path, file):
     assert (about["same"], about["far"], about["num_impostor_pairs"]) == (False, 0.1, 20_000)
 
 
+def test_json_has_null_for_a_number_that_is_none(tmp_path):
+    model(known=dataclasses.replace(thresholds(), eer=float("nan"))).keep(tmp_path / "m.safetensors")
+    picture = put(tmp_path / "a.png", ANN)
+    ask = Ask(model=str(tmp_path / "m.safetensors"), anyway=True, shape="json")
+    text = said(verify, Settings(), ask, (picture, picture))
+    assert json.loads(text, parse_constant=pytest.fail)["eer"] is None
+
+
 def test_of_several_faces_the_largest_counts_and_that_is_told(tmp_path, file):
     first, both = put(tmp_path / "a.png", ANN), put(tmp_path / "b.png", ANN, BEN)
     assert "b.png: 2 faces, of which the largest counts" in said(

@@ -152,6 +152,20 @@ def test_two_photographs_of_one_name_stay_two(photos, tmp_path):
     assert names == ["ONE.bmp.jpg", "one.png.jpg"]
 
 
+def test_no_photograph_takes_the_name_of_another_ones_further_face(photos, tmp_path):
+    two = (photos / "anna" / "two.png").read_bytes()
+    for name in ("two.png.2.png", "two.png.png", "two.png.2"):  # the last is no picture
+        (photos / "anna" / name).write_bytes(two)
+    settings = AlignSettings(image_size=64, min_size_px=20, every_face=True)
+    summary = align_photos(photos, tmp_path / "faces", settings, workers=1)
+    names = sorted(path.name for path in (tmp_path / "faces" / "anna").glob("*.jpg"))
+    assert summary.num_faces == 5 + 4
+    assert names == [
+        "one.jpg", "two.jpg", "two.png.2.jpg", "two.png.2.png.2.jpg", "two.png.2.png.jpg", "two.png.png.2.jpg",
+        "two.png.png.jpg",
+    ]  # fmt: skip
+
+
 def test_other_options_and_other_folders_are_refused(photos, tmp_path):
     out = tmp_path / "faces"
     align_photos(photos, out, SETTINGS, workers=1)

@@ -109,9 +109,10 @@ def test_keys_are_laid_into_memory_for_one_account_and_stand_in_no_manifest(caps
     head, found = rendered(capsys)
     assert not [one for one in found if one["kind"] == "Secret"]
     assert "create secret generic facefed-certs-north --from-file=certs/north" in head
-    (init,) = [line.split()[2:] for line in head.splitlines() if "facefed certs" in line]
+    (init,) = [line.split()[2:] for line in head.splitlines() if "facefed certs init" in line]
     asked = facefed_parser().parse_args(init)
     assert (asked.server_names, asked.client) == (["proxy", "superlink"], list(SITES))
+    assert "create secret generic facefed-accepted-keys --from-file=certs/clients --dry-run=client -o yaml" in head
     pod = pods(found)["facefed-server"]
     (volume,) = [one for one in pod["volumes"] if one["name"] == "certs"]
     assert volume["emptyDir"]["medium"] == "Memory"
@@ -124,6 +125,22 @@ def test_keys_are_laid_into_memory_for_one_account_and_stand_in_no_manifest(caps
     subprocess.run([*first["command"][:-1], line], check=True)
     assert (certs / "server" / "clients" / "north.pub").read_text() == "north.pub"
     assert (certs / "server" / "server.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_head_says_how_changed_keys_reach_the_pods_that_read_them(capsys):
+    """A pod copies its keys when it starts: one that goes on would let a site in whose key was revoked."""
+    head, found = rendered(capsys)
+    (again,) = [line for line in head.splitlines() if "delete pods" in line]
+    *_, chosen = again.split()
+    reads = {one for one, pod in pods(found).items() if "facefed-accepted-keys" in json.dumps(pod["volumes"])}
+    assert reads == pods(found).keys() - {"facefed-mlflow"}
+    assert chosen == "app.kubernetes.io/name=facefed,app.kubernetes.io/component!=mlflow"
+    labels = {
+        one["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+        for one in found
+        if one["metadata"]["name"] in reads and "template" in one["spec"]
+    }
+    assert "mlflow" not in labels
 
 
 def test_the_server_is_a_job_that_goes_on_and_its_name_leads_to_it_before_it_is_ready(capsys):

@@ -35,8 +35,10 @@ class Client:
         self.behind, self.now = Behind(), 0.0
         self.door = Door(app=self.behind, hosts=frozenset(hosts), token=TOKEN, limits=limits, clock=lambda: self.now)
 
-    async def send(self, path="/api/verify", *, method="POST", parts=(b"{}",), client="10.0.0.1", ends=True, **headers):
-        """Status, reason and headers.  headers: host_, authorization, origin, content_length; None: not there."""
+    async def send(
+        self, path="/api/verify", *, method="POST", parts=(b"{}",), client="10.0.0.1", ends=True, told=None, **headers
+    ):
+        """Status, reason, headers.  headers: host_, authorization, origin, content_length, expect; None: not there."""
         given = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}"} | {
             name.rstrip("_").replace("_", "-"): value for name, value in headers.items()
         }
@@ -47,7 +49,7 @@ class Client:
             "client": (client, 1),
             "headers": [(name.encode(), value.encode()) for name, value in given.items() if value is not None],
         }
-        waiting, answers = list(parts), []
+        waiting, answers = list(parts), [] if told is None else told
 
         async def receive():
             if not waiting:
@@ -120,6 +122,30 @@ def test_a_body_that_is_too_large_is_read_no_further(parts):
     status, reason, _ = client.ask(parts=parts)
     assert (status, client.behind.bodies) == (413, [])
     assert "send fewer or smaller pictures" in reason
+
+
+@pytest.mark.parametrize("given", [{}, {"content_length": "5000"}])
+def test_a_client_that_stops_in_the_middle_of_too_much_gets_its_answer_at_once(given):
+    async def asked():
+        client, answers = Client(), []
+        parts = (b"x" * 1001,)
+        waiting = asyncio.create_task(client.send(parts=parts, ends=False, told=answers, **given))
+        while len(answers) < 2:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        return answers
+
+    start, body = asyncio.run(asyncio.wait_for(asked(), 5.0))
+    head = {name.decode(): value.decode() for name, value in start["headers"]}
+    assert (start["status"], head["connection"]) == (413, "close")
+    assert int(head["content-length"]) == len(body["body"])  # whole, though the rest is still looked for
+
+
+def test_who_waits_to_be_told_to_send_is_not_told_to():
+    client, answers = Client(), []
+    client.ask(content_length="5000", expect="100-continue", parts=(), ends=False, told=answers)
+    assert [one.get("status") for one in answers] == [413, None]
+    assert not answers[1]["more_body"]
 
 
 @pytest.mark.parametrize("length", ["1001", "100000000", "-1", "1e3", "many"])

@@ -31,13 +31,15 @@ async function ask(path, question) {
   } catch {
     throw new Error("The server does not answer; is facefed serve still running?");
   }
-  const answer = await response.json().catch(() => ({}));
+  const answer = await response.json().catch(() => null); // a proxy's error page, or an answer that was broken off
+  if (response.ok && answer !== null) return answer;
+  const said = answer !== null && typeof answer.error === "string" ? capital(answer.error) : "";
+  const told = said || `The server answered ${response.status}, without a word that can be read; try again.`;
   if (response.status === 401) {
     sessionStorage.removeItem("token");
-    showLogin(capital(answer.error));
+    showLogin(told);
   }
-  if (!response.ok) throw new Error(capital(answer.error || `The server answered ${response.status}.`));
-  return answer;
+  throw new Error(told);
 }
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
