@@ -3,8 +3,9 @@
     python -m bench.privacy_cost [--model resnet18] [--size 64] [--people 96] [--pictures 8] [--group-people 16]
 
 Both train in this process on the same noise pictures, one after the other and several times, one thread; no score is
-asked for. The ratio is that of the medians. Where the seconds went is told beside it: training, the noise, the reply that is kept
-for the audit (its seconds on the clock too, as it waits for a disk), and the rest (heads, copies of the model, clipping).
+asked for. The ratio is that of the medians. Where the seconds went is told beside it: training, the noise, the reply
+that is kept for the audit (its seconds on the clock too, as it waits for a disk), and the rest (heads, copies of the
+model, clipping).
 """
 
 import argparse

@@ -586,7 +586,7 @@ def _attack(arguments: argparse.Namespace) -> int:
 
 
 def _audit_privacy(arguments: argparse.Namespace) -> int:
-    settings = read_run_settings(arguments, default_config=DEFAULT_CONFIG)
+    settings, address = read_run(arguments, default_config=DEFAULT_CONFIG)
     set_up_logging(settings.run.log_level)
     from simulation.compare.membership import AuditRequest, audit_privacy
 
@@ -597,6 +597,7 @@ def _audit_privacy(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         cache_dir=Path(arguments.cache_dir),
         state_dir=Path(arguments.state_dir).expanduser() if arguments.state_dir else None,
+        address=address,
     )
     return audit_privacy(settings, request, sys.stdout, shape="json" if arguments.json else "text")
 

@@ -6,8 +6,9 @@ says "trained on" above a threshold that people held out have set (arXiv:1610.05
 people in face recognition arXiv:2304.02782).
 """
 
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,26 @@ class Membership:
     def is_at_chance(self) -> bool:
         """Whether the interval of the AUC does not lie above one half."""
         return self.auc.low <= 0.5
+
+    def to_json(self) -> dict[str, Any]:
+        """As `from_json` reads it, with the verdict beside the figures."""
+        return {**asdict(self), "is_at_chance": self.is_at_chance}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Membership":
+        """The inverse of `to_json`.  Raises ValueError, KeyError or TypeError for anything else."""
+
+        def rate(name: str) -> Estimate:
+            return Estimate(*(float(content[name][part]) for part in ("value", "low", "high")))
+
+        return cls(
+            auc=rate("auc"),
+            tpr=rate("tpr"),
+            fpr=rate("fpr"),
+            num_members=int(content["num_members"]),
+            num_calibrating=int(content["num_calibrating"]),
+            num_held_out=int(content["num_held_out"]),
+        )
 
 
 def _auc(members: Numbers, others: Numbers) -> float:

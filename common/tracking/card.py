@@ -5,14 +5,16 @@ name and no path.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from common.metrics.membership import Estimate, Membership
 from common.metrics.thresholds import Thresholds
 from common.settings import Settings
 
 MOST_CHARACTERS: Final = 5000  # of a version's description, in MLflow's tables
+MOST_SITES: Final = 3  # whose audit a card shows; of more their number and the span of their AUC
 NOT_STATED: Final = "not stated"
 # The figures that a card shows, by their names among a model's.
 _SHOWN: Final = {
@@ -40,6 +42,11 @@ _LIMITS: Final = (
     " blurred, turned and covered faces are mistaken more often. Sites'"
     " people are never compared with each other in training or in these figures. An embedding is personal data: from"
     " it a face can partly be drawn again."
+)
+_PRIVACY: Final = "## Privacy\n\n"
+_AUDITED: Final = (
+    "Membership inference, tried at sites with their own people (`facefed privacy audit`; an AUC of 0.5 is chance, in"
+    " brackets 95 % intervals):"
 )
 
 
@@ -69,7 +76,7 @@ def model_card(card: Card) -> str:
             card.opening,
             f"## Data\n\n{data} Licence, as stated by who trained it: {card.settings.tracking.data_licence}.",
             f"## Training\n\n{_training(card)} {card.chosen}",
-            f"## Privacy\n\n{_privacy(card)}",
+            f"{_PRIVACY}{_privacy(card)}",
             f"## Figures on test people\n\n{_figures(card)}",
             f"## Thresholds\n\n{_thresholds(card.thresholds)}",
             f"## Groups\n\n{_GROUPS}",
@@ -77,6 +84,41 @@ def model_card(card: Card) -> str:
             f"## Limits\n\n{_LIMITS}",
         ]
     )
+    return _fitting(text)
+
+
+def with_membership(card: str, audited: Mapping[str, Mapping[str, Membership]]) -> str:
+    """The card with what audits found at the end of its privacy, in the place of what stood there of earlier ones.
+
+    audited: site -> what the attacker has -> what they reached, the run's model first; sites beyond MOST_SITES are
+    counted.  A card without that section, as somebody may have rewritten it, gets one at its end.
+    """
+    before, section, after = card.partition(_PRIVACY)
+    own, heading, rest = after.partition("\n\n## ")
+    own = own.partition(f"\n\n{_AUDITED}")[0] if section else ""
+    told = "\n".join([_AUDITED, "", *_audit_rows(audited)])
+    text = f"{before.rstrip()}\n\n{_PRIVACY}" if not section else f"{before}{_PRIVACY}{own}\n\n"
+    return _fitting(f"{text}{told}{heading}{rest}".lstrip())
+
+
+def _audit_rows(audited: Mapping[str, Mapping[str, Membership]]) -> Iterator[str]:
+    yield "| site | the attacker has | AUC | true positives at 1 % false ones | |"
+    yield "|---|---|---|---|---|"
+    by_auc = sorted(audited, key=lambda site: -next(iter(audited[site].values())).auc.value)
+    for site in by_auc[:MOST_SITES]:
+        for attacker, found in audited[site].items():
+            verdict = "at chance" if found.is_at_chance else "above chance"
+            yield f"| {site} | {attacker} | {_estimate(found.auc)} | {_estimate(found.tpr)} | {verdict} |"
+    if others := [next(iter(audited[site].values())).auc.value for site in by_auc[MOST_SITES:]]:
+        yield ""
+        yield f"Of {len(others)} more sites, all lower: AUC {min(others):.3f} to {max(others):.3f}."
+
+
+def _estimate(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _fitting(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 2].rstrip() + " …"
 
 
@@ -102,7 +144,7 @@ def _privacy(card: Card) -> str:
     if not privacy.is_on:
         return (
             "No differential privacy: whoever has the model may find out whether a person was in its training data"
-            " better than by guessing (`facefed privacy attack` measures how much)."
+            " better than by guessing (`facefed privacy audit` measures how much)."
         )
     return (
         f"Differential privacy of each {privacy.unit}: epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}"

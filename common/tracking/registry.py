@@ -205,7 +205,7 @@ def read_registered(address: str, uri: str) -> Registered:
         raise TrackingError(f"{uri}: write models:/NAME/VERSION or models:/NAME@{CHAMPION}.")
     _require_registry(address, uri)
     try:
-        client = _client(address)
+        client = client_of(address)
         found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, alias)
         return _read(address, found)
     except (CheckpointError, TrackingError):
@@ -222,7 +222,7 @@ def version_of_run(address: str, run_id: str) -> str:
     """
     _require_registry(address, run_id)
     try:
-        found = _client(address).search_model_versions(f"run_id = '{run_id}'")
+        found = client_of(address).search_model_versions(f"run_id = '{run_id}'")
     except Exception as error:
         raise TrackingError(f"{run_id}: {shown_uri(address)} cannot be asked ({short_reason(error)}).") from None
     best = {int(version.version): version.name for version in found if version.tags.get("role") == "best"}
@@ -296,7 +296,7 @@ def thresholds_of(uri: str, tracking_uri: str | None = None) -> "Thresholds | No
 
     go_silent()  # before MLflow is imported
     registered = read_registered(_address(tracking_uri), uri)
-    content = _file_of_model(registered, THRESHOLDS)
+    content = file_of_model(registered, THRESHOLDS)
     if content is None:
         return None
     try:
@@ -306,8 +306,8 @@ def thresholds_of(uri: str, tracking_uri: str | None = None) -> "Thresholds | No
         raise TrackingError(f"{registered.uri}: its {THRESHOLDS} is damaged ({reason}); register it again.") from None
 
 
-def _file_of_model(registered: Registered, name: str) -> str | None:
-    """A text file that was kept beside a model; None where there is none."""
+def file_of_model(registered: Registered, name: str) -> str | None:
+    """A text file that was kept beside a model; None where there is none.  Raises TrackingError."""
     quieten()
     import mlflow.artifacts
 
@@ -337,7 +337,7 @@ def _has_no_database(address: str) -> bool:
 
 
 def _champion_or_best(address: str, name: str) -> Any:  # noqa: ANN401 - MLflow's own type
-    client = _client(address)
+    client = client_of(address)
     versions = client.search_model_versions(f"name = '{name}'")
     best = [version for version in versions if version.tags.get("role") == "best"]
     if not best:
@@ -349,7 +349,7 @@ def _champion_or_best(address: str, name: str) -> Any:  # noqa: ANN401 - MLflow'
 
 def _read(address: str, version: Any) -> Registered:  # noqa: ANN401 - MLflow's own type
     uri = f"{PREFIX}{version.name}/{version.version}"
-    client = _client(address)
+    client = client_of(address)
     with tempfile.TemporaryDirectory() as folder:
         try:
             config = Path(client.download_artifacts(version.run_id, "config.toml", folder))
@@ -367,7 +367,8 @@ def _read(address: str, version: Any) -> Registered:  # noqa: ANN401 - MLflow's 
     return Registered(uri=uri, address=address, step=step, settings=settings, metrics=metrics)
 
 
-def _client(address: str) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
+def client_of(address: str) -> Any:  # noqa: ANN401 - MLflow is imported late and untyped here
+    """MLflow's client of a resolved address, with its reports kept off the terminal.  Raises TrackingError."""
     quieten()
     return open_client(address)
 

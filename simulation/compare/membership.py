@@ -4,19 +4,22 @@ Beside it stands the model before any training, which knows nobody: what it reac
 last reply is kept here, whoever received it is played too: they know the model that they sent and the change that
 came back, so they see how training moved each person, whatever that person looks like (arXiv:2111.08440 calibrates by
 difficulty likewise).
+
+What was found stays with the model: `common/tracking/audited.py`.
 """
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.own_machine import site_of
+from clients.own_machine import ClientOption, site_of
 from clients.private_state import REPLY_FILE, load_reply
 from common.errors import EXIT_DONE, CheckpointError, UserError
 from common.faces.pack import FacePack
@@ -27,12 +30,16 @@ from common.protocol.codec import Coded, decode
 from common.protocol.parameters import Part, load_shared, manifest_of
 from common.settings import Settings
 from common.system.runtime import num_cores, resolve_device
+from common.tracking.address import resolve_uri
+from common.tracking.audited import MEMBERSHIP, keep_in_cards, keep_in_run, registered_of_run
 from common.training.autotune import threads_for
 from common.training.evaluation import embed
 from common.training.loop import Compute
 from simulation.compare.model_loading import ModelFiles
 from simulation.compare.model_lookup import FoundModel, find_model, untrained
 from simulation.sites import data_options, pack_at_the_door
+
+log = logging.getLogger("facefed.evaluate")
 
 MODEL, UNTRAINED = "the run's model", "the model before training"
 REPLY = "its own reply of round {round}, to whoever received it"
@@ -48,12 +55,14 @@ class AuditRequest:
     data_dirs: Sequence[str]
     device: str
     cache_dir: Path
+    address: str = field(default="", repr=False)  # of the tracking, with its password; "": the settings' own is whole
     state_dir: Path | None = None  # what the one client got as --state-dir; None: the usual folders
 
 
 def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, shape: str) -> int:
-    """Print what the attack reaches at each site; shape: text or json.  Raises UserError."""
-    found = find_model(settings, request.run, f"--run {request.run}")
+    """Print, and keep with the model, what the attack reaches at each site; shape: text or json.  Raises UserError."""
+    address = resolve_uri(request.address or settings.tracking.uri, Path.cwd()) if settings.tracking.enabled else ""
+    found = find_model(settings, request.run, f"--run {request.run}", address)
     clients = request.clients or ([] if request.data_dirs else found.clients)
     told = out if shape == "text" else _Nowhere()
     results: dict[str, dict[str, Membership]] = {}
@@ -64,32 +73,54 @@ def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, sha
         )
     unkept = []
     for option in options:
-        site = site_of(option, device=request.device, cache_dir=request.cache_dir, state_dir=request.cache_dir)
-        pack = pack_at_the_door(site, found.settings, told)  # type: ignore[arg-type]
-        compute = _compute(found.settings, request.device)
-        models = {MODEL: found, UNTRAINED: untrained([found])}
-        results[option.name] = {
-            name: attacked(ModelFiles(model).at(option.name, pack, {}).recogniser, pack, compute)
-            for name, model in models.items()
-        }
-        kept = kept_reply(found, option.name, request.state_dir)
-        if kept is None:
+        results[option.name] = _at_one_site(found, request, option, told)  # type: ignore[arg-type]
+        if len(results[option.name]) == len((MODEL, UNTRAINED)):
             unkept.append(option.name)
-            continue
-        server_round, received, change = kept
-        recogniser = ModelFiles(found).at(option.name, pack, {}).recogniser
-        attack = attacked_reply(recogniser, found.settings, received, change, pack, compute)
-        results[option.name][REPLY.format(round=server_round)] = attack
+    kept = _keep(found, address, results)
     privacy = found.settings.privacy
     if shape == "json":
         content = {"run": found.source, "round": found.step, "privacy": dataclasses.asdict(privacy)}
-        out.write(json.dumps(content | {"clients": _as_json(results), "no_reply_kept": unkept}, indent=2) + "\n")
+        content |= {"clients": _as_json(results), "no_reply_kept": unkept, "kept": kept}
+        out.write(json.dumps(content, indent=2) + "\n")
         return EXIT_DONE
     guarantee = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} of a {privacy.unit}"
     out.write(f"{found.source}, step {found.step}: {guarantee if privacy.is_on else 'no differential privacy'}\n")
     out.writelines(f"{line}\n" for line in _lines(results))
     out.writelines(f"{name}: no reply of its own is kept here, so none was tried (--state-dir)\n" for name in unkept)
+    out.write(f"kept in {', '.join(kept)}\n" if kept else "kept nowhere: no run's folder and no registered model\n")
     return EXIT_DONE
+
+
+def _at_one_site(found: FoundModel, request: AuditRequest, option: ClientOption, told: TextIO) -> dict[str, Membership]:
+    """What the attack reaches with the run's model, the untrained one, and the site's last reply where it is kept."""
+    site = site_of(option, device=request.device, cache_dir=request.cache_dir, state_dir=request.cache_dir)
+    pack = pack_at_the_door(site, found.settings, told)
+    compute = _compute(found.settings, request.device)
+
+    def recogniser_of(model: FoundModel) -> Recogniser:
+        return ModelFiles(model).at(option.name, pack, {option.name: pack.num_classes}).recogniser
+
+    models = {MODEL: found, UNTRAINED: untrained([found])}
+    results = {name: attacked(recogniser_of(model), pack, compute) for name, model in models.items()}
+    kept = kept_reply(found, option.name, request.state_dir)
+    if kept is not None:
+        server_round, received, change = kept
+        attack = attacked_reply(recogniser_of(found), found.settings, received, change, pack, compute)
+        results[REPLY.format(round=server_round)] = attack
+    return results
+
+
+def _keep(found: FoundModel, address: str, results: Mapping[str, Mapping[str, Membership]]) -> list[str]:
+    """Write what was found into the run's folder and the cards of its registered model; returns where it stands now."""
+    kept = []
+    uris = [] if found.registered is None else [found.registered.uri]
+    if found.folder is not None:
+        try:
+            kept.append(str(keep_in_run(found.folder, found.step, results)))
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", found.folder / MEMBERSHIP, error.strerror)
+        uris = registered_of_run(address, found.folder, found.step) if address else []
+    return kept + [f"the card of {uri}" for uri in keep_in_cards(address, uris, results)]
 
 
 class _Nowhere:
@@ -215,9 +246,4 @@ def _lines(results: Mapping[str, Mapping[str, Membership]]) -> Iterator[str]:
 
 
 def _as_json(results: Mapping[str, Mapping[str, Membership]]) -> dict[str, Any]:
-    return {
-        client: {
-            name: {**dataclasses.asdict(found), "is_at_chance": found.is_at_chance} for name, found in models.items()
-        }
-        for client, models in results.items()
-    }
+    return {client: {name: found.to_json() for name, found in models.items()} for client, models in results.items()}

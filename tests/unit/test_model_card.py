@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from common.metrics.membership import Estimate, Membership
 from common.metrics.sums import NUM_BINS
 from common.metrics.thresholds import thresholds_from
 from common.settings import ModelSettings, PrivacySettings, Settings, TrackingSettings
-from common.tracking.card import MOST_CHARACTERS, Card, model_card
+from common.tracking.card import MOST_CHARACTERS, MOST_SITES, Card, model_card, with_membership
 from common.tracking.notes import version_note
 
 FIGURES = dict.fromkeys(("roc_auc", "eer", "tar_at_far_1e-2", "tar_at_far_1e-3"), (0.91234, 0.8, 0.95))
@@ -72,3 +73,36 @@ def test_it_fits_into_a_description(licence):
     card = card_of(settings=Settings(tracking=TrackingSettings(data_licence=licence)))
     assert len(card) <= MOST_CHARACTERS
     assert card.endswith("…") == (len(licence) > 1000)
+
+
+def seen(auc):
+    estimate = Estimate(auc, auc - 0.1, auc + 0.1)
+    rate = Estimate(0.02, 0.01, 0.03)
+    return Membership(auc=estimate, tpr=rate, fpr=rate, num_members=9, num_calibrating=8, num_held_out=7)
+
+
+def test_audits_stand_at_the_end_of_privacy_in_the_place_of_earlier_ones():
+    card = card_of()
+    first = with_membership(card, {"alpha": {"the run's model": seen(0.5), "its own reply": seen(0.75)}})
+    before, _, after = card.partition("\n\n## Figures")
+    assert first.startswith(f"{before}\n\nMembership inference, ")
+    assert first.endswith(f"\n\n## Figures{after}")
+    assert "| alpha | the run's model | 0.500 (0.400 to 0.600) | 0.020 (0.010 to 0.030) | at chance |" in first
+    assert "| alpha | its own reply | 0.750 (0.650 to 0.850) | 0.020 (0.010 to 0.030) | above chance |" in first
+    second = with_membership(first, {"alpha": {"the run's model": seen(0.625)}})
+    assert "0.625" in second
+    assert "0.500" not in second
+    assert len(second) < len(first)
+
+
+def test_of_many_sites_the_most_exposed_are_shown_and_the_others_counted():
+    sites = {f"s{n}": {"the run's model": seen(0.5 + n / 100)} for n in range(MOST_SITES + 4)}
+    card = with_membership(card_of(), sites)
+    assert [f"| s{n} |" in card for n in range(MOST_SITES + 4)] == [False] * 4 + [True] * MOST_SITES
+    assert "Of 4 more sites, all lower: AUC 0.500 to 0.530." in card
+    assert len(card) < MOST_CHARACTERS
+
+
+def test_a_description_that_somebody_wrote_anew_gets_a_section():
+    card = with_membership("My best model.", {"alpha": {"the run's model": seen(0.5)}})
+    assert card.startswith("My best model.\n\n## Privacy\n\nMembership inference, ")
