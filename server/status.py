@@ -6,17 +6,20 @@ with differential privacy there is none.  Everything is a GET without a paramete
 nothing from elsewhere.
 """
 
+import contextlib
 import html
 import ipaddress
 import json
 import logging
+import queue
+import socket
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -32,7 +35,13 @@ OPTION: Final = "--status-port"
 LOOK_EVERY_S: Final = 0.5
 REFRESH_S: Final = 5
 MOST_SHOWN: Final = 100  # of rounds, refusals and warnings each; how many there are is said
-ANSWER_WITHIN_S: Final = 10.0
+ANSWER_WITHIN_S: Final = 10.0  # from the moment that a thread takes a connection
+MOST_AT_ONCE: Final = 4  # connections that are answered at a time
+MOST_WAITING: Final = 16  # beside them; whoever comes then is turned away
+TOO_MANY: Final = (
+    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nRetry-After: 5\r\n"
+    b"Connection: close\r\n\r\ntoo many look at this page now; try again in some seconds\n"
+)
 VAL, TEST = of_split("val", AUC), of_split("test", AUC)
 _HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
@@ -439,22 +448,76 @@ class StatusServer:
             return self._status.as_json(when)
 
 
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
+class _Listener(HTTPServer):
+    """Answers from a fixed number of threads; a fixed number of others wait for one, and who comes then gets 503.
+
+    `http.server`'s own starts a thread for each connection, as many as somebody opens.
+    """
+
+    request_queue_size = MOST_WAITING  # so many connections at once are seen, and then answered or turned away
 
     def __init__(self, status: StatusServer, host: str, port: int) -> None:
         if ":" in host:
-            import socket
-
             self.address_family = socket.AF_INET6
         self.status = status
+        self._waiting: queue.Queue[tuple[socket.socket, Any] | None] = queue.Queue(MOST_WAITING)
         super().__init__((host, port), _Handler)
+        self._threads = [threading.Thread(target=self._work, name="status", daemon=True) for _ in range(MOST_AT_ONCE)]
+        for thread in self._threads:
+            thread.start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as http.server has it
+        """Let a thread have it that is free, now or soon."""
+        try:
+            self._waiting.put_nowait((request, client_address))
+        except queue.Full:
+            self._turn_away(request)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        """Without waiting for what it asks for, or for its reading the answer."""
+        with contextlib.suppress(OSError):
+            request.setblocking(False)  # noqa: FBT003 - as socket has it
+            request.sendall(TOO_MANY)
+            request.recv(65536)  # what is unread when a connection is closed makes the other side drop the answer
+        self.shutdown_request(request)
+
+    def _work(self) -> None:
+        while (taken := self._waiting.get()) is not None:
+            request, client_address = taken
+            limit = threading.Timer(ANSWER_WITHIN_S, _hang_up, [request])
+            limit.start()
+            try:
+                self.finish_request(request, client_address)
+            except Exception:
+                self.handle_error(request, client_address)
+            finally:
+                limit.cancel()
+                self.shutdown_request(request)
+
+    def server_close(self) -> None:
+        """No more is answered; who waits is turned away."""
+        super().server_close()
+        while True:
+            try:
+                taken = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if taken is not None:
+                self._turn_away(taken[0])
+        for _ in self._threads:
+            self._waiting.put(None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002, ANN401 - as http.server has it
         """Whoever looks may go in the middle: that is nothing to tell, and anything else is a line, no traceback."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             log.warning("the status page could not answer: %s: %s", type(error).__name__, one_line(str(error)))
+
+
+def _hang_up(request: socket.socket) -> None:
+    """End a connection under the thread that reads or writes it, however little and long the other side sends."""
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,9 +1,11 @@
 """The status page: what a run's events come to, what it says as HTML and JSON, and that it can only be read."""
 
+import contextlib
 import http.client
 import json
 import socket
 import struct
+import threading
 import time
 import urllib.request
 
@@ -12,8 +14,9 @@ import pytest
 from common.errors import UserError
 from common.metrics.names import BYTES_DOWN, BYTES_UP
 from common.system.events import EventLog
+from server import status
 from server.cli import parser
-from server.status import MOST_SHOWN, FederationStatus, StatusServer, page, status_address
+from server.status import MOST_AT_ONCE, MOST_SHOWN, MOST_WAITING, FederationStatus, StatusServer, page, status_address
 
 NOW = 1000.0
 JOINED = {"people": 6, "pictures": 24, "device": "cpu", "wanted": 2}
@@ -174,6 +177,54 @@ def test_whoever_goes_in_the_middle_leaves_no_traceback(server, capfd):
     assert ask(one, "GET", "/")[0] == 200
     time.sleep(0.2)
     assert capfd.readouterr().err == ""
+
+
+def reading(connection):
+    """All that comes until the other side ends it."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_a_fixed_number_is_answered_at_a_time_and_whoever_comes_beyond_is_told_so(server):
+    one, _ = server
+
+    def connect():
+        connection = socket.create_connection(("127.0.0.1", one.port))
+        connection.settimeout(60)
+        return connection
+
+    before = threading.active_count()
+    silent = [connect() for _ in range(MOST_AT_ONCE)]
+    deadline = time.monotonic() + 60
+    while one._server._waiting.qsize() or threading.active_count() < before + MOST_AT_ONCE:  # a timer for each
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    waiting = [connect() for _ in range(MOST_WAITING)]
+    beyond = connect()
+    assert reading(beyond).startswith(b"HTTP/1.0 503 ")
+    assert threading.active_count() == before + MOST_AT_ONCE
+
+    for connection in waiting:
+        connection.sendall(b"GET /status.json HTTP/1.0\r\nHost: localhost:1\r\n\r\n")
+    for connection in silent:
+        connection.close()
+    assert {reading(connection)[:12] for connection in waiting} == {b"HTTP/1.0 200"}
+
+
+def test_a_connection_that_says_a_little_for_ever_is_ended(server, monkeypatch, caplog):
+    one, _ = server
+    monkeypatch.setattr(status, "ANSWER_WITHIN_S", 0.3)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", one.port)) as slow, contextlib.suppress(ConnectionError):
+        slow.settimeout(0.05)
+        while True:
+            slow.sendall(b"G")
+            with contextlib.suppress(TimeoutError):
+                if not slow.recv(1):
+                    break
+            assert time.monotonic() < began + 60
+    assert "Traceback" not in caplog.text
+    assert ask(one, "GET", "/")[0] == 200
 
 
 def test_what_cannot_be_shown_is_a_line(server, capfd, caplog):
