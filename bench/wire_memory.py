@@ -152,13 +152,13 @@ def ours(place: Path, rounds: int, settings: tuple[str, ...]) -> dict[str, float
 
 def echo(place: Path, rounds: int, num_bytes: int) -> dict[str, float]:
     """The same of a bare echo on stock Flower."""
-    from bench.peers.flower_deployment import federate
+    from bench.peers.flower_deployment import run
 
     with tempfile.TemporaryDirectory(dir=place) as name:
         times = Path(name) / "times.jsonl"
         os.environ.update(environment(BENCH_TIMES=str(times), BENCH_BYTES=str(num_bytes), BENCH_ROUNDS=str(rounds)))
         with Watch() as watch:
-            federate(Path(name), ECHO)
+            run(Path(name), ECHO)
         notes = [json.loads(line) for line in times.read_text().splitlines()]
     told = [note for note in notes if "round" in note]
     return watch.figures() | {part: statistics.median(note[part] for note in told) for part in ("send", "receive")}

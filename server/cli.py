@@ -64,8 +64,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--evaluate",
         metavar="MODEL",
+        action="append",
+        default=[],
         help="have everybody score a model, and train nothing: a registered model, FILE.safetensors, a run's folder or"
-        " id (whose settings it has, without --config)",
+        " id (whose settings it has, without --config); more than once: one after the other, and a table of models and"
+        " sites",
     )
     group.add_argument("--resume", default="", metavar="RUN", help="go on with a run that was killed: its id or folder")
     group.add_argument("--database", metavar="FILE", help="keep Flower's state in this file instead of in memory")
@@ -160,27 +163,27 @@ def _set_evaluation(arguments: argparse.Namespace) -> None:
         raise UserError("--evaluate begins a run and --resume goes on with one; give one of them.")
     if vars(arguments)["federation.rounds"] is not None:
         raise UserError("--evaluate trains nothing, so there are no rounds; leave --rounds out.")
-    if not arguments.evaluate.strip() or arguments.evaluate in ("none", "imagenet"):
+    [model] = arguments.evaluate
+    if not model.strip() or model in ("none", "imagenet"):
         raise UserError(
-            f"--evaluate {arguments.evaluate!r} is no model; give models:/NAME@champion, FILE.safetensors, a run's"
-            " folder or its id."
+            f"--evaluate {model!r} is no model; give models:/NAME@champion, FILE.safetensors, a run's folder or its id."
         )
     if not arguments.config:
         from common.runs import CONFIG_FILE
 
         out = vars(arguments)["run.out"] or RunSettings().out
-        places = (Path(arguments.evaluate).expanduser(), Path(out).expanduser() / arguments.evaluate)
+        places = (Path(model).expanduser(), Path(out).expanduser() / model)
         folder = next((place for place in places if (place / RUN_FILE).is_file()), None)
         if folder is not None:
             arguments.config = str(folder / CONFIG_FILE)
-    vars(arguments)["model.pretrained"] = arguments.evaluate
+    vars(arguments)["model.pretrained"] = model
     vars(arguments)["federation.rounds"] = "1"
     arguments.set = [*arguments.set, "federation.evaluate_only=true"]
 
 
 def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, Path | None]:
     """The run's settings and tracking address, or with --resume those of the run that goes on, and its folder."""
-    if arguments.evaluate is not None:
+    if arguments.evaluate:
         _set_evaluation(arguments)
     if not arguments.resume:
         return *read_run(arguments, default_config=DEFAULT_CONFIG), None
@@ -201,6 +204,40 @@ def _settings_and_folder(arguments: argparse.Namespace) -> tuple[Settings, str, 
 
 def _serve(arguments: argparse.Namespace) -> int:
     warn_of_flower("flower-server", any_flower=arguments.any_flower, stderr=sys.stderr)
+    return _serve_each(arguments) if len(arguments.evaluate) > 1 else _serve_run(arguments)[0]
+
+
+def _serve_each(arguments: argparse.Namespace) -> int:
+    """A run for each model that is to be scored, and then all of them in one table."""
+    from server.cross_sites import Row, lines, row_of, write
+
+    models: list[str] = arguments.evaluate
+    if twice := next((model for model in models if models.count(model) > 1), ""):
+        raise UserError(f"--evaluate {twice} is given twice; name each model once.")
+    for model in models:
+        _settings_and_folder(_of_one(arguments, model))  # mistakes of any are told before the first is scored
+    rows: list[Row] = []
+    code, folder = EXIT_FAILED, Path()
+    for model in models:
+        code, ended = _serve_run(_of_one(arguments, model))
+        if code:
+            break
+        rows.append(row_of(model, ended))
+        folder = ended
+    if rows:
+        sys.stdout.writelines(f"{line}\n" for line in lines(rows, len(models)))
+        sys.stdout.write(f"the table: {', '.join(map(str, write(rows, folder)))}\n")
+        sys.stdout.flush()
+    return code
+
+
+def _of_one(arguments: argparse.Namespace, model: str) -> argparse.Namespace:
+    """The command line as if that model were the only one."""
+    return argparse.Namespace(**vars(arguments) | {"evaluate": [model]})
+
+
+def _serve_run(arguments: argparse.Namespace) -> tuple[int, Path]:
+    """One run; returns its exit code and its folder."""
     settings, address, resumed = _settings_and_folder(arguments)
     host, port = parse_address(arguments.address, "--address")
     reach_directly(host)  # its own processes speak to it there
@@ -249,7 +286,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if status is not None:
             shown = held.enter_context(StatusServer(run_folder, *status))
             sys.stdout.write(f"{header_row('status', shown.line)}\n")
-        return _run(settings, options, run_folder)
+        return _run(settings, options, run_folder), run_folder
 
 
 def _run(settings: Settings, options: "ServerOptions", run_folder: Path) -> int:

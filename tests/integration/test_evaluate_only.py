@@ -1,5 +1,6 @@
 """`flower-server --evaluate`: everybody scores a model, nothing is trained, and the figures are that model's own."""
 
+import csv
 import json
 
 import pytest
@@ -7,10 +8,13 @@ from secure_federation import secure_mailbox
 from tiny_federation import MANIFEST, InProcessMailbox, enter_run, settings_with, task_for, tiny_pack
 
 import clients.message_handler
+import server.cli
 from clients.policy import DEFAULT, OWN_MACHINE, TaskWords, against_settings, against_task
 from common.errors import ConfigError, UserError
-from common.runs import EVALUATED, write_config_file
+from common.runs import EVALUATED, WEIGHTS_FILE, write_config_file
+from common.system.checkpoints import read_tensors, write_tensors
 from common.weights import begin_run
+from server import cross_sites
 from server.app import Surroundings, federate
 from server.cli import _settings_and_folder, parser
 
@@ -84,6 +88,97 @@ def test_a_runs_model_has_the_figures_that_it_ended_with_and_nobody_trains(train
     assert told["", "test_roc_auc"] == summary["best"]["roc_auc"]
     assert told["alpha", "test_roc_auc"] == summary["clients"]["alpha"]["test_roc_auc"]
     assert not [line for line in recorded if line.get("kind") == "model"]  # nothing is registered
+
+
+@pytest.fixture
+def scored(trained, tmp_path, monkeypatch):
+    """scored(*models) -> (exit code, folders), of `flower-server --evaluate ...` with its runs in this process.
+
+    A model of which the name has `bad` in it ends its run with 1.
+    """
+    folder, _ = trained
+
+    def serve(*models):
+        folders = []
+
+        def serve_run(arguments):
+            [model] = arguments.evaluate
+            if "bad" in model:
+                return 1, tmp_path / "none"
+            settings, run_folder = begin_run(_settings_and_folder(arguments)[0], "")
+            run(run_folder, settings, tmp_path / f"sites-{len(folders)}")
+            folders.append(run_folder)
+            return 0, run_folder
+
+        monkeypatch.setattr(server.cli, "_serve_run", serve_run)
+        given = [part for model in models for part in ("--evaluate", str(model))]
+        config = ("--config", str(folder / "config.toml"), "--out", str(folder.parent), "--no-mlflow")
+        return server.cli._serve_each(parser().parse_args([*given, *config])), folders
+
+    return serve
+
+
+def test_several_models_are_scored_one_after_the_other_and_stand_in_one_table(trained, scored, capsys):
+    """As with each site's own model: a file or a run that its people hand over, and a policy that takes it."""
+    folder, before = trained
+    _, begun = begin_run(evaluation_of(folder.name, folder.parent), "")
+    tensors, notes = read_tensors(begun / WEIGHTS_FILE)
+    other = folder.parent / "own-model.safetensors"
+    write_tensors(other, {name: tensor.roll(1, 0) for name, tensor in tensors.items()}, notes)
+
+    code, folders = scored(folder.name, other)
+
+    assert (code, len(folders)) == (0, 2)
+    summaries = [json.loads((one / "metrics.json").read_text()) for one in folders]
+    told = json.loads((folders[1] / "cross_sites.json").read_text())
+    assert [(line["model"], line["site"]) for line in told] == [
+        (model, site) for model in (folder.name, str(other)) for site in ("alpha", "beta", "all sites")
+    ]
+    for line in told:
+        summary = summaries[line["model"] == str(other)]
+        figures = summary["best"] if line["site"] == "all sites" else summary["clients"][line["site"]]
+        prefix = "" if line["site"] == "all sites" else "test_"
+        assert (line["roc_auc"], line["eer"]) == (figures[f"{prefix}roc_auc"], figures[f"{prefix}eer"])
+        assert line["model_sha256"] == summary["model_sha256"]
+    assert told[0]["roc_auc"] == before["clients"]["alpha"]["test_roc_auc"] != told[3]["roc_auc"]
+    rows = list(csv.DictReader((folders[1] / "cross_sites.csv").read_text().splitlines()))
+    assert [float(row["roc_auc"]) for row in rows] == [line["roc_auc"] for line in told]
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if line.startswith("  model"))
+    assert head.split() == ["model", "alpha", "beta", "all", "sites"]
+    assert f"{told[0]['roc_auc']:.3f} ({told[0]['eer']:.3f})" in out
+    assert "missing" not in out
+
+
+def test_of_models_of_which_one_cannot_be_scored_the_others_are_told_and_how_many(trained, scored, capsys):
+    folder, _ = trained
+    code, folders = scored(folder.name, "bad.safetensors", "another.safetensors")
+    assert (code, len(folders)) == (1, 1)
+    assert "1 of 3 models were scored" in capsys.readouterr().out
+    assert len(json.loads((folders[0] / "cross_sites.json").read_text())) == 3
+
+
+def test_a_site_that_was_left_out_is_a_gap_that_is_counted(tmp_path):
+    def summary(name, **sites):
+        folder = tmp_path / name
+        folder.mkdir()
+        clients = {site: {"test_roc_auc": value, "test_eer": 1 - value} for site, value in sites.items()}
+        of_all = {"clients": clients, "best": {"roc_auc": 0.5, "eer": 0.5}, "model_sha256": "0"}
+        (folder / "metrics.json").write_text(json.dumps(of_all))
+        return cross_sites.row_of(name, folder)
+
+    lines = cross_sites.lines([summary("one", north=0.9, south=0.8), summary("two", south=0.7)], 2)
+    assert lines[1].split() == ["model", "north", "south", "all", "sites"]
+    assert lines[3].split() == ["two", "-", "0.700", "(0.300)", "0.500", "(0.500)"]
+    assert lines[-1].strip().startswith("1 scores are missing")
+
+
+@pytest.mark.parametrize(
+    ("models", "words"), [(("a.safetensors",) * 2, "is given twice"), (("a.safetensors", "none"), "is no model")]
+)
+def test_models_that_cannot_be_compared_are_refused_before_the_first_is_scored(models, words, scored):
+    with pytest.raises(UserError, match=words):
+        scored(*models)
 
 
 def test_with_secure_aggregation_only_the_sum_is_known(tmp_path):
