@@ -78,11 +78,17 @@ def state_of(arguments: argparse.Namespace, settings: Any, name: str, layout: st
 
 
 def federate(
-    settings: Any, states: Mapping[str, Any], run: str, threads: int, begin: tuple[Any, Any] | None = None
+    settings: Any,
+    states: Mapping[str, Any],
+    run: str,
+    threads: int,
+    begin: tuple[Any, Any] | None = None,
+    after: Callable[[int, Any], object] | None = None,
 ) -> Any:
     """The rounds in this process, as server and clients do them; returns the recogniser with the last model.
 
-    begin: the first model and its manifest; None: as the settings say.
+    begin: the first model and its manifest; None: as the settings say.  after: called before the first round, as round
+    0, and after each with the recogniser that has the model of then.
     """
     from clients.local_update import train
     from common import config
@@ -99,6 +105,8 @@ def federate(
     learned = trainable_names(recogniser, trainable)
     part = Part.of(manifest, moving=moving_names(recogniser, "shared", trainable), trainable=learned)
     optimiser = ServerOptimiser.of(settings.federation, manifest, learned)
+    look = after or (lambda *_: None)
+    look(0, recogniser)
     for server_round in range(1, settings.federation.rounds + 1):
         total = WeightedChange(part.part.size)
         for state in states.values():
@@ -116,7 +124,8 @@ def federate(
             if reply.change is not None:
                 total.add(reply.change, reply.num_examples)
         model.step(optimiser, part.spread(total.mean()))
-    load_shared(recogniser, model.received, manifest)
+        load_shared(recogniser, model.received, manifest)
+        look(server_round, recogniser)
     return recogniser
 
 
@@ -140,27 +149,42 @@ def _floats(recogniser: Any) -> dict[str, Any]:
     return {name: tensor for name, tensor in recogniser.backbone.state_dict().items() if tensor.is_floating_point()}
 
 
-def scored(recogniser: Any, states: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    from common.metrics.figures import AUC, known_scores
-    from common.models.recogniser import with_new_heads
-    from common.training.evaluation import evaluate
+def _compute(arguments: argparse.Namespace) -> Any:
     from common.training.loop import Compute
+
+    return Compute(device=arguments.device, precision="float32", memory_format="contiguous", threads=arguments.threads)
+
+
+def at_site(recogniser: Any, state: Any) -> Any:
+    """The model as a site scores it; what heads it has is no matter to people never seen."""
+    from common.models.recogniser import with_new_heads
+
+    return with_new_heads(recogniser, state.settings.model, num_people=state.pack.num_classes, head_seed=0)
+
+
+def test_auc(recogniser: Any, states: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, float]:
+    """By site, over its people whom no training saw."""
+    from common.metrics.figures import AUC, known_scores
+    from common.training.evaluation import evaluate
+
+    return {
+        name: known_scores(evaluate(at_site(recogniser, state), state.pack, "test", _compute(arguments)))[AUC]
+        for name, state in states.items()
+    }
+
+
+def scored(recogniser: Any, states: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     from simulation.compare.membership import attacked
 
-    compute = Compute(
-        device=arguments.device, precision="float32", memory_format="contiguous", threads=arguments.threads
-    )
-    found = {}
+    aucs, found = test_auc(recogniser, states, arguments), {}
     for name, state in states.items():
-        own = with_new_heads(recogniser, state.settings.model, num_people=state.pack.num_classes, head_seed=0)
-        sums = evaluate(own, state.pack, "test", compute)
-        attack = attacked(own, state.pack, compute)
+        attack = attacked(at_site(recogniser, state), state.pack, _compute(arguments))
         found[name] = {
-            "test_auc": known_scores(sums)[AUC],
+            "test_auc": aucs[name],
             "membership_auc": [attack.auc.value, attack.auc.low, attack.auc.high],
             "num_members": attack.num_members,
         }
-    return {"test_auc": float(np.mean([one["test_auc"] for one in found.values()])), "sites": found}
+    return {"test_auc": float(np.mean(list(aucs.values()))), "sites": found}
 
 
 def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
