@@ -134,6 +134,7 @@ def join(site: SiteSettings, settings: Settings) -> Site:
         memory_format=compute.memory_format,
         compiled=compute.compiled and not _watches_gradients(site),
         policy=digest_of(site.policy),
+        cut=pack.cut,
     )
 
 

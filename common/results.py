@@ -1,13 +1,14 @@
 """What every run that trained tells at its end, with a federation or without: its registered models and its curves."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cuts import counted, cut_words
 from common.metrics.figures import known_threshold, roc_auc, roc_curve
 from common.metrics.intervals import FROM_SUMS, intervals_from_sums
 from common.metrics.sums import EvaluationSums
@@ -46,11 +47,13 @@ def register_models(
     val_people: str,
     last: Trained,
     best: Trained,
+    cuts: Collection[str] = (),
     held_back: str = "",
 ) -> list[str]:
     """Register the best after the last model under `name`, or once what is both; returns what was, for the summary.
 
     unit: of their steps, "round" or "epoch".  val_people: a digest of the people who were validated on.
+    cuts: how the pictures of each data set were cut out in truth, of `common.cuts.CUTS`.
     held_back: why the best shall not become champion, as `worse_than_untrained` says it; "": it may.
     The best model's thresholds are kept in the run's folder too, whether it is registered or not.
     The recogniser holds the best model afterwards.
@@ -58,14 +61,15 @@ def register_models(
     done = []
     if not settings.tracking.enabled:
         best.load()
-        _keep(tracked, _thresholds(best))
+        keep_thresholds(tracked, best, cuts)
     models = [(BEST_AND_LAST, best)] if last.step == best.step else [("last", last), ("best", best)]
     for role, model in models if settings.tracking.enabled else ():
         model.load()
         words: list[str] = []
-        thresholds = _thresholds(model)
+        thresholds = _thresholds(model, cuts)
         chosen = f"{role.capitalize()} {unit}: {model.step}; validation AUC {model.val_auc:.4f}."
-        card = _card(tracked.described("data"), settings, model, name=name, chosen=chosen, thresholds=thresholds)
+        data = " ".join(filter(None, (tracked.described("data"), _cut_line(cuts))))
+        card = _card(data, settings, model, name=name, chosen=chosen, thresholds=thresholds)
         if model is best:
             _keep(tracked, thresholds)
         version = register_model(
@@ -84,7 +88,10 @@ def register_models(
             about=registered_note(name, settings.model.backbone),
             beside={MODEL_CARD: card.replace(VERSION, "VERSION")}
             | ({} if thresholds is None else {THRESHOLDS: json.dumps(thresholds.to_json(), indent=2)}),
-            more_tags={} if thresholds is None else threshold_tags(thresholds),
+            more_tags={
+                **({"cut": cut_words(counted(cuts))} if counted(cuts) else {}),
+                **({} if thresholds is None else threshold_tags(thresholds)),
+            },
         )
         if version is not None:
             done.append("; ".join([f"models:/{name}/{version} ({role}, {unit} {model.step})", *words]))
@@ -109,18 +116,28 @@ def _card(
     )
 
 
+def _cut_line(cuts: Collection[str]) -> str:
+    known = counted(cuts)
+    return f"Pictures cut out by: {cut_words(known)}." if known else ""
+
+
+def keep_thresholds(tracked: TrackedRun, best: Trained, cuts: Collection[str]) -> None:
+    """Those of the best model, in the run's folder: nothing is registered, and no model is built for it."""
+    _keep(tracked, _thresholds(best, cuts))
+
+
 def _keep(tracked: TrackedRun, thresholds: Thresholds | None) -> None:
     """In the run's folder: whoever uses a run's model without a registry needs them as well."""
     if thresholds is not None:
         write_json(tracked.folder / THRESHOLDS, thresholds.to_json())
 
 
-def _thresholds(model: Trained) -> Thresholds | None:
+def _thresholds(model: Trained, cuts: Collection[str]) -> Thresholds | None:
     """None where nobody was validated on, or only people of one sort of pairs."""
     histograms = model.validation()
     if not histograms or not np.sum(np.stack(histograms), axis=0).any(axis=1).all():
         return None
-    return thresholds_from(histograms)
+    return thresholds_from(histograms, counted(cuts))
 
 
 def threshold_tags(thresholds: Thresholds) -> dict[str, str]:

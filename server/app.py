@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from common.metrics.names import of_split
 from common.models.recogniser import Recogniser, build_recogniser, moving_names, shared_names, trainable_names
 from common.protocol.parameters import Manifest, Part, flatten, load_shared, manifest_of
 from common.protocol.wire import Task
-from common.results import Trained, register_models
+from common.results import Trained, keep_thresholds, register_models
 from common.runs import CHECKPOINTS, CONFIG_FILE, federated_kind, new_run_folder, recorded
 from common.secagg.sites import require_sites
 from common.settings import Settings
@@ -87,24 +87,20 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
         return [
             "none: with private normalisation there is no single global model; each client keeps its own in export/"
         ]
-    if not settings.tracking.enabled:
-        return []  # and no model is built
+    sites = [member.site for member in federation.roster.members().values()]
+    cuts = [site.cut for site in sites]
+    if not settings.tracking.enabled:  # no model is built for it
+        keep_thresholds(tracked, _trained(outcome, outcome.history.best_round), cuts)
+        return []
     recogniser, manifest = initial_model(settings)
-    digests = [member.site.val_people for member in federation.roster.members().values()]
+    digests = [site.val_people for site in sites]
     val_people = "+".join(digests)
     if len(digests) > MOST_TOLD_APART:  # a tag has room for a few
         val_people = hashlib.sha256(val_people.encode()).hexdigest()
 
     def trained(step: int) -> Trained:
-        metrics = outcome.history.at(step).metrics
-        return Trained(
-            step=step,
-            val_auc=metrics.get(of_split("val", AUC), float("nan")),
-            load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest),
-            metrics=metrics,
-            validation=lambda: outcome.history.validation_pairs(step),
-            tested=lambda: outcome.history.tested_sums(step),
-        )
+        model = _trained(outcome, step)
+        return replace(model, load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest))
 
     return register_models(
         tracked,
@@ -113,9 +109,23 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
         name=f"{settings.model.backbone}_federated_{settings.federation.strategy}",
         unit="round",
         val_people=val_people,
+        cuts=cuts,
         last=trained(outcome.last_round),
         best=trained(outcome.history.best_round),
         held_back=held_back,
+    )
+
+
+def _trained(outcome: Outcome, step: int) -> Trained:
+    """The model of a round, which nobody loads."""
+    metrics = outcome.history.at(step).metrics
+    return Trained(
+        step=step,
+        val_auc=metrics.get(of_split("val", AUC), float("nan")),
+        load=lambda: None,
+        metrics=metrics,
+        validation=lambda: outcome.history.validation_pairs(step),
+        tested=lambda: outcome.history.tested_sums(step),
     )
 
 

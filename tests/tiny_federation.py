@@ -256,6 +256,7 @@ def tiny_pack(name: str) -> FacePack:
         key=f"key-of-{name}",
         quarantined=(),
         dataset="folder",
+        cut="centre square" if name == "beta" else "landmarks",
     )
 
 

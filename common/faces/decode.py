@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from common.cuts import BEFOREHAND, CENTRE
 from common.errors import DataError, FaceFedError
 from common.faces.account import DATA, heif_plug_in
 from common.faces.align import box_maps, centre_map, landmark_maps
@@ -473,6 +474,13 @@ def plan(index: FaceIndex, data: DataSettings) -> tuple[Recipe, NDArray[np.float
         coding = RAW if len(index) * data.image_size**2 * 3 <= MOST_RAW_BYTES else JPEG
     recipe = Recipe(alignment=alignment, image_size=data.image_size, box_margin=data.box_margin, coding=coding)
     return recipe, points
+
+
+def cut_of(index: FaceIndex, recipe: Recipe) -> str:
+    """What `plan` comes to, of `cuts.CUTS`."""
+    if recipe.alignment != "resize":
+        return recipe.alignment
+    return BEFOREHAND if (index.root / ALIGNED).is_file() else CENTRE
 
 
 def alignment_note(index: FaceIndex, recipe: Recipe, data: DataSettings) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cuts import CUTS
 from common.errors import CheckpointError, DataError
 from common.faces import pack_store
 from common.faces.account import NOTHING, Account, PassedOver
-from common.faces.decode import DETECT, RAW, alignment_note, check_quarantine, plan, quarantine, with_duplicates
+from common.faces.decode import DETECT, RAW, alignment_note, check_quarantine, cut_of, plan, quarantine, with_duplicates
 from common.faces.index import read_index, take, without_missing
 from common.faces.pack_progress import Progress, StateFile
 from common.faces.packing import Changed, Task, damaged_in, fill, remove_shard, stamps_of
@@ -51,6 +52,7 @@ class FacePack:
     people that fell below the limits through quarantine.  key: SHA-256 hex of index and settings.
     quarantined: (path, reason), sorted by path.  family: [P] int64, as in FaceIndex; None: everyone their own.
     account: what became of everything below the data folder, missing pictures aside (those are quarantined).
+    cut: how the pictures were cut out in truth, of `cuts.CUTS`; "": of several packs, or nobody wrote it down.
     """
 
     pictures: Pictures
@@ -62,6 +64,7 @@ class FacePack:
     dataset: str
     family: NDArray[np.int64] | None = None
     account: Account = NOTHING
+    cut: str = ""
 
     def __len__(self) -> int:
         """Number of pictures N."""
@@ -130,7 +133,7 @@ def open_pack(
     """
     if not verify and (key := key_by_folders(dataset, root, data, cache_dir)) is not None:
         pack = _load_whole(cache_dir / key)
-        if pack is not None:
+        if pack is not None and pack.cut:  # an earlier version's pack does not say
             account = dataclasses.replace(pack.account, notes=(*pack.account.notes, NOTE))
             return dataclasses.replace(pack, account=account)
     began = time.time()
@@ -190,7 +193,8 @@ def _open_once(
     check_quarantine(index, pack.quarantined, len(index) + len(missing), data.max_quarantined_fraction)
     # what lies beside the pictures may have changed since they were packed
     values = tuple(note for note in pack.account.notes if note.startswith(_VALUES))
-    return dataclasses.replace(pack, account=dataclasses.replace(account, notes=account.notes + values))
+    account = dataclasses.replace(account, notes=account.notes + values)
+    return dataclasses.replace(pack, account=account, cut=cut_of(index, recipe))
 
 
 def load_pack(folder: Path, key: str | None = None) -> FacePack:
@@ -221,6 +225,7 @@ def load_pack(folder: Path, key: str | None = None) -> FacePack:
         quarantined=tuple((path, reason) for path, reason in manifest["quarantined"]),
         dataset=manifest["dataset"],
         account=_account_in(manifest),
+        cut=manifest["cut"] if manifest.get("cut") in CUTS else "",
         family=None if manifest["family"] is None else np.array(manifest["family"], dtype=np.int64),
     )
 
@@ -323,6 +328,7 @@ def _write(
             "family": None if index.family is None else index.family.tolist(),
             "image_size": task.recipe.image_size,
             "coding": task.recipe.coding,
+            "cut": cut_of(index, task.recipe),
             "num_pictures": len(index),
             "account": {
                 "num_found": index.account.num_found,

@@ -5,12 +5,13 @@ nor tested on, from the histograms of their pairs, so a federation's is made of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cuts import CUTS
 from common.errors import DataError
 from common.metrics.figures import check_both_kinds, equal_error_rate, people_behind, roc_curve, wilson
 
@@ -49,6 +50,7 @@ class Thresholds:
     num_people: as far as the pairs tell (`figures.people_behind`).  eer: the equal error rate, with the ends of its
     95 % interval; eer_threshold: the cosine nearest to it.  rows: FAR descending, as far as the pairs support them.
     unsupported: the FARs that they do not.  genuine, impostor: counts of pairs in COARSE_BINS equal bins over [-1, 1].
+    cuts: how the data sets' pictures were cut out -> data sets; empty: nobody wrote it down.
     """
 
     num_people: int
@@ -62,6 +64,7 @@ class Thresholds:
     unsupported: tuple[float, ...]
     genuine: tuple[int, ...]
     impostor: tuple[int, ...]
+    cuts: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, far: float) -> Threshold:
         """The threshold of one of FARS.  Raises DataError where it is none of them, or has too few pairs behind it."""
@@ -87,15 +90,18 @@ class Thresholds:
         lists = {name: tuple(int(n) for n in fields[name]) for name in ("genuine", "impostor")}
         rows = tuple(Threshold(**{name: float(value) for name, value in row.items()}) for row in fields["rows"])
         unsupported = tuple(float(far) for far in fields["unsupported"])
-        return cls(**(fields | lists | {"rows": rows, "unsupported": unsupported}))
+        cuts = {cut: int(number) for cut, number in dict(fields.get("cuts", {})).items()}
+        if not cuts.keys() <= frozenset(CUTS):
+            raise ValueError(f"cuts are {', '.join(CUTS)}")
+        return cls(**(fields | lists | {"rows": rows, "unsupported": unsupported, "cuts": cuts}))
 
 
-def thresholds_from(histograms: Sequence[NDArray[np.int64]]) -> Thresholds:
+def thresholds_from(histograms: Sequence[NDArray[np.int64]], cuts: Mapping[str, int] = {}) -> Thresholds:
     """The thresholds at FARS of one model.
 
     histograms: one or more [2, NUM_BINS] int64, as `pairs.pair_histogram` counts; each of a client, of other people.
     A FAR is stated where LEAST_FALSE_ACCEPTS impostor pairs are expected at it.  Thresholds are lower edges of bins, so
-    that nothing is interpolated and each did what is said of it.
+    that nothing is interpolated and each did what is said of it.  cuts: as Thresholds has them.
     Raises DataError without genuine or without impostor pairs.
     """
     pairs = np.sum(np.stack(histograms), axis=0)
@@ -120,6 +126,7 @@ def thresholds_from(histograms: Sequence[NDArray[np.int64]]) -> Thresholds:
         unsupported=tuple(far for far in FARS if far not in supported),
         genuine=tuple(coarse[0].tolist()),
         impostor=tuple(coarse[1].tolist()),
+        cuts=dict(cuts),
     )
 
 

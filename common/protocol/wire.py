@@ -117,6 +117,7 @@ class Site:
     policy: str = ""  # digest of the site's own policy
     num_pairs: int = 0  # of validation and of test people
     num_scored_pairs: int = 0  # of those, in a round: fewer where verification.max_pairs are
+    cut: str = ""  # how its pictures were cut out in truth, of `common.cuts.CUTS`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import Message
 
+from common.cuts import CUTS
 from common.errors import ReplyRefused
 from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.names import CLIENT_NAME, NAME_RULE
@@ -43,8 +44,8 @@ def _check_site_texts(site: Site) -> None:
     for name, value in vars(site).items():
         if isinstance(value, str) and not (len(value) <= LONGEST_TEXT and value.isprintable()):
             raise ReplyRefused(f"the answer to join is malformed: {name} is {value[:LONGEST_TEXT]!r}")
-    for name, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
-        # Clients of one machine compute alike, so this word is sent to others too.
+    for name, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), ("cut", ("", *CUTS))):
+        # Clients of one machine compute alike, so these words are sent to others too, and models' cards say the cut.
         if getattr(site, name) not in choices:
             raise ReplyRefused(
                 f"the answer to join is malformed: {name} is {getattr(site, name)!r}, none of {', '.join(choices)}"

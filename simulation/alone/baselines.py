@@ -395,6 +395,7 @@ def register_trained(epochs: Epochs, name: str, held_back: str, tested: Mapping[
         name=name,
         unit="epoch",
         val_people=trainee.val_people,
+        cuts=[pack.cut for pack in trainee.clients.values()],
         last=trained("last", progress.epoch),
         best=trained("best", progress.best_epoch),
         held_back=held_back,

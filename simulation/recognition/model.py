@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from common import config
+from common.cuts import BY_LANDMARKS, cut_words
 from common.errors import CheckpointError, UserError
 from common.faces.batches import evaluation_batches
 from common.metrics.thresholds import Thresholds
@@ -34,7 +35,6 @@ _ABOUT: Final = "facefed.model"
 _ABOUT_FORMAT: Final = "facefed.format"
 _FORMAT: Final = 1
 _BATCH: Final = 32
-_TRAINED_ALIGNED: Final = ("landmarks", "detect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,14 @@ class FaceModel:
     @property
     def caution(self) -> str:
         """What to know of its figures; "" where nothing is special."""
-        if self.settings.data.alignment in _TRAINED_ALIGNED:
+        written = {} if self.thresholds is None else self.thresholds.cuts
+        asked = self.settings.data.alignment
+        if BY_LANDMARKS.issuperset(written or (asked,)):
             return ""
+        how = cut_words(written) if written else f"data.alignment = {asked}"  # nobody wrote down what was done
         return (
-            f"warning: {self.binding.source} was trained on pictures cut by data.alignment ="
-            f" {self.settings.data.alignment}, not on faces aligned by their landmarks as here: its thresholds need not"
-            " hold."
+            f"warning: {self.binding.source} was trained on pictures cut by {how}, not on faces aligned by their"
+            " landmarks alone, as they are here: its thresholds need not hold."
         )
 
     def embed(self, faces: NDArray[np.uint8]) -> Float32:

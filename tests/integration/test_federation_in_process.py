@@ -15,6 +15,7 @@ from common.flags import add_run_settings, read_run_settings
 from common.models.recogniser import build_recogniser
 from common.models.table import BACKBONES, HEADS, BackboneRow
 from common.strategies import STRATEGIES, Strategy, proximal
+from common.tracking.registry import THRESHOLDS
 from server.app import Surroundings, federate
 
 
@@ -53,6 +54,13 @@ def test_it_learns_and_the_same_seed_gives_the_same_model(tmp_path):
     assert again["model_sha256"] == first["model_sha256"]
     assert again["rounds_table"][0]["val_roc_auc"] == first["rounds_table"][0]["val_roc_auc"]
     assert other["model_sha256"] != first["model_sha256"]
+
+
+def test_how_sites_cut_their_pictures_is_kept_with_the_thresholds_without_a_tracking_too(tmp_path):
+    """No thresholds are kept where validation has none; this one's stand in the run's folder, for `facefed verify`."""
+    federation(tmp_path, federation__rounds=1, tracking__enabled=False)
+    kept = json.loads((tmp_path / "run-1" / THRESHOLDS).read_text())
+    assert kept["cuts"] == {"landmarks": 1, "centre square": 1}
 
 
 def test_each_round_changes_the_model_and_its_checkpoint_is_the_one_named(tmp_path):

@@ -221,6 +221,29 @@ def test_pictures_cut_otherwise_are_cautioned_about():
     assert model().caution == ""
 
 
+@pytest.mark.parametrize(
+    ("cuts", "told"),
+    [
+        ({"landmarks": 1, "centre square": 1}, "landmarks (1 data set), centre square (1 data set)"),
+        ({"box": 2}, "box (2 data sets)"),
+        ({"landmarks": 1, "detect": 1, "aligned beforehand": 1}, ""),
+    ],
+)
+def test_how_the_pictures_were_cut_in_truth_counts_and_goes_along_into_a_gallery(tmp_path, people, cuts, told):
+    """The settings ask for landmarks; a layout that has none is cut to centre squares."""
+    model(known=dataclasses.replace(thresholds(), cuts=cuts)).keep(tmp_path / "m.safetensors")
+    said_of = enrolled(tmp_path / "g", people, tmp_path / "m.safetensors")
+    picture = put(tmp_path / "who.png", BEN)
+    for text in (
+        said_of,
+        said(identify, Ask(), tmp_path / "g", picture, 1),
+        said(verify, Settings(), Ask(model=str(tmp_path / "m.safetensors")), (picture, picture)),
+    ):
+        lines = [line for line in text.splitlines() if "was trained on pictures cut by" in line]
+        assert len(lines) == (1 if told else 0)
+        assert told in "".join(lines)
+
+
 def test_more_people_than_are_shown_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(verbs, "MOST_SHOWN", 1)
     made = model()

@@ -1,5 +1,6 @@
 """Packs: whole or not there, reused when nothing changed, honest about what was left out."""
 
+import json
 import os
 import shutil
 import time
@@ -10,8 +11,10 @@ import pytest
 from faces_on_disk import SMALL, in_cache, make_celeba, make_folder, opened, people_in, picture, pixels, unfinished_in
 
 from common.errors import DataError
+from common.faces import pack as pack_module
 from common.faces import packing
 from common.faces.pack import open_pack
+from common.faces.pack_store import MANIFEST
 from common.faces.splits import Split
 from common.settings import DataSettings
 
@@ -188,9 +191,11 @@ def test_alignment_that_the_data_set_cannot_give(tmp_path: Path, caplog: pytest.
     resized = DataSettings(image_size=32, alignment="resize")
     keys = {open_pack("celeba", root, data, tmp_path / "cache", workers=1).key for data in (SMALL, boxed, resized)}
     assert len(keys) == 3
+    assert open_pack("celeba", root, SMALL, tmp_path / "cache", workers=1).cut == "landmarks"
     (root / "list_landmarks_align_celeba.txt").unlink()
     lacking = open_pack("celeba", root, SMALL, tmp_path / "cache", workers=1)
     assert lacking.key not in keys
+    assert lacking.cut == "centre square"
     assert lacking.account.notes == (
         "no list_landmarks_align_celeba.txt for these pictures: they are cut to their centre square, not aligned by"
         " landmarks",
@@ -205,10 +210,25 @@ def test_alignment_that_the_data_set_cannot_give(tmp_path: Path, caplog: pytest.
     made = make_folder(tmp_path / "made", {f"p{i}": 3 for i in range(8)})
     (made / "aligned.jsonl").write_text("{}\n")  # as `facefed data align` leaves it
     with caplog.at_level("INFO", logger="facefed.faces"):
-        opened(made)
+        assert opened(made).cut == "aligned beforehand"
     said = " ".join(r.message for r in caplog.records)
     assert "were aligned by `facefed data align` and are taken as they are" in said
     assert "centre square" not in said
+
+
+def test_how_its_pictures_were_cut_is_found_for_a_pack_of_an_earlier_version_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "LOOK_AT_EACH", 1)  # from now on a pack is found by the times of its folders
+    first = opened(folder)
+    manifest = folder.parent / "cache" / first.key / MANIFEST
+    assert pack_module.load_pack(manifest.parent).cut == opened(folder).cut == "centre square"
+    about = json.loads(manifest.read_text())
+    del about["cut"]
+    manifest.write_text(json.dumps(about))
+    assert opened(folder).cut == "centre square"
+    manifest.write_text(json.dumps({**about, "cut": "by hand"}))
+    assert pack_module.load_pack(manifest.parent).cut == ""
 
 
 def test_people_below_the_limits_after_quarantine(tmp_path: Path) -> None:

@@ -88,9 +88,13 @@ def test_clients_pool_by_addition_and_their_people_add_up():
 
 
 def test_what_is_kept_as_json_comes_back():
-    found = thresholds_from([pair_histogram(*people(5))])
+    found = thresholds_from([pair_histogram(*people(5))], {"landmarks": 2, "centre square": 1})
     again = Thresholds.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found
+    former = {name: value for name, value in found.to_json().items() if name != "cuts"}
+    assert Thresholds.from_json(former).cuts == {}
+    with pytest.raises(ValueError, match="cuts are landmarks, box"):
+        Thresholds.from_json(found.to_json() | {"cuts": {"by hand": 1}})
 
 
 @pytest.mark.parametrize("content", [{}, {"rows": []}, {"rows": [{"far": "x"}], "genuine": [], "impostor": []}])

@@ -58,10 +58,11 @@ def registered(monkeypatch, tmp_path):
     return given
 
 
-def models(folder, last, best, enabled=True):
+def models(folder, last, best, enabled=True, cuts=()):
     recogniser = type("Recogniser", (), {"backbone": None})()
     settings = Settings(model=ModelSettings(backbone="cnn"), tracking=TrackingSettings(enabled=enabled))
-    register_models(Tracked(folder), settings, recogniser, name="m", unit="round", val_people="p", last=last, best=best)
+    known = {"name": "m", "unit": "round", "val_people": "p", "cuts": cuts}
+    register_models(Tracked(folder), settings, recogniser, **known, last=last, best=best)
 
 
 def test_the_pairs_are_asked_for_when_the_model_was_loaded(registered):
@@ -90,6 +91,15 @@ def test_the_card_is_kept_beside_it_and_is_its_description(registered):
     assert "models:/m/VERSION" in card
     assert registered["best"]["note"] == card.replace("VERSION", "{version}")
     assert "was not scored on test people" in registered["last"]["note"]
+
+
+def test_how_the_pictures_were_cut_stands_in_the_thresholds_the_tags_and_the_card(registered):
+    best = Trained(step=2, val_auc=0.7, load=lambda: None, validation=lambda: [histogram(2)])
+    models(registered.folder, best, best, cuts=["centre square", "landmarks", "centre square", ""])
+    given = registered["best and last"]
+    assert json.loads(given["beside"][THRESHOLDS])["cuts"] == {"landmarks": 1, "centre square": 2}
+    assert given["more_tags"]["cut"] == "landmarks (1 data set), centre square (2 data sets)"
+    assert "Pictures cut out by: landmarks (1 data set), centre square (2 data sets)." in given["note"]
 
 
 @pytest.mark.parametrize("pairs", [[], [np.zeros((2, NUM_BINS), dtype=np.int64)]])

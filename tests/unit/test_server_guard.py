@@ -309,6 +309,7 @@ def test_whatever_a_client_sends_it_is_refused_and_nothing_else_is_raised(conten
         ("num_training_pictures", -1, "num_training_pictures is -1"),
         ("num_pictures", True, "num_pictures is True"),
         ("cores", 1.5, "cores is 1.5"),
+        ("cut", "by hand", "cut is 'by hand', none of"),
     ],
 )
 def test_an_answer_to_join_with_a_field_of_another_kind_is_refused(field, value, said):
