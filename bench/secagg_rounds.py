@@ -2,21 +2,24 @@
 
     python -m bench.secagg_rounds cost [--sites 3 10] [--rounds 3] [--width 0.5]
     python -m bench.secagg_rounds auc --data DIR [--seeds 1 2 3] [--rounds 8] [--width 0.5]
+    python -m bench.secagg_rounds control --data DIR ...
 
 Server and sites are one process here, one after the other, so CPU time is what all of them take together; messages are
 counted as they are handed over, each array and value as the ledger counts it.  `cost` trains one batch a round on
 noise, so that the rest shows.  `auc` trains on what `facefed data synth` drew: DIR/NAME is a site's folder in celeba's
-layout.
+layout.  `control` adds a plain run whose first model is one step of float32 away: how far apart runs come to lie that
+nothing but rounding tells apart.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +87,24 @@ class CountingMailbox:
         self.num_bytes[kind, way] += sum(part["num_bytes"] for part in parts_of(message.content))
 
 
-def federated(settings: Any, sites: Sequence[Any], folder: Path) -> tuple[dict[str, Any], CountingMailbox]:
-    """A whole run; returns its summary and its mailbox."""
+def one_step_up(buffer: Any) -> Any:
+    """Each number that is not 0 as the next larger float32.  buffer: [size] float32."""
+    return np.where(buffer == 0, buffer, np.nextafter(buffer, np.float32(np.inf)))
+
+
+def federated(
+    settings: Any, sites: Sequence[Any], folder: Path, start: Callable[[Any], Any] = lambda buffer: buffer
+) -> tuple[dict[str, Any], CountingMailbox]:
+    """A whole run; returns its summary and its mailbox.
+
+    start: of the first model's numbers, [size] float32, those that the run begins with.
+    """
     import clients.message_handler
+    import server.app
+    from common.protocol.parameters import flatten
     from server.app import Surroundings, federate
 
+    server.app.flatten = lambda state, manifest: start(flatten(state, manifest))  # type: ignore[attr-defined]
     clients.message_handler._workplaces.clear()  # noqa: SLF001 - a run of its own
     mailbox = CountingMailbox(sites)
     folder.mkdir(parents=True)
@@ -117,7 +133,7 @@ def sites_of(folder: Path, data: Mapping[str, Path], cache: Path, *, secure: boo
             device="cpu",
             state_dir=folder / name,
             cache_dir=cache,
-            policy=OWN_MACHINE,
+            policy=dataclasses.replace(OWN_MACHINE, first_model=False),  # `control` begins a step beside it
             seed=OF_RUN,
             keys=keys.get(name),
         )
@@ -172,30 +188,34 @@ def cost(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def auc(arguments: argparse.Namespace, scratch: Path) -> None:
-    """A row for each seed: both runs' AUC, and how far apart they were in any round."""
+    """A row for each seed: all runs' AUC, and how far each was from the plain one in any round."""
     data = {path.name: path for path in sorted(arguments.data.resolve().iterdir()) if path.is_dir()}
-    cache = scratch / "packs"
+    kinds = ("plain", "masked", "nudged") if arguments.what == "control" else ("plain", "masked")
     for seed in arguments.seeds:
         curves, tested = {}, {}
-        for secure in (False, True):
-            folder = scratch / f"{seed}-{secure}"
-            sites = sites_of(folder, data, cache, secure=secure)
+        for kind in kinds:
+            folder, secure = scratch / f"{seed}-{kind}", kind == "masked"
+            sites = sites_of(folder, data, scratch / "packs", secure=secure)
             settings = settings_of(arguments, num_sites=len(sites), seed=seed, secure=secure)
-            summary, _ = federated(settings, sites, folder / "run-1")
+            start = one_step_up if kind == "nudged" else lambda buffer: buffer
+            summary, _ = federated(settings, sites, folder / "run-1", start)
             rows = summary["rounds_table"]
-            curves[secure] = np.array([[row["val_roc_auc"], row["round_test_roc_auc"]] for row in rows])
-            tested[secure] = summary["last"]["roc_auc"]
-        apart = np.abs(curves[True] - curves[False]).max(axis=0)
-        print(
-            f"seed {seed}: test AUC after {arguments.rounds} rounds {tested[False]:.5f} plain, {tested[True]:.5f}"
-            f" masked; apart in any round by {apart[0]:.6f} (validation), {apart[1]:.6f} (test) at most"
-        )
+            curves[kind] = np.array([[row["val_roc_auc"], row["round_test_roc_auc"]] for row in rows])
+            tested[kind] = summary["last"]["roc_auc"]
+        print(f"seed {seed}: test AUC after {arguments.rounds} rounds {tested['plain']:.5f} plain", flush=True)
+        for kind in kinds[1:]:
+            apart = np.abs(curves[kind] - curves["plain"])
+            print(
+                f"  {tested[kind]:.5f} {kind}; apart by {apart[-1, 0]:.6f} (validation), {apart[-1, 1]:.6f} (test)"
+                f" after the last round, {apart[:, 0].max():.6f} and {apart[:, 1].max():.6f} in any",
+                flush=True,
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("cost", "auc"))
+    parser.add_argument("what", choices=("cost", "auc", "control"))
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--width", type=float, default=0.5)
@@ -213,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower's Message asks which run it is made in
         setattr(TaskIdentity, name, 1)
     with tempfile.TemporaryDirectory(prefix="facefed-secagg-") as scratch:
-        {"cost": cost, "auc": auc}[arguments.what](arguments, Path(scratch))
+        {"cost": cost, "auc": auc, "control": auc}[arguments.what](arguments, Path(scratch))
     return 0
 
 
