@@ -307,7 +307,7 @@ def add_privacy_parser(
     attack.add_argument("--policy", default="", metavar="FILE", help="of flower-client (default: the built-in one)")
     add_data(attack)
     add_run_settings(attack, flags=flags_of("flower-server"), default_config=DEFAULT_CONFIG)
-    text = "try whether a run's model gives away whom a site trained on, with the site's own people"
+    text = "try whether a run's model gives away whom a site trained on, with the site's own people; kept in its card"
     lines = examples("facefed privacy audit --run 20261128-101500-1a2b3c --client celeba")
     audit = actions.add_parser("audit", help=text, description=text, epilog=lines)
     audit.add_argument("--run", required=True, metavar="RUN", help="a run's id or folder, or models:/NAME@ALIAS")

@@ -87,7 +87,7 @@ def audit_privacy(settings: Settings, request: AuditRequest, out: TextIO, *, sha
     out.write(f"{found.source}, step {found.step}: {guarantee if privacy.is_on else 'no differential privacy'}\n")
     out.writelines(f"{line}\n" for line in _lines(results))
     out.writelines(f"{name}: no reply of its own is kept here, so none was tried (--state-dir)\n" for name in unkept)
-    out.write(f"kept in {', '.join(kept)}\n" if kept else "kept nowhere: no run's folder and no registered model\n")
+    out.write(f"kept in {', '.join(kept)}\n" if kept else "kept nowhere; the warnings say why\n")
     return EXIT_DONE
 
 
