@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.group_scores import groups_leaving
 from clients.own_record import export_own_model, keep_own_record, tell_end
 from clients.packs import open_site_pack
 from clients.policy import against_share, digest_of, require_none
@@ -36,6 +37,7 @@ from common.errors import ReplyRefused
 from common.faces.pack import FacePack
 from common.faces.splits import Split
 from common.metrics.design import most_pairs_of_a_person, num_pairs_of
+from common.metrics.group_names import GROUPS
 from common.metrics.sums import EvaluationSums, open_set_only
 from common.models.recogniser import (
     renew_heads,
@@ -180,11 +182,12 @@ def _evaluate(
     state: ClientState, task: Task, compute: Compute, model: NDArray[np.float32]
 ) -> dict[str, EvaluationSums | str]:
     """By split what leaves of its sums, or the words that leave in their place.  model: as received, [size]."""
+    splits = [split for split in task.splits.split() if split != GROUPS]
     if state.settings.privacy.is_on:  # nothing of a score would be inside the guarantee, nor that scoring failed
-        return dict.fromkeys(task.splits.split(), NOT_SHARED)
+        return dict.fromkeys(splits, NOT_SHARED)
     policy, found = state.site.policy, dict[str, EvaluationSums | str]()
     max_pairs, person_pairs = state.settings.verification.max_pairs, policy.max_person_pairs
-    for split in task.splits.split():
+    for split in splits:
         with telling_of(state, task, SCORING, num_scored(state.pack, split)) as tick:
             sums = evaluate(
                 state.recogniser,
@@ -378,6 +381,7 @@ def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] 
         keep_own_record(state.site, task, state.settings, state.recogniser, state.pack, compute)
         tell_end(state.site, task)
     found = _evaluate(state, task, compute, received)
+    groups = groups_leaving(state, task, compute) if GROUPS in task.splits.split() else None
     if task.last:
         _end_run(state, task)
     return Reply(
@@ -387,6 +391,7 @@ def evaluate_global(state: ClientState, task: Task, shared: NDArray[np.float32] 
         train={},
         evaluations=_shared_scores(found),
         withheld=_withheld(found),
+        groups=groups,
         change=None,
     )
 

@@ -17,7 +17,7 @@ from common.errors import ReplyRefused
 from common.protocol.change_bound import ChangeBound
 from common.protocol.codec import MASKED, Coded, decode
 from common.protocol.parameters import Part, buffer_sha256
-from common.protocol.secure_vector import CONTENT, Layout, Sums
+from common.protocol.secure_vector import CONTENT, Sums, layout_of
 from common.protocol.secure_words import (
     KEYS,
     SHARES,
@@ -69,7 +69,8 @@ def masked_reply(state: ClientState, task: Task, shared: Buffer, reply: Reply, s
     """
     asked = read(WorkAsked, task.secure)
     sha256, part = buffer_sha256(shared), state.part if reply.change is not None else None
-    layout = Layout(change=part, splits=tuple(task.splits.split()), num_members=len(asked.members))
+    splits = task.splits.split()
+    layout = layout_of(part, splits, num_members=len(asked.members), by=state.settings.verification.by)
     change = received = None
     if part is not None and reply.change is not None:
         received = part.taken(shared)
@@ -78,12 +79,13 @@ def masked_reply(state: ClientState, task: Task, shared: Buffer, reply: Reply, s
     words, _ = layout.words(change, received, min(1.0, reply.num_examples / asked.most_examples), _sums(asked, reply))
     digest = digest_of_work(asked, words=words_of(task), model_sha256=sha256)
     about = [f"round {task.server_round}"] if part is not None else []
-    about += [f"{split} {sha256[:16]}" for split in layout.splits]
+    about += [f"{split} {sha256[:16]}" for split in splits]
     masked = secure.mask(asked, task.server_round, words, about, digest)
     return dataclasses.replace(
         reply,
         train={name: value for name, value in reply.train.items() if name not in CONTENT},
         evaluations={},
+        groups=None,
         withheld={},
         change=Coded(codec=MASKED, size=layout.size, data=masked.astype("<u4", copy=False).view(np.uint8).data),
     )
@@ -100,7 +102,7 @@ def _sums(asked: WorkAsked, reply: Reply) -> Sums:
     if asked.most_pictures:
         evaluations = {split: sums.at_most(asked.most_pictures) for split, sums in evaluations.items()}
     content = {name: reply.train[name] for name in CONTENT if name in reply.train}
-    return Sums(evaluations=evaluations, content=content)
+    return Sums(evaluations=evaluations, content=content, groups=reply.groups)
 
 
 def ledger_words(task: Task, moving: Buffer | None) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from clients.policy import PolicyRefusal, TaskWords, against_settings, against_t
 from clients.secure_sum import forget_others
 from clients.site import SiteSettings
 from common.errors import CheckpointError, DataError, FaceFedError, ReplyRefused
+from common.metrics.group_names import GROUPS
 from common.protocol import wire
 from common.protocol.codec import Coded, num_bytes
 from common.protocol.ledger import RECEIPT
@@ -63,9 +64,9 @@ def _check(task: Task) -> None:
         raise ReplyRefused(f"the run id {task.run_id!r} is not one of FaceFed's.")
     if task.kind not in wire.MESSAGE_TYPES:
         raise ReplyRefused(f"the task {task.kind!r} is unknown; choose {', '.join(wire.MESSAGE_TYPES)}.")
-    unknown = [split for split in task.splits.split() if split not in SPLITS]
+    unknown = [split for split in task.splits.split() if split not in (*SPLITS, GROUPS)]
     if unknown:
-        raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join(SPLITS)}.")
+        raise ReplyRefused(f"the split {unknown[0]!r} is unknown; choose {', '.join((*SPLITS, GROUPS))}.")
     if task.received and not RECEIPT.fullmatch(task.received):
         raise ReplyRefused("the server's receipt of the last reply is malformed; use equal versions of FaceFed.")
     versions = (str(task.version), facefed_version())

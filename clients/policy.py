@@ -71,6 +71,12 @@ class Policy:
     min_training_people: int = limit(4, "an update is made of at least so many people", low=2)
     min_training_pictures: int = limit(20, "an update is made of at least so many pictures", low=2)
     min_pairs: int = limit(20, "genuine, and impostor, pairs behind a score; of fewer only `too few` leaves", low=0)
+    groups: bool = limit(
+        default=True, why="whether errors by group (verification.by) leave; else nothing of groups does"
+    )
+    min_group_people: int = limit(
+        10, "test people of a group, and of who is not in it, before anything of either leaves", low=2
+    )
     max_person_pairs: int = limit(
         5_000_000, "pairs behind a score that one person is in: by so many may they move a count; 0: any number", low=0
     )
@@ -154,6 +160,7 @@ OWN_MACHINE: Final = dataclasses.replace(
     min_training_people=2,
     min_training_pictures=2,
     min_pairs=0,
+    min_group_people=2,
     max_person_pairs=0,
     max_task_seconds=1e9,
     max_runs_a_day=10**9,

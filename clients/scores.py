@@ -48,11 +48,11 @@ def leaving(
 
 def coarser(sums: EvaluationSums, num_bins: int) -> EvaluationSums:
     """The same with the pairs' similarity told to `num_bins` bins: each count stands in the middle of its wider bin."""
-    pairs, folds, twins = (_merged(counts, num_bins) for counts in (sums.pairs, sums.folds, sums.twins))
+    pairs, folds, twins = (merged_bins(counts, num_bins) for counts in (sums.pairs, sums.folds, sums.twins))
     return dataclasses.replace(sums, pairs=pairs, folds=folds, twins=twins)
 
 
-def _merged(counts: NDArray[np.int64], num_bins: int) -> NDArray[np.int64]:
+def merged_bins(counts: NDArray[np.int64], num_bins: int) -> NDArray[np.int64]:
     """counts: [..., B].  B is a multiple of num_bins, or smaller; then they stay as they are."""
     width = counts.shape[-1] // num_bins
     if width <= 1:

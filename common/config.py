@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, unknown_name
+from common.errors import ConfigError, UserError, unknown_name
+from common.metrics.group_names import attributes_of
 from common.models.table import ATTENTIONS, BACKBONES, HEADS, VITS
 from common.settings import FederationSettings, ModelSettings, Settings
 from common.strategies import STRATEGIES
@@ -152,8 +153,22 @@ def _conflicts(settings: Settings) -> list[str]:
             'model.normalisation = "private" keeps the pretrained normalisation layers from the clients; use "shared"'
             ' with model.pretrained, or model.pretrained = "none".'
         ]
-    problems = _attention_conflicts(settings.model) + _patch_conflicts(settings)
+    problems = _group_conflicts(settings) + _attention_conflicts(settings.model) + _patch_conflicts(settings)
     return problems + _privacy_conflicts(settings) + _secagg_conflicts(settings)
+
+
+def _group_conflicts(settings: Settings) -> list[str]:
+    """Errors by group are scores, and of few people."""
+    try:
+        asked = attributes_of(settings.verification.by)
+    except UserError as error:
+        return [str(error)]
+    if asked and settings.privacy.is_on:
+        return [
+            f'verification.by = "{settings.verification.by}": with privacy.unit = "{settings.privacy.unit}" no site\'s'
+            ' scores leave, so there are none by group; use "none".'
+        ]
+    return []
 
 
 def _secagg_conflicts(settings: Settings) -> list[str]:

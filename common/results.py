@@ -35,6 +35,7 @@ class Trained:
     validation: Callable[[], Sequence[NDArray[np.int64]]] = tuple
     # The sums of its test people by client, likewise; of no client where it was not tested.
     tested: Callable[[], Mapping[str, EvaluationSums]] = dict
+    groups: str = ""  # its errors by group, for its card; "": not measured
 
 
 def register_models(
@@ -112,6 +113,7 @@ def _card(
             tested=intervals_from_sums(tested)[1] if tested else {},
             intervals=FROM_SUMS,
             thresholds=thresholds,
+            groups=model.groups,
         )
     )
 

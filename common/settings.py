@@ -212,7 +212,8 @@ class VerificationSettings:
     public_dir: str = setting("none")  # a folder with one folder a person; none: no such set
     public_pairs: str = setting("pairs.txt")  # the list of pairs, in public_dir or by its own path
     public_crop: float = setting(1.0, low=0.1, high=1.0)  # the central part of each picture that is used
-    group_people: int = setting(10, low=2)  # of a group, before its errors are shown
+    by: str = setting("none")  # attributes of people, by commas: a federation's errors by group, once at its end
+    group_people: int = setting(10, low=2)  # of a group, before its errors are shown, and before they leave a site
     max_pairs: int | str = setting(10**9, low=1000, word="all")  # of an open set; more are scored by a design
 
 

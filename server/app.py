@@ -25,6 +25,7 @@ from common.secagg.sites import require_sites
 from common.settings import Settings
 from common.system.events import OUTCOME_FILE, STOP_FILE, EventLog
 from common.system.files import write_json
+from common.system.group_table import group_section
 from common.system.run_view import model_words
 from common.system.runtime import facefed_version, give_back_what_is_freed, stream_seed
 from common.tracking.run import TrackedRun
@@ -90,7 +91,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
     sites = [member.site for member in federation.roster.members().values()]
     cuts = [site.cut for site in sites]
     if not settings.tracking.enabled:  # no model is built for it
-        keep_thresholds(tracked, _trained(outcome, outcome.history.best_round), cuts)
+        keep_thresholds(tracked, _trained(settings, outcome, outcome.history.best_round), cuts)
         return []
     recogniser, manifest = initial_model(settings)
     digests = [site.val_people for site in sites]
@@ -99,7 +100,7 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
         val_people = hashlib.sha256(val_people.encode()).hexdigest()
 
     def trained(step: int) -> Trained:
-        model = _trained(outcome, step)
+        model = _trained(settings, outcome, step)
         return replace(model, load=lambda: load_shared(recogniser, federation.checkpoints.load(step), manifest))
 
     return register_models(
@@ -116,9 +117,10 @@ def _register(tracked: TrackedRun, federation: Federation, outcome: Outcome, hel
     )
 
 
-def _trained(outcome: Outcome, step: int) -> Trained:
+def _trained(settings: Settings, outcome: Outcome, step: int) -> Trained:
     """The model of a round, which nobody loads."""
-    metrics = outcome.history.at(step).metrics
+    metrics, least = outcome.history.at(step).metrics, settings.verification.group_people
+    groups = outcome.history.by_group(step, "federated", least)
     return Trained(
         step=step,
         val_auc=metrics.get(of_split("val", AUC), float("nan")),
@@ -126,6 +128,7 @@ def _trained(outcome: Outcome, step: int) -> Trained:
         metrics=metrics,
         validation=lambda: outcome.history.validation_pairs(step),
         tested=lambda: outcome.history.tested_sums(step),
+        groups="" if groups is None else group_section(groups, least),
     )
 
 

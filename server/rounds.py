@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common import config
 from common.errors import CheckpointError, NotEnoughClients
 from common.metrics.figures import AUC
+from common.metrics.group_names import GROUPS, attributes_of, group_names
+from common.metrics.groups import GROUP_ROW, GroupPairs
 from common.metrics.names import BYTES_DOWN, BYTES_UP, of_split
 from common.protocol import wire
 from common.protocol.change_bound import ChangeBound
@@ -107,6 +112,7 @@ class Federation:
         if last_round == 0:
             self._save(0)
         if self.settings.federation.evaluate_only:
+            self._count_groups(0, self.model.coded)
             self._evaluate(0, "val test", self.roster.gather(), self.model.coded, last=True)
             self.checkpoints.write_state(0, self.sha256, self.history, self.record.counts())
             return Outcome(history=self.history, last_round=0, sha256=self.sha256)
@@ -339,6 +345,7 @@ class Federation:
             share=self._share(members),
             limited=self.record.limited,
             max_pairs=self.settings.verification.max_pairs,
+            num_groups=len(self._groups),
             is_private=self.settings.privacy.is_on,
             masked_size=change.layout.size if isinstance(change, SecureAttempt) else None,
             answered=self.record.answered,
@@ -490,6 +497,13 @@ class Federation:
         self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
     ) -> list[Tally]:
         """The same with secure aggregation."""
+        replies, secure = self._masked(step, splits, members, model, last=last)
+        return _tallies(splits, replies, secure)
+
+    def _masked(
+        self, step: int, splits: str, members: Mapping[str, Member], model: Download, *, last: bool
+    ) -> tuple[Mapping[str, Reply], SecureAttempt | None]:
+        """The sums of an evaluation that was opened.  Raises NotEnoughClients."""
         sites = _Sites(self, step, members)
         asked = Asked(kind="evaluate", step=step, splits=splits.split(), change=None, received=model().received())
         secure = self._secure_sum(asked, members, sites)
@@ -498,7 +512,46 @@ class Federation:
         replies, _ = self._exchange(tasks, members, model, secure)
         self._require_enough(replies, members, step, kept=step)
         self._open(secure, tasks, sites, kept=step)
-        return _tallies(splits, replies, secure)
+        return replies, secure
+
+    def _count_groups(self, step: int, model: Download) -> None:
+        """The pairs of that round's model within groups of people, where the run asks for them, once.
+
+        The run is whole without them: too few answers are told, and nothing is asked again.
+        """
+        if not self._groups:
+            return
+        members = self.roster.gather()
+        self.record.members(members)
+        try:
+            rows: NDArray[np.int64] | None
+            if self.secure is None:
+                rows = self._group_rows(step, members, model)
+            else:
+                _, secure = self._masked(step, GROUPS, members, model, last=False)
+                rows = None if secure is None else secure.sums.groups
+        except NotEnoughClients as few:
+            self.record.without_groups(str(few))
+            return
+        if rows is not None:
+            pairs = map(GroupPairs.of_row, rows)
+            self.history.at(step).groups = dict(zip(self._groups, pairs, strict=True))
+
+    def _group_rows(self, step: int, members: Mapping[str, Member], model: Download) -> NDArray[np.int64]:
+        """All sites' rows, added: [G, GROUP_ROW].  Raises NotEnoughClients."""
+        total = np.zeros((len(self._groups), GROUP_ROW), dtype=np.int64)
+        replied = set[str]()
+        for wave in waves(members, self.settings.federation):
+            replies, _ = self._exchange(self._tasks("evaluate", step, wave, GROUPS), wave, model, None)
+            replied |= replies.keys()
+            for reply in replies.values():
+                total += 0 if reply.groups is None else reply.groups
+        self._require_enough(replied, members, step, kept=step)
+        return total
+
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        return group_names(attributes_of(self.settings.verification.by))
 
     def _coded_best(self, best: int) -> Sent:
         return Sent.of(self.checkpoints.load(best), "float32", self.part)
@@ -511,6 +564,7 @@ class Federation:
         best = self.history.best_round
         # As it was received in its round, whatever the codec: this is the model that goes into use.
         model = partial(self._coded_best, best)
+        self._count_groups(best, model)
         # A round's sample has scored it, but the figures that remain are everybody's.
         by_sample = is_sampled(members, self.settings.federation) and best < last_round
         if by_sample or not self.history.tested(best):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.errors import CheckpointError, NotEnoughClients, SecureSumRefused
 from common.protocol.codec import Coded
 from common.protocol.parameters import Part, buffer_sha256
-from common.protocol.secure_vector import Layout, Sums
+from common.protocol.secure_vector import Layout, Sums, layout_of
 from common.protocol.secure_words import (
     KEYS,
     SHARES,
@@ -151,7 +151,9 @@ class SecureAttempt:
     _weights: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.layout = Layout(change=self.asked.change, splits=tuple(self.asked.splits), num_members=len(self.shares))
+        self.layout = layout_of(
+            self.asked.change, self.asked.splits, num_members=len(self.shares), by=self.settings.verification.by
+        )
         self._total = np.zeros(self.layout.size, dtype=np.uint32)
 
     @property

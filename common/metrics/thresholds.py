@@ -79,6 +79,11 @@ class Thresholds:
             )
         raise DataError(f"no threshold at FAR {far:g}; choose one of: {known}.")
 
+    @property
+    def usual(self) -> Threshold | None:
+        """At USUAL_FAR, or at the strictest FAR above it that the pairs support; None where they support none."""
+        return next((row for row in reversed(self.rows) if row.far >= USUAL_FAR), None)
+
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it, with a line that says what it is."""
         return {"about": ABOUT, **asdict(self)}

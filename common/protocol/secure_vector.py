@@ -1,7 +1,7 @@
 """What one site's part of a sum is as whole numbers: its weighted change, and every sum that its reply would have told.
 
     the change      one word an element, in steps that follow from the received model: the same at every site
-    counts          two words each: score histograms, pictures and classes, elements beyond the change's range
+    counts          two words each: score histograms, of groups of people too; pictures, classes, elements out of range
     sums            three words each: losses, precisions, recalls, F1, norms of gradients
 
 A word is a uint32; the words of all sites are added modulo 2**32, in any order.  Confusion matrices stay at the sites:
@@ -16,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from common.metrics.group_names import GROUPS, attributes_of, group_names
+from common.metrics.groups import GROUP_ROW
 from common.metrics.sums import COUNTS, WHOLE_NUMBERS, ClosedSetSums, EvaluationSums
 from common.protocol.parameters import Part
 from common.secagg.quantise import (
@@ -50,6 +52,7 @@ class Sums:
     evaluations: Mapping[str, EvaluationSums]  # by split
     content: Mapping[str, float]  # CONTENT, of training; empty else
     saturated: int = 0  # elements of changes that were cut to their range
+    groups: NDArray[np.int64] | None = None  # [G, GROUP_ROW], where they were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,13 @@ class Layout:
     """What lies where in the words of one exchange.
 
     change: of the flat model what moves; None: no change is sent, of an evaluation.  splits: that are scored.
-    num_members: how many sites may add.
+    num_members: how many sites may add.  num_groups: of test people, whose pairs are counted.
     """
 
     change: Part | None
     splits: tuple[str, ...]
     num_members: int
+    num_groups: int = 0
 
     @property
     def size(self) -> int:
@@ -76,7 +80,7 @@ class Layout:
     @property
     def _num_counts(self) -> int:
         each = sum(math.prod(shape) for shape in _ARRAYS.values()) + len(_WHOLE)
-        return each * len(self.splits) + 1
+        return each * len(self.splits) + 1 + self.num_groups * GROUP_ROW
 
     @property
     def _num_reals(self) -> int:
@@ -102,6 +106,8 @@ class Layout:
             closed: Mapping[str, Any] = {} if found is None else vars(found.closed)
             counts.append(np.array([closed.get(name, 0) for name in _WHOLE], dtype=np.int64))
             reals += [float(closed.get(name, 0.0)) for name in _REAL]
+        own = np.zeros((self.num_groups, GROUP_ROW), dtype=np.int64) if sums.groups is None else sums.groups
+        counts.append(own.reshape(-1))
         if self.change is not None:
             reals += [float(sums.content.get(name, 0.0)) for name in CONTENT]
         end = self._change_size + COUNT_WORDS * self._num_counts
@@ -137,7 +143,15 @@ class Layout:
             numbers = dict(zip((*_WHOLE, *_REAL), (*whole, *own), strict=True))
             evaluations[split] = EvaluationSums.from_parts(numbers, arrays)
         content = dict(zip(CONTENT, reals[len(_REAL) * len(self.splits) :], strict=False))
-        return Sums(evaluations=evaluations, content=content, saturated=saturated)
+        groups = rest.reshape(self.num_groups, GROUP_ROW) if self.num_groups else None
+        return Sums(evaluations=evaluations, content=content, saturated=saturated, groups=groups)
+
+
+def layout_of(change: Part | None, splits: Sequence[str], *, num_members: int, by: str) -> Layout:
+    """The layout of a task's answer.  splits: as the task names them.  by: verification.by."""
+    num_groups = len(group_names(attributes_of(by))) if GROUPS in splits else 0
+    scored = tuple(split for split in splits if split != GROUPS)
+    return Layout(change=change, splits=scored, num_members=num_members, num_groups=num_groups)
 
 
 def _counts_of(found: EvaluationSums | None, name: str, shape: Sequence[int]) -> NDArray[np.int64]:

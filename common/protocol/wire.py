@@ -25,6 +25,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from numpy.typing import NDArray
 
 from common.errors import ReplyRefused
+from common.metrics.group_names import GROUPS
+from common.metrics.groups import GROUP_ROW
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, MOST_GROUPS, NOTHING, EvaluationSums
 from common.protocol import beats, codec
 from common.protocol.beats import Beat
@@ -63,7 +65,7 @@ _REPLY_NAMES: Mapping[str, frozenset[str]] = {
         ["num-examples", "server-round", *(f"train-{name}" for name in TRAIN_FIELDS)]
         + [f"{split}-{name}" for split in ("val", "test") for name in CLOSED_FIELDS]
     ),
-    ARRAYS: frozenset([CHANGE, *(COUNTS_NAME.format(split=split) for split in ("val", "test"))]),
+    ARRAYS: frozenset([CHANGE, GROUPS, *(COUNTS_NAME.format(split=split) for split in ("val", "test"))]),
     TASK: frozenset(["manifest", FROZEN, *(WITHHELD_NAME.format(split=split) for split in ("val", "test"))]),
 }
 
@@ -78,7 +80,7 @@ class Task:
     settings: str  # the run settings as JSON
     manifest: str = ""  # digest of the shared parameters' layout
     frozen: str = ""  # SHA-256 of those that training does not move; they come along, or are there; empty: all move
-    splits: str = ""  # which splits to evaluate the received model on, for example "val test"
+    splits: str = ""  # what to evaluate the received model on: "val test", or "groups" (metrics/group_names.py)
     best_round: int = 0  # the client keeps its private state of this round
     precision: str = ""
     memory_format: str = ""
@@ -131,6 +133,7 @@ class Reply:
     evaluations: Mapping[str, EvaluationSums]  # by split
     withheld: Mapping[str, str] = dataclasses.field(default_factory=dict)  # split -> why nothing else of it leaves
     frozen: str = ""  # `Task.frozen` of what the client keeps, so that it need not be sent again
+    groups: NDArray[np.int64] | None = None  # [G, GROUP_ROW], of groups of test people, where they were asked for
     change: Coded | None  # None after evaluate; with secure aggregation a site's masked words, after evaluate too
 
 
@@ -142,9 +145,17 @@ def counts_nbytes(reply: Reply) -> int:
 def _flat_counts(sums: EvaluationSums) -> NDArray[Any]:
     """All of a split's counts in one array, of the smallest of the dtypes that holds them."""
     arrays = sums.arrays()
-    counts = np.concatenate([part.reshape(-1) for part in arrays.values()])
+    return _smallest(np.concatenate([part.reshape(-1) for part in arrays.values()]))
+
+
+def _smallest(counts: NDArray[np.int64]) -> NDArray[Any]:
     largest = int(counts.max(initial=0))
     return counts.astype(next(name for name in _COUNT_DTYPES if largest <= np.iinfo(name).max))
+
+
+def _plain_array(counts: NDArray[Any]) -> Array:
+    data = counts.astype(counts.dtype.newbyteorder("<"), copy=False).tobytes()
+    return Array(dtype=str(counts.dtype), shape=counts.shape, stype=PLAIN, data=data)
 
 
 def words_of(task: Task) -> dict[str, str]:
@@ -355,13 +366,9 @@ def reply_content(reply: Reply) -> RecordDict:
         if values.confusion is None:  # of size 0 where it stays at the client
             raise ValueError("only one client's own evaluation travels")
         sums |= {f"{split}-{name}": value for name, value in values.numbers().items()}
-        counts = _flat_counts(values)
-        arrays[COUNTS_NAME.format(split=split)] = Array(
-            dtype=str(counts.dtype),
-            shape=counts.shape,
-            stype=PLAIN,
-            data=counts.astype(counts.dtype.newbyteorder("<"), copy=False).tobytes(),
-        )
+        arrays[COUNTS_NAME.format(split=split)] = _plain_array(_flat_counts(values))
+    if reply.groups is not None:
+        arrays[GROUPS] = _plain_array(_smallest(reply.groups.reshape(-1)))
     if reply.change is not None:
         arrays[CHANGE] = _flat_array(reply.change)
     content = RecordDict({SUMS: MetricRecord(sums), ARRAYS: _record(arrays)})
@@ -403,6 +410,13 @@ def _read_withheld(record: Mapping[str, Any], splits: str) -> dict[str, str]:
     return found
 
 
+def _read_groups(arrays: Mapping[str, Any]) -> NDArray[np.int64]:
+    counts = _read_counts(arrays, GROUPS)
+    if counts.size % GROUP_ROW or bool((counts < 0).any()):
+        raise ReplyRefused(f"{GROUPS!r} holds {counts.size} numbers, {GROUP_ROW} a group and none below 0 are meant")
+    return counts.reshape(-1, GROUP_ROW)
+
+
 def read_reply(message: Message, splits: str) -> Reply:
     """The inverse of `reply_content` at the server, for the splits that were asked for.
 
@@ -421,8 +435,11 @@ def read_reply(message: Message, splits: str) -> Reply:
             num_examples=sums["num-examples"],
             train={name: float(sums[f"train-{name}"]) for name in TRAIN_FIELDS if f"train-{name}" in sums},
             evaluations={
-                split: NOTHING if split in withheld else _read_split(split, sums, arrays) for split in splits.split()
+                split: NOTHING if split in withheld else _read_split(split, sums, arrays)
+                for split in splits.split()
+                if split != GROUPS
             },
+            groups=_read_groups(arrays) if GROUPS in splits.split() else None,
             withheld=withheld,
             frozen=str(message.content[TASK].get(FROZEN, "")),
             change=_read_flat(arrays, CHANGE) if CHANGE in arrays else None,

@@ -447,6 +447,11 @@ def warnings_of(ending: Ending) -> list[str]:
 def federation_ending(summary: Mapping[str, Any]) -> Ending:
     """A federation's end, from its summary, which is the event "finished"."""
     notes = [f"model SHA-256 {summary['model_sha256']}"]
+    if groups := summary.get("groups"):
+        from common.metrics.groups import ByGroup
+        from common.system.group_table import group_lines
+
+        notes += group_lines([ByGroup.from_json(one) for one in groups["models"]], groups["least_people"])
     is_trained = not summary.get("evaluated")
     if summary.get("stopped_early"):
         notes.insert(0, f"stopped early after round {summary['rounds']} (training.patience)")

@@ -66,6 +66,7 @@ class Card:
     tested: Mapping[str, tuple[float, float, float]]
     intervals: str
     thresholds: Thresholds | None
+    groups: str = ""  # errors by group, Markdown; "": not measured
 
 
 def model_card(card: Card) -> str:
@@ -79,7 +80,7 @@ def model_card(card: Card) -> str:
             f"{_PRIVACY}{_privacy(card)}",
             f"## Figures on test people\n\n{_figures(card)}",
             f"## Thresholds\n\n{_thresholds(card.thresholds)}",
-            f"## Groups\n\n{_GROUPS}",
+            f"## Groups\n\n{card.groups or _GROUPS}",
             f"## Intended use\n\n{_USE}",
             f"## Limits\n\n{_LIMITS}",
         ]

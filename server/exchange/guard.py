@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 from flwr.app import Message
+from numpy.typing import NDArray
 
 from common.cuts import CUTS
 from common.errors import ReplyRefused
+from common.metrics.groups import GroupPairs
 from common.metrics.sums import WHOLE_NUMBERS, ClosedSetSums
 from common.names import CLIENT_NAME, NAME_RULE
 from common.protocol import wire
@@ -107,13 +109,39 @@ def check_train_reply(
 
 
 def check_evaluation_reply(
-    reply: Reply, *, server_round: int, manifest: Manifest, site: Site, max_pairs: int | str = "all"
+    reply: Reply,
+    *,
+    server_round: int,
+    manifest: Manifest,
+    site: Site,
+    max_pairs: int | str = "all",
+    num_groups: int = 0,
 ) -> None:
-    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model."""
+    """Raises ReplyRefused with the reason unless the sums are finite and of this round's model.
+
+    num_groups: of people, that were asked for.
+    """
     _check_origin(reply, server_round, manifest)
+    _check_groups(reply.groups, num_groups, site)
     if reply.change is not None or reply.train:
         raise ReplyRefused("the reply holds results of training, and an evaluation was asked for")
     _check_evaluations(reply, site, max_pairs)
+
+
+def _check_groups(groups: NDArray[np.int64] | None, num_groups: int, site: Site) -> None:
+    if (0 if groups is None else len(groups)) != num_groups:
+        raise ReplyRefused(f"the reply holds {0 if groups is None else len(groups)} groups, not {num_groups}")
+    for row in () if groups is None else groups:
+        pairs = GroupPairs.of_row(row)
+        number, total = pairs.num_people, float(pairs.histogram.sum(dtype=np.float64))
+        if (
+            pairs.num_sites not in (0, 1)
+            or number > site.num_people
+            or pairs.num_people_pairs != number * (number - 1) // 2
+            or total > site.num_pictures * (site.num_pictures - 1) // 2
+            or (not pairs.num_sites and row.any())
+        ):
+            raise ReplyRefused("the reply's groups hold counts that no people of the client's give")
 
 
 def check_masked_reply(

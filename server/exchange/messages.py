@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, Message
 
 from common.errors import ReplyRefused
+from common.metrics.group_names import GROUPS
 from common.protocol import wire
 from common.protocol.beats import Beat
 from common.protocol.change_bound import ChangeBound, ChangeNorms
@@ -59,6 +60,7 @@ class Exchange:
     changes: Manifest  # of what a change holds
     share: Share | None = None  # None: all that a client holds is counted
     max_pairs: int | str = "all"  # verification.max_pairs, by which every client scores
+    num_groups: int = 0  # of people, whose errors the run asks for
     is_private: bool = False  # the run has differential privacy
     masked_size: int | None = None  # with secure aggregation: how many masked words a reply has
     limited: Callable[[str, str], None] = lambda _client, _line: None  # is told who counts for less than it says
@@ -180,6 +182,7 @@ class Exchange:
                 manifest=self.manifest,
                 site=member.site,
                 max_pairs=self.max_pairs,
+                num_groups=self.num_groups if GROUPS in task.splits.split() else 0,
             )
             return self._in_share(name, reply)
         check_train_reply(

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError
 from common.metrics.figures import AUC, known_scores, recorded
+from common.metrics.groups import ByGroup, GroupPairs
 from common.metrics.names import ROUND_SECONDS, decile, of_split, present
 from common.metrics.sums import CLOSED_FIELDS, COUNTS, WHOLE_NUMBERS, EvaluationSums
+from common.metrics.thresholds import thresholds_from
 from common.protocol.wire import Reply
 from common.system.checkpoints import read_sealed, write_sealed
 from server.exchange.roster import MOST_TOLD_APART
@@ -155,6 +157,7 @@ class RoundRecord:
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     totals: dict[str, EvaluationSums] = field(default_factory=dict)  # split -> all clients' sum
     sums: dict[str, dict[str, EvaluationSums]] = field(default_factory=dict)  # split -> client -> sums, of few clients
+    groups: dict[str, GroupPairs] = field(default_factory=dict)  # of test people, of all clients, where asked for
     scored: set[str] = field(default_factory=set)  # splits; of a run that goes on, most of their sums are not here
 
 
@@ -249,6 +252,15 @@ class History:
         """The test sums of that round's model by client, or of many all together; empty where they are not known."""
         record = self.at(step)
         return record.sums.get("test") or ({"all": record.totals["test"]} if "test" in record.totals else {})
+
+    def by_group(self, step: int, model: str, least_people: int) -> ByGroup | None:
+        """The errors of that round's model by group at the threshold of its validation people; None: nobody asked."""
+        groups, validation = self.at(step).groups, self.validation_pairs(step)
+        if not groups:
+            return None
+        is_known = bool(validation) and bool(np.sum(np.stack(validation), axis=0).any(axis=1).all())
+        threshold = thresholds_from(validation).usual if is_known else None
+        return ByGroup.at(model, threshold, [groups], least_people)
 
     def rows(self) -> list[dict[str, float]]:
         """One flat row for each round in order, with its "step"."""

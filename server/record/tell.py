@@ -28,6 +28,7 @@ from common.results import draw_scores, margin_words, worse_than_untrained
 from common.runs import federated_kind, write_run_file
 from common.settings import Settings
 from common.system.events import EventLog
+from common.system.group_table import GROUPS_FILE, group_content, group_metrics
 from common.system.run_view import compute_words
 from common.tracking.hardware import gpu_type
 from common.tracking.notes import chosen_note, data_note, run_note
@@ -453,6 +454,7 @@ class Record:
             "rounds_table": history.rows(),
         }
         final = {f"test_{name}": value for name, value in summary["best"].items()}
+        final |= self._by_group(history, best, summary)
         for name, scores in summary["clients"].items():
             final |= {of_client(name, key): value for key, value in scores.items()}
             if name in self._children:  # of many clients nobody has a run of its own
@@ -503,6 +505,7 @@ class Record:
             "clients_quantiles": quantiles(history.at(0).clients) if self._are_many else {},
         }
         final = {f"test_{name}": value for name, value in summary["best"].items()}
+        final |= self._by_group(history, 0, summary)
         final |= {} if threshold is None else {"test_threshold": threshold}
         for name, scores in summary["clients"].items():
             final |= {of_client(name, key): value for key, value in scores.items()}
@@ -511,6 +514,20 @@ class Record:
         self._tracked.set_tags({"model_sha256": sha256})
         self._tracked.log_dict(summary, "metrics.json")
         return summary
+
+    def without_groups(self, reason: str) -> None:
+        """There are no errors by group: too few sites answered."""
+        self._events.emit("warning", line=f"no errors by group: {reason}")
+
+    def _by_group(self, history: History, step: int, summary: dict[str, Any]) -> dict[str, float]:
+        """Put the model's errors by group into the summary and groups.json; returns them as metrics."""
+        least = self._settings.verification.group_people
+        found = history.by_group(step, "federated", least)
+        if found is None:
+            return {}
+        summary["groups"] = group_content([found], least)
+        self._tracked.log_dict(summary["groups"], GROUPS_FILE)
+        return group_metrics(found)
 
     def _below_untrained(self, history: History, best: int) -> str:
         untrained, trained = (

@@ -15,10 +15,12 @@ from common.errors import CheckpointError, ConfigError, UserError, escaped
 from common.faces.pack import FacePack
 from common.metrics.bootstrap import Estimate
 from common.metrics.figures import AUC, KINDS, figure_name, roc_curve, row_of
+from common.metrics.groups import ByGroup
 from common.plots import comparison as comparison_plots
 from common.plots import verification
 from common.runs import RunKind, new_run_folder, recorded
 from common.settings import DataSettings, RunSettings, Settings
+from common.system.group_table import GROUPS_FILE, group_content, group_lines
 from common.system.runtime import facefed_version, num_cores, resolve_device
 from common.system.site_secret import site_secret
 from common.tracking.address import with_absolute_tracking
@@ -36,7 +38,7 @@ from simulation.compare.comparison import (
     notes_of_size,
     with_pooled,
 )
-from simulation.compare.groups import ByGroup, errors_by_group, group_content, group_lines, read_groups
+from simulation.compare.groups import errors_by_group, read_groups
 from simulation.compare.model_lookup import (
     UNTRAINED,
     FoundModel,
@@ -95,7 +97,7 @@ def evaluate_models(settings: Settings, request: Request, out: TextIO) -> int:
     by_group = _by_group(compared.models, packs, groups, settings, request) if groups else []
     least = settings.verification.group_people
     out.writelines(f"{escaped(line)}\n" for line in group_lines(by_group, least))
-    beside = {"groups.json": group_content(by_group, least)} if by_group else {}
+    beside = {GROUPS_FILE: group_content(by_group, least)} if by_group else {}
     folder = _record(compared, settings, resolve_device(_device(settings, request)), address, beside)
     out.write(f"\nreport: {folder / 'report.html'} (comparison.csv, comparison.json and plots/ beside it)\n")
     out.write(f"tracking: {tracking_line(settings, folder)}\n{time.perf_counter() - started:.0f} s\n")

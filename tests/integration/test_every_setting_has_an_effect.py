@@ -27,13 +27,15 @@ from common.errors import DataError, FaceFedError, NotEnoughClients, ReplyRefuse
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.metrics.figures import AUC
-from common.metrics.groups import group_errors, pairs_of_groups
+from common.metrics.groups import GROUP_ROW, group_errors, pairs_of_groups
 from common.protocol import wire
 from common.protocol.beats import Beat
 from common.protocol.codec import encode
 from common.protocol.parameters import buffer_sha256, flatten
+from common.protocol.secure_vector import layout_of
 from common.protocol.secure_words import threshold_of
 from common.protocol.wire import Task
+from common.secagg.quantise import COUNT_WORDS
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from common.system.checkpoints import write_tensors
 from common.system.files import read_json
@@ -700,6 +702,15 @@ def test_errors_are_shown_of_groups_of_so_many_people():
         for least in (3, 4, 6)
     ]
     assert shown == [["five", "three"], ["five"], []]
+
+
+@proves("verification.by")
+def test_a_federation_asks_for_the_groups_of_these_attributes():
+    sizes = [
+        layout_of(None, ["groups"], num_members=3, by=changed(BASE, verification__by=by).verification.by).size
+        for by in ("Male", "Male,Young")
+    ]
+    assert sizes[1] - sizes[0] == 2 * GROUP_ROW * COUNT_WORDS  # two groups more
 
 
 @proves("tracking.data_licence")

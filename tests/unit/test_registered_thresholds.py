@@ -93,6 +93,13 @@ def test_the_card_is_kept_beside_it_and_is_its_description(registered):
     assert "was not scored on test people" in registered["last"]["note"]
 
 
+def test_errors_by_group_stand_in_the_card_where_they_were_measured(registered):
+    best = Trained(step=2, val_auc=0.7, load=lambda: None, validation=lambda: [histogram(2)], groups="| Male |")
+    models(registered.folder, Trained(step=3, val_auc=0.6, load=lambda: None), best)
+    assert "## Groups\n\n| Male |\n" in registered["best"]["note"]
+    assert "Not measured when this version was registered" in registered["last"]["note"]
+
+
 def test_how_the_pictures_were_cut_stands_in_the_thresholds_the_tags_and_the_card(registered):
     best = Trained(step=2, val_auc=0.7, load=lambda: None, validation=lambda: [histogram(2)])
     models(registered.folder, best, best, cuts=["centre square", "landmarks", "centre square", ""])
