@@ -155,7 +155,8 @@ class RoundLines:
             auc = figures.get(AUC) if split == "val" else auc
         scores = "; ".join(text for text in texts if text)
         self._former_auc = auc if auc is not None else self._former_auc
-        again = "the untrained model" if step == 0 else f"model of round {step}"
+        first = "the model" if event.get("evaluated") else "the untrained model"  # a run that only scores trains none
+        again = first if step == 0 else f"model of round {step}"
         begun = self._trained.pop(step, "")
         if not scores:
             return begun

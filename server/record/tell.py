@@ -316,6 +316,7 @@ class Record:
             best_round=history.best_round,
             is_last=is_last,
             sites=own,
+            **({"evaluated": True} if self._settings.federation.evaluate_only else {}),
             **metrics,
         )
 

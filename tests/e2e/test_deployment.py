@@ -6,6 +6,8 @@ One client stays up through all of this file's servers, as at a real site; the t
 import json
 import re
 import signal
+import socket
+import urllib.request
 
 import numpy as np
 import pytest
@@ -106,9 +108,17 @@ def _assert_reports(programs, run):
 
 
 def test_the_next_server_on_the_same_port_finds_the_client_again(again, federation):
-    """And FedProx in bfloat16 too gives the simulation's model."""
-    once = federation.client("vggface2", "vggface2", "--once")
-    ended = federation.ended(federation.server("--strategy", "fedprox", *PROX))
+    """And FedProx in bfloat16 too gives the simulation's model.  Meanwhile the status page says who is in."""
+    once, status = federation.client("vggface2", "vggface2", "--once"), free_port()
+    server = federation.server("--strategy", "fedprox", *PROX, "--status-port", status)
+    server.wait_for("2 of 2 clients are here")
+    with urllib.request.urlopen(f"http://127.0.0.1:{status}/status.json", timeout=60) as answer:
+        told = json.load(answer)
+    assert (told["clients"]["here"], sorted(told["sites"])) == (2, ["celeba", "vggface2"])
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", status), timeout=60)
+    ended = federation.ended(server)
+    assert port_is_free(status)
     assert ended.code == 0, ended
     once.ended(60)
     assert len(federation.ledger("celeba")) == 5

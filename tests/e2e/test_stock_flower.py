@@ -1,4 +1,7 @@
-"""`flwr run` on unmodified Flower: failing is seen, and stopping and going on gives the simulation's model."""
+"""`flwr run` on unmodified Flower: failing is seen, and stopping and going on gives the simulation's model.
+
+One site is a stock SuperNode and the other a `flower-client`: both kinds can be in one run.
+"""
 
 import json
 import os
@@ -57,6 +60,13 @@ class Stock:
         given = " ".join([*(f'{key}="{value}"' for key, value in site.items()), "site-seed=1"])
         link = ("--superlink", f"127.0.0.1:{self.port}", "--port", free_port())
         return self._start("flower-supernode", "--insecure", *link, "--node-config", given)
+
+    def client(self, name):
+        """The same site by `flower-client`, which one run may have beside stock SuperNodes."""
+        return self.programs.start(
+            "flower-client", "--dataset", name, "--data-dir", self.faces.folder / "data" / name, "--device", "cpu",
+            "--site-seed", 1, "--server", f"127.0.0.1:{self.port}", *self.faces.cache,
+        )  # fmt: skip
 
     def flwr(self, *arguments):
         """What `flwr` says."""
@@ -126,7 +136,7 @@ def test_a_failing_run_is_seen_as_failing_with_one_line(stock, app, given):
 
 def test_it_is_stopped_and_goes_on_to_the_simulations_model(stock, app, given, simulated):
     cwd = stock.programs.cwd
-    nodes = [stock.node(name) for name in ("celeba", "vggface2")]
+    nodes = [stock.node("celeba"), stock.client("vggface2")]
     first = stock.run(app, **given)
     state, deadline = Path(), time.monotonic() + WITHIN_S
     while not (state.is_file() and json.loads(state.read_text())["round"] >= 1):

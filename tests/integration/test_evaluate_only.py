@@ -83,6 +83,8 @@ def test_a_runs_model_has_the_figures_that_it_ended_with_and_nobody_trains(train
     assert "accuracy" not in summary["best"]  # of a head that nobody trained
     assert "test_accuracy" not in summary["clients"]["alpha"]
     assert json.loads((run_folder / "run.json").read_text())["mode"] == EVALUATED
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    assert {event.get("evaluated") for event in events if event["kind"] == "scored"} == {True}
     recorded = [json.loads(line) for line in (run_folder / "spool.jsonl").read_text().splitlines()]
     told = {(line["run"], line["key"]): line["value"] for line in recorded if "key" in line}
     assert told["", "test_roc_auc"] == summary["best"]["roc_auc"]

@@ -99,6 +99,11 @@ def test_every_kind_that_is_emitted_is_known_here():
     assert emitted <= {event["kind"] for event, _ in EVENTS} | MADE_TOGETHER
 
 
+def test_a_model_that_is_scored_alone_is_no_untrained_one():
+    line = RoundLines().scored(scored(0, "val", roc_auc=0.6) | {"evaluated": True})
+    assert line == "the model: val AUC 0.600"
+
+
 def test_a_round_is_one_line_with_its_scores_their_change_and_the_best():
     lines, out = RoundLines(), []
     out.append(lines.scored(scored(0, "val", roc_auc=0.6, eer=0.4, is_last=False)))
