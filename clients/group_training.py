@@ -41,11 +41,6 @@ class Groups:
     number: int  # of all groups, those that are empty too
 
 
-def num_groups_of(num_people: int, group_people: int) -> int:
-    """How many groups so many people make; at least one."""
-    return max(1, num_people // group_people)
-
-
 def divide(pack: FacePack, *, number: int, secret: bytes, stream: str) -> Groups:
     """Deal each training family to a group by a hash that nobody without the secret knows.
 

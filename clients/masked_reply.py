@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from clients.run_state import ClientState
 from clients.secure_sum import SecureSum, keys_of
 from clients.site import SiteSettings
-from common.errors import ReplyRefused
+from common.errors import ReplyRefused, SecureSumRefused
+from common.privacy.shared_noise import grid_of_sum
 from common.protocol.change_bound import ChangeBound
 from common.protocol.codec import MASKED, Coded, decode
 from common.protocol.parameters import Part, buffer_sha256
@@ -27,6 +28,7 @@ from common.protocol.secure_words import (
     WorkAsked,
     digest_of_work,
     read,
+    share_of,
     write,
 )
 from common.protocol.wire import Reply, Task, words_of
@@ -38,7 +40,14 @@ Buffer = NDArray[np.float32]
 def secure_sum_of(site: SiteSettings, task: Task, settings: Settings) -> SecureSum:
     """The site's part in the masked sums of a task's run.  Raises SecureSumRefused or UserError without keys."""
     folder = site.state_dir / "private" / task.run_id
-    return SecureSum(folder, task.run_id, keys_of(site), threshold=settings.secagg.threshold, policy=site.policy)
+    return SecureSum(
+        folder,
+        task.run_id,
+        keys_of(site),
+        threshold=settings.secagg.threshold,
+        policy=site.policy,
+        colluding=settings.privacy.colluding_sites,
+    )
 
 
 def is_masked(task: Task, settings: Settings) -> bool:
@@ -70,13 +79,17 @@ def masked_reply(state: ClientState, task: Task, shared: Buffer, reply: Reply, s
     asked = read(WorkAsked, task.secure)
     sha256, part = buffer_sha256(shared), state.part if reply.change is not None else None
     splits = task.splits.split()
-    layout = layout_of(part, splits, num_members=len(asked.members), by=state.settings.verification.by)
+    step = 0.0 if part is None else step_of(state.settings, asked)
+    by = state.settings.verification.by
+    layout = layout_of(part, splits, num_members=len(asked.members), by=by, step=step)
     change = received = None
     if part is not None and reply.change is not None:
         received = part.taken(shared)
         _check_length(state.settings, part, received, reply.change)
         change = decode(reply.change)
-    words, _ = layout.words(change, received, min(1.0, reply.num_examples / asked.most_examples), _sums(asked, reply))
+    # what is on a grid was weighted before its noise: no number may leave that
+    share = 1.0 if step else share_of(reply.num_examples, asked)
+    words, _ = layout.words(change, received, share, _sums(asked, reply))
     digest = digest_of_work(asked, words=words_of(task), model_sha256=sha256)
     about = [f"round {task.server_round}"] if part is not None else []
     about += [f"{split} {sha256[:16]}" for split in splits]
@@ -89,6 +102,20 @@ def masked_reply(state: ClientState, task: Task, shared: Buffer, reply: Reply, s
         withheld={},
         change=Coded(codec=MASKED, size=layout.size, data=masked.astype("<u4", copy=False).view(np.uint8).data),
     )
+
+
+def step_of(settings: Settings, asked: WorkAsked) -> float:
+    """The grid of a change with shared noise; 0 without.  Raises SecureSumRefused where task and run do not agree."""
+    is_shared = settings.privacy.is_shared
+    if (asked.sensitivity > 0.0, asked.noises > 0) != (is_shared, is_shared):
+        raise SecureSumRefused(
+            f'privacy.noise = "{settings.privacy.noise}", and the task has the noise of {asked.noises} sites for a'
+            f" sensitivity of {asked.sensitivity:g}; use equal versions of FaceFed."
+        )
+    if not is_shared:
+        return 0.0
+    rounds = settings.federation.rounds
+    return grid_of_sum(settings.privacy, rounds, sensitivity=asked.sensitivity, noises=asked.noises)
 
 
 def _check_length(settings: Settings, part: Part, received: Buffer, change: Coded) -> None:

@@ -132,6 +132,9 @@ class Policy:
     require_dp: bool = limit(
         default=False, why="whether a run must have differential privacy of people, whose noise is this site's own"
     )
+    shared_noise: bool = limit(
+        default=False, why="whether noise that other sites add, too, may be what hides this one's people"
+    )
     max_epsilon: float = limit(
         10.0, "that one person may have spent, over all runs on a data set, at max_delta", above=0.0, high=1000.0
     )
@@ -172,6 +175,7 @@ OWN_MACHINE: Final = dataclasses.replace(
     max_disk_gb_a_run=1e9,
     keep_packs=10**9,
     max_epsilon=1e9,
+    shared_noise=True,
     max_delta=0.5,
     pretrained=(ANY,),
     confusion=True,
@@ -275,6 +279,8 @@ def _against_privacy(policy: Policy, privacy: PrivacySettings) -> list[Against]:
     found = []
     if policy.require_dp and privacy.unit != "person":
         found.append(Against("privacy.unit", "require_dp", privacy.unit, "person"))
+    if privacy.is_shared and not policy.shared_noise:
+        found.append(Against("privacy.noise", "shared_noise", privacy.noise, "own"))
     if privacy.unit == "person":
         for name, key in (("epsilon", "max_epsilon"), ("delta", "max_delta")):
             asked, allowed = getattr(privacy, name), getattr(policy, key)

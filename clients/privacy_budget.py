@@ -29,6 +29,7 @@ class Release:
     server_round: int
     noise_multiplier: float  # z, of the sensitivity
     num_groups: int
+    noises: int = 1  # of how many sites the noise hides this one's people; 1: its own
 
     @property
     def squared_mu(self) -> float:
@@ -71,6 +72,8 @@ def spend(site: SiteSettings, release: Release, privacy: PrivacySettings) -> Non
         "noise_multiplier": release.noise_multiplier,
         "clip": privacy.clip,
         "num_groups": release.num_groups,
+        "noises": release.noises,
+        "colluding_sites": privacy.colluding_sites if privacy.is_shared else 0,
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
     }

@@ -1,25 +1,30 @@
 """One round of a site with differential privacy of people: groups, noise, and a budget that outlives the run."""
 
 import dataclasses
+import json
 import logging
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.group_training import divide, num_groups_of, summed_changes
+from clients.group_training import divide, summed_changes
 from clients.privacy_budget import Release, budget_file, require_budget, spend
 from clients.private_state import load_answer, load_residue, prune_answers, rounds_here, save_answer
 from clients.run_state import ClientState, coded_change, question_of, telling_of
-from common.errors import ReplyRefused
+from common.errors import ReplyRefused, SecureSumRefused
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
 from common.privacy.accounting import noise_multiplier
 from common.privacy.mechanism import SEED_BYTES, norm, released
+from common.privacy.people import num_groups_of
+from common.privacy.shared_noise import deviation_of_each, sensitivity_of, within_words
 from common.protocol.codec import Coded, is_lossy, num_bytes
 from common.protocol.parameters import trainable_spans
+from common.protocol.secure_words import WorkAsked, read, share_of
 from common.protocol.spending import spent_in
 from common.protocol.wire import Task
 from common.settings import Settings
@@ -41,14 +46,15 @@ def train_in_groups(
     Raises PolicyRefusal where the budget is spent.
     """
     folder, size = state.state_folder(task.run_id), state.part.part.size
-    question = question_of(state, task, received)
+    noise = _noise(state, task)
+    question = question_of(state, task, received, noise.question)
     codec = state.settings.federation.upload_codec
     kept = load_answer(folder, task.server_round, question)
     if kept is not None and len(kept) == num_bytes(codec, size):
         log.info("%s%s: round %d is answered as before: nothing is spent", SHOWN, state.site.name, task.server_round)
         residue = load_residue(folder, task.server_round, size) if is_lossy(codec) else None
         return _nominal(state), Coded(codec=codec, size=size, data=kept), residue
-    release = _release(state, task)
+    release = _release(state, task, noise)
     before = spent_in(budget_file(state.site), task.run_id)
     require_budget(before, release, state.settings.privacy, state.site.policy)
     if task.server_round in rounds_here(folder):
@@ -57,23 +63,62 @@ def train_in_groups(
             " answered with noise of its own, and paid for again",
             SHOWN, state.site.name, task.server_round,
         )  # fmt: skip
-    privacy = state.settings.privacy
     learned = trainable_names(state.recogniser, state.settings.training.trainable)
     spans = trainable_spans(state.manifest, learned)
     trained = [span for span, is_trained in spans if is_trained]
-    deviation = release.noise_multiplier * 2.0 * privacy.clip
-    _require_signal(state.settings, received, trained, deviation / release.num_groups)
+    _require_signal(state.settings, received, trained, noise.deviation / noise.divisor)
     total, sums = _sum_of_groups(state, task, compute, received, release.num_groups)
     spend(state.site, release, state.settings.privacy)
     seed = secrets.token_bytes(SEED_BYTES)
-    change = released(total, trained, deviation=deviation, divisor=release.num_groups, seed=seed)
+    if state.settings.privacy.is_shared:
+        total = within_words(total * noise.factor, noise.deviation)
+    change = released(total, trained, deviation=noise.deviation, divisor=noise.divisor, seed=seed)
     coded, residue = coded_change(state, folder, found, change)
     save_answer(folder, task.server_round, question, coded.data)
     prune_answers(folder, task.server_round - 2)
     return dataclasses.replace(_nominal(state), num_halvings=sums.num_halvings), coded, residue
 
 
-def _release(state: ClientState, task: Task) -> Release:
+@dataclass(frozen=True, kw_only=True)
+class _Noise:
+    """What becomes of the sum of the groups' changes: (factor * sum + noise) / divisor."""
+
+    factor: float
+    deviation: float  # of this site's noise on each element
+    divisor: float
+    noises: int = 1  # of how many sites the noise hides this one's people
+    question: str = ""  # what else it follows from
+
+
+def _noise(state: ClientState, task: Task) -> _Noise:
+    """The whole noise; or where it is shared out, this site's part of it, in the units of the masked sum.
+
+    Raises SecureSumRefused where this site's people move the sum further than the sites were told.
+    """
+    privacy, rounds = state.settings.privacy, state.settings.federation.rounds
+    num_groups = num_groups_of(state.pack.num_classes, privacy.group_people)
+    if not privacy.is_shared:
+        deviation = noise_multiplier(privacy.epsilon, privacy.delta, rounds) * 2.0 * privacy.clip
+        return _Noise(factor=1.0, deviation=deviation, divisor=num_groups)
+    asked = read(WorkAsked, task.secure)
+    share = share_of(len(state.pack.indices(Split.TRAIN)), asked)
+    own = sensitivity_of(privacy, num_people=state.pack.num_classes, share=share)
+    if asked.noises < 1 or own > asked.sensitivity:
+        raise SecureSumRefused(
+            f"one person here moves the sum by {own:.6g}, and the sites' noise is to be for {asked.sensitivity:.6g}; a"
+            " site joins again whose data have changed."
+        )
+    return _Noise(
+        factor=share / num_groups,
+        deviation=deviation_of_each(privacy, rounds, sensitivity=asked.sensitivity, noises=asked.noises),
+        divisor=1.0,
+        noises=asked.noises,
+        # Of one round two sums over other sites would be each other's difference, so each has noise of its own.
+        question=json.dumps([asked.sensitivity, asked.noises, share, list(asked.members)]),
+    )
+
+
+def _release(state: ClientState, task: Task, noise: _Noise) -> Release:
     """What one more reply is, by the run's settings and how many people there are."""
     privacy, rounds = state.settings.privacy, state.settings.federation.rounds
     return Release(
@@ -81,6 +126,7 @@ def _release(state: ClientState, task: Task) -> Release:
         server_round=task.server_round,
         noise_multiplier=noise_multiplier(privacy.epsilon, privacy.delta, rounds),
         num_groups=num_groups_of(state.pack.num_classes, privacy.group_people),
+        noises=noise.noises,
     )
 
 

@@ -175,8 +175,11 @@ def coded_change(
     return coded, residue_of(change, coded)
 
 
-def question_of(state: ClientState, task: Task, received: NDArray[np.float32]) -> str:
-    """A digest of all that a round's change follows from; of two that differ in anything neither has the other's."""
+def question_of(state: ClientState, task: Task, received: NDArray[np.float32], also: str = "") -> str:
+    """A digest of all that a round's change follows from; of two that differ in anything neither has the other's.
+
+    also: what else it follows from.
+    """
     asked = (task.settings, task.server_round, task.precision, task.memory_format, task.compiled, task.threads)
-    words = [*asked, state.manifest.digest, state.pack.key, buffer_sha256(received), state.site.name, task.run_id]
+    words = [*asked, state.manifest.digest, state.pack.key, buffer_sha256(received), state.site.name, task.run_id, also]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from clients.policy import Against, Policy, PolicyRefusal
 from clients.site import MadeKeys, SiteSettings
 from common.errors import CheckpointError, SecureSumRefused, UserError
+from common.privacy.shared_noise import fewest_noises
 from common.protocol.secure_words import (
     KEYS,
     SHARES,
@@ -39,7 +40,6 @@ from common.protocol.secure_words import (
     WorkAsked,
     in_text,
     of_text,
-    threshold_of,
 )
 from common.secagg.keys import (
     FEWEST_MEMBERS,
@@ -56,6 +56,7 @@ from common.secagg.keys import (
 )
 from common.secagg.masks import masked
 from common.secagg.shares import SharePair, seal, split_secrets, unseal
+from common.secagg.sites import threshold_of
 from common.system.certs import PEERS, fingerprint
 from common.system.events import SHOWN
 from common.system.files import read_sealed_json, write_bytes, write_sealed_json
@@ -137,10 +138,15 @@ class SecureSum:
     Each method answers one message, or raises SecureSumRefused or PolicyRefusal and shows nothing.
     """
 
-    def __init__(self, folder: Path, run_id: str, keys: Keys, *, threshold: float, policy: Policy) -> None:
-        """folder: of the run's private state.  threshold: `secagg.threshold` of the run."""
+    def __init__(
+        self, folder: Path, run_id: str, keys: Keys, *, threshold: float, policy: Policy, colluding: int = 1
+    ) -> None:
+        """folder: of the run's private state.
+
+        threshold: `secagg.threshold` of the run.  colluding: `privacy.colluding_sites`.
+        """
         self._path, self._run_id, self._keys = folder / FILE, run_id, keys
-        self._fraction, self._policy = threshold, policy
+        self._fraction, self._policy, self._colluding = threshold, policy, colluding
         self._kept = self._load()
 
     @property
@@ -210,6 +216,14 @@ class SecureSum:
             )
         if sorted(asked.shares) != [name for name in asked.members if name != self.name]:
             raise SecureSumRefused("the shares that came are not one of each other site that the sum is over.")
+        sure = fewest_noises(
+            len(asked.members), num_keys=len(kept.adverts), threshold=kept.threshold, colluding=self._colluding
+        )
+        if asked.noises > max(0, sure):
+            raise SecureSumRefused(
+                f"the noise of {asked.noises} sites is to hide this one's people, and of the {len(asked.members)} sites"
+                f" of this sum {max(0, sure)} are sure to be in it (privacy.colluding_sites)."
+            )
 
     def mask(self, asked: WorkAsked, server_round: int, words: Words, about: Sequence[str], digest: bytes) -> Words:
         """The site's words, masked: a new vector, [size] uint32.

@@ -216,9 +216,32 @@ def _privacy_conflicts(settings: Settings) -> list[str]:
         )
     if settings.training.patience != "off":
         problems.append(f'training.patience counts scores, and with {on} no site\'s scores leave; use "off".')
+    if privacy.noise == "shared":
+        problems += _shared_noise_conflicts(settings)
     if privacy.unit == "site":
         problems += _site_privacy_conflicts(federation)
     return problems
+
+
+def _shared_noise_conflicts(settings: Settings) -> list[str]:
+    """What noise that the sites draw together needs: a sum that nobody sees a summand of, over enough of them."""
+    from common.privacy.shared_noise import fewest_noises
+    from common.secagg.sites import threshold_of
+
+    privacy, secagg, on = settings.privacy, settings.secagg, 'privacy.noise = "shared"'
+    if privacy.unit != "person":
+        return [f'{on} is for privacy.unit = "person"; with "{privacy.unit}" the server adds the noise, so use "own".']
+    if not secagg.enabled:
+        return [f'{on} hides a person in the sum only; with secagg.enabled = false use "own".']
+    members = settings.federation.min_clients
+    threshold = threshold_of(secagg.threshold, members)
+    sure = fewest_noises(members, num_keys=members, threshold=threshold, colluding=privacy.colluding_sites)
+    if sure < 2:
+        return [
+            f"{on} with federation.min_clients = {members} and privacy.colluding_sites = {privacy.colluding_sites}: of"
+            f' {max(0, sure)} sites alone the noise is sure to be unknown; have more sites, or use "own".'
+        ]
+    return []
 
 
 def _site_privacy_conflicts(federation: FederationSettings) -> list[str]:

@@ -187,6 +187,13 @@ class PrivacySettings:
     delta: float = setting(1e-5, low=1e-12, high=0.1)  # less than one in the people (or sites)
     clip: float = setting(0.1, above=0.0, high=1e6)  # the longest change of a group (or site), Euclidean norm
     group_people: int = setting(16, low=2)  # on average, of whom a group is trained
+    noise: str = setting("own", choices=("own", "shared"))  # of a person: whole at each site, or drawn by all together
+    colluding_sites: int = setting(1, low=1)  # with shared noise: how many sites may put what they know together
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a person is hidden by the noise of several sites."""
+        return self.unit == "person" and self.noise == "shared"
 
     @property
     def is_on(self) -> bool:

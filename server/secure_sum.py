@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CheckpointError, NotEnoughClients, SecureSumRefused
+from common.privacy.shared_noise import fewest_noises, grid_of_sum, sensitivity_of
 from common.protocol.codec import Coded
 from common.protocol.parameters import Part, buffer_sha256
 from common.protocol.secure_vector import Layout, Sums, layout_of
@@ -29,7 +30,6 @@ from common.protocol.secure_words import (
     of_text,
     read_answer,
     texts_by_name,
-    threshold_of,
     write,
 )
 from common.protocol.wire import Task, words_of
@@ -43,7 +43,7 @@ from common.secagg.keys import (
 )
 from common.secagg.masks import unmask
 from common.secagg.shamir import Share, join
-from common.secagg.sites import require_sites
+from common.secagg.sites import require_sites, threshold_of
 from common.settings import Settings
 from common.system.files import read_sealed_json, write_sealed_json
 from server.exchange.roster import Member
@@ -116,7 +116,39 @@ class SecureSums:
             adverts=adverts,
             shares=shares,
             most=_most(members, share),
+            noise=self._noise(asked, members, sorted(shares), threshold, num_keys=len(adverts), share=share),
         )
+
+    def _noise(
+        self,
+        asked: Asked,
+        members: Mapping[str, Member],
+        names: Sequence[str],
+        threshold: int,
+        *,
+        num_keys: int,
+        share: Counted | None,
+    ) -> tuple[float, int]:
+        """Of noise that is shared out: how far one person moves the sum, and how many noises are in it; else zeros."""
+        privacy, (largest, _) = self._settings.privacy, _most(members, share)
+        if asked.change is None or not privacy.is_shared:
+            return 0.0, 0
+        noises = fewest_noises(len(names), num_keys=num_keys, threshold=threshold, colluding=privacy.colluding_sites)
+        if noises < 1:
+            raise NotEnoughClients(
+                f"round {asked.step}: of {len(names)} clients no noise is sure to be in the sum where"
+                f" {privacy.colluding_sites} tell theirs (privacy.colluding_sites); more clients are needed."
+            )
+        sites = [members[name].site for name in names]
+        each = [
+            sensitivity_of(
+                privacy,
+                num_people=site.num_training_people,
+                share=min(1.0, site.num_training_pictures / largest),
+            )
+            for site in sites
+        ]
+        return max(each), noises
 
     def _next(self) -> int:
         """A number that no attempt of this run has had."""
@@ -135,7 +167,7 @@ class SecureAttempt:
     """One attempt at a sum, as `server.aggregate.Aggregate`: texts go out, masked words are added, then it is opened.
 
     adverts: of all whose keys were handed out.  shares: of all in the sum, by sender and receiver.
-    most: see `WorkAsked`.
+    most: see `WorkAsked`.  noise: likewise, (sensitivity, noises).
     """
 
     settings: Settings
@@ -145,6 +177,7 @@ class SecureAttempt:
     adverts: Mapping[str, Advert]
     shares: Mapping[str, Mapping[str, str]]
     most: tuple[int, int]
+    noise: tuple[float, int] = (0.0, 0)
     sums: Sums = field(default_factory=lambda: Sums(evaluations={}, content={}))
     layout: Layout = field(init=False)
     _total: Words = field(init=False)
@@ -152,9 +185,21 @@ class SecureAttempt:
 
     def __post_init__(self) -> None:
         self.layout = layout_of(
-            self.asked.change, self.asked.splits, num_members=len(self.shares), by=self.settings.verification.by
+            self.asked.change,
+            self.asked.splits,
+            num_members=len(self.shares),
+            by=self.settings.verification.by,
+            step=self._step(),
         )
         self._total = np.zeros(self.layout.size, dtype=np.uint32)
+
+    def _step(self) -> float:
+        """The grid of the sites' noise, where it is shared out."""
+        sensitivity, noises = self.noise
+        if not noises:
+            return 0.0
+        rounds = self.settings.federation.rounds
+        return grid_of_sum(self.settings.privacy, rounds, sensitivity=sensitivity, noises=noises)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -171,6 +216,8 @@ class SecureAttempt:
             shares=own,
             most_examples=examples,
             most_pictures=pictures,
+            sensitivity=self.noise[0],
+            noises=self.noise[1],
         )
 
     def add(self, change: Coded, num_examples: int, name: str = "") -> None:

@@ -67,6 +67,11 @@ def standard_normal(seed: bytes, number: int) -> Iterator[tuple[slice, NDArray[n
         start += len(values)
 
 
+def grid_of(deviation: float) -> float:
+    """The step of the grid for noise of that deviation: a power of two, so that its multiples are exact."""
+    return 2.0 ** math.floor(math.log2(deviation / GRID))
+
+
 def released(
     total: NDArray[np.float64], spans: Iterable[slice], *, deviation: float, divisor: float, seed: bytes
 ) -> Buffer:
@@ -77,7 +82,7 @@ def released(
     """
     result = np.zeros(len(total), dtype=np.float32)
     chosen = np.concatenate([np.arange(span.start, span.stop) for span in spans]) if len(total) else np.arange(0)
-    step = 2.0 ** math.floor(math.log2(deviation / GRID))  # a power of two, so that its multiples are exact
+    step = grid_of(deviation)
     for where, noise in standard_normal(seed, len(chosen)):
         places = chosen[where]
         noisy = np.rint((total[places] + deviation * noise) / step) * step

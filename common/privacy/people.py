@@ -3,6 +3,11 @@
 from common.settings import PrivacySettings
 
 
+def num_groups_of(num_people: int, group_people: int) -> int:
+    """How many groups so many people make; at least one."""
+    return max(1, num_people // group_people)
+
+
 def problem_of(privacy: PrivacySettings, num_units: int) -> str:
     """What stands against it, in one sentence; "" where nothing does.
 
@@ -26,6 +31,7 @@ def words_of(privacy: PrivacySettings) -> str:
     if not privacy.is_on:
         return ""
     whose = {"person": "one person at a site, whose own noise it is", "site": "one client, by the server's noise"}
-    return (
-        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, of {whose[privacy.unit]}; no scores leave the sites"
-    )
+    what = whose[privacy.unit]
+    if privacy.is_shared:
+        what = f"one person in the sum, by all sites' noise while at most {privacy.colluding_sites} of them tell theirs"
+    return f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, of {what}; no scores leave the sites"

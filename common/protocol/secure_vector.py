@@ -25,6 +25,7 @@ from common.secagg.quantise import (
     REAL_WORDS,
     counts_to_words,
     dequantise,
+    largest_code,
     quantise,
     reals_to_words,
     words_to_counts,
@@ -60,13 +61,15 @@ class Layout:
     """What lies where in the words of one exchange.
 
     change: of the flat model what moves; None: no change is sent, of an evaluation.  splits: that are scored.
-    num_members: how many sites may add.  num_groups: of test people, whose pairs are counted.
+    num_members: how many sites may add.  num_groups: of test people, whose pairs are counted.  step: of all numbers of
+    the change, where noise puts them on a grid (`common/privacy/shared_noise.py`); 0: one of each tensor, by its range.
     """
 
     change: Part | None
     splits: tuple[str, ...]
     num_members: int
     num_groups: int = 0
+    step: float = 0.0
 
     @property
     def size(self) -> int:
@@ -95,7 +98,7 @@ class Layout:
         """
         words, saturated = np.empty(self.size, dtype=np.uint32), 0
         if self.change is not None and change is not None and received is not None:
-            for where, limit in ranges(self.change, received):
+            for where, limit in self._ranges(self.change, received):
                 weighted = change[where].astype(np.float64) * share
                 words[where], beyond = quantise(weighted, self.num_members, limit)
                 saturated += beyond
@@ -123,9 +126,14 @@ class Layout:
         if self.change is None:
             raise ValueError("no change was sent")
         mean = np.empty(self._change_size, dtype=np.float32)
-        for where, limit in ranges(self.change, received):
+        for where, limit in self._ranges(self.change, received):
             mean[where] = dequantise(total[where], self.num_members, limit) / shares
         return mean
+
+    def _ranges(self, part: Part, received: Buffer) -> list[tuple[slice, float]]:
+        if self.step:
+            return [(slice(0, part.part.size), self.step * largest_code(self.num_members))]
+        return ranges(part, received)
 
     def sums(self, total: Words) -> Sums:
         """What else the sites' words, added, say."""
@@ -147,11 +155,11 @@ class Layout:
         return Sums(evaluations=evaluations, content=content, saturated=saturated, groups=groups)
 
 
-def layout_of(change: Part | None, splits: Sequence[str], *, num_members: int, by: str) -> Layout:
-    """The layout of a task's answer.  splits: as the task names them.  by: verification.by."""
+def layout_of(change: Part | None, splits: Sequence[str], *, num_members: int, by: str, step: float = 0.0) -> Layout:
+    """The layout of a task's answer.  splits: as the task names them.  by: verification.by.  step: see `Layout`."""
     num_groups = len(group_names(attributes_of(by))) if GROUPS in splits else 0
     scored = tuple(split for split in splits if split != GROUPS)
-    return Layout(change=change, splits=scored, num_members=num_members, num_groups=num_groups)
+    return Layout(change=change, splits=scored, num_members=num_members, num_groups=num_groups, step=step)
 
 
 def _counts_of(found: EvaluationSums | None, name: str, shape: Sequence[int]) -> NDArray[np.int64]:

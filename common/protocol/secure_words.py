@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 from common.errors import SecureSumRefused
 from common.names import CLIENT_NAME
-from common.secagg.keys import FEWEST_MEMBERS, MOST_MEMBERS
+from common.secagg.keys import MOST_MEMBERS
 
 KEYS, SHARES, UNMASK = "keys", "shares", "unmask"
 SMALL: Final = (KEYS, SHARES, UNMASK)  # kinds of tasks without a model
@@ -54,6 +54,8 @@ class WorkAsked:
     shares: Mapping[str, str]  # of each other one of them, sealed for this site
     most_examples: int  # training pictures that a site counts for at most; the largest that one does
     most_pictures: int  # pictures whose scores it counts for at most; 0: all
+    sensitivity: float = 0.0  # of noise that is shared out: how far one person at any site moves the sum; 0: none is
+    noises: int = 0  # how many sites' noises are the planned one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,9 @@ Asked = KeysAsked | SharesAsked | WorkAsked | UnmaskAsked
 T = TypeVar("T", KeysAsked, SharesAsked, WorkAsked, UnmaskAsked)
 
 
-def threshold_of(fraction: float, num_members: int) -> int:
-    """How many of so many must stay: `secagg.threshold` of them, rounded up, and FEWEST_MEMBERS at least."""
-    return max(FEWEST_MEMBERS, math.ceil(fraction * num_members))
+def share_of(num_examples: int, work: WorkAsked) -> float:
+    """A site's weight in the sum, in (0, 1].  num_examples: its pictures to train on."""
+    return min(1.0, num_examples / work.most_examples)
 
 
 def digest_of_work(work: WorkAsked, *, words: Mapping[str, str], model_sha256: str) -> bytes:
@@ -79,7 +81,8 @@ def digest_of_work(work: WorkAsked, *, words: Mapping[str, str], model_sha256: s
     words: of the task, what is the same for all: its kind, settings, splits and manifest.  model_sha256: of the model
     as it was received, in hexadecimal.
     """
-    asked = [sorted(words.items()), work.most_examples, work.most_pictures, model_sha256]
+    limits = [work.most_examples, work.most_pictures, work.sensitivity, work.noises]
+    asked = [sorted(words.items()), *limits, model_sha256]
     return hashlib.sha256(json.dumps(asked).encode()).digest()
 
 
@@ -114,10 +117,8 @@ def read(kind: type[T], text: str) -> T:
             read_as[name] = tuple(_names(value))
         elif name in ("adverts", "shares"):
             read_as[name] = texts_by_name(value)
-        elif type(value) is int and 0 <= value < LARGEST_COUNT:
-            read_as[name] = value
         else:
-            raise _malformed(f"{name} is no number of ours")
+            read_as[name] = _number(name, value)
     return kind(**read_as)
 
 
@@ -134,6 +135,16 @@ def texts_by_name(value: object) -> dict[str, str]:
     if not all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in value.values()):
         raise _malformed("a text is none, or too long")
     return value
+
+
+def _number(name: str, value: object) -> float:
+    """A number of 0 or more: whole, but for one.  Raises SecureSumRefused."""
+    if name == "sensitivity":
+        if type(value) is float and 0.0 <= value < math.inf:
+            return value
+    elif type(value) is int and 0 <= value < LARGEST_COUNT:
+        return value
+    raise _malformed(f"{name} is no number of ours")
 
 
 def _names(value: object) -> list[str]:

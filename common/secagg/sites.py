@@ -1,4 +1,6 @@
-"""How many sites a masked sum may be over, said before anything of a run is begun."""
+"""How many sites a masked sum may be over, said before anything of a run is begun; and how many must stay."""
+
+import math
 
 from common.errors import UserError
 from common.secagg.keys import FEWEST_MEMBERS, MOST_MEMBERS
@@ -13,3 +15,8 @@ def require_sites(num_sites: int) -> None:
             f" {FEWEST_MEMBERS} to {MOST_MEMBERS} sites, as {why}; have others take part (--min-clients), or leave"
             " --secagg out."
         )
+
+
+def threshold_of(fraction: float, num_members: int) -> int:
+    """How many of so many must stay: `secagg.threshold` of them, rounded up, and FEWEST_MEMBERS at least."""
+    return max(FEWEST_MEMBERS, math.ceil(fraction * num_members))

@@ -11,7 +11,7 @@ from typing import Final
 
 from common.metrics.membership import Estimate, Membership
 from common.metrics.thresholds import Thresholds
-from common.settings import Settings
+from common.settings import PrivacySettings, Settings
 
 MOST_CHARACTERS: Final = 5000  # of a version's description, in MLflow's tables
 MOST_SITES: Final = 3  # whose audit a card shows; of more their number and the span of their AUC
@@ -149,8 +149,15 @@ def _privacy(card: Card) -> str:
         )
     return (
         f"Differential privacy of each {privacy.unit}: epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}"
-        f" over the whole run, changes clipped to {privacy.clip:g}. What it does not cover stands in docs/PRIVACY.md."
+        f" over the whole run{_whose_noise(privacy)}, changes clipped to {privacy.clip:g}. What it does not cover"
+        " stands in docs/PRIVACY.md."
     )
+
+
+def _whose_noise(privacy: PrivacySettings) -> str:
+    if not privacy.is_shared:
+        return ""
+    return f" (by all sites' noise together, while at most {privacy.colluding_sites} of them tell theirs)"
 
 
 def _figures(card: Card) -> str:

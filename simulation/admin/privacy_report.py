@@ -43,8 +43,13 @@ def _of_data_set(path: Path, policy: Policy) -> dict[str, Any]:
         run |= {"last": one.get("time"), "delta": one.get("delta"), "of_epsilon": one.get("epsilon")}
         run["replies"] += 1
         run[COST] += float(one[COST])
+        noises, colluding = _whole(one.get("noises"), 1), _whole(one.get("colluding_sites"), 0)
+        # Its own noise is 1 / sqrt(noises) of the planned one, so alone it costs `noises` times as much.
+        run["alone"] = run.get("alone", 0.0) + noises * float(one[COST])
+        run["colluding_sites"] = min(run.get("colluding_sites", colluding), colluding)
     for run in runs.values():
         run["epsilon"] = epsilon_of(math.sqrt(run[COST]), float(run["delta"]))
+        run["epsilon_by_own_noise"] = epsilon_of(math.sqrt(run.pop("alone")), float(run["delta"]))
     return {
         "file": str(path),
         "dataset": str(releases[-1].get("dataset")),
@@ -59,6 +64,11 @@ def _of_data_set(path: Path, policy: Policy) -> dict[str, Any]:
     }
 
 
+def _whole(value: object, least: int) -> int:
+    """A count of a line that may have been written by another version."""
+    return max(least, value) if isinstance(value, int) else least
+
+
 def _lines(found: dict[str, Any], policy: Policy) -> Iterator[str]:
     yield f"{', '.join(found['clients'])}: {found['dataset']} in {found['data_dir']}, by {found['file']}"
     for name, run in found["runs"].items():
@@ -66,6 +76,11 @@ def _lines(found: dict[str, Any], policy: Policy) -> Iterator[str]:
             f"  run {name}: {run['replies']} noisy replies, {run['first']} to {run['last']}: epsilon"
             f" {run['epsilon']:.3g} of {run['of_epsilon']:g} at delta {run['delta']:g}"
         )
+        if run["epsilon_by_own_noise"] > run["epsilon"]:
+            yield (
+                f"    by the noise of several sites, while at most {run['colluding_sites']} of them tell theirs; by"
+                f" this site's own alone epsilon {run['epsilon_by_own_noise']:.3g}"
+            )
     left = f"{100 * found['fraction_left']:.0f} % of it is left"
     if found["fraction_left"] <= 0.0:
         left = "it is spent: a flower-client takes no part in a further run (a simulation is held to no policy)"

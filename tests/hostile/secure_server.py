@@ -14,11 +14,12 @@ import numpy as np
 from clients.policy import OWN_MACHINE, Policy
 from clients.secure_sum import Keys, SecureSum, UnknownPeer
 from common.errors import SecureSumRefused
-from common.protocol.secure_words import KeysAsked, SharesAsked, UnmaskAsked, WorkAsked, in_text, of_text, threshold_of
+from common.protocol.secure_words import KeysAsked, SharesAsked, UnmaskAsked, WorkAsked, in_text, of_text
 from common.secagg.keys import Advert, Context, Identity, is_mask_key_of, is_self_secret_of
 from common.secagg.masks import add_masks, pair_mask, self_seed
 from common.secagg.shamir import Share, join
 from common.secagg.shares import seal, split_secrets
+from common.secagg.sites import threshold_of
 
 RUN = "run"
 NAMES = ("ada", "ben", "cyd", "dan", "eve")

@@ -21,9 +21,17 @@ from PIL import Image
 from tiny_federation import ScriptedMailbox, client, federation_over, reply_to, settings_with
 
 from clients.local_update import join
-from clients.masked_reply import is_masked
+from clients.masked_reply import is_masked, step_of
 from common import config
-from common.errors import DataError, FaceFedError, NotEnoughClients, ReplyRefused, UserError
+from common.errors import (
+    ConfigError,
+    DataError,
+    FaceFedError,
+    NotEnoughClients,
+    ReplyRefused,
+    SecureSumRefused,
+    UserError,
+)
 from common.faces.batches import twin_batches
 from common.faces.pack import FacePack, open_pack
 from common.metrics.figures import AUC
@@ -33,9 +41,10 @@ from common.protocol.beats import Beat
 from common.protocol.codec import encode
 from common.protocol.parameters import buffer_sha256, flatten
 from common.protocol.secure_vector import layout_of
-from common.protocol.secure_words import threshold_of
+from common.protocol.secure_words import WorkAsked
 from common.protocol.wire import Task
 from common.secagg.quantise import COUNT_WORDS
+from common.secagg.sites import threshold_of
 from common.settings import ALIGNMENTS, INFERENCES, Settings
 from common.system.checkpoints import write_tensors
 from common.system.files import read_json
@@ -256,6 +265,17 @@ def test_privacy_changes_the_model_also_where_the_noise_is_the_same(faces, tmp_p
     found += [model(privacy__delta=1e-6), model(privacy__unit="site", federation__clients_per_round=2)]
     found += [model(privacy__unit="off")]
     assert len(set(found)) == 7
+
+
+@proves("privacy.noise", "privacy.colluding_sites")
+def test_shared_noise_puts_the_sum_on_a_grid_and_needs_sites_that_do_not_tell_theirs():
+    shared = {"privacy__noise": "shared", "secagg__enabled": True, "federation__min_clients": 4}
+    asked = WorkAsked(attempt=1, members=(), shares={}, most_examples=1, most_pictures=0, sensitivity=0.1, noises=2)
+    assert step_of(changed(BASE, **(PRIVATE | shared)), asked) > 0.0
+    with pytest.raises(SecureSumRefused, match=r"privacy\.noise"):
+        step_of(changed(BASE, **(PRIVATE | shared | {"privacy__noise": "own"})), asked)
+    with pytest.raises(ConfigError, match=r"privacy\.colluding_sites = 2"):
+        changed(BASE, **(PRIVATE | shared | {"privacy__colluding_sites": 2}))
 
 
 # -------------------------------------------------------------------------------------------------------------- data

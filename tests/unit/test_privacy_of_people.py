@@ -15,7 +15,7 @@ import clients.local_update
 import clients.private_round
 import clients.run_state
 from clients import privacy_budget
-from clients.group_training import Groups, divide, num_groups_of, summed_changes
+from clients.group_training import Groups, divide, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
 from clients.privacy_budget import Release, budget_file
@@ -24,6 +24,7 @@ from common.faces.splits import Split
 from common.models.recogniser import trainable_names
 from common.privacy.accounting import epsilon_of, noise_multiplier, squared_mu
 from common.privacy.mechanism import standard_normal
+from common.privacy.people import num_groups_of
 from common.protocol.codec import decode
 from common.protocol.parameters import flatten, trainable_spans
 from common.protocol.spending import spent_in

@@ -18,9 +18,9 @@ from common.protocol.secure_words import (
     read,
     read_answer,
     texts_by_name,
-    threshold_of,
     write,
 )
+from common.secagg.sites import threshold_of
 
 WORK = WorkAsked(attempt=2, members=("a", "b", "c"), shares={"b": "eA==", "c": ""}, most_examples=9, most_pictures=0)
 
