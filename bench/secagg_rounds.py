@@ -1,4 +1,5 @@
-"""What secure aggregation costs a round, beside the same round without it; and whether the model is as good.
+"""What secure aggregation costs a round, with words of 32 and of 16 bits, beside the same round without it; and whether
+the model is as good.
 
     python -m bench.secagg_rounds cost [--sites 3 10] [--rounds 3] [--width 0.5]
     python -m bench.secagg_rounds auc --data DIR [--seeds 1 2 3] [--rounds 8] [--width 0.5]
@@ -25,9 +26,13 @@ from typing import Any
 
 import numpy as np
 
+IN_ROUNDS = ("train", "keys", "shares", "unmask")
+WAYS: dict[str, dict[str, dict[str, Any]]] = {"plain": {}, "masked": {"secagg": {"enabled": True}}}
+WAYS["masked, 16 bits"] = WAYS["masked"] | {"federation": {"upload_codec": "int8"}}
 
-def settings_of(arguments: argparse.Namespace, *, num_sites: int, seed: int, secure: bool) -> Any:
-    """The demo's settings, changed as the command line says."""
+
+def settings_of(arguments: argparse.Namespace, *, num_sites: int, seed: int, way: str) -> Any:
+    """The demo's settings, changed as the command line says.  way: of WAYS."""
     from common import config
 
     raw = config.to_mapping(config.load(config.find_config("demo")))
@@ -36,7 +41,8 @@ def settings_of(arguments: argparse.Namespace, *, num_sites: int, seed: int, sec
     raw["training"] |= {"threads": 1, "precision": "float32"}
     raw["federation"] |= {"rounds": arguments.rounds, "min_clients": num_sites, "test_every_rounds": 1}
     raw["tracking"] |= {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"}
-    raw["secagg"]["enabled"] = secure
+    for section, values in WAYS[way].items():
+        raw[section] |= values
     if arguments.what == "cost":
         raw["federation"] |= {"local_epochs": "off", "local_steps": 1}
     return config.from_mapping(raw)
@@ -162,7 +168,7 @@ def noise_pack(name: str, side: int) -> Any:
 
 
 def cost(arguments: argparse.Namespace, scratch: Path) -> None:
-    """A row for each number of sites, without and with secure aggregation."""
+    """Rows for each number of sites, without and with secure aggregation."""
     import clients.packs
 
     def open_noise(_dataset: str, data_dir: Path, data: Any, *_args: object, **_named: object) -> Any:
@@ -170,44 +176,49 @@ def cost(arguments: argparse.Namespace, scratch: Path) -> None:
 
     clients.packs.open_pack = open_noise  # type: ignore[assignment]
     for number in arguments.sites:
-        for secure in (False, True):
-            folder = scratch / f"{number}-{secure}"
+        for way in WAYS:
+            folder = scratch / f"{number}-{way}"
             data = {f"site-{index:02d}": folder / f"site-{index:02d}" for index in range(number)}
-            sites = sites_of(folder, data, scratch / "packs", secure=secure)
-            settings = settings_of(arguments, num_sites=number, seed=1, secure=secure)
+            sites = sites_of(folder, data, scratch / "packs", secure=way != "plain")
+            settings = settings_of(arguments, num_sites=number, seed=1, way=way)
             _, mailbox = federated(settings, sites, folder / "run-1")
             rounds = arguments.rounds
-            in_rounds = ("train", "keys", "shares", "unmask")
-            ways = {way: sum(mailbox.num_bytes[kind, way] for kind in in_rounds) for way in ("down", "up")}
-            seconds = {kind: mailbox.seconds[kind] / rounds / number for kind in in_rounds if mailbox.seconds[kind]}
+            ways = {way: sum(mailbox.num_bytes[kind, way] for kind in IN_ROUNDS) for way in ("down", "up")}
+            seconds = {kind: mailbox.seconds[kind] / rounds / number for kind in IN_ROUNDS if mailbox.seconds[kind]}
             told = ", ".join(f"{kind} {value:.2f}" for kind, value in seconds.items())
             print(
-                f"{number} sites, {'masked' if secure else 'plain'}: of a site in a round CPU-s {told};"
+                f"{number} sites, {way}: of a site in a round CPU-s {told};"
                 f" {ways['down'] / rounds / number / 1e6:.3f} MB down, {ways['up'] / rounds / number / 1e6:.3f} MB up"
             )
 
 
 def auc(arguments: argparse.Namespace, scratch: Path) -> None:
-    """A row for each seed: all runs' AUC, and how far each was from the plain one in any round."""
+    """Rows for each seed: all runs' AUC, and how far each was from the plain one in any round."""
     data = {path.name: path for path in sorted(arguments.data.resolve().iterdir()) if path.is_dir()}
-    kinds = ("plain", "masked", "nudged") if arguments.what == "control" else ("plain", "masked")
+    kinds = (*WAYS, "nudged") if arguments.what == "control" else tuple(WAYS)
     for seed in arguments.seeds:
-        curves, tested = {}, {}
+        curves, tested, up = {}, {}, {}
         for kind in kinds:
-            folder, secure = scratch / f"{seed}-{kind}", kind == "masked"
-            sites = sites_of(folder, data, scratch / "packs", secure=secure)
-            settings = settings_of(arguments, num_sites=len(sites), seed=seed, secure=secure)
+            folder, way = scratch / f"{seed}-{kind}", kind if kind in WAYS else "plain"
+            sites = sites_of(folder, data, scratch / "packs", secure=way != "plain")
+            settings = settings_of(arguments, num_sites=len(sites), seed=seed, way=way)
             start = one_step_up if kind == "nudged" else lambda buffer: buffer
-            summary, _ = federated(settings, sites, folder / "run-1", start)
+            summary, mailbox = federated(settings, sites, folder / "run-1", start)
             rows = summary["rounds_table"]
             curves[kind] = np.array([[row["val_roc_auc"], row["round_test_roc_auc"]] for row in rows])
             tested[kind] = summary["last"]["roc_auc"]
-        print(f"seed {seed}: test AUC after {arguments.rounds} rounds {tested['plain']:.5f} plain", flush=True)
+            up[kind] = sum(mailbox.num_bytes[task, "up"] for task in IN_ROUNDS) / arguments.rounds / len(sites) / 1e6
+        print(
+            f"seed {seed}: test AUC after {arguments.rounds} rounds {tested['plain']:.5f} plain,"
+            f" {up['plain']:.3f} MB up",
+            flush=True,
+        )
         for kind in kinds[1:]:
             apart = np.abs(curves[kind] - curves["plain"])
             print(
-                f"  {tested[kind]:.5f} {kind}; apart by {apart[-1, 0]:.6f} (validation), {apart[-1, 1]:.6f} (test)"
-                f" after the last round, {apart[:, 0].max():.6f} and {apart[:, 1].max():.6f} in any",
+                f"  {tested[kind]:.5f} {kind}, {up[kind]:.3f} MB up; apart by {apart[-1, 0]:.6f} (validation),"
+                f" {apart[-1, 1]:.6f} (test) after the last round, {apart[:, 0].max():.6f} and"
+                f" {apart[:, 1].max():.6f} in any",
                 flush=True,
             )
 

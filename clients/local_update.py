@@ -26,7 +26,7 @@ from clients.private_state import (
     save_reply,
 )
 from clients.run_state import ClientState as ClientState
-from clients.run_state import coded_change, question_of, require_enough, require_private, telling_of
+from clients.run_state import Lose, coded_change, question_of, require_enough, require_private, telling_of
 from clients.run_state import open_client_state as open_client_state
 from clients.run_state import state_of_pack as state_of_pack
 from clients.run_state import watched as watched
@@ -318,10 +318,18 @@ def _train_all(
     return sums
 
 
-def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *, began: float | None = None) -> Reply:
+def train(
+    state: ClientState,
+    task: Task,
+    shared: NDArray[np.float32] | None,
+    *,
+    began: float | None = None,
+    lose: Lose | None = None,
+) -> Reply:
     """Round `task.server_round`: evaluate the received model, then train it for the round's local epochs.
 
     began: when the message came, by time.perf_counter(); what lies between is told as part of receiving.
+    lose: as for `clients.run_state.coded_change`.
     Raises TrainingFailed, ReplyRefused or CheckpointError.
     """
     began = time.perf_counter() if began is None else began
@@ -339,11 +347,11 @@ def train(state: ClientState, task: Task, shared: NDArray[np.float32] | None, *,
         warmup = _warm_up(state, task, compute, midway)
     warmed_up = time.perf_counter()
     if settings.privacy.unit == "person":
-        sums, change, residue = train_in_groups(state, task, compute, found, received)
+        sums, change, residue = train_in_groups(state, task, compute, found, received, lose)
     else:
         sums = _train_all(state, task, compute, optimiser, midway)
         optimiser.zero_grad(set_to_none=True)  # the gradients are of no use any more, and as large as a model
-        change, residue = _change_of(state, folder, found, received)
+        change, residue = _change_of(state, folder, found, received, lose)
     trained = time.perf_counter()
 
     save_private(folder, task.server_round, recogniser, optimiser, state.private, residue)
@@ -407,7 +415,7 @@ def _end_run(state: ClientState, task: Task) -> None:
 
 
 def _change_of(
-    state: ClientState, folder: Path, found: int, received: NDArray[np.float32]
+    state: ClientState, folder: Path, found: int, received: NDArray[np.float32], lose: Lose | None
 ) -> tuple[Coded, NDArray[np.float32] | None]:
     """What training changed, as it travels, and what that leaves for the next time (None: nothing is ever left).
 
@@ -419,7 +427,7 @@ def _change_of(
         total = np.zeros(len(change), dtype=np.float64)
         add_clipped(total, change, state.settings.privacy.clip)
         change = total.astype(np.float32)
-    return coded_change(state, folder, found, change)
+    return coded_change(state, folder, found, change, lose)
 
 
 def read_settings(task: Task) -> Settings:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clients.egress import LEDGER, RUN_ID, Asked, record_egress, record_receipt
 from clients.frozen_part import whole_model
 from clients.local_update import ClientState, evaluate_global, join, open_client_state, read_settings, train, watched
-from clients.masked_reply import answer_small, is_masked, ledger_words, masked_reply, secure_sum_of
+from clients.masked_reply import MaskedReply, answer_small, is_in_lanes, is_masked, ledger_words, secure_sum_of
 from clients.own_record import keep_round, tell_round
 from clients.packs import prune_packs
 from clients.past_tasks import PastTasks, prune_runs
@@ -135,19 +135,21 @@ def _done(
     folder = None if site.share is not None else state.state_folder(task.run_id)
     moving, frozen = model
     shared, keeps = (moving, "") if moving is None else whole_model(state.part, folder, task, moving, frozen)
+    masked = None if secure is None or shared is None else MaskedReply(state, task, shared, secure)
+    lose = masked.code if masked is not None and is_in_lanes(settings) else None
     if task.kind != "train":
         reply = evaluate_global(state, task, shared)
     elif site.share is not None:  # it is no site, so it keeps no record of its own
-        reply = train(state, task, shared, began=began)
+        reply = train(state, task, shared, began=began, lose=lose)
     else:
         codec = settings.federation.download_codec
         came = 0 if moving is None else num_bytes(codec, len(moving)) + (0 if frozen is None else frozen.nbytes)
         with keep_round(site, task, state.settings, num_pictures=len(state.pack), bytes_down=came) as kept:
-            reply = train(state, task, shared, began=began)
+            reply = train(state, task, shared, began=began, lose=lose)
             kept(reply)
         tell_round(site, task, state.settings, reply)
-    if secure is not None and shared is not None:
-        reply = masked_reply(state, task, shared, reply, secure)
+    if masked is not None:
+        reply = masked.of(reply)
     elif task.last and settings.secagg.enabled:
         secure_sum_of(site, task, settings).forget()
     return wire.reply_content(dataclasses.replace(reply, frozen=keeps))

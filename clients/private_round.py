@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clients.group_training import divide, summed_changes
 from clients.privacy_budget import Release, budget_file, require_budget, spend
 from clients.private_state import load_answer, load_residue, prune_answers, rounds_here, save_answer
-from clients.run_state import ClientState, coded_change, question_of, telling_of
+from clients.run_state import ClientState, Lose, coded_change, question_of, telling_of
 from common.errors import ReplyRefused, SecureSumRefused
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
@@ -22,7 +22,7 @@ from common.privacy.accounting import noise_multiplier
 from common.privacy.mechanism import SEED_BYTES, norm, released
 from common.privacy.people import num_groups_of
 from common.privacy.shared_noise import deviation_of_each, sensitivity_of, within_words
-from common.protocol.codec import Coded, is_lossy, num_bytes
+from common.protocol.codec import Coded, decode, is_lossy, num_bytes
 from common.protocol.parameters import trainable_spans
 from common.protocol.secure_words import WorkAsked, read, share_of
 from common.protocol.spending import spent_in
@@ -37,7 +37,12 @@ log = logging.getLogger("facefed.client")
 
 
 def train_in_groups(
-    state: ClientState, task: Task, compute: Compute, found: int, received: NDArray[np.float32]
+    state: ClientState,
+    task: Task,
+    compute: Compute,
+    found: int,
+    received: NDArray[np.float32],
+    lose: Lose | None = None,
 ) -> tuple[TrainSums, Coded, NDArray[np.float32] | None]:
     """A noisy change of the model: what training took, the change as it travels, and what the codec lost of it.
 
@@ -48,12 +53,14 @@ def train_in_groups(
     folder, size = state.state_folder(task.run_id), state.part.part.size
     noise = _noise(state, task)
     question = question_of(state, task, received, noise.question)
-    codec = state.settings.federation.upload_codec
+    codec = state.settings.federation.upload_codec if lose is None else "float32"
     kept = load_answer(folder, task.server_round, question)
     if kept is not None and len(kept) == num_bytes(codec, size):
         log.info("%s%s: round %d is answered as before: nothing is spent", SHOWN, state.site.name, task.server_round)
-        residue = load_residue(folder, task.server_round, size) if is_lossy(codec) else None
-        return _nominal(state), Coded(codec=codec, size=size, data=kept), residue
+        coded = Coded(codec=codec, size=size, data=kept)
+        if lose is not None:  # another attempt may be over other sites, in other steps
+            return _nominal(state), coded, lose(decode(coded))
+        return _nominal(state), coded, load_residue(folder, task.server_round, size) if is_lossy(codec) else None
     release = _release(state, task, noise)
     before = spent_in(budget_file(state.site), task.run_id)
     require_budget(before, release, state.settings.privacy, state.site.policy)
@@ -73,7 +80,7 @@ def train_in_groups(
     if state.settings.privacy.is_shared:
         total = within_words(total * noise.factor, noise.deviation)
     change = released(total, trained, deviation=noise.deviation, divisor=noise.divisor, seed=seed)
-    coded, residue = coded_change(state, folder, found, change)
+    coded, residue = coded_change(state, folder, found, change, lose)
     save_answer(folder, task.server_round, question, coded.data)
     prune_answers(folder, task.server_round - 2)
     return dataclasses.replace(_nominal(state), num_halvings=sums.num_halvings), coded, residue

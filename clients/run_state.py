@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,9 @@ from common.settings import Settings
 from common.system.progress import Meter, telling
 from common.system.runtime import stream_seed
 from common.system.site_secret import keyed_seed, site_secret
+
+# What is to leave, [part.size] float32, to what of it does not, likewise: with secure aggregation, in words of 16 bits.
+Lose = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +164,13 @@ def telling_of(state: ClientState, task: Task, work: str, num_pictures: int) -> 
 
 
 def coded_change(
-    state: ClientState, folder: Path, found: int, change: NDArray[np.float32]
+    state: ClientState, folder: Path, found: int, change: NDArray[np.float32], lose: Lose | None = None
 ) -> tuple[Coded, NDArray[np.float32] | None]:
-    """A change as it travels, and what is lost by that.  change: [size], which may be written to."""
+    """A change as it travels, and what is lost by that.
+
+    change: [size], which may be written to.  lose: where words of a masked sum lose it, and not the codec; the change
+    comes as it is then.
+    """
     codec = state.settings.federation.upload_codec
     if state.watch is not None:
         state.watch.trained(change)
@@ -171,6 +178,8 @@ def coded_change(
     if not is_lossy(codec):
         return encode(change, codec), None
     change += load_residue(folder, found, len(change))
+    if lose is not None:
+        return encode(change, "float32"), lose(change)
     coded = encode(change, codec)
     return coded, residue_of(change, coded)
 

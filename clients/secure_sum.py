@@ -225,12 +225,21 @@ class SecureSum:
                 f" of this sum {max(0, sure)} are sure to be in it (privacy.colluding_sites)."
             )
 
-    def mask(self, asked: WorkAsked, server_round: int, words: Words, about: Sequence[str], digest: bytes) -> Words:
+    def mask(
+        self,
+        asked: WorkAsked,
+        server_round: int,
+        words: Words,
+        about: Sequence[str],
+        digest: bytes,
+        *,
+        lanes: int = 0,
+    ) -> Words:
         """The site's words, masked: a new vector, [size] uint32.
 
         about: what is summed, such as "round 3" and "val" with a model's SHA-256; each over one list of sites only.
         digest: of all that this site was asked, the received model too; a site that was asked anything else has other
-        masks, and the sum is noise.
+        masks, and the sum is noise.  lanes: how many of the first words are two lanes of 16 bits each.
         """
         self.require_turn(asked, server_round)
         kept, secrets = self._kept, Secrets.from_bytes(of_text(self._kept.secrets))
@@ -244,7 +253,7 @@ class SecureSum:
         kept.summed, kept.about, kept.step = list(asked.members), list(about), MASKED
         self._save()
         of_masks = replace(context, members=tuple(asked.members)).with_model(digest)
-        return masked(words, secrets, self.name, adverts, of_masks)
+        return masked(words, secrets, self.name, adverts, of_masks, lanes=lanes)
 
     def unmask(self, asked: UnmaskAsked, server_round: int) -> dict[str, dict[str, str]]:
         """Of each site whose words arrived a share of its self secret, of each other one a share of its mask key."""

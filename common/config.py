@@ -184,10 +184,10 @@ def _secagg_conflicts(settings: Settings) -> list[str]:
         )
     if federation.norm_factor != "off":
         problems.append(f'federation.norm_factor compares single changes; with {on} use "off".')
-    if federation.upload_codec != "float32":
+    if federation.upload_codec == "float16":
         problems.append(
-            f'federation.upload_codec = "{federation.upload_codec}": a masked change is whole numbers of 32 bits, and'
-            f' cannot be coded further; with {on} use "float32", which takes as many bytes.'
+            f'federation.upload_codec = "float16": masked words are whole numbers; with {on} use "int8", which takes as'
+            ' many bytes, or "float32".'
         )
     if federation.clients_per_round != "all":
         problems.append(
@@ -233,6 +233,11 @@ def _shared_noise_conflicts(settings: Settings) -> list[str]:
         return [f'{on} is for privacy.unit = "person"; with "{privacy.unit}" the server adds the noise, so use "own".']
     if not secagg.enabled:
         return [f'{on} hides a person in the sum only; with secagg.enabled = false use "own".']
+    if settings.federation.upload_codec != "float32":
+        return [
+            f'federation.upload_codec = "{settings.federation.upload_codec}": {on} has words of 32 bits in steps of its'
+            ' own; use "float32".'
+        ]
     members = settings.federation.min_clients
     threshold = threshold_of(secagg.threshold, members)
     sure = fewest_noises(members, num_keys=members, threshold=threshold, colluding=privacy.colluding_sites)

@@ -43,7 +43,7 @@ from server.exchange.roster import (
     share_of_each,
     waves,
 )
-from server.global_model import GlobalModel, Sent, ServerOptimiser
+from server.global_model import Buffer, GlobalModel, Sent, ServerOptimiser
 from server.public_set import PublicScorer
 from server.record.checkpoint import RunCheckpoints
 from server.record.history import History, Tally, longest_first, named_norms, progress_of, standing_out
@@ -148,9 +148,12 @@ class Federation:
         return last_round
 
     def _save(self, step: int) -> None:
-        moments = {**self.optimiser.moments, **self.model.remembered()}
+        moments = {**self.optimiser.moments, **self.model.remembered(), **self._secure_memory()}
         counts = self.record.counts()
         self.sha256 = self.checkpoints.save(step, self.model.received, moments, self.history, counts)
+
+    def _secure_memory(self) -> dict[str, Buffer]:
+        return {} if self.secure is None else self.secure.remembered(self._part)
 
     def _is_out_of_patience(self) -> bool:
         """A model's score arrives a round later, so the model of the last round is not among those counted."""
@@ -223,7 +226,7 @@ class Federation:
             self.clock.lap("evaluate")
             if self.site_privacy is not None:
                 self.site_privacy.spend(server_round)
-            self.model.step(self.optimiser, self._part.spread(change.mean()))
+            self._step(change)
             self.clock.lap("aggregate")
         sent = exchange.bytes_down
         clients = {
@@ -234,6 +237,13 @@ class Federation:
                 clients[name] |= named_norms(*norms)
         content = secure.sums.content if secure and not self.settings.privacy.is_on else {}
         return _Made(replies=replies, clients=clients, content=content), sent
+
+    def _step(self, change: Aggregate) -> None:
+        """Make the next global model of the clients' changes."""
+        mean = change.mean()
+        if self.secure is not None:
+            self.secure.learn(self._part, mean)
+        self.model.step(self.optimiser, self._part.spread(mean))
 
     def _repeat(self, few: NotEnoughClients, *, is_last: bool) -> None:
         """Tell that the round is tried again, for want of replies; raises `few` when it was the last attempt."""
@@ -438,8 +448,11 @@ class Federation:
         """The model and the moments after that round, which must belong together.  Raises CheckpointError."""
         received = self.checkpoints.load(step)
         sha256 = buffer_sha256(received)
-        keeps = bool(self.optimiser.moments) or bool(self.model.remembered())
-        kept = self.checkpoints.load_moments(step, sha256) if keeps else {}
+        sizes = {name: len(buffer) for name, buffer in self._secure_memory().items()}
+        keeps = bool(self.optimiser.moments) or bool(self.model.remembered()) or bool(sizes)
+        kept = self.checkpoints.load_moments(step, sha256, sizes) if keeps else {}
+        if self.secure is not None:
+            self.secure.restore(self._part, kept)
         model = GlobalModel.restored(received, kept, self.settings.federation.download_codec, self.part)
         self.optimiser.restore(kept)
         self.model, self.sha256 = model, sha256

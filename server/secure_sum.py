@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from common.errors import CheckpointError, NotEnoughClients, SecureSumRefused
 from common.privacy.shared_noise import fewest_noises, grid_of_sum, sensitivity_of
-from common.protocol.codec import Coded
+from common.protocol.codec import Coded, is_lossy
 from common.protocol.parameters import Part, buffer_sha256
-from common.protocol.secure_vector import Layout, Sums, layout_of
+from common.protocol.secure_vector import Layout, Sums, layout_of, num_shifts, peaks_of, shifts_after
 from common.protocol.secure_words import (
     KEYS,
     SHARES,
@@ -41,7 +41,7 @@ from common.secagg.keys import (
     is_mask_key_of,
     is_self_secret_of,
 )
-from common.secagg.masks import unmask
+from common.secagg.masks import add_words, unmask
 from common.secagg.shamir import Share, join
 from common.secagg.sites import require_sites, threshold_of
 from common.settings import Settings
@@ -50,6 +50,8 @@ from server.exchange.roster import Member
 from server.exchange.roster import Share as Counted
 
 ROUNDING: Final = 1e-3  # more than the steps of a sum of real numbers add up to
+PEAKS: Final = "secure-peaks"  # in a checkpoint, beside the strategy's moments
+NO_CHANGE: Final = -1.0  # there, in the place of each peak, before the first change
 ATTEMPTS_FILE: Final = "secure-sum.json"  # in the run's folder: no number is used twice, whoever is killed
 
 Buffer = NDArray[np.float32]
@@ -86,6 +88,33 @@ class SecureSums:
     def __init__(self, settings: Settings, run_id: str, folder: Path) -> None:
         """folder: the run's, where the number of the last attempt is kept."""
         self._settings, self._run_id, self._path = settings, run_id, folder / ATTEMPTS_FILE
+        self._peaks: Buffer | None = None  # of the last global change, [num_shifts]; None: there is none
+        self._is_in_lanes = is_lossy(settings.federation.upload_codec)
+
+    def learn(self, part: Part, mean: Buffer) -> None:
+        """A round's mean change is known, [part.size]: the next one's goes in steps that follow from it."""
+        if self._is_in_lanes:
+            self._peaks = peaks_of(part, mean)
+
+    def remembered(self, part: Part) -> dict[str, Buffer]:
+        """What a checkpoint needs: of each block of a change how large the last one was; nothing with 32-bit words."""
+        if not self._is_in_lanes:
+            return {}
+        return {PEAKS: np.full(num_shifts(part), NO_CHANGE, dtype=np.float32) if self._peaks is None else self._peaks}
+
+    def restore(self, part: Part, moments: dict[str, Buffer]) -> None:
+        """Go on from what a checkpoint kept; what is this one's own is taken out.  Raises CheckpointError."""
+        peaks = moments.pop(PEAKS, None)
+        wanted = self.remembered(part).get(PEAKS)
+        if (None if peaks is None else peaks.shape) != (None if wanted is None else wanted.shape):
+            raise CheckpointError("the checkpoint is of other words of secure aggregation; resume with its settings.")
+        self._peaks = None if peaks is None or bool((peaks == NO_CHANGE).any()) else peaks
+
+    def _shifts(self, asked: Asked) -> str:
+        """Of the change's blocks; empty where it goes in words of 32 bits: always, or before there was a change."""
+        if self._peaks is None or asked.change is None:
+            return ""
+        return shifts_after(asked.change, asked.change.taken(asked.received), self._peaks)
 
     def begin(self, asked: Asked, members: Mapping[str, Member], share: Counted | None, sites: Ask) -> "SecureAttempt":
         """Keys of all members, shares of all who sent keys; whoever did both is in the attempt.
@@ -117,6 +146,7 @@ class SecureSums:
             shares=shares,
             most=_most(members, share),
             noise=self._noise(asked, members, sorted(shares), threshold, num_keys=len(adverts), share=share),
+            shifts=self._shifts(asked),
         )
 
     def _noise(
@@ -167,7 +197,7 @@ class SecureAttempt:
     """One attempt at a sum, as `server.aggregate.Aggregate`: texts go out, masked words are added, then it is opened.
 
     adverts: of all whose keys were handed out.  shares: of all in the sum, by sender and receiver.
-    most: see `WorkAsked`.  noise: likewise, (sensitivity, noises).
+    most, shifts: see `WorkAsked`.  noise: likewise, (sensitivity, noises).
     """
 
     settings: Settings
@@ -178,6 +208,7 @@ class SecureAttempt:
     shares: Mapping[str, Mapping[str, str]]
     most: tuple[int, int]
     noise: tuple[float, int] = (0.0, 0)
+    shifts: str = ""
     sums: Sums = field(default_factory=lambda: Sums(evaluations={}, content={}))
     layout: Layout = field(init=False)
     _total: Words = field(init=False)
@@ -190,6 +221,7 @@ class SecureAttempt:
             num_members=len(self.shares),
             by=self.settings.verification.by,
             step=self._step(),
+            shifts=self.shifts,
         )
         self._total = np.zeros(self.layout.size, dtype=np.uint32)
 
@@ -218,11 +250,12 @@ class SecureAttempt:
             most_pictures=pictures,
             sensitivity=self.noise[0],
             noises=self.noise[1],
+            shifts=self.shifts,
         )
 
     def add(self, change: Coded, num_examples: int, name: str = "") -> None:
         """Add one site's words; the order makes no difference."""
-        self._total += np.frombuffer(change.data, dtype="<u4")
+        add_words(self._total, np.frombuffer(change.data, dtype="<u4"), self.layout.lanes)
         self._weights[name] = min(num_examples, self.most[0])
 
     def outliers(self) -> Mapping[str, str]:
@@ -249,7 +282,8 @@ class SecureAttempt:
             digest = digest_of_work(
                 self.work(here[0]), words=words_of(task), model_sha256=buffer_sha256(self.asked.received)
             )
-            unmask(self._total, secrets, keys, self.adverts, self._shared_context(self.members).with_model(digest))
+            context = self._shared_context(self.members).with_model(digest)
+            unmask(self._total, secrets, keys, self.adverts, context, lanes=self.layout.lanes)
             self.sums = _possible(self.layout.sums(self._total))
         except (SecureSumRefused, ValueError) as error:
             raise NotEnoughClients(

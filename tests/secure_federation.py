@@ -21,7 +21,7 @@ from tiny_federation import (
     site_settings,
 )
 
-from clients.masked_reply import answer_small, masked_reply, secure_sum_of
+from clients.masked_reply import MaskedReply, answer_small, secure_sum_of
 from clients.site import MadeKeys
 from common import config
 from common.errors import FaceFedError
@@ -74,7 +74,7 @@ def secure_client(
             if task.secure:
                 _, shared = wire.read_task(message.content)
                 state: Any = SimpleNamespace(part=part, settings=settings)
-                reply = masked_reply(state, task, shared, reply, secure)
+                reply = MaskedReply(state, task, shared, secure).of(reply)
         except FaceFedError as error:
             return wire.error_message(f"{name}: {error}", message)
         return Message(wire.reply_content(reply), reply_to=message)

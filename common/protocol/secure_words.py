@@ -27,6 +27,7 @@ KEYS, SHARES, UNMASK = "keys", "shares", "unmask"
 SMALL: Final = (KEYS, SHARES, UNMASK)  # kinds of tasks without a model
 LONGEST_TEXT: Final = 4096  # of one advert or share; the longest is 400
 LARGEST_COUNT: Final = 2**53
+MOST_SHIFTS: Final = 2**24  # of a change of eight billion elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class WorkAsked:
     most_pictures: int  # pictures whose scores it counts for at most; 0: all
     sensitivity: float = 0.0  # of noise that is shared out: how far one person at any site moves the sum; 0: none is
     noises: int = 0  # how many sites' noises are the planned one
+    shifts: str = ""  # of the change's blocks, a digit each, where it goes in lanes of 16 bits (`secure_vector.Layout`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def digest_of_work(work: WorkAsked, *, words: Mapping[str, str], model_sha256: s
     as it was received, in hexadecimal.
     """
     limits = [work.most_examples, work.most_pictures, work.sensitivity, work.noises]
-    asked = [sorted(words.items()), *limits, model_sha256]
+    asked = [sorted(words.items()), *limits, work.shifts, model_sha256]
     return hashlib.sha256(json.dumps(asked).encode()).digest()
 
 
@@ -117,6 +119,8 @@ def read(kind: type[T], text: str) -> T:
             read_as[name] = tuple(_names(value))
         elif name in ("adverts", "shares"):
             read_as[name] = texts_by_name(value)
+        elif name == "shifts":
+            read_as[name] = _digits(value)
         else:
             read_as[name] = _number(name, value)
     return kind(**read_as)
@@ -145,6 +149,12 @@ def _number(name: str, value: object) -> float:
     elif type(value) is int and 0 <= value < LARGEST_COUNT:
         return value
     raise _malformed(f"{name} is no number of ours")
+
+
+def _digits(value: object) -> str:
+    if not (isinstance(value, str) and value.isascii() and len(value) <= MOST_SHIFTS):
+        raise _malformed("its steps are no text of ours, or too long")
+    return value
 
 
 def _names(value: object) -> list[str]:

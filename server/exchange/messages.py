@@ -12,7 +12,7 @@ from common.metrics.group_names import GROUPS
 from common.protocol import wire
 from common.protocol.beats import Beat
 from common.protocol.change_bound import ChangeBound, ChangeNorms
-from common.protocol.codec import num_bytes
+from common.protocol.codec import MASKED, num_bytes
 from common.protocol.parameters import Manifest
 from common.protocol.wire import Reply, Task
 from common.settings import FederationSettings
@@ -107,8 +107,10 @@ class Exchange:
         return found
 
     def _patience(self, name: str, task: Task, now: float) -> Patience:
-        fixed, codec = self.federation.round_timeout_s, self.federation.upload_codec
-        change = num_bytes(codec, self.changes.size) if task.kind == "train" else 0
+        fixed, codec, size = self.federation.round_timeout_s, self.federation.upload_codec, self.changes.size
+        if self.masked_size is not None:
+            codec, size = MASKED, self.masked_size
+        change = num_bytes(codec, size) if task.kind == "train" else 0
         return Patience(
             began=now,
             silence_s=self.federation.silence_s,

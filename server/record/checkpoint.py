@@ -6,6 +6,7 @@ Beside each of the last two models lie the strategy's moments, where it has any,
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class RunCheckpoints:
     ) -> str:
         """Write the model after round `step` and the strategy's moments, then the state; returns the model's SHA-256.
 
-        moments: name -> [manifest.size] float32; empty for a strategy without any, which writes no file of them.
+        moments: name -> [manifest.size] float32, or smaller for what `load_moments` is told the size of; empty for a
+        strategy without any, which writes no file of them.
         counts: what else the record has counted so far.
         """
         sha256 = buffer_sha256(model)
@@ -165,17 +167,20 @@ class RunCheckpoints:
                 self._written[step] = frozenset(record.totals)
         return history
 
-    def load_moments(self, step: int, model_sha256: str) -> dict[str, Buffer]:
+    def load_moments(
+        self, step: int, model_sha256: str, sizes: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, Buffer]:
         """The strategy's moments after that round, as `ServerOptimiser.restore` takes them.
 
-        model_sha256: of the model that they go with.  Raises CheckpointError when the file is missing, damaged or goes
-        with another model.
+        model_sha256: of the model that they go with.  sizes: of what is no buffer of the model's size, by name.
+        Raises CheckpointError when the file is missing, damaged or goes with another model.
         """
         path = self.moments_path(step)
         tensors, notes = read_sealed(path)
         if notes.get("sha256") != model_sha256:
             raise CheckpointError(f"{path} does not go with the model of round {step}; it is of another run.")
         odd = next((name for name, tensor in tensors.items() if tensor.dtype != torch.float32), None)
-        if odd is not None or any(tensor.shape != (self._manifest.size,) for tensor in tensors.values()):
+        wanted = {name: (sizes.get(name, self._manifest.size),) for name in tensors}
+        if odd is not None or any(tuple(tensor.shape) != wanted[name] for name, tensor in tensors.items()):
             raise CheckpointError(f"{path} is of another model; resume with the settings the run began with.")
         return {name: tensor.numpy() for name, tensor in tensors.items()}

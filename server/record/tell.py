@@ -22,6 +22,7 @@ from common.plots import curves
 from common.plots.comparison import client_comparison
 from common.plots.people import confusion
 from common.protocol.beats import Beat
+from common.protocol.codec import is_lossy
 from common.protocol.refusals import refused_setting
 from common.protocol.wire import Reply, Site, Task
 from common.results import draw_scores, margin_words, worse_than_untrained
@@ -220,9 +221,11 @@ class Record:
 
     def saturated(self, server_round: int, number: int) -> None:
         """Elements of changes were beyond what secure aggregation carries, and were cut to it."""
+        lossy = is_lossy(self._settings.federation.upload_codec)
+        rest = "what is left of it goes with the next round's" if lossy else "lower training.lr if it happens again"
         line = (
             f"round {server_round}: {number:,} elements of the clients' changes were too large for secure aggregation"
-            " and were cut to its range; lower training.lr if it happens again"
+            f" and were cut to its range; {rest}"
         )
         self._events.emit("warning", line=line)
 

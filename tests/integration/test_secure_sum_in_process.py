@@ -54,12 +54,12 @@ def federation(folder, names=THREE, tamper=lambda _name, _task, reply: reply, *,
 def test_a_federation_of_three_sites_ends_and_its_sum_is_that_of_their_words_to_the_bit(tmp_path, monkeypatch):
     words, opened = {}, []
 
-    def masked(vector, kept, own, adverts, context):
+    def masked(vector, kept, own, adverts, context, **more):
         words.setdefault(context.attempt, []).append(vector.copy())
-        return real_masked(vector, kept, own, adverts, context)
+        return real_masked(vector, kept, own, adverts, context, **more)
 
-    def unmask(total, secrets, keys, adverts, context):
-        real_unmask(total, secrets, keys, adverts, context)
+    def unmask(total, secrets, keys, adverts, context, **more):
+        real_unmask(total, secrets, keys, adverts, context, **more)
         opened.append((context.attempt, total.copy()))
 
     real_masked, real_unmask = clients.secure_sum.masked, server.secure_sum.unmask

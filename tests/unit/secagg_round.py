@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.secagg.keys import Advert, Context, Identity, Secrets, advertise, check_advert
-from common.secagg.masks import Words, masked, unmask
+from common.secagg.masks import Words, add_words, masked, unmask
 from common.secagg.shamir import join
 from common.secagg.shares import SharePair, seal, split_secrets, unseal
 
@@ -24,8 +24,8 @@ class Round:
     kept: dict[str, Secrets] = field(default_factory=dict)
     held: dict[str, dict[str, SharePair]] = field(default_factory=dict)  # by holder, then owner
 
-    def masked(self, name: str, vector: Words, model: bytes = MODEL) -> Words:
-        return masked(vector, self.kept[name], name, self.adverts, self.context.with_model(model))
+    def masked(self, name: str, vector: Words, model: bytes = MODEL, *, lanes: int = 0) -> Words:
+        return masked(vector, self.kept[name], name, self.adverts, self.context.with_model(model), lanes=lanes)
 
     def self_secret(self, owner: str, holders: Iterable[str]) -> bytes:
         return join([self.held[one][owner].of_self_secret for one in holders], self.context.threshold)
@@ -33,19 +33,21 @@ class Round:
     def mask_key(self, owner: str, holders: Iterable[str]) -> bytes:
         return join([self.held[one][owner].of_mask_key for one in holders], self.context.threshold)
 
-    def unmasked(self, sent: Mapping[str, Words]) -> Words:
+    def unmasked(self, sent: Mapping[str, Words], *, lanes: int = 0) -> Words:
         total = np.zeros_like(next(iter(sent.values())))
         for vector in sent.values():
-            total += vector
+            add_words(total, vector, lanes)
         lost = [name for name in self.context.members if name not in sent]
         self_secrets = {name: self.self_secret(name, sent) for name in sent}
         mask_keys = {name: self.mask_key(name, sent) for name in lost}
-        unmask(total, self_secrets, mask_keys, self.adverts, self.context.with_model(MODEL))
+        unmask(total, self_secrets, mask_keys, self.adverts, self.context.with_model(MODEL), lanes=lanes)
         return total
 
 
 def exchanged(names: tuple[str, ...] = NAMES, threshold: int = 4, **context: object) -> Round:
     """Keys and shares of all, through bytes as they travel."""
+    for name in names:
+        IDENTITIES.setdefault(name, Identity.in_memory(name))
     given = {"run_id": "run", "server_round": 3, "attempt": 0, **context}
     round_ = Round(Context(**given, members=names, threshold=threshold))
     for name in names:

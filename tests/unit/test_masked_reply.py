@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_federation import MANIFEST, reply_to, settings_with, sums_with, task_for
 
-from clients.masked_reply import answer_small, is_masked, ledger_words, masked_reply, secure_sum_of
+from clients.masked_reply import MaskedReply, answer_small, is_masked, ledger_words, secure_sum_of
 from clients.policy import OWN_MACHINE
 from clients.site import MadeKeys
 from common.errors import ReplyRefused, SecureSumRefused
@@ -37,7 +37,8 @@ TASK = task_for(MANIFEST, SETTINGS, splits="val test", secure=write(ASKED))
 class Seen:
     """A site's part in a sum that masks nothing, and keeps what it was given."""
 
-    def mask(self, asked, server_round, words, about, digest):
+    def mask(self, asked, server_round, words, about, digest, *, lanes):
+        self.lanes = lanes
         self.given = (asked, server_round, list(about), digest)
         return words
 
@@ -47,7 +48,7 @@ def masked(task=TASK, asked=ASKED, settings=SETTINGS, **values):
     seen, task = Seen(), dataclasses.replace(task, secure=write(asked))
     reply = reply_to(task, **{"change": 0.5, **values})
     state = SimpleNamespace(part=PART, settings=settings)
-    found = masked_reply(state, task, SHARED, reply, seen)
+    found = MaskedReply(state, task, SHARED, seen).of(reply)
     words = np.frombuffer(found.change.data, dtype="<u4")
     part = PART if task.kind == "train" else None
     return found, seen, words, Layout(change=part, splits=tuple(task.splits.split()), num_members=3)
@@ -150,7 +151,8 @@ def test_a_whole_attempt_by_its_texts(tmp_path):
         name: [other for other in NAMES if other != name] for name in NAMES
     }
     nothing = Sums(evaluations={}, content={})
-    words, _ = Layout(change=PART, splits=(), num_members=3).words(np.zeros_like(SHARED), SHARED, 1.0, nothing)
+    layout = Layout(change=PART, splits=(), num_members=3)
+    words = layout.words(layout.in_words(np.zeros_like(SHARED), SHARED, 1.0), nothing)
     for name, secure in sums.items():
         own = {other: shares[other][name] for other in NAMES if other != name}
         secure.mask(dataclasses.replace(ASKED, shares=own), 1, words, ["round 1"], bytes(32))
@@ -176,7 +178,51 @@ def test_what_is_masked_is_what_the_site_decodes_of_its_own_change():
     """With a codec that loses something the words are those of what the server would have got."""
     reply = reply_to(TASK, change=np.linspace(-0.1, 0.1, MANIFEST.size), codec="int8")
     seen = Seen()
-    found = masked_reply(SimpleNamespace(part=PART, settings=SETTINGS), TASK, SHARED, reply, seen)
+    found = MaskedReply(SimpleNamespace(part=PART, settings=SETTINGS), TASK, SHARED, seen).of(reply)
     layout = Layout(change=PART, splits=("val", "test"), num_members=3)
     mean = layout.mean(np.frombuffer(found.change.data, "<u4"), SHARED, 0.5)
     np.testing.assert_allclose(mean, decode(reply.change), atol=2e-9)
+
+
+IN_LANES = settings_with(secagg__enabled=True, federation__min_clients=3, federation__upload_codec="int8")
+
+
+def test_a_site_puts_its_change_in_lanes_once_and_keeps_what_they_lack():
+    """Two tensors of one block each: limits 1 and 1 / 8, of three members 10,922 steps."""
+    asked = dataclasses.replace(ASKED, shifts="03")
+    task = dataclasses.replace(TASK, secure=write(asked))
+    pack = SimpleNamespace(indices=lambda _split: range(10))
+    state = SimpleNamespace(part=PART, settings=IN_LANES, pack=pack, site=SimpleNamespace(name="ada"))
+    change = np.array([0.5, 1e-5, 1.0, 0.1, 0.2, 0.3, 1e-7], np.float32)
+    seen = Seen()
+    reply = MaskedReply(state, task, SHARED, seen)
+    lost = reply.code(change)
+    found = reply.of(reply_to(task, change=change, num_examples=10))
+    layout = Layout(change=PART, splits=("val", "test"), num_members=3, shifts="03")
+    assert seen.lanes == layout.lanes == 4
+    assert found.change.size == layout.size
+    words = np.frombuffer(found.change.data, "<u4")
+    steps = np.repeat([1.0, 0.125], [3, 4]) / 10922 / 0.5  # by its weight
+    sent = np.minimum(np.rint(change / steps), 10922) * steps
+    np.testing.assert_allclose(layout.mean(words, SHARED, 0.5), sent, rtol=1e-6)
+    np.testing.assert_allclose(lost, change - sent, atol=1e-8)
+    assert layout.sums(words).saturated == 1  # 0.3 by half is beyond an eighth
+
+
+def test_a_change_that_is_too_long_is_refused_before_what_it_lacks_is_kept():
+    settings = settings_with(
+        secagg__enabled=True,
+        federation__min_clients=3,
+        federation__upload_codec="int8",
+        federation__max_change_factor=2.0,
+    )
+    pack = SimpleNamespace(indices=lambda _split: range(10))
+    state = SimpleNamespace(part=PART, settings=settings, pack=pack, site=SimpleNamespace(name="ada"))
+    with pytest.raises(ReplyRefused, match=r"federation\.max_change_factor"):
+        MaskedReply(state, TASK, SHARED, Seen()).code(np.full(MANIFEST.size, 0.51, np.float32))
+
+
+def test_lanes_in_a_run_that_has_none_are_refused():
+    task = dataclasses.replace(TASK, secure=write(dataclasses.replace(ASKED, shifts="03")))
+    with pytest.raises(SecureSumRefused, match="words of 16 bits, which this run does not have"):
+        MaskedReply(SimpleNamespace(part=PART, settings=SETTINGS), task, SHARED, Seen())

@@ -27,6 +27,12 @@ def sums_of(number):
     return EvaluationSums(closed=ClosedSetSums(**closed), **arrays)
 
 
+def in_words(change, received, share, sums):
+    """A site's words of a round, and how many elements were cut."""
+    coded = ROUND.in_words(change, received, share)
+    return ROUND.words(coded, sums), coded.saturated
+
+
 def content_of(number):
     return {name: number + place / 4 for place, name in enumerate(CONTENT)}
 
@@ -36,7 +42,7 @@ def test_the_sum_of_three_sites_words_is_all_their_sums_each_in_its_place():
     changes = [np.full(PART.part.size, 0.001 * n, dtype=np.float32) for n in (1, 2, 3)]
     total = np.zeros(ROUND.size, dtype=np.uint32)
     for change, share, own in zip(changes, (1.0, 0.5, 0.25), given, strict=True):
-        words, saturated = ROUND.words(change, RECEIVED, share, own)
+        words, saturated = in_words(change, RECEIVED, share, own)
         assert (words.dtype, words.shape, saturated) == (np.uint32, (ROUND.size,), 0)
         total += words
     found = ROUND.sums(total)
@@ -67,9 +73,9 @@ def test_each_tensors_range_is_the_power_of_two_at_or_above_so_many_times_its_la
 def test_what_is_beyond_the_range_becomes_it_and_is_counted_in_the_sum():
     change = np.array([5.0, -4.5, 4.0, 300.0, 0.0, 256.0, 0.0, 1.1, -1.0], dtype=np.float32)
     nothing = Sums(evaluations={}, content={})
-    words, saturated = ROUND.words(change, RECEIVED, 1.0, nothing)
+    words, saturated = in_words(change, RECEIVED, 1.0, nothing)
     assert saturated == 4
-    other, none = ROUND.words(change, RECEIVED, 0.5, nothing)  # by its weight it is in it
+    other, none = in_words(change, RECEIVED, 0.5, nothing)  # by its weight it is in it
     assert none == 0
     total = words + other
     assert ROUND.sums(total).saturated == 4
@@ -78,9 +84,9 @@ def test_what_is_beyond_the_range_becomes_it_and_is_counted_in_the_sum():
 
 
 def test_a_split_that_a_site_keeps_to_itself_adds_nothing():
-    empty, _ = ROUND.words(np.zeros(9, np.float32), RECEIVED, 1.0, Sums(evaluations={}, content={}))
+    empty, _ = in_words(np.zeros(9, np.float32), RECEIVED, 1.0, Sums(evaluations={}, content={}))
     assert not empty.any()
-    words, _ = ROUND.words(
+    words, _ = in_words(
         np.zeros(9, np.float32), RECEIVED, 1.0, Sums(evaluations={"test": sums_of(1)}, content={"loss_sum": 2.0})
     )
     found = ROUND.sums(words)
@@ -94,9 +100,9 @@ def test_an_evaluation_has_no_change_and_no_sums_of_training():
     layout = Layout(change=None, splits=("val",), num_members=64)
     counts = 4 * 8192 + int(np.prod(COUNTS["folds"])) + 3 + 1  # pairs and twins, folds, whole numbers, the saturated
     assert layout.size == 2 * counts + 3 * 4
-    words, saturated = layout.words(None, None, 1.0, Sums(evaluations={"val": sums_of(2)}, content=content_of(1)))
+    words = layout.words(None, Sums(evaluations={"val": sums_of(2)}, content=content_of(1)))
     found = layout.sums(words)
-    assert (saturated, found.saturated, found.content) == (0, 0, {})
+    assert (found.saturated, found.content) == (0, {})
     assert found.evaluations["val"].closed == sums_of(2).closed
     with pytest.raises(ValueError, match="no change was sent"):
         layout.mean(words, RECEIVED, 1.0)
@@ -107,9 +113,9 @@ def test_an_evaluation_has_no_change_and_no_sums_of_training():
 def test_what_cannot_be_added_is_refused():
     good = Sums(evaluations={"val": sums_of(1)}, content={})
     with pytest.raises(TrainingFailed, match="not finite"):
-        ROUND.words(np.full(9, np.nan, np.float32), RECEIVED, 1.0, good)
+        in_words(np.full(9, np.nan, np.float32), RECEIVED, 1.0, good)
     with pytest.raises(TrainingFailed, match="not finite"):
-        ROUND.words(np.zeros(9, np.float32), RECEIVED, 1.0, replace(good, content={"loss_sum": np.inf}))
+        in_words(np.zeros(9, np.float32), RECEIVED, 1.0, replace(good, content={"loss_sum": np.inf}))
     many = replace(sums_of(1), pairs=sums_of(1).pairs + 2**48)
     with pytest.raises(SecureSumRefused, match="more than 48 bits"):
-        ROUND.words(np.zeros(9, np.float32), RECEIVED, 1.0, Sums(evaluations={"val": many}, content={}))
+        in_words(np.zeros(9, np.float32), RECEIVED, 1.0, Sums(evaluations={"val": many}, content={}))
