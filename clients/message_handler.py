@@ -120,7 +120,7 @@ def _done(
     if task.kind == "join":
         if record is not None:
             prune_runs(site.state_dir, task.run_id, site.policy.keep_runs)
-            forget_others(site.state_dir, task.run_id)
+        forget_others(site.state_dir, task.run_id)  # of a virtual client too, whose folder is used again
         try:
             return wire.site_content(join(site, settings))
         finally:  # of a join that is refused too: its pack may have been made first

@@ -12,11 +12,13 @@ import clients.packs
 from clients.local_update import join, open_client_state
 from clients.message_handler import answer
 from clients.private_state import prune, rounds_here
+from clients.secure_sum import FILE, _Attempt
 from clients.site import Share
 from common.faces.splits import Split
 from common.protocol import wire
 from common.protocol.codec import decode, encode
-from common.protocol.parameters import flatten
+from common.protocol.parameters import flatten, manifest_of
+from common.system.files import read_sealed_json, write_sealed_json
 
 
 @pytest.fixture
@@ -115,6 +117,20 @@ def test_joining_builds_no_model(sites, monkeypatch):
     assert [site.name for site in told] == ["alpha-0", "alpha-1", "alpha-2"]
     assert sum(site.num_training_people for site in told) == 6
     assert len({site.val_people for site in told}) == 3
+
+
+def test_a_virtual_client_too_forgets_what_a_killed_runs_masks_were_made_of(sites):
+    """A simulation that is killed leaves the secrets of its last attempt; the next run's join takes them away."""
+    (site, *_), _ = sites
+    paths = [site.state_dir / "private" / run / FILE for run in ("run-0", "run-1")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        write_sealed_json(path, vars(_Attempt(number=3, secrets="of the attempt", before={"round 1": "ab"})))
+    task = task_for(manifest_of({}), settings_with(), kind="join", server_round=0, splits="")
+    answer(site, wire.task_message(task, None, node_id=1, ttl_s=60.0).content)
+    left = [_Attempt(**read_sealed_json(path)) for path in paths]
+    assert [one.secrets for one in left] == ["", "of the attempt"]  # this run's own stays
+    assert (left[0].number, left[0].before) == (3, {"round 1": "ab"})
 
 
 def test_a_client_that_pauses_keeps_what_a_repeated_round_or_the_best_one_needs(tmp_path):
