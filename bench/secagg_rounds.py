@@ -3,7 +3,7 @@ the model is as good.
 
     python -m bench.secagg_rounds cost [--sites 3 10] [--rounds 3] [--width 0.5]
     python -m bench.secagg_rounds auc --data DIR [--seeds 1 2 3] [--rounds 8] [--width 0.5]
-    python -m bench.secagg_rounds control --data DIR ...
+    python -m bench.secagg_rounds control --data DIR [--lr X] ...
 
 Server and sites are one process here, one after the other, so CPU time is what all of them take together; messages are
 counted as they are handed over, each array and value as the ledger counts it.  `cost` trains one batch a round on
@@ -38,7 +38,7 @@ def settings_of(arguments: argparse.Namespace, *, num_sites: int, seed: int, way
     raw = config.to_mapping(config.load(config.find_config("demo")))
     raw["run"]["seed"] = seed
     raw["model"]["width"] = arguments.width
-    raw["training"] |= {"threads": 1, "precision": "float32"}
+    raw["training"] |= {"threads": 1, "precision": "float32"} | ({"lr": arguments.lr} if arguments.lr else {})
     raw["federation"] |= {"rounds": arguments.rounds, "min_clients": num_sites, "test_every_rounds": 1}
     raw["tracking"] |= {"enabled": False, "plots": "none", "tensorboard": "none", "system_metrics_s": "off"}
     for section, values in WAYS[way].items():
@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--width", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args(argv)

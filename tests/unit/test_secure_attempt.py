@@ -13,6 +13,7 @@ from clients.policy import OWN_MACHINE
 from clients.secure_sum import Keys, SecureSum, UnknownPeer
 from common.errors import CheckpointError, NotEnoughClients, SecureSumRefused, UserError
 from common.metrics.sums import NOTHING
+from common.privacy.shared_noise import fewest_noises, grid_of_sum
 from common.protocol.codec import MASKED, Coded
 from common.protocol.parameters import Part, buffer_sha256, trainable_spans
 from common.protocol.secure_vector import Sums
@@ -92,11 +93,11 @@ def members_of(names, **pictures):
     }
 
 
-def begun(folder, names=NAMES, share=None, spoil=None, **pictures):
+def begun(folder, names=NAMES, share=None, spoil=None, settings=SETTINGS, **pictures):
     """An attempt whose keys and shares came, and its sites."""
     sites = Sites(folder, names)
     sites.spoil = spoil or {}
-    attempt = SecureSums(SETTINGS, "run-1", folder).begin(ASKED, members_of(names, **pictures), share, sites)
+    attempt = SecureSums(settings, "run-1", folder).begin(ASKED, members_of(names, **pictures), share, sites)
     return attempt, sites
 
 
@@ -403,3 +404,48 @@ def test_of_an_evaluation_there_is_no_mean(tmp_path):
     attempt.asked = replace(ASKED, change=None)
     with pytest.raises(ValueError, match="no change was asked for"):
         attempt.mean()
+
+
+def with_shared_noise(**values):
+    shared = {"privacy__unit": "person", "privacy__noise": "shared", "privacy__group_people": 3, "privacy__clip": 0.5}
+    usual = {"model__backbone": "vit_tiny", "secagg__enabled": True, "federation__min_clients": 3}
+    return settings_with(**(usual | shared | values))
+
+
+def test_shared_noise_is_for_whose_people_move_the_sum_furthest_and_for_as_many_sites_as_are_sure(tmp_path):
+    """Six people a site are two groups: a person of a site that counts whole moves the sum by 2 C / 2 = 0.5."""
+    (tmp_path / "all").mkdir()
+    settings = with_shared_noise()
+    attempt, _ = begun(tmp_path / "all", settings=settings, cyd=20)
+    assert attempt.noise == (0.5, 3)  # cyd has the most pictures, and so counts whole
+    work = attempt.work("ada")
+    assert (work.sensitivity, work.noises) == attempt.noise
+    assert attempt.layout.step == grid_of_sum(settings.privacy, settings.federation.rounds, sensitivity=0.5, noises=3)
+    (tmp_path / "few").mkdir()
+    lost = {("shares", "cyd"): lambda _answer: None}  # of whom keys are out, and who is not in the sum
+    attempt, _ = begun(tmp_path / "few", settings=settings, spoil=lost, cyd=20)
+    assert attempt.noise == (0.25, 2)
+    (tmp_path / "bound").mkdir()
+    bound = Counted(num_examples=15, num_pictures=9)
+    attempt, _ = begun(tmp_path / "bound", settings=settings, share=bound, dan=100, eve=5)
+    assert attempt.noise == (0.5, 3)  # nobody counts for more than once
+
+
+def test_a_sum_in_which_no_noise_is_sure_is_not_begun(tmp_path):
+    settings = with_shared_noise(privacy__colluding_sites=2, federation__min_clients=6)
+    assert fewest_noises(5, num_keys=5, threshold=4, colluding=2) == 2
+    attempt, _ = begun(tmp_path, settings=settings)
+    assert attempt.noise[1] == 2
+    (tmp_path / "four").mkdir()
+    with pytest.raises(NotEnoughClients, match=r"of 4 clients no noise is sure .* where 2 tell theirs"):
+        begun(tmp_path / "four", NAMES[:4], settings=settings)
+
+
+def test_without_shared_noise_and_in_an_evaluation_nothing_of_it_is_asked(tmp_path):
+    attempt, _ = begun(tmp_path)
+    assert (attempt.noise, attempt.layout.step) == ((0.0, 0), 0.0)
+    (tmp_path / "scored").mkdir()
+    sites = Sites(tmp_path / "scored", NAMES)
+    asked = replace(ASKED, kind="evaluate", change=None)
+    attempt = SecureSums(with_shared_noise(), "run-1", tmp_path / "scored").begin(asked, members_of(NAMES), None, sites)
+    assert (attempt.noise, attempt.layout.step) == ((0.0, 0), 0.0)
