@@ -83,9 +83,9 @@ def summed(number, deviation, grid, sums_of_groups, first_seed=0):
         seed = bytes([first_seed + site]) * 32
         change = released(within_words(own, deviation), [slice(0, size)], deviation=deviation, divisor=1.0, seed=seed)
         assert np.array_equal(change / grid, np.rint(change / grid))  # on the grid, as float32 too
-        words, beyond = layout.words(change, np.zeros(size, np.float32), 1.0, Sums(evaluations={}, content={}))
-        assert beyond == 0
-        total += words
+        coded = layout.in_words(change, np.zeros(size, np.float32), 1.0)
+        assert coded.saturated == 0
+        total += layout.words(coded, Sums(evaluations={}, content={}))
     return layout.mean(total, np.zeros(size, np.float32), 1.0).astype(np.float64)
 
 
@@ -238,6 +238,7 @@ def test_a_sensitivity_without_end_is_refused():
     [
         ({"secagg__enabled": False}, "hides a person in the sum only"),
         ({"privacy__unit": "site", "secagg__enabled": False}, 'is for privacy.unit = "person"'),
+        ({"federation__upload_codec": "int8"}, "has words of 32 bits in steps of its own"),
         ({"privacy__colluding_sites": 2}, "of 1 sites alone the noise is sure to be unknown"),
         ({"privacy__colluding_sites": 3}, "of 0 sites alone the noise is sure to be unknown"),
     ],
