@@ -24,6 +24,9 @@ SEED  ?= 0
 FIRST ?= 0
 RUNS  ?= 10
 
+# Each of the tests' hundreds of processes would compile our modules anew where the environment forbids to keep that.
+unit e2e: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup lock app-config system demo test lint types unit e2e chaos test-flower docker-test bench bench-faces gpu-check clean
 .DEFAULT_GOAL := help
 

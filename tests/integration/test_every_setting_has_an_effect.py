@@ -67,7 +67,7 @@ BASE = changed(
     training__clip_norm=0.5,
     federation__proximal_mu=0.5,
     federation__min_clients=1,
-    federation__join_timeout_s=5.0,
+    federation__join_timeout_s=60.0,
 )
 
 # setting -> another value; the model's SHA-256 after two rounds changes (each from BASE and the settings below)

