@@ -1,6 +1,6 @@
 """`identify` in a gallery of real people, one enrolled picture each: rank-1, and FNIR at given FPIR, with intervals.
 
-    python -m bench.identification --celeba DIR --vggface2 DIR --work DIR [--gallery 100] [--epochs 12] [--width 0.5]
+    python -m bench.identification --celeba DIR --vggface2 DIR --work DIR [--gallery 100] [--epochs 40] [--width 1]
         [--model NAME] [--image-size 64]
 
 The people of both folders are divided by a hash of their names: those of the gallery are never trained or validated on.
@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("--vggface2", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--gallery", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--width", type=float, default=0.5, help="of the backbone's layers, of the usual 1")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--width", type=float, default=1.0, help="of the backbone's layers, of the usual 1")
     parser.add_argument("--model", default="cnn")
     parser.add_argument("--image-size", type=int, default=64)
     arguments = parser.parse_args()

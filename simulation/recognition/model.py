@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from common.settings import Settings
 from common.system.checkpoints import read_sealed, read_tensors, write_sealed
 from common.system.events import RUN_FILE
 from common.system.files import read_json
-from common.tracking.registry import THRESHOLDS, thresholds_of
-from simulation.compare.model_loading import ModelFiles
-from simulation.compare.model_lookup import FoundModel, find_model
 from simulation.recognition.gallery import Binding
 from simulation.recognition.search import Float32
+
+if TYPE_CHECKING:
+    from simulation.compare.model_lookup import FoundModel
 
 _ABOUT: Final = "facefed.model"
 _ABOUT_FORMAT: Final = "facefed.format"
@@ -101,6 +101,9 @@ def load_model(reference: str, settings: Settings, address: str = "", named: str
     path = Path(reference).expanduser()
     if path.is_file():
         return model_of_file(path)
+    from simulation.compare.model_loading import ModelFiles  # what looks for a model takes a while to load
+    from simulation.compare.model_lookup import find_model
+
     found = find_model(settings, reference, named or f"--model {reference}", address)
     backbone = ModelFiles(found).backbone()
     return _ready(found.source, found.settings, EmbeddingModel(backbone), _thresholds_of(found))
@@ -147,11 +150,13 @@ def _kept(settings: Settings) -> dict[str, dict[str, Any]]:
     return {"model": dataclasses.asdict(dataclasses.replace(settings.model, pretrained="none")), "data": data}
 
 
-def _thresholds_of(found: FoundModel) -> Thresholds | None:
+def _thresholds_of(found: "FoundModel") -> Thresholds | None:
     """What the model's validation people say of its scores; None where nobody wrote it down.
 
     Raises TrackingError and CheckpointError where what was written is damaged.
     """
+    from common.tracking.registry import THRESHOLDS, thresholds_of
+
     if found.registered is not None:
         return thresholds_of(found.registered.uri, found.registered.address)
     if found.folder is None:

@@ -1,8 +1,11 @@
 """`facefed verify`, `enrol`, `identify` and `gallery`, with a small model's file and drawn faces for photographs."""
 
+import ast
 import dataclasses
+import importlib.util
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +245,15 @@ def test_how_the_pictures_were_cut_in_truth_counts_and_goes_along_into_a_gallery
         lines = [line for line in text.splitlines() if "was trained on pictures cut by" in line]
         assert len(lines) == (1 if told else 0)
         assert told in "".join(lines)
+
+
+def test_a_models_file_is_used_without_what_finds_runs_and_registered_models():
+    """Half a second of a cold `facefed verify`; their import stands where they are called."""
+    for module in (asking, verbs, verbs.model_of_file.__globals__["__spec__"].name):
+        path = Path(importlib.util.find_spec(module if isinstance(module, str) else module.__name__).origin)
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        heavy = [node.module for node in top if node.module.startswith(("simulation.compare", "common.tracking.reg"))]
+        assert heavy == [], path.name
 
 
 def test_more_people_than_are_shown_are_counted(tmp_path, monkeypatch):
