@@ -26,7 +26,7 @@ from common.flags import (
 from common.settings import Settings
 from common.strategies import STRATEGIES
 from common.system.console import run_program, set_up_logging, warn_of_flower, warn_of_open_files
-from common.system.runtime import go_silent
+from common.system.runtime import briefly, go_silent
 from simulation.admin.cli import (
     CERTS_ACTIONS,
     TRACKING_ACTIONS,
@@ -44,7 +44,7 @@ from simulation.admin.cli import (
     show_policy,
 )
 from simulation.admin.completion import SHELLS, completion_script
-from simulation.recognition.cli import RECOGNITION_COMMANDS, add_recognition_parsers
+from simulation.recognition.cli import BRIEF_COMMANDS, RECOGNITION_COMMANDS, add_recognition_parsers
 
 if TYPE_CHECKING:
     from clients.site import SiteSettings
@@ -684,6 +684,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{("tracking", name): partial(action.handle, arguments) for name, action in TRACKING_ACTIONS.items()},
     }
     work = table[(arguments.command, getattr(arguments, "action", ""))]
+    if argv is None and arguments.command in BRIEF_COMMANDS:  # the process is this command's, and ends with it
+        work = partial(briefly, work)
     return run_program("facefed", work, sys.stderr, shared_files=getattr(arguments, "shared_files", False))
 
 

@@ -222,6 +222,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(_ask(arguments), request, _folder(arguments.gallery), sys.stdout)
 
 
+BRIEF_COMMANDS: Final = frozenset(("verify", "identify"))  # one answer, and the program ends
 RECOGNITION_COMMANDS: Final[Mapping[tuple[str, str], Callable[[argparse.Namespace], int]]] = {
     ("verify", ""): _verify,
     ("enrol", ""): _enrol,

@@ -15,7 +15,9 @@ from recognition_models import DrawnFaces, face, model, put, thresholds
 from common.errors import CheckpointError, DataError, UserError
 from common.models.recogniser import EmbeddingModel
 from common.settings import Settings
+from common.system import runtime
 from common.tracking.registry import THRESHOLDS
+from simulation.cli import main
 from simulation.recognition import asking, verbs
 from simulation.recognition.gallery import add_people, open_gallery
 from simulation.recognition.model import load_model, weights_sha256
@@ -265,3 +267,15 @@ def test_more_people_than_are_shown_are_counted(tmp_path, monkeypatch):
     verbs._tell_added(added, made, out)
     assert out.getvalue().count("may be one person") == 1
     assert "and 2 more such pairs" in out.getvalue()
+
+
+def test_a_program_of_one_answer_looks_for_no_garbage_and_another_caller_is_left_alone(tmp_path, monkeypatch):
+    done = []
+    for name in ("disable", "freeze"):
+        monkeypatch.setattr(runtime.gc, name, lambda name=name: done.append(name))
+    asked = ["verify", str(tmp_path / "none.jpg"), str(tmp_path / "none.jpg"), "--model", "m"]
+    assert main(asked) == 2
+    assert done == []
+    monkeypatch.setattr("sys.argv", ["facefed", *asked])
+    assert main() == 2
+    assert done == ["disable", "freeze"]
