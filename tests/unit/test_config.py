@@ -228,6 +228,7 @@ def valid_settings(draw) -> Settings:
         model["normalisation"] = "shared"
     if model["normalisation"] == "private":
         raw["training"]["trainable"] = "all"
+    raw["verification"]["by"] = draw(st.sampled_from(["none", "Male", "Male,Young"]))
     raw["ablation"] = {}  # its texts are settings and values: tests/unit/test_ablation_settings.py
     return config.from_mapping(raw)
 
