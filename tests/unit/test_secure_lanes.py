@@ -103,6 +103,9 @@ def test_a_change_that_is_too_large_is_carried_along_for_one_range_and_no_more()
     assert (coded.saturated, num_cut) == (2, 1)
     assert lost[[0, BLOCK]].tolist() == [0.75, 0.125]
     assert not lost[1:BLOCK].any()
+    change[0] = 5.0  # of a site that counts for a half: its range is twice as wide
+    lost, num_cut = layout.lost(change, layout.in_words(change, RECEIVED, 0.5), RECEIVED, 0.5)
+    assert (lost[0], num_cut) == (2.0, 2)
 
 
 def test_words_of_32_bits_lose_next_to_nothing_and_say_it():
