@@ -10,7 +10,7 @@ from tiny_federation import MANIFEST, reply_to, settings_with, sums_with, task_f
 from clients.masked_reply import MaskedReply, answer_small, is_masked, ledger_words, secure_sum_of
 from clients.policy import OWN_MACHINE
 from clients.site import MadeKeys
-from common.errors import ReplyRefused, SecureSumRefused
+from common.errors import ConfigError, ReplyRefused, SecureSumRefused
 from common.protocol.codec import MASKED, decode
 from common.protocol.parameters import Part, buffer_sha256, trainable_spans
 from common.protocol.secure_vector import CONTENT, Layout, Sums
@@ -220,6 +220,11 @@ def test_a_change_that_is_too_long_is_refused_before_what_it_lacks_is_kept():
     state = SimpleNamespace(part=PART, settings=settings, pack=pack, site=SimpleNamespace(name="ada"))
     with pytest.raises(ReplyRefused, match=r"federation\.max_change_factor"):
         MaskedReply(state, TASK, SHARED, Seen()).code(np.full(MANIFEST.size, 0.51, np.float32))
+
+
+def test_halves_of_floats_have_no_sum_and_are_refused_at_the_door():
+    with pytest.raises(ConfigError, match=r'upload_codec = "float16": masked words are whole numbers; .* use "int8"'):
+        settings_with(secagg__enabled=True, federation__min_clients=3, federation__upload_codec="float16")
 
 
 def test_lanes_in_a_run_that_has_none_are_refused():

@@ -19,6 +19,7 @@ from clients.group_training import Groups, divide, summed_changes
 from clients.local_update import join, open_client_state, train
 from clients.policy import DEFAULT, PolicyRefusal, against_settings
 from clients.privacy_budget import Release, budget_file
+from clients.private_state import load_residue
 from common.errors import CheckpointError, ConfigError, ReplyRefused, TrainingFailed, UserError
 from common.faces.splits import Split
 from common.models.recogniser import trainable_names
@@ -308,6 +309,26 @@ def test_a_lossy_codec_comes_after_the_noise_and_is_repeated_as_it_was(tmp_path,
     deviation = noise_multiplier(4.0, 1e-5, ROUNDS) * 2.0 * CLIP / 3
     change = decode(train(state, task_of(state, server_round=2), shared).change)
     assert change.std() == pytest.approx(deviation, rel=0.2)
+
+
+def test_a_kept_answer_is_put_in_words_anew_for_another_attempt(tmp_path):
+    """Of a masked sum in 16 bits: over other sites its steps are others, and what it lacks is another rest."""
+    state, shared = workplace_in(tmp_path, federation__upload_codec="int8")
+    asked, rests = [], iter([0.25, 0.5, 0.0])
+
+    def lose(change):
+        asked.append(change.copy())
+        return np.full_like(change, next(rests))
+
+    replies = [train(state, task_of(state), shared, lose=lose).change for _ in range(2)]
+    assert replies[0].codec == replies[1].codec == "float32"
+    assert replies[0].data == replies[1].data
+    assert np.array_equal(*asked)
+    assert len(lines_of(state)) == 1
+    rest = load_residue(state.state_folder("run-1"), 1, len(asked[0]))
+    assert set(rest.tolist()) == {0.5}
+    train(state, task_of(state, server_round=2), shared, lose=lose)
+    assert asked[2].mean() == pytest.approx(0.5, abs=0.1)
 
 
 def refusal_of(state, shared, **values):
