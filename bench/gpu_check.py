@@ -51,6 +51,7 @@ class Place:
     batch: int = 128
     repeats: int = 3
     rounds: int = 2
+    load: str = "workload"  # of the federations; of bench.workload.LOADS
 
     @property
     def is_gpu(self) -> bool:
@@ -66,6 +67,7 @@ TINY = {
     "batch": 8,
     "repeats": 1,
     "rounds": 1,
+    "load": "tiny",
 }
 
 
@@ -365,7 +367,7 @@ def check_federation(place: Place) -> Figures:
     from bench.comparison import Place as BenchPlace
     from bench.sides import our_simulation
 
-    found = our_simulation(BenchPlace(scratch=place.scratch, quick=True), rounds=place.rounds)
+    found = our_simulation(BenchPlace(scratch=place.scratch, quick=True), rounds=place.rounds, load=place.load)
     return found | _where_it_ran(place)
 
 
@@ -374,7 +376,8 @@ def check_processes(place: Place) -> Figures:
     from bench.comparison import Place as BenchPlace
     from bench.sides import our_deployment
 
-    found = our_deployment(BenchPlace(scratch=place.scratch, quick=True), rounds=place.rounds, codec="float32")
+    bench = BenchPlace(scratch=place.scratch, quick=True)
+    found = our_deployment(bench, rounds=place.rounds, codec="float32", load=place.load)
     return found | _where_it_ran(place)
 
 

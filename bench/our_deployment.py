@@ -1,6 +1,6 @@
 """Workload W through our own separate processes: `flower-server` and two `flower-client --once`, as a user starts them.
 
-    python -m bench.our_deployment --workload FOLDER --rounds 3 [--codec int8]
+    python -m bench.our_deployment --workload FOLDER --rounds 3 [--codec int8] [--load tiny]
 
 Started as a program by bench.deployment; prints the run's figures as one JSON object. Runs in the current folder.
 """
@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from bench.our_run import figures, newest_run
-from bench.workload import CLIENTS, PROGRAMS, Workload, settings_arguments
+from bench.workload import CLIENTS, LOADS, PROGRAMS, Workload, settings_arguments
 from common.system.processes import free_port
 
 ENDED_WITHIN_S = 800.0
 
 
-def federate(workload: Workload, rounds: int, codec: str) -> None:
+def federate(workload: Workload, rounds: int, codec: str, load: str) -> None:
     """One run; every process it starts has ended afterwards."""
     address = f"127.0.0.1:{free_port()}"
     codecs = [f"federation.{way}_codec={codec}" for way in ("upload", "download")] if codec != "float32" else []
@@ -32,7 +32,7 @@ def federate(workload: Workload, rounds: int, codec: str) -> None:
     try:
         server = [str(PROGRAMS / "flower-server"), "--address", address, "--rounds", str(rounds)]
         flags = [part for setting in codecs for part in ("--set", setting)]
-        start("server", *server, *settings_arguments(), *flags)
+        start("server", *server, *settings_arguments(load), *flags)
         for client in CLIENTS:
             command = [str(PROGRAMS / "flower-client"), "--dataset", "folder", "--once", "--name", client]
             places = ["--data-dir", str(workload.pictures(client)), "--cache-dir", str(workload.cache)]
@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--codec", default="float32")
+    parser.add_argument("--load", choices=LOADS, default="workload", help="whose settings")
     arguments = parser.parse_args()
-    federate(Workload(folder=arguments.workload), arguments.rounds, arguments.codec)
+    federate(Workload(folder=arguments.workload), arguments.rounds, arguments.codec, arguments.load)
     print(json.dumps(figures(newest_run(Path()))))
 
 

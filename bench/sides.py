@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.comparison import Figures, NotInstalled, Place
 from bench.our_run import FIRST_STEADY, figures, newest_run
 from bench.watch import run_side
-from bench.workload import CLIENTS, PROGRAMS, Workload, prepare, settings_arguments
+from bench.workload import CLIENTS, PROGRAMS, Workload, draw, prepare, settings_arguments
 
 ROOT = Path(__file__).parent.parent
 SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -100,24 +100,24 @@ def stock_deployment(place: Place, *, rounds: int) -> Figures:
     return _stock(place, "flower_deployment", rounds)
 
 
-def our_simulation(place: Place, *, rounds: int) -> Figures:
-    """`flower-simulation` as a user runs it: MLflow and pictures on."""
-    workload, folder = workload_of(place), house(place)
+def our_simulation(place: Place, *, rounds: int, load: str = "workload") -> Figures:
+    """`flower-simulation` as a user runs it: MLflow and pictures on.  load: of bench.workload.LOADS."""
+    workload, folder = draw(place.scratch, load), house(place)
     data = [part for client in CLIENTS for part in ("--client", f"{client}:folder={workload.pictures(client)}")]
     command = [str(PROGRAMS / "flower-simulation"), *data, "--cache-dir", str(workload.cache)]
-    command += ["--rounds", str(rounds), *settings_arguments()]
+    command += ["--rounds", str(rounds), *settings_arguments(load)]
     shutil.rmtree(folder / "runs", ignore_errors=True)
     found = run_side(command, cwd=folder, environment=environment())
     found |= figures(newest_run(folder))
     return found | {"to_round_1_seconds": found["round_1_ended"] - found["started"]}
 
 
-def our_deployment(place: Place, *, rounds: int, codec: str) -> Figures:
-    workload, folder = workload_of(place), house(place)
+def our_deployment(place: Place, *, rounds: int, codec: str, load: str = "workload") -> Figures:
+    workload, folder = draw(place.scratch, load), house(place)
     shutil.rmtree(folder / "runs", ignore_errors=True)
     shutil.rmtree(folder / ".facefed", ignore_errors=True)
     command = [sys.executable, "-m", "bench.our_deployment", "--workload", str(workload.folder)]
-    command += ["--rounds", str(rounds), "--codec", codec]
+    command += ["--rounds", str(rounds), "--codec", codec, "--load", load]
     found = run_side(command, cwd=folder, environment=environment())
     later = {"to_round_1_seconds": found["round_1_ended"] - found["started"]}
     return found | later | {"torch_per_client": found["torch_processes"] / 2}

@@ -8,7 +8,8 @@ augmentation.
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,29 @@ SETTINGS = (
     "training.optimiser=sgd", f"training.lr={LR}", f"training.momentum={MOMENTUM}", f"training.batch_size={BATCH}",
     "federation.local_epochs=1", "federation.min_clients=2",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much a federation of ours has to do: pictures that are drawn for each client, and settings in W's place."""
+
+    people: int = NUM_PEOPLE
+    pictures: int = PICTURES_EACH  # of each
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+
+# `tiny` goes through all programs in seconds, on the CPU too, and measures nothing.
+LOADS = {
+    "workload": Load(),
+    "tiny": Load(
+        people=12,
+        pictures=6,
+        instead={
+            "data.image_size": "32", "data.fraction_val_people": "0.2", "data.fraction_test_people": "0.2",
+            "model.backbone": "cnn", "model.width": "0.25", "model.embedding_size": "32",
+        },
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +80,10 @@ class Workload:
         return "; ".join(parts)
 
 
-def settings_arguments() -> list[str]:
-    """W as arguments of flower-server and flower-simulation."""
-    return [part for setting in SETTINGS for part in ("--set", setting)]
+def settings_arguments(load: str = "workload") -> list[str]:
+    """W, or another of LOADS, as arguments of flower-server and flower-simulation."""
+    given = dict(setting.split("=") for setting in SETTINGS) | LOADS[load].instead
+    return [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
 
 
 def settings():
@@ -73,12 +98,12 @@ def settings():
     return config.from_mapping(raw)
 
 
-def _draw(client: str, seed: int, folder: Path) -> None:
+def _draw(client: str, seed: int, folder: Path, load: Load) -> None:
     """JPEG files in the layout of a data set of one's own: one folder a person."""
     drawn = folder.with_name(f"{client}-drawn")
     shutil.rmtree(drawn, ignore_errors=True)
     command = [str(PROGRAMS / "facefed"), "data", "synth", "--layout", "vggface2", "--out", str(drawn)]
-    size = ["--people", str(NUM_PEOPLE), "--pictures", str(PICTURES_EACH), "--seed", str(seed)]
+    size = ["--people", str(load.people), "--pictures", str(load.pictures), "--seed", str(seed)]
     subprocess.run([*command, *size], stdout=subprocess.DEVNULL, check=True)
     folder.mkdir(parents=True)
     for part in ("train", "test"):
@@ -107,12 +132,19 @@ def _export(workload: Workload, client: str) -> None:
     )
 
 
-def prepare(scratch: Path) -> Workload:
-    """W's pictures in `scratch`, made where they are missing."""
-    workload = Workload(folder=scratch.resolve() / "workload")
+def draw(scratch: Path, load: str = "workload") -> Workload:
+    """The pictures of one of LOADS, as files in `scratch`, made where they are missing."""
+    workload = Workload(folder=scratch.resolve() / load)
     for seed, client in enumerate(CLIENTS, start=1):
         if not workload.pictures(client).is_dir():
-            _draw(client, seed, workload.pictures(client))
+            _draw(client, seed, workload.pictures(client), LOADS[load])
+    return workload
+
+
+def prepare(scratch: Path) -> Workload:
+    """W's pictures in `scratch`, as files and as arrays, made where they are missing."""
+    workload = draw(scratch)
+    for client in CLIENTS:
         if not workload.arrays(client).is_file():
             _export(workload, client)
     return workload

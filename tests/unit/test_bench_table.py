@@ -182,6 +182,19 @@ def test_a_runs_record_gives_steady_rounds_and_the_overhead_of_the_slowest_clien
     assert found["phases"]["client train_seconds"] == 6.5
 
 
+@pytest.mark.parametrize("load", workload.LOADS)
+def test_each_load_is_settings_that_a_program_takes_each_once(load):
+    from server.cli import _settings_and_folder, parser
+
+    given = workload.settings_arguments(load)
+    names = [part.partition("=")[0] for part in given if part != "--set"]
+    assert len(names) == len(set(names))
+    settings, *_ = _settings_and_folder(parser().parse_args(given))
+    assert (settings.model.backbone, settings.federation.local_epochs) == (
+        "cnn" if load == "tiny" else "resnet18", 1
+    )  # fmt: skip
+
+
 def test_the_workloads_split_has_512_pictures_to_train_on_and_128_to_score():
     from common.faces.index import build_index
     from common.faces.splits import Split, assign_splits

@@ -8,6 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.gpu_check import CHECKS, TINY, CheckFailed, Place, main, run_checks
+from bench.workload import LOADS
 
 HERE = ["precisions", "input", "memory", "speed"]  # the others start a compiler, or whole programs
 
@@ -97,3 +98,5 @@ def test_the_names_are_those_of_the_issue_and_a_tiny_run_is_marked():
     assert list(CHECKS) == ["precisions", "input", "memory", "speed", "compile", "federation", "processes"]
     assert all(check.__doc__ for check in CHECKS.values())
     assert run_checks(Place(device="cpu", scratch=None), []) == {}
+    assert TINY["load"] == "tiny" in LOADS
+    assert Place(device="cpu", scratch=None).load in LOADS
