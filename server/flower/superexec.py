@@ -40,7 +40,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from common.system.certs import CertificateError, read_public_key
 from common.system.console import set_up_logging
 from common.system.files import read_json, write_bytes, write_new
-from common.system.processes import child_environment, start
+from common.system.processes import child_environment, start, stop
 from common.system.runtime import go_silent
 from server.flower.access import SendPassword
 from server.flower.superlink import (
@@ -61,6 +61,7 @@ from server.flower.superlink import (
 LOOK_EVERY_S = 0.2
 LOOK_AT_KEYS_EVERY_S = 1.0
 ASK_STATUS_EVERY_S = 15.0
+STOP_WITHIN_S = 5.0
 ACQUIRE_TASK = "/flwr.proto.Runtime/AcquireTask"
 FINISHED = "finished"  # Flower's word for a run that has ended
 NOT_NOW = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
@@ -260,6 +261,7 @@ class Superexec:
         self._control.StopRun(StopRunRequest(run_id=found.task.run_id))
 
     def _start_app(self, task: int, token: str) -> None:
+        self._end_former()
         # In a file of this user's: a command line is everybody's to read.
         path = write_new(self._folder / f"task-{task}{TOKEN}", token.encode())
         command = ["flwr-serverapp", "--runtime-api-address", self._address, "--token-file", str(path)]
@@ -267,6 +269,15 @@ class Superexec:
         command += ["--parent-pid", str(os.getpid())]
         app = start(command, environment=child_environment(self._folder), output=sys.stdout.fileno())
         self._apps.append((app, path))
+
+    def _end_former(self) -> None:
+        """Flower gives a task again whose ServerApp it has not heard of in time, and its former token is void."""
+        for app, path in self._apps:
+            if app.poll() is None:
+                log.warning("the ServerApp took too long to start on a busy machine; it is started again")
+                stop(app, STOP_WITHIN_S)
+            path.unlink(missing_ok=True)
+        self._apps.clear()
 
     def _forget_ended(self) -> None:
         """Flower misses a ServerApp that was killed after a minute; flower-server sees our note at once."""

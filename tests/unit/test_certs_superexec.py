@@ -212,6 +212,34 @@ def test_our_run_is_started_without_its_token_in_the_command_line(superexec, tmp
     assert not (tmp_path / APP_ENDED).exists()
 
 
+def test_a_task_that_flower_gives_again_is_started_again_and_its_former_app_ended(
+    superexec, tmp_path, monkeypatch, caplog
+):
+    """A busy machine: the token of a ServerApp that was not heard of within half a minute is void."""
+
+    def start(command, **_):
+        superexec.started.append(command)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+
+    monkeypatch.setattr(superexec_module, "start", start)
+    (tmp_path / RUN_ID).write_text("7")
+    again = task(7)
+    again.token = "another"
+    superexec._runtime.tasks = [task(7), again]
+    superexec.take_task()
+    [(former, path)] = superexec._apps
+    superexec.take_task()
+    [(app, path_again)] = superexec._apps
+    assert former.poll() is not None
+    assert app.poll() is None
+    app.kill()
+    app.wait(60)
+    assert (path_again, path.read_text()) == (path, "another")
+    assert len(superexec.started) == 2
+    assert not (tmp_path / APP_ENDED).exists()
+    assert "is started again" in caplog.text
+
+
 @pytest.fixture
 def bundle(tmp_path):
     (tmp_path / BUNDLE / "app").mkdir(parents=True)
