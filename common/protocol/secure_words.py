@@ -73,7 +73,12 @@ T = TypeVar("T", KeysAsked, SharesAsked, WorkAsked, UnmaskAsked)
 
 
 def share_of(num_examples: int, work: WorkAsked) -> float:
-    """A site's weight in the sum, in (0, 1].  num_examples: its pictures to train on."""
+    """A site's weight in the sum, in (0, 1].  num_examples: its pictures to train on, 1 or more.
+
+    Raises SecureSumRefused for a limit of no picture, by which nobody can be weighted.
+    """
+    if work.most_examples < 1:
+        raise SecureSumRefused("a site is to count for no picture at most; use equal versions of FaceFed.")
     return min(1.0, num_examples / work.most_examples)
 
 

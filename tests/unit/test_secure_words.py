@@ -17,6 +17,7 @@ from common.protocol.secure_words import (
     of_text,
     read,
     read_answer,
+    share_of,
     texts_by_name,
     write,
 )
@@ -60,7 +61,7 @@ def test_equal_messages_are_one_text_whatever_the_order_of_their_parts():
         (json.dumps({"attempt": 1, "members": []}), "it has attempt, members"),
         (words(more=1), "it has attempt, members, more, most_examples"),
         (words(attempt=-1), "attempt is no number of ours"),
-        (words(attempt=LARGEST_COUNT), "attempt is no number of ours"),
+        (words(attempt=2**53), "attempt is no number of ours"),
         (words(attempt=True), "attempt is no number of ours"),
         (words(attempt=1.0), "attempt is no number of ours"),
         (words(most_pictures=None), "most_pictures is no number of ours"),
@@ -130,3 +131,16 @@ def test_the_digest_follows_from_all_that_is_equal_for_honest_sites_and_from_not
         digest_of_work(WorkAsked(**vars(WORK) | {"most_examples": 0, "most_pictures": 9}), **about),
     ]
     assert len({first, *others}) == 7
+
+
+def test_a_sites_weight_is_its_share_of_the_most_and_one_at_most():
+    assert [share_of(number, WORK) for number in (3, 9, 10)] == [1 / 3, 1.0, 1.0]
+    with pytest.raises(SecureSumRefused, match="no picture at most"):
+        share_of(3, WorkAsked(**vars(WORK) | {"most_examples": 0}))
+
+
+def test_the_digest_follows_from_the_noise_that_sites_count_on():
+    about = {"words": {"kind": "train"}, "model_sha256": "ab"}
+    asked = [(0.0, 0), (0.1, 2), (0.1, 3), (0.2, 2)]
+    found = [WorkAsked(**vars(WORK) | {"sensitivity": much, "noises": many}) for much, many in asked]
+    assert len({digest_of_work(work, **about) for work in found}) == 4
