@@ -436,6 +436,9 @@ def test_a_sum_in_which_no_noise_is_sure_is_not_begun(tmp_path):
     assert fewest_noises(5, num_keys=5, threshold=4, colluding=2) == 2
     attempt, _ = begun(tmp_path, settings=settings)
     assert attempt.noise[1] == 2
+    (tmp_path / "three").mkdir()
+    attempt, _ = begun(tmp_path / "three", NAMES[:3], settings=settings)
+    assert attempt.noise[1] == 1  # no better than its own, and not less
     (tmp_path / "four").mkdir()
     with pytest.raises(NotEnoughClients, match=r"of 4 clients no noise is sure .* where 2 tell theirs"):
         begun(tmp_path / "four", NAMES[:4], settings=settings)
@@ -449,3 +452,14 @@ def test_without_shared_noise_and_in_an_evaluation_nothing_of_it_is_asked(tmp_pa
     asked = replace(ASKED, kind="evaluate", change=None)
     attempt = SecureSums(with_shared_noise(), "run-1", tmp_path / "scored").begin(asked, members_of(NAMES), None, sites)
     assert (attempt.noise, attempt.layout.step) == ((0.0, 0), 0.0)
+
+
+def test_sites_are_named_in_order_whoever_came_first(tmp_path):
+    """A site takes a list of members in order of names only."""
+    sites = Sites(tmp_path, NAMES)
+    attempt = SecureSums(SETTINGS, "run-1", tmp_path).begin(ASKED, members_of(NAMES[::-1]), None, sites)
+    assert attempt.members == attempt.work("ada").members == NAMES
+    for name in NAMES[::-1]:
+        send_words(attempt, sites, name)
+    attempt.open(TASK, sites)
+    np.testing.assert_allclose(attempt.mean(), 0.5, atol=1e-8)
