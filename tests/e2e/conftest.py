@@ -15,9 +15,6 @@ import pytest
 from programs import Ended, Programs
 from warm import Warm, WarmPrograms
 
-# Threads that wait for others of their program sleep: while they spin, the programs of the other tests wait for a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # The files that take longest, longest first: none of them shall be begun when the others are done.
 LONGEST = (
     "test_privacy.py", "test_tracking_guide.py", "test_deployment.py", "test_tracking_servers.py", "test_evaluate.py",

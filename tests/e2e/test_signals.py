@@ -10,11 +10,11 @@ from programs import STOPPED, free_port, mlflow_status, port_is_free, run_folder
 from common.system.checkpoints import read_tensors
 
 pytestmark = pytest.mark.e2e
-ENDS_WITHIN_S = 20.0  # about 7 s on an idle machine of 2 cores, most of it MLflow's database
+ENDS_WITHIN_S = 60.0  # about 7 s on an idle machine of 2 cores, most of it MLflow's database; unsignalled, hours
 
 
 def _assert_stopped(program, started, name):
-    ended = program.ended(60)
+    ended = program.ended(2 * ENDS_WITHIN_S)
     assert ended.code == 130, ended
     assert time.monotonic() - started < ENDS_WITHIN_S
     assert "Traceback" not in ended.err
