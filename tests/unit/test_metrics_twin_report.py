@@ -65,7 +65,8 @@ def pairs(embeddings: bytes, kind: str) -> tuple[NDArray[np.float64], NDArray[np
 def naive(embeddings: NDArray[np.float32], kind: str, times: dict[int, int], threshold: float) -> dict[str, float]:
     """Figures of one drawing of families: each pair as often as its families are drawn."""
     s, g, families = pairs(embeddings.tobytes(), kind)
-    drawn = np.array([[times.get(one, 0) for one in both] for both in families.tolist()], dtype=float)
+    known, places = np.unique(families, return_inverse=True)
+    drawn = np.array([times.get(one, 0) for one in known.tolist()], dtype=float)[places].reshape(families.shape)
     w = np.where(families[:, 0] == families[:, 1], drawn[:, 0], drawn.prod(axis=1))
     s, g, w = s[w > 0], g[w > 0], w[w > 0]
     far, tar, _ = roc_curve(g, s, sample_weight=w, drop_intermediate=False)
