@@ -1,12 +1,13 @@
 """Strangers at a federation with TLS behind its front door: none gets in, and the run goes on and ends well.
 
 One federation for all: while its server waits for clients the strangers come, a site is turned out, and then, with the
-pests still at the door, two sites train.  The tests run in their order.
+pests still at the door, three sites train, with secure aggregation.  The tests run in their order.
 """
 
 import base64
 import contextlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from tests.conftest import skip_or_fail
 
 pytestmark = pytest.mark.e2e
 NUM_IDLE = 1000
+SITES = {"celeba": "celeba", "vggface2": "vggface2", "another": "celeba"}  # and whose pictures each has
 REFUSED = "does not accept this site's key"
 BUNDLE = {
     "pyproject.toml": """\
@@ -69,13 +71,13 @@ server = ServerApp()
 
 
 class Federation:
-    """A server that waits for two clients, and the folders of those who may and may not come."""
+    """A server that waits for three clients, and the folders of those who may and may not come."""
 
     def __init__(self, faces, programs):
         self.faces, self.programs, self.port = faces, programs, free_port()
         self.cwd, self.marker = programs.cwd, programs.cwd / "marker"
         self.tls = self.cwd / "tls"
-        sites = [word for name in ("celeba", "vggface2", "guest") for word in ("--client", name)]
+        sites = [word for name in (*SITES, "guest") for word in ("--client", name)]
         for folder in (self.tls, self.cwd / "other"):
             made = programs.run("facefed", "certs", "init", folder, "--server-name", "localhost", *sites)
             assert made.code == 0, made
@@ -85,7 +87,7 @@ class Federation:
         shutil.copy(self.cwd / "other" / "guest" / "client.key", self.cwd / "intruder")
         self.server = programs.start(
             "flower-server", "--address", f"localhost:{self.port}", "--front-door", "--tls", self.tls, *faces.bare,
-            "--min-clients", 2, "--no-mlflow",
+            "--min-clients", 3, "--secagg", "--no-mlflow", "--join-timeout", 900,
         )  # fmt: skip
         self.guest = self.client("vggface2", "guest", self.tls / "guest")
         self.intruder = self.client("vggface2", "intruder", self.cwd / "intruder")
@@ -293,21 +295,36 @@ def test_a_thousand_idle_connections_and_slow_ones_leave_room_for_others(federat
 
 
 def test_the_run_goes_on_meanwhile_and_ends_well(federation):
-    sites = [federation.client(name, name, federation.tls / name, "--once") for name in ("celeba", "vggface2")]
+    sites = [federation.client(data, name, federation.tls / name, "--once") for name, data in SITES.items()]
     ended = federation.server.ended()
     assert ended.code == 0, ended
     assert ended.err == ""
-    assert set(re.findall(r"^joined: (\w+)", ended.out, re.MULTILINE)) == {"guest", "celeba", "vggface2"}
-    assert "round 2 of 2: 2 clients" in ended.out
+    assert set(re.findall(r"^joined: (\w+)", ended.out, re.MULTILINE)) == {"guest", *SITES}
+    assert "round 2 of 2: 3 clients" in ended.out
     assert state_of(run_folder(federation.cwd))["round"] == 2
     # Whom a node is, so that nobody joins under the name of another's key; the guest's was revoked.
-    assert sorted(read_nodes(run_folder(federation.cwd) / NODES_FILE).values()) == ["celeba", "vggface2"]
-    assert [site.ended(120).code for site in sites] == [0, 0]
+    assert sorted(read_nodes(run_folder(federation.cwd) / NODES_FILE).values()) == sorted(SITES)
+    assert [site.ended(120).code for site in sites] == [0, 0, 0]
     federation.server.assert_nothing_left()
     assert port_is_free(federation.port)
     assert hung_up_on(federation.silent) == NUM_IDLE
     assert all(pest.visits > 1 for pest in federation.pests)  # sent away, and come again
     assert not federation.marker.exists()
+
+
+def test_what_left_the_sites_was_masked_and_nothing_of_the_masks_is_left(federation):
+    run = run_folder(federation.cwd)
+    for name in SITES:
+        folder = federation.cwd / ".facefed" / "clients" / name
+        lines = [json.loads(line) for line in (folder / "egress" / f"{run.name}.jsonl").read_text().splitlines()]
+        masked = [line["masked"] for line in lines if "masked" in line]
+        assert [line["with"] for line in masked] == [sorted(SITES)] * 3  # two rounds, and the last model's scores
+        assert [line["attempt"] for line in masked] == [1, 2, 3]
+        kept = json.loads((folder / "private" / run.name / "secure-sum.json").read_text())
+        assert (kept["secrets"], kept["own_shares"], kept["pairs"]) == ("", {}, {})
+    summary = json.loads((run / "metrics.json").read_text())
+    assert summary["clients"] == {}  # no site's own figures
+    assert 0.0 < summary["best"]["roc_auc"] < 1.0
 
 
 def test_no_file_tells_a_secret(federation):
