@@ -1,6 +1,6 @@
 """Workload W through `flwr run` of this checkout: a stock SuperLink and two stock SuperNodes, as Flower ships them.
 
-    python -m bench.our_stock --workload FOLDER --rounds 3
+    python -m bench.our_stock --workload FOLDER --rounds 3 [--load tiny]
 
 Started as a program by bench.deployment; prints the run's figures as one JSON object. Runs in the current folder.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.our_run import figures, newest_run
 from bench.stock_flower import Node, federate
-from bench.workload import CLIENTS, SETTINGS, Workload
+from bench.workload import CLIENTS, LOADS, Workload, settings_of
 from common import config
 from common.system.events import OUTCOME_FILE
 
@@ -31,8 +31,8 @@ def copy_app(folder: Path) -> Path:
     return folder
 
 
-def run_config(rounds: int) -> str:
-    values = dict(setting.split("=", 1) for setting in SETTINGS) | {"federation.rounds": str(rounds)}
+def run_config(rounds: int, load: str) -> str:
+    values = settings_of(load) | {"federation.rounds": str(rounds)}
     return " ".join(f"{name}={json.dumps(config.value_of(name, text))}" for name, text in values.items())
 
 
@@ -50,11 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--load", choices=LOADS, default="workload", help="whose settings")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as aside:
         app, workload = copy_app(Path(aside) / "facefed"), Workload(folder=arguments.workload)
         nodes = [node_of(client, workload) for client in CLIENTS]
-        federate(app, Path(aside), nodes, run_ended, run_config=run_config(arguments.rounds), cwd=Path.cwd())
+        federate(
+            app, Path(aside), nodes, run_ended, run_config=run_config(arguments.rounds, arguments.load), cwd=Path.cwd()
+        )
     print(json.dumps(figures(newest_run(Path()))))
 
 

@@ -80,10 +80,14 @@ class Workload:
         return "; ".join(parts)
 
 
+def settings_of(load: str) -> dict[str, str]:
+    """The settings of one of LOADS, by their dotted names."""
+    return dict(setting.split("=") for setting in SETTINGS) | LOADS[load].instead
+
+
 def settings_arguments(load: str = "workload") -> list[str]:
     """W, or another of LOADS, as arguments of flower-server and flower-simulation."""
-    given = dict(setting.split("=") for setting in SETTINGS) | LOADS[load].instead
-    return [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    return [part for name, value in settings_of(load).items() for part in ("--set", f"{name}={value}")]
 
 
 def settings():
