@@ -1,5 +1,6 @@
 """Virtual clients, and `--ray-address`: a cluster of two nodes on this machine is joined, used and left as it was."""
 
+import functools
 import os
 import re
 import secrets
@@ -31,6 +32,19 @@ def alone(faces, tmp_path_factory):
     programs.close()
 
 
+def started(start, *arguments, tries_left=2):
+    """A node of Ray, which gives itself 30 s to be ready, whatever else the machine does."""
+    node = start("ray", "start", *arguments)
+    try:
+        node.wait_for("Ray runtime started")
+    except AssertionError:
+        if node.process.poll() is None or not tries_left:
+            raise
+        node.kill()
+        return started(start, *arguments, tries_left=tries_left - 1)
+    return node
+
+
 @pytest.fixture
 def cluster(programs, monkeypatch):
     """The address of a Ray head, with a second node beside it: one CPU each. Programs that start from here have its
@@ -42,15 +56,15 @@ def cluster(programs, monkeypatch):
     address = f"127.0.0.1:{free_port()}"
     # With this one Ray looks for no address of its own, but then it refuses a second node; here the address is given.
     silent = {k: v for k, v in {**os.environ, **SILENCE}.items() if k != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-    common = ("start", "--block", "--num-cpus", 1, "--disable-usage-stats", "--object-store-memory", 10**8)
+    common = ("--block", "--num-cpus", 1, "--disable-usage-stats", "--object-store-memory", 10**8)
     starts = [
         ("--head", "--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2], "--include-dashboard=false"),
         ("--address", address, "--node-ip-address", "127.0.0.1"),
     ]
     nodes = []
     for folder, arguments in zip(folders, starts, strict=True):
-        nodes.append(programs.start("ray", *common, *arguments, "--temp-dir", folder, environment=silent))
-        nodes[-1].wait_for("Ray runtime started")
+        start = functools.partial(programs.start, environment=silent)
+        nodes.append(started(start, *common, *arguments, "--temp-dir", folder))
     yield address, nodes
     for node in nodes:
         node.kill()
