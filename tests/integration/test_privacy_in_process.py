@@ -95,13 +95,14 @@ def test_the_audit_of_a_run_shows_the_attack_beside_the_model_before_training(tm
     assert lines[1].startswith("alpha: 6 people trained on; held out: 3 set the threshold, 3 test it")
     assert [line.split(":")[1].strip() for line in lines[2:4]] == ["the run's model", "the model before training"]
     assert lines[4] == "alpha: 1 % of 3 is nobody: the threshold is the highest score held out"
-    assert lines[-1] == "alpha: no reply of its own is kept here, so none was tried (--state-dir)"
+    assert lines[-2] == "alpha: no reply of its own is kept here, so none was tried (--state-dir)"
+    assert lines[-1].startswith(f"kept in {tmp_path / 'run-1' / 'membership.json'}")
     [site] = InProcessMailbox(("alpha",), tmp_path / "sites").sites.values()
     request, text = dataclasses.replace(request, state_dir=site.state_dir), io.StringIO()
     assert audit_privacy(settings, request, text, shape="text") == 0
     lines = text.getvalue().splitlines()
     assert lines[4].startswith("alpha: its own reply of round 1, to whoever received it: membership AUC ")
-    assert lines[-1].startswith("alpha: its own reply of round 1, to whoever received it: ")
+    assert lines[-2].startswith("alpha: its own reply of round 1, to whoever received it: ")
     assert audit_privacy(settings, request, content, shape="json") == 0
     told = json.loads(content.getvalue())
     assert told["no_reply_kept"] == []
