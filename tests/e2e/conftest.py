@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -202,6 +203,29 @@ def simulated(faces, made_once):
 
     cwd, [ended] = made_once("simulated", simulate)
     return Simulated(cwd, ended, tuple(json.loads((cwd / "left.json").read_text())))
+
+
+# A federation that things befall: one thread for each client, in whatever process it works, and each epoch is kept.
+DISTURBED_ROUNDS = 5
+DISTURBED = BARE.replace("batch_size = 8", "batch_size = 8\nthreads = 1\ncheckpoint_minutes = 1e-6")
+DISTURBED = DISTURBED.replace("local_epochs = 1", "local_epochs = 5").replace(
+    "rounds = 2", f"rounds = {DISTURBED_ROUNDS}"
+)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(faces, made_once):
+    """The SHA-256 that a federation as of `DISTURBED` comes to, whatever befalls it: a simulation's."""
+
+    def simulate(programs: Programs) -> list[Ended]:
+        config = programs.cwd / "disturbed.toml"
+        config.write_text(DISTURBED)
+        few = ("--no-mlflow", "--actors", 1)
+        return [programs.run("flower-simulation", "--config", config, *faces.clients, *faces.cache, *few)]
+
+    _, [ended] = made_once("undisturbed", simulate)
+    assert ended.code == 0, ended
+    return re.search(r"model SHA-256 ([0-9a-f]{64})", ended.out)[1]
 
 
 LONG = "slurm_jobdir/1355700/scratch/net/home/a-user-with-a-long-name/job.t0016/tmp-of-this-step/and-a-bit-more"

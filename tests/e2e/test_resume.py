@@ -4,18 +4,21 @@ import re
 import signal
 import socket
 import sqlite3
+import time
 from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import BARE, others_environment
-from programs import Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
+from conftest import DISTURBED, others_environment
+from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
 from warm import WarmPrograms
+
+from clients.flower.supernode import last_written
+from clients.site import MIDWAY
+from tests.chaos.deployment import TRAINER
 
 pytestmark = pytest.mark.e2e
 SHA = r"model SHA-256 ([0-9a-f]{64})"
-ROUNDS = ("--rounds", 5)
-ONE_THREAD = BARE.replace("batch_size = 8", "batch_size = 8\nthreads = 1")  # in whatever process a client works
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +60,29 @@ def killed_after(program, line):
     program.assert_nothing_left()
 
 
-def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place, programs, warm):
+def kill_a_trainer_midway(client, kept):
+    """Kill -9 the trainer of a client when it has kept a part of a round; another one takes its place."""
+    before, deadline = last_written(kept), time.monotonic() + DONE_WITHIN_S
+    while time.monotonic() < deadline:
+        if last_written(kept) in (before, 0.0):
+            time.sleep(0.01)
+            continue
+        [trainer] = [one for one in client.processes() if TRAINER in one.cmdline()]
+        trainer.suspend()
+        if last_written(kept):  # still in the middle of it
+            trainer.kill()
+            return
+        trainer.resume()
+    raise AssertionError(f"nothing of a round was kept:\n{client.out}")
+
+
+def test_a_killed_server_and_a_killed_trainer_cost_the_model_nothing(place, undisturbed, warm):
     """IPv6, a proxy that is not there and a long TMPDIR are no obstacle on the way."""
     here, server, where = place
-    config = here.cwd / "one_thread.toml"
-    config.write_text(ONE_THREAD)
-    killed_after(server("--config", config, *ROUNDS), "round 2 of 5")
+    config = here.cwd / "disturbed.toml"
+    config.write_text(DISTURBED)
+    killed_after(server("--config", config), "round 2 of 5")
+    config.write_text(DISTURBED.replace("\nrounds = 5", "\nrounds = 2"))
     refused = WarmPrograms(here.cwd, warm)
     run = run_folder(here.cwd)
     assert 0 < state_of(run)["round"] < 5
@@ -72,15 +92,15 @@ def test_a_killed_server_goes_on_to_the_same_model_in_the_same_run(faces, place,
     )  # fmt: skip
     assert_one_line(refused.run("flower-server", "--resume", "nowhere"), "flower-server", "no run is at", code=2)
     killed_after(server("--resume", run.name), r"going on after round [2-4]")  # and again, at its very beginning
-    ended = server("--resume", run).ended()
+    last = server("--resume", run)
+    kill_a_trainer_midway(here.started[0], here.cwd / ".facefed/clients/celeba/private" / run.name / MIDWAY)
+    ended = last.ended()
     assert ended.code == 0, ended
+    assert re.search(r"celeba: round [2-5] goes on where it was cut off", here.started[0].out)
     assert f"server at {where}; waiting for 2 clients" in ended.out
     for client in here.started[:2]:
         assert f"connected to {where}" in client.out
-    whole = programs.run(
-        "flower-simulation", "--config", config, *faces.clients, *faces.cache, *ROUNDS, "--no-mlflow", "--actors", 1
-    )
-    assert re.search(SHA, ended.out)[1] == re.search(SHA, whole.out)[1]
+    assert re.search(SHA, ended.out)[1] == undisturbed
     assert set(mlflow_status(here.cwd).values()) == {"FINISHED"}
     assert len(mlflow_status(here.cwd)) == 3  # the run and its two clients, however often it was begun
     with sqlite3.connect(here.cwd / "mlflow.db") as database:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import BARE
 from programs import Programs, free_port
 from warm import WarmPrograms
 
@@ -46,7 +46,7 @@ def afternoon(shared_faces, tmp_path, warm):
     for name, person in (("photo.jpg", people[0]), ("a.jpg", people[0]), ("b.jpg", people[1])):
         shutil.copy(sorted(person.iterdir())[EACH], tmp_path / name)
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "demo.toml").write_text(SMALL)
+    (tmp_path / "configs" / "demo.toml").write_text(BARE)
     made = WarmPrograms(tmp_path, warm)
     yield made
     made.close()
