@@ -1,6 +1,6 @@
 """From how many people on privacy leaves something of what training gives: test AUC by epsilon, people and seed.
 
-    python -m bench.privacy_by_size [--people 500 2000 4000] [--epsilons 2 4 8 16] [--seeds 1 2 3]
+    python -m bench.privacy_by_size [--people 500 2000 4000 8000] [--epsilons 2 4 8 16] [--seeds 1 2 3]
 
 Made-up people are drawn once (`facefed data synth`) and divided among two sites: `--held` people of each set the
 audit's threshold, as many are the test, and of the others each seed takes a choice of its own, the fewer among the
@@ -142,12 +142,14 @@ def rows(arguments: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, nargs="+", default=[500, 2000, 4000], help="to train on at each site")
+    parser.add_argument(
+        "--people", type=int, nargs="+", default=[500, 2000, 4000, 8000], help="to train on at each site"
+    )
     parser.add_argument("--epsilons", nargs="+", default=["8", "2", "16", "4"], help="in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--trainable", default=HEAD_SIDE, choices=("all", "last_block", HEAD_SIDE, "norm"))
     parser.add_argument("--sites", type=int, default=2)
-    parser.add_argument("--drawn", type=int, default=8800, help="people, of all sites")
+    parser.add_argument("--drawn", type=int, default=16800, help="people, of all sites")
     parser.add_argument("--drawing", type=int, default=11, help="names the people")
     parser.add_argument("--held", type=int, default=200, help="people of a site for the test, and as many to calibrate")
     parser.add_argument("--rounds", type=int, default=4)
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--clip", type=float, default=0.3)
     parser.add_argument("--group-people", type=int, default=64)
     parser.add_argument("--device", default="cpu")
