@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from common.errors import SecureSumRefused, TrainingFailed
+from common.metrics.group_names import GROUPS, attributes_of, group_names
+from common.metrics.groups import GROUP_ROW
 from common.metrics.sums import COUNTS, ClosedSetSums, EvaluationSums, pooled
 from common.protocol.parameters import Part, manifest_of
-from common.protocol.secure_vector import CONTENT, Layout, Sums, ranges
+from common.protocol.secure_vector import CONTENT, Layout, Sums, layout_of, ranges
+from common.secagg.quantise import COUNT_WORDS
 
 STATE = {"conv": torch.zeros(3), "bn.running_var": torch.zeros(2, 2), "fc": torch.zeros(2)}
 PART = Part.of(manifest_of(STATE), moving=set(STATE), trainable={"conv", "fc"})
@@ -108,6 +111,21 @@ def test_an_evaluation_has_no_change_and_no_sums_of_training():
         layout.mean(words, RECEIVED, 1.0)
     assert Layout(change=PART, splits=("val",), num_members=3).size == layout.size + 9 + 3 * len(CONTENT)
     assert Layout(change=PART, splits=(), num_members=3).size == 9 + 2 + 3 * len(CONTENT)
+
+
+def test_groups_have_words_where_they_are_asked_for_and_come_out_of_the_sum():
+    by, splits = "Male,Young", ("val", GROUPS)
+    layout, without = (layout_of(None, given, num_members=3, by=by) for given in (splits, splits[:1]))
+    shape = (len(group_names(attributes_of(by))), GROUP_ROW)
+    assert (layout.splits, layout.num_groups, without.num_groups) == (("val",), shape[0], 0)
+    assert layout.size - without.size == COUNT_WORDS * shape[0] * shape[1]
+    groups = np.arange(1, 1 + shape[0] * shape[1]).reshape(shape)
+    own = Sums(evaluations={"val": sums_of(1)}, content={}, groups=groups)
+    total = layout.words(None, own) + layout.words(None, own) + layout.words(None, replace(own, groups=None))
+    found = layout.sums(total)
+    assert np.array_equal(found.groups, 2 * groups)
+    assert found.evaluations["val"].closed == pooled({name: sums_of(1) for name in "abc"}).closed
+    assert without.sums(without.words(None, replace(own, groups=None))).groups is None
 
 
 def test_what_cannot_be_added_is_refused():
