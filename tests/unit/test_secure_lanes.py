@@ -141,6 +141,8 @@ def test_no_block_reaches_over_two_tensors_and_each_has_the_shift_of_its_largest
     assert num_shifts(PART) == 4
     # 8 * 0.01 within 1 / 8; nothing moved; 8 * 0.5 is more than the tensor's own limit; of statistics nothing moved
     assert shifts_after(PART, RECEIVED, peaks) == f"3{MOST_SHIFT:x}0{MOST_SHIFT:x}"
+    peaks[3] = 2.0  # of the last tensor, whose limit is another: 64 = 2**2 * 8 * 2
+    assert shifts_after(PART, RECEIVED, peaks) == f"3{MOST_SHIFT:x}02"
 
 
 def test_steps_of_another_model_are_refused():
