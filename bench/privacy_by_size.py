@@ -4,7 +4,7 @@
 
 Made-up people are drawn once (`facefed data synth`) and divided among two sites: `--held` people of each set the
 audit's threshold, as many are the test, and of the others each seed takes a choice of its own, the fewer among the
-more.  `--sites 1 --people 8000` is one site with all of them.  The start is a model of other made-up people, whom
+more.  `--sites 1` is one site with all of them.  The start is a model of other made-up people, whom
 everybody may have.  With `--trainable head_side` the trunk is worked out once a picture (`bench/frozen_trunk.py`);
 nothing is augmented, whatever is trained.  A row: test AUC and the AUC of membership inference, with intervals, at each
 site.  bench/results/privacy_by_size.json and .png hold all rows; a row that is there is not made again, so the script
