@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from programs import Ended, Programs
+from programs import Ended, Programs, sha_of
 from warm import Warm, WarmPrograms
 
 # The files that take longest, longest first: none of them shall be begun when the others are done.
@@ -207,9 +206,10 @@ def simulated(faces, made_once):
 
 # A federation that things befall: one thread for each client, in whatever process it works, and each epoch is kept.
 DISTURBED_ROUNDS = 5
-DISTURBED = BARE.replace("batch_size = 8", "batch_size = 8\nthreads = 1\ncheckpoint_minutes = 1e-6")
-DISTURBED = DISTURBED.replace("local_epochs = 1", "local_epochs = 5").replace(
-    "rounds = 2", f"rounds = {DISTURBED_ROUNDS}"
+DISTURBED = (
+    BARE.replace("rounds = 2", f"rounds = {DISTURBED_ROUNDS}")
+    .replace("local_epochs = 1", "local_epochs = 5")
+    .replace("batch_size = 8", "batch_size = 8\nthreads = 1\ncheckpoint_minutes = 1e-6")
 )
 
 
@@ -225,7 +225,7 @@ def undisturbed(faces, made_once):
 
     _, [ended] = made_once("undisturbed", simulate)
     assert ended.code == 0, ended
-    return re.search(r"model SHA-256 ([0-9a-f]{64})", ended.out)[1]
+    return sha_of(ended.out)
 
 
 LONG = "slurm_jobdir/1355700/scratch/net/home/a-user-with-a-long-name/job.t0016/tmp-of-this-step/and-a-bit-more"

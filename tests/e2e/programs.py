@@ -180,6 +180,13 @@ def run_folder(cwd: Path, out: str = "runs") -> Path:
     return max(path for path in (cwd / out).iterdir() if path.name != "clients")
 
 
+def sha_of(out: str) -> str:
+    """The SHA-256 of the model that a run came to, from what its server or simulation printed."""
+    found = re.search(r"model SHA-256 ([0-9a-f]{64})", out)
+    assert found, out
+    return found[1]
+
+
 def mlflow_status(cwd: Path) -> dict[str, str]:
     """Run name -> status, from the database itself."""
     with sqlite3.connect(cwd / "mlflow.db") as database:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import DISTURBED, DISTURBED_ROUNDS
 from network_spaces import Network
-from programs import Programs, run_folder, state_of
+from programs import Programs, run_folder, sha_of, state_of
 
 from common.errors import UserError
 from server.flower.front_door import find_nginx
@@ -24,7 +24,6 @@ from tests.conftest import skip_or_fail
 from tests.relay import RelayProcess
 
 pytestmark = pytest.mark.e2e
-SHA = r"model SHA-256 ([0-9a-f]{64})"
 DOOR, OUTSIDE, MLFLOW = 443, 8443, 5000  # ports; in a network of one's own all are free
 CUT_S = 12.0  # longer than the site's own checks of the wire take; to be gone for the server takes 60 s
 CUTS_PER_S = 0.5
@@ -151,7 +150,7 @@ def test_a_bad_network_costs_time_and_nothing_else(faces, undisturbed, network, 
     ended = server.ended()
     assert ended.code == 0, ended
     assert "left out" not in ended.out
-    assert re.search(SHA, ended.out)[1] == undisturbed
+    assert sha_of(ended.out) == undisturbed
     assert state_of(run_folder(here.cwd))["round"] == DISTURBED_ROUNDS
     assert_each_point_once(here.cwd / "mlflow.db")
     assert relay.counts()["cut"] > 3

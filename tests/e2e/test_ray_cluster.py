@@ -12,14 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port
+from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port, sha_of
 
 from common.errors import UserError
 from common.system.runtime import SILENCE
 from simulation.engine.cluster import check_address
 
 pytestmark = pytest.mark.e2e
-SHA = r"model SHA-256 ([0-9a-f]{64})"
 VIRTUAL = ("--clients", 4, "--set", "federation.clients_per_round=2", "--set", "training.threads=1", "--no-mlflow")
 
 
@@ -110,7 +109,7 @@ def test_a_cluster_of_two_nodes_gives_the_same_model_and_stays(faces, programs, 
     ended = running.ended()
     assert ended.code == 0, ended
     assert worked == [True, True]
-    assert re.search(SHA, ended.out)[1] == re.search(SHA, alone[1].out)[1]
+    assert sha_of(ended.out) == sha_of(alone[1].out)
     assert [node.process.poll() for node in nodes] == [None, None]
     assert re.findall(r"^warning: (\w+ \w+)", ended.out, re.MULTILINE) == ["training ended", "fewer than"]  # of figures
     open_to_others = [path for path in (programs.cwd / "runs").rglob("*") if path.stat().st_mode & 0o077]

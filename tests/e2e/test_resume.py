@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 from conftest import DISTURBED, others_environment
-from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port, mlflow_status, run_folder, state_of
+from programs import DONE_WITHIN_S, Programs, assert_one_line, free_port, mlflow_status, run_folder, sha_of, state_of
 from warm import WarmPrograms
 
 from clients.flower.supernode import last_written
@@ -18,7 +18,6 @@ from clients.site import MIDWAY
 from tests.chaos.deployment import TRAINER
 
 pytestmark = pytest.mark.e2e
-SHA = r"model SHA-256 ([0-9a-f]{64})"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_a_killed_server_and_a_killed_trainer_cost_the_model_nothing(place, undi
     assert f"server at {where}; waiting for 2 clients" in ended.out
     for client in here.started[:2]:
         assert f"connected to {where}" in client.out
-    assert re.search(SHA, ended.out)[1] == undisturbed
+    assert sha_of(ended.out) == undisturbed
     assert set(mlflow_status(here.cwd).values()) == {"FINISHED"}
     assert len(mlflow_status(here.cwd)) == 3  # the run and its two clients, however often it was begun
     with sqlite3.connect(here.cwd / "mlflow.db") as database:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from champions import assert_crowned_unless_held_back, best_version
-from programs import BIN, run_folder, state_of
+from programs import BIN, run_folder, sha_of, state_of
 
 from common import config
 from common.settings import Settings
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's tables
 ]
 NAME = "cnn_federated_fedavg"
-SHA = r"model SHA-256 ([0-9a-f]{64})"
 TAGS = (
     "model_type", "dataset", "dataset_size", "device", "gpu_type", "mode", "facefed_version", "git_commit",
     "mlflow.user", "mlflow.source.name", "mlflow.note.content",
@@ -148,7 +147,7 @@ def test_the_run_folder_is_whole(simulated, run):
     assert settings.tracking.uri == f"sqlite:///{simulated.cwd}/mlflow.db"
     state = state_of(run)
     assert state["round"] == 2
-    assert state["sha256"] == re.search(SHA, simulated.ended.out)[1]
+    assert state["sha256"] == sha_of(simulated.ended.out)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["model_sha256"] == state["sha256"]
     assert [row["step"] for row in metrics["rounds_table"]] == [0, 1, 2]
@@ -223,13 +222,13 @@ def test_a_second_start_reuses_the_packs_and_needs_no_mlflow(simulated, again):
     assert "registered" not in ended.out
     assert not list(again.cwd.glob("ml*"))
     assert (run_folder(again.cwd) / "spool.jsonl").stat().st_size > 0
-    assert re.search(SHA, ended.out)[1] != re.search(SHA, simulated.ended.out)[1]
+    assert sha_of(ended.out) != sha_of(simulated.ended.out)
 
 
 def test_an_environment_that_others_made_is_no_obstacle(again):
     """A long TMPDIR, a proxy that is not there, RAY_ADDRESS, a terminal of ASCII: a Ray of its own, and the result."""
     assert again.ended.code == 0, again.ended
-    assert re.search(SHA, again.ended.out)
+    assert sha_of(again.ended.out)
     assert again.ended.out.isascii()
 
 

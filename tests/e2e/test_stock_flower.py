@@ -5,20 +5,18 @@ One site is a stock SuperNode and the other a `flower-client`: both kinds can be
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from programs import BIN, Programs, free_port, run_folder
+from programs import BIN, Programs, free_port, run_folder, sha_of
 
 from common.system.processes import is_healthy
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]  # more than its own waits add up to
 ROOT = Path(__file__).resolve().parents[2]
-SHA = r"model SHA-256 ([0-9a-f]{64})"
 CONNECTION = "here"
 WITHIN_S = 400.0
 ROUNDS = 2  # of the configuration
@@ -155,7 +153,7 @@ def test_it_is_stopped_and_goes_on_to_the_simulations_model(stock, app, given, s
     while json.loads(state.read_text())["round"] < ROUNDS and time.monotonic() < deadline:
         time.sleep(0.2)
     assert stock.ended(again) == "finished:completed", stock.log(again)
-    assert re.search(SHA, stock.log(again))[1] == re.search(SHA, simulated.ended.out)[1]
+    assert sha_of(stock.log(again)) == sha_of(simulated.ended.out)
     for name in ("celeba", "vggface2"):
         [ledger] = (cwd / ".facefed" / "clients" / name / "egress").glob("*.jsonl")
         assert [json.loads(line)["answer_to"] for line in ledger.read_text().splitlines()].count("train") >= 2
